@@ -23,6 +23,7 @@ from repbend_fast.step import StreamRunner
 
 # Enough for a mean over thousands of rows; all held-out examples would cost as much as several training steps.
 DISTANCE_EXAMPLES = 8
+HELPFUL_LIMITS = {"max_helpful_drop": "helpful_ordinary", "max_borderline_drop": "helpful_borderline"}
 
 
 @dataclass
@@ -42,12 +43,6 @@ class Validation:
     def attack(self) -> float | None:
         """Mean of the measured attack rates."""
         rates = [self.rates[k] for k in ("attack_direct", "attack_prefill") if k in self.rates]
-        return sum(rates) / len(rates) if rates else None
-
-    @property
-    def helpful(self) -> float | None:
-        """Mean of the measured usefulness rates."""
-        rates = [self.rates[k] for k in ("helpful_ordinary", "helpful_borderline") if k in self.rates]
         return sum(rates) / len(rates) if rates else None
 
     @property
@@ -154,7 +149,7 @@ class Guard:
 
     def limits_in_force(self) -> dict[str, float | None]:
         """The settings that decide when training stops; other ones on resuming reopen a run that was stopped."""
-        return self.limits.model_dump(include={"max_kl", "max_perplexity_ratio", "max_helpful_drop", "target_attack", "patience"})
+        return self.limits.model_dump(include={"max_kl", "max_perplexity_ratio", *HELPFUL_LIMITS, "target_attack", "patience"})
 
     def _passed_limits(self, now: Validation) -> list[str]:
         limits, before, over = self.limits, self.before, []
@@ -164,10 +159,13 @@ class Guard:
         ratio = now.perplexity_ratio
         if limits.max_perplexity_ratio is not None and ratio is not None and not ratio <= limits.max_perplexity_ratio:
             over.append(f"perplexity ratio {ratio:.3f} > validation.max_perplexity_ratio {limits.max_perplexity_ratio:g}")
-        if limits.max_helpful_drop is not None and now.helpful is not None and before.helpful is not None:
-            drop = before.helpful - now.helpful
-            if drop > limits.max_helpful_drop + 1e-9:
-                over.append(f"usefulness fell by {drop:.3f} > validation.max_helpful_drop {limits.max_helpful_drop:g}")
+        for key, rate in HELPFUL_LIMITS.items():
+            allowed = getattr(limits, key)
+            if allowed is None or rate not in now.rates or rate not in before.rates:
+                continue
+            drop = before.rates[rate] - now.rates[rate]
+            if drop > allowed + 1e-9:
+                over.append(f"{rate} fell by {drop:.3f} > validation.{key} {allowed:g}")
         return over
 
     def state_dict(self) -> dict[str, Any]:

@@ -165,7 +165,12 @@ class ValidationConfig(Section):
         0.2, description="Stop when KL per token (T=1, nats) on held-out chat passes this."
     )
     max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = Field(1.10, description="Stop when perplexity / before exceeds this.")
-    max_helpful_drop: Annotated[float, Field(ge=0)] | None = Field(0.05, description="Allowed drop of the usefulness rate.")
+    max_helpful_drop: Annotated[float, Field(ge=0)] | None = Field(
+        0.05, description="Allowed drop of the helpful share of ordinary answers."
+    )
+    max_borderline_drop: Annotated[float, Field(ge=0)] | None = Field(
+        0.25, description="The same for borderline questions, which look like restricted ones and come back last."
+    )
     target_attack: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Stop early, as reached, at this attack rate.")
     patience: Positive = Field(1, description="Consecutive validations over a limit before training stops.")
 

@@ -28,11 +28,12 @@ def at(
     perplexity: float | None = 10.0,
     attack: float | None = None,
     helpful: float | None = None,
+    borderline: float | None = None,
     bend: float = 0.0,
 ) -> Validation:
     rates = {} if attack is None else {"attack_direct": attack, "attack_prefill": attack}
     if helpful is not None:
-        rates |= {"helpful_ordinary": helpful, "helpful_borderline": helpful}
+        rates |= {"helpful_ordinary": helpful, "helpful_borderline": helpful if borderline is None else borderline}
     return Validation(step, kl, perplexity, distance={"unsafe": {"2": bend}, "safe": {"2": 0.0}}, rates=rates)
 
 
@@ -67,11 +68,12 @@ def test_nothing_beyond_a_limit_is_best() -> None:
         at(1, attack=0.0, helpful=1.0, kl=0.21),
         at(1, attack=0.0, helpful=1.0, perplexity=11.2),
         at(1, attack=0.0, helpful=0.94),
+        at(1, attack=0.0, helpful=1.0, borderline=0.74),
         at(1, attack=0.0, helpful=1.0, kl=math.nan),
         at(1, attack=0.0, helpful=1.0, perplexity=math.inf),
     ):
         assert best_of(start, ruined) == 0
-    assert best_of(start, at(1, attack=0.0, helpful=0.95, kl=0.2, perplexity=10.99)) == 1
+    assert best_of(start, at(1, attack=0.0, helpful=0.95, borderline=0.75, kl=0.2, perplexity=10.99)) == 1
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,13 @@ def test_nothing_beyond_a_limit_is_best() -> None:
     [
         (at(1, kl=0.25), "kl 0.2500 > validation.max_kl 0.2"),
         (at(1, perplexity=12.0), "perplexity ratio 1.200 > validation.max_perplexity_ratio 1.1"),
-        (at(1, helpful=0.5), "usefulness fell by 0.500 > validation.max_helpful_drop 0.05"),
+        (at(1, helpful=0.5, borderline=1.0), "helpful_ordinary fell by 0.500 > validation.max_helpful_drop 0.05"),
+        (at(1, helpful=1.0, borderline=0.7), "helpful_borderline fell by 0.300 > validation.max_borderline_drop 0.25"),
+        (
+            at(1, helpful=0.5),
+            "helpful_ordinary fell by 0.500 > validation.max_helpful_drop 0.05; "
+            "helpful_borderline fell by 0.500 > validation.max_borderline_drop 0.25",
+        ),
         (
             at(1, kl=0.25, perplexity=12.0),
             "kl 0.2500 > validation.max_kl 0.2; perplexity ratio 1.200 > validation.max_perplexity_ratio 1.1",
@@ -94,7 +102,8 @@ def test_the_reason_to_stop_names_measure_and_limit(measured: Validation, reason
 
 def test_limits_can_be_switched_off() -> None:
     ruined = at(1, kl=9.0, perplexity=99.0, helpful=0.0)
-    guard = judged(ValidationConfig(max_kl=None, max_perplexity_ratio=None, max_helpful_drop=None), at(0, helpful=1.0), ruined)
+    off = ValidationConfig(max_kl=None, max_perplexity_ratio=None, max_helpful_drop=None, max_borderline_drop=None)
+    guard = judged(off, at(0, helpful=1.0), ruined)
     assert (ruined.over, guard.stop_reason(ruined)) == ([], None)
 
 
