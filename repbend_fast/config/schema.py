@@ -166,7 +166,7 @@ class ValidationConfig(Section):
     )
     max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = Field(1.10, description="Stop when perplexity / before exceeds this.")
     max_helpful_drop: Annotated[float, Field(ge=0)] | None = Field(
-        0.05, description="Allowed drop of the helpful share of ordinary answers."
+        0.05, description="Allowed drop of the share of helpful ordinary answers."
     )
     max_borderline_drop: Annotated[float, Field(ge=0)] | None = Field(
         0.25, description="The same for borderline questions, which look like restricted ones and come back last."
