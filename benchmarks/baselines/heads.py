@@ -17,11 +17,15 @@ class Unavailable(Exception):
     """The baseline cannot run here; the text says why."""
 
 
+def kl_of_logits(logits: Tensor, reference: Tensor, temperature: float) -> Tensor:
+    """T² · Σ_rows KL(softmax(reference/T) ‖ softmax(logits/T)) as the published code takes it, in the logits' dtype."""
+    student = F.log_softmax(logits / temperature, dim=-1)
+    return F.kl_div(student, F.softmax(reference / temperature, dim=-1), reduction="sum") * temperature**2
+
+
 def published_kl(hidden: Tensor, reference: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """Full logits of both models in the model's dtype, then ``F.kl_div``."""
-    student = F.log_softmax(hidden @ weight.T / temperature, dim=-1)
-    teacher = F.softmax(reference @ weight.T / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="sum") * temperature**2
+    return kl_of_logits(hidden @ weight.T, reference @ weight.T, temperature)
 
 
 def chunked_kl(hidden: Tensor, reference: Tensor, weight: Tensor, temperature: float) -> Tensor:

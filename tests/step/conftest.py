@@ -1,8 +1,9 @@
-"""The helpers of this folder and the one comparison of all gradient tests are importable from every test."""
+"""The helpers of this folder, the one comparison of all gradient tests, and the benchmarks' baselines are importable from every test."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "kernels"), str(ROOT / "benchmarks")]
