@@ -26,6 +26,7 @@ from repbend_fast.data.prepare import RunData
 from repbend_fast.errors import UserError
 from repbend_fast.evaluate.command import evaluate_sides
 from repbend_fast.interrupt import Interrupt
+from repbend_fast.memory.levers import levers_of
 from repbend_fast.metrics import MetricsLog, ProgressLine, peak_memory_bytes, say
 from repbend_fast.models import (
     attach_lora,
@@ -39,7 +40,7 @@ from repbend_fast.objectives import build_objective
 from repbend_fast.optimizer import build_optimizer, learning_rate, load_moments
 from repbend_fast.preflight import Ready, prepare_run
 from repbend_fast.runs import RunFolder, remove_leftovers, start_folder, write_text
-from repbend_fast.step import StreamResult, StreamRunner
+from repbend_fast.step import StreamResult, StreamRunner, dropout_seed
 from repbend_fast.validation import Guard, Validation, Validator
 
 INTERRUPTED = 130
@@ -111,7 +112,7 @@ class Trainer:
         self.model: Any = attach_lora(base, config.lora, config.objective.window)
         autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
-        self.runner = StreamRunner(self.model, config.memory, autocast=autocast, uses_head=needs_head)
+        self.runner = StreamRunner(self.model, levers_of(config.memory, self.model), autocast=autocast, uses_head=needs_head)
         if self.runner.head is not None:
             check_head(self.model, self.runner.head)
         self.parameters = trainable_parameters(self.model)
@@ -202,9 +203,10 @@ class Trainer:
         started = time.perf_counter()
         results: list[StreamResult] = []
         scale = self.scaler.get_scale() / settings.accumulation
-        for _ in range(settings.accumulation):
+        for micro_batch in range(settings.accumulation):
             streams = self.objective.streams(self.data.sampler.next_batch(), self.step)
-            results += [self.runner.backward(stream, scale) for stream in streams]
+            seed = dropout_seed(settings.seed, self.step, micro_batch)
+            results += [self.runner.backward(stream, scale, dropout_seed=seed) for stream in streams]
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm or math.inf)
         # The step's one wait for the device: a non-finite gradient must not reach the weights.

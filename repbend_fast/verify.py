@@ -21,6 +21,7 @@ from torch import Tensor
 from repbend_fast.config.schema import MemoryConfig, ModelConfig, ObjectiveConfig
 from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.errors import UserError
+from repbend_fast.memory.levers import levers_of
 from repbend_fast.models import find_decoder, load_model, trainable_parameters
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner
@@ -194,10 +195,10 @@ def _check_trajectory(folder: Path, window: list[int], memory: MemoryConfig) -> 
 def _loss_and_gradient(model: Any, batch: Batch, config: ObjectiveConfig, memory: MemoryConfig) -> tuple[float, float]:
     """The loss, and Σ |weight × term| as its scale; gradients are left in the model."""
     objective = build_objective(config, find_decoder(model).num_blocks)
-    runner = StreamRunner(model, memory, uses_head=objective.uses_head)
+    runner = StreamRunner(model, levers_of(memory, model), uses_head=objective.uses_head)
     loss = scale = 0.0
     for stream in objective.streams(batch, 0):
-        result = runner.backward(stream)
+        result = runner.backward(stream, dropout_seed=0)
         loss += float(result.loss)
         scale += sum(abs(weight * float(result.terms[name])) for name, weight in stream.weights.items())
     return loss, scale

@@ -5,26 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+from repbend_fast.config.objectives import AnyObjective, ObjectiveConfig
+from repbend_fast.config.section import NonNegative, Positive, Section
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Role = Literal["safe", "unsafe", "pair", "retain"]
-
-
-def _published_mode(value: Any) -> Any:
-    return "prompt_" + value.removeprefix("request_") if isinstance(value, str) and value.startswith("request_") else value
-
-
-# The published code says `request_…` where its README says `prompt_…`.
-LossMode = Annotated[Literal["prompt_last", "prompt_all", "prompt_response", "response_all"], BeforeValidator(_published_mode)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, a value is never converted to another type, assignment is validated."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False)
+StreamName = Literal["safe", "unsafe", "forget", "retain"]
 
 
 class ModelConfig(Section):
@@ -40,6 +28,9 @@ class ModelConfig(Section):
     quantization: Literal["none", "nf4"] = Field("none", description="`nf4`: 4-bit NormalFloat through bitsandbytes (QLoRA).")
     double_quantization: bool = Field(True, description="Quantise the NF4 block scales too.")
     attention: str = Field("auto", description="transformers' attn_implementation; `auto` keeps the model's default.")
+    liger: bool | Literal["auto"] = Field(
+        "auto", description="Liger-Kernel's RMSNorm, RoPE and SwiGLU; `auto` = on CUDA, for families that it supports, when installed."
+    )
     device: str = Field("auto", description="`auto` takes CUDA, then MPS, then CPU; or a torch device.")
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model. Off unless asked for.")
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template.")
@@ -66,30 +57,6 @@ class LoraSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class ObjectiveConfig(Section):
-    """RepBend: L = safe·S − unsafe·U + cosine·C + kl·K (+ pair·P), all weights ≥ 0."""
-
-    name: Literal["repbend"] = "repbend"
-    safe: Annotated[float, Field(ge=0)] = 0.5
-    unsafe: Annotated[float, Field(ge=0)] = 0.5
-    cosine: Annotated[float, Field(ge=0)] = 0.1
-    kl: Annotated[float, Field(ge=0)] = 0.3
-    pair: Annotated[float, Field(ge=0)] = 0.0
-    window_start: NonNegative = Field(20, description="First hidden state of the window (0 is the embedding output).")
-    window_size: Positive = 11
-    alpha_mode: Literal["all", "target"] = "all"
-    loss_mode: LossMode = "response_all"
-    kl_reduction: Literal["sequence", "token"] = "sequence"
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    pair_positions: Positive = 20
-    published_quirks: bool = Field(False, description="Reproduce slips of the published code (docs/objectives.md).")
-
-    @property
-    def window(self) -> tuple[int, ...]:
-        """Hidden-state indices that the bending terms read."""
-        return tuple(range(self.window_start, self.window_start + self.window_size))
-
-
 class SourceConfig(Section):
     """One file or hub data set. A source may yield several roles."""
 
@@ -109,6 +76,9 @@ class DataConfig(Section):
     max_answer_tokens: Positive = 512
     skip_bad_records: bool = False
     limit: Positive | None = Field(None, description="Cap per role over all sources, chosen by `training.seed`.")
+    group_by_length: bool = Field(
+        False, description="Draw examples of similar length together: less padding where a micro-batch is padded; see docs/architecture.md."
+    )
 
 
 class TrainingConfig(Section):
@@ -135,14 +105,26 @@ class TrainingConfig(Section):
 
 
 class MemoryConfig(Section):
-    """Where memory is spent. The gradient is the same whatever is chosen."""
+    """Where memory is spent. The gradient is the same whatever is chosen.
 
-    piece_tokens: Positive | None = Field(None, description="Padded tokens per piece of a stream; none = one piece.")
+    Without a budget, ``auto`` is one piece per stream, no recomputation and no offload.
+    """
+
+    budget: str | None = Field(None, description="Memory that training may use, for example 8GB or 7.5GiB; auto = what the device has.")
+    piece_tokens: Positive | dict[StreamName, Positive] | Literal["auto"] | None = Field(
+        "auto", description="Tokens per piece of a stream, padding included, for all streams or by stream; none = one piece."
+    )
     packing: Literal["auto", "on", "off"] = Field(
         "auto", description="Pack the sequences of a piece into one row instead of padding. auto: on the CPU, and with varlen attention."
     )
-    checkpoint_blocks: NonNegative | Literal["all"] = Field(0, description="Decoder blocks recomputed in backward, counted from the first.")
-    kl_chunk_rows: Positive | None = Field(None, description="Rows per chunk of the head's losses; none = the op's size rule.")
+    checkpoint_blocks: NonNegative | Literal["all", "auto"] = Field(
+        "auto", description="Decoder blocks recomputed in backward, counted from the first."
+    )
+    offload_checkpoints: bool | Literal["auto"] = Field("auto", description="Keep the inputs of recomputed blocks in host memory.")
+    offload_embedding: bool | Literal["auto"] = Field("auto", description="Keep input embedding and output head in host memory.")
+    kl_chunk_rows: Positive | Literal["auto"] | None = Field(
+        "auto", description="Rows per chunk of the head's losses; none = the op's size rule."
+    )
 
 
 class PromptsConfig(Section):
@@ -199,7 +181,7 @@ class Config(Section):
 
     model: ModelConfig
     lora: LoraSection = LoraSection()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: AnyObjective = ObjectiveConfig()
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     memory: MemoryConfig = MemoryConfig()
@@ -217,19 +199,13 @@ class Config(Section):
 def combination_errors(config: Config) -> Iterator[str]:
     """Settings that are fine alone and impossible together, each as one line that names keys, values and the way out."""
     model, objective, training, validation = config.model, config.objective, config.training, config.validation
-    last = max(objective.window)
-    if last == 0:
-        yield "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; choose a window beyond 0"
-    if objective.cosine == 0 and objective.pair == 0:
-        yield (
-            "objective.cosine=0 with objective.pair=0: the other terms have no gradient while LoRA is at its start, so nothing would "
-            "ever train; give one of the two a weight above 0"
-        )
+    yield from objective.errors()
+    last = objective.last_state
     if isinstance(config.lora.blocks, list):
         blocks = config.lora.blocks
         if not blocks or len(set(blocks)) != len(blocks):
             yield f"lora.blocks={blocks}: must be different block numbers, at least one, or to_window"
-        elif min(blocks) >= last:
+        elif last is not None and min(blocks) >= last:
             yield f"lora.blocks={blocks} lie behind the window, which ends at hidden state {last}; include a block below {last}"
     if training.warmup_steps > training.steps:
         yield f"training.warmup_steps={training.warmup_steps} is more than training.steps={training.steps}; lower it"
@@ -237,6 +213,8 @@ def combination_errors(config: Config) -> Iterator[str]:
         yield f"training.autocast={training.autocast} is for float32 weights, and model.dtype={model.dtype}; set one of them to the other's"
     if training.optimizer != "adamw" and config.lora.dtype == "bfloat16" and model.device == "cpu":
         yield f"training.optimizer={training.optimizer} with lora.dtype=bfloat16 does not run on model.device=cpu; set lora.dtype=float32"
+    if model.liger is True and model.device in ("cpu", "mps"):
+        yield f"model.liger=true needs a CUDA device, and model.device={model.device}; set model.liger=auto or false"
     if model.name.startswith("package:") and model.revision is not None:
         yield f"model.revision={model.revision} is for hub models, and model.name={model.name} comes from an installed package"
     if validation.target_attack is not None and (validation.every == 0 or validation.prompts is None):

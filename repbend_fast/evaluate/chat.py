@@ -40,7 +40,7 @@ def chat_statistics(runner: StreamRunner, conversations: Seq[Sequence]) -> ChatS
     divergence = torch.zeros_like(log_probability)
     predicted = tokens = 0
     sequences = tuple(conversations)
-    for members in split(sequences, runner.memory.piece_tokens or PIECE_TOKENS, runner.layout):
+    for members in split(sequences, runner.levers.piece_size("retain") or PIECE_TOKENS, runner.layout):
         piece = make_piece(sequences, members, runner.layout, runner.device)
         spans = tuple((0, len(s)) for s in sequences)
         rows = piece.rows(spans)
@@ -48,7 +48,7 @@ def chat_statistics(runner: StreamRunner, conversations: Seq[Sequence]) -> ChatS
         with reference_model(runner.model):
             reference = _final_rows(runner, piece.input_ids, piece.position_ids, rows)
         head = runner.head
-        chunk = runner.memory.kl_chunk_rows
+        chunk = runner.levers.kl_chunk_rows
         divergence += linear_kl_div(adapted, reference, head.weight, bias=head.bias, softcap=head.softcap, chunk_rows=chunk)
         lengths = [len(sequences[m]) for m in members]
         inner, targets = _next_tokens(piece.input_ids.reshape(-1)[rows], lengths)

@@ -107,10 +107,11 @@ def _adapted(base: Any, folder: RunFolder) -> Any:
 
 
 def _runner(model: Any, config: Config) -> StreamRunner:
+    from repbend_fast.memory.levers import levers_of
     from repbend_fast.step import StreamRunner
 
     autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
-    return StreamRunner(model, config.memory, autocast=autocast)
+    return StreamRunner(model, levers_of(config.memory, model), autocast=autocast)
 
 
 def _stored(path: Path) -> dict[str, Any]:

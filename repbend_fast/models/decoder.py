@@ -39,6 +39,11 @@ class Decoder:
     def num_blocks(self) -> int:
         return len(self.layers)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks compute; the embedding may live elsewhere."""
+        return next(self.layers.parameters()).device
+
 
 @dataclass(frozen=True)
 class Head:

@@ -24,8 +24,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, torch
         backward, train_step = StreamRunner.backward, Trainer._train_step
         now: list[int] = []
 
-        def spoiled(self: StreamRunner, *args: object) -> StreamResult:
-            result = backward(self, *args)  # type: ignore[arg-type]
+        def spoiled(self: StreamRunner, *args: object, **named: object) -> StreamResult:
+            result = backward(self, *args, **named)  # type: ignore[arg-type]
             if now[-1] == step and term in result.terms:
                 result.terms[term] = torch.tensor(value)
                 result.loss = result.loss + value

@@ -37,7 +37,7 @@ def make_trainer(run: TinyRun, *overrides: str) -> Trainer:
 def gradients(trainer: Trainer, micro_batches: int, scale: float) -> list[torch.Tensor]:
     for _ in range(micro_batches):
         for stream in trainer.objective.streams(trainer.data.sampler.next_batch(), 0):
-            trainer.runner.backward(stream, scale)
+            trainer.runner.backward(stream, scale, dropout_seed=0)
     found = [parameter.grad.clone() for parameter in trainer.parameters if parameter.grad is not None]
     trainer.optimizer.zero_grad(set_to_none=True)
     return found
@@ -178,8 +178,8 @@ def test_float16_gradients_that_overflow_are_skipped_until_there_is_no_scale_lef
     before = [p.detach().clone() for p in trainer.parameters]
     run_backward = trainer.runner.backward
 
-    def overflowing(*arguments: object) -> object:
-        result = run_backward(*arguments)  # type: ignore[arg-type]
+    def overflowing(*arguments: object, **named: object) -> object:
+        result = run_backward(*arguments, **named)  # type: ignore[arg-type]
         for parameter in trainer.parameters:
             if parameter.grad is not None:
                 parameter.grad.fill_(torch.inf)

@@ -7,6 +7,7 @@ import torch
 from tiny_models import sequence, tiny_model, wrap
 
 from repbend_fast.config.schema import MemoryConfig
+from repbend_fast.memory.levers import Levers, levers_of
 from repbend_fast.pieces import make_piece, split
 from repbend_fast.step import StreamRunner
 
@@ -64,21 +65,21 @@ def test_no_rows() -> None:
 
 def test_layout_and_checkpointing_follow_the_settings() -> None:
     model = wrap(tiny_model())
-    runner = StreamRunner(model, MemoryConfig())
-    assert (runner.layout, runner.checkpoint_blocks) == ("packed", 0)
-    runner = StreamRunner(model, MemoryConfig(packing="off", checkpoint_blocks="all"))
-    assert (runner.layout, runner.checkpoint_blocks) == ("padded", 4)
-    assert StreamRunner(model, MemoryConfig(packing="on"), uses_head=False).head is None
+    runner = StreamRunner(model, levers_of(MemoryConfig(), model))
+    assert (runner.layout, runner.levers.checkpoint_blocks) == ("packed", 0)
+    runner = StreamRunner(model, levers_of(MemoryConfig(packing="off", checkpoint_blocks="all"), model))
+    assert (runner.layout, runner.levers.checkpoint_blocks) == ("padded", 4)
+    assert StreamRunner(model, Levers(packing="on"), uses_head=False).head is None
 
 
 def test_head_chunks_reach_the_op(monkeypatch) -> None:
-    from repbend_fast import step
     from repbend_fast.objectives import HeadKL, Stream
+    from repbend_fast.step import adapted
 
     seen: list[int | None] = []
-    real = step.linear_kl_div
-    monkeypatch.setattr(step, "linear_kl_div", lambda *args, **kwargs: (seen.append(kwargs["chunk_rows"]), real(*args, **kwargs))[1])
+    real = adapted.linear_kl_div
+    monkeypatch.setattr(adapted, "linear_kl_div", lambda *args, **kwargs: (seen.append(kwargs["chunk_rows"]), real(*args, **kwargs))[1])
     stream = Stream("retain", SEQUENCES[:1], head=HeadKL("kl", ((0, 5),), 1.0, 1.0, 2.0))
     for rows in (3, None):
-        StreamRunner(wrap(tiny_model()), MemoryConfig(kl_chunk_rows=rows)).measure(stream)
+        StreamRunner(wrap(tiny_model()), Levers(kl_chunk_rows=rows)).measure(stream)
     assert seen == [3, None]

@@ -11,6 +11,7 @@ from tiny_models import BLOCKS, FAMILIES, LAYOUTS, adapted_model, objective_conf
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig, ModelConfig
 from repbend_fast.data.records import Batch
+from repbend_fast.memory.levers import Levers
 from repbend_fast.models import load_model, quantize_nf4
 from repbend_fast.step import StreamRunner
 
@@ -92,9 +93,9 @@ def test_autocast_starts_at_zero() -> None:
     from repbend_fast.objectives import build_objective
 
     model = adapted_model(lora=DROPOUT, trained=False)
-    runner = StreamRunner(model, MemoryConfig(), autocast=torch.bfloat16)
+    runner = StreamRunner(model, Levers(packing="on"), autocast=torch.bfloat16)
     streams = build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)
-    _assert_zero({stream.name: runner.backward(stream) for stream in streams})
+    _assert_zero({stream.name: runner.backward(stream, dropout_seed=0) for stream in streams})
 
 
 def test_a_trained_adapter_has_distances(starts) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig, ObjectiveConfig
 from repbend_fast.data.records import Batch, PairSequence, Sequence
+from repbend_fast.memory.levers import levers_of
 from repbend_fast.models import attach_lora, find_decoder
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamResult, StreamRunner
@@ -127,14 +128,19 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def run_step(
-    model: Any, config: ObjectiveConfig, batch: Batch | None = None, memory: MemoryConfig | None = None, only: str | None = None
+    model: Any,
+    config: ObjectiveConfig,
+    batch: Batch | None = None,
+    memory: MemoryConfig | None = None,
+    only: str | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, StreamResult], dict[str, Tensor]]:
     """One step's results by stream, and the gradients it leaves; ``only`` runs one stream."""
     model.zero_grad(set_to_none=True)
     objective = build_objective(config, find_decoder(model).num_blocks)
-    runner = StreamRunner(model, memory or MemoryConfig(), uses_head=objective.uses_head)
+    runner = StreamRunner(model, levers_of(memory or MemoryConfig(), model), uses_head=objective.uses_head)
     streams = [s for s in objective.streams(batch or ragged_batch(), 0) if only in (None, s.name)]
-    results = {stream.name: runner.backward(stream) for stream in streams}
+    results = {stream.name: runner.backward(stream, dropout_seed=seed) for stream in streams}
     return results, gradients(model)
 
 

@@ -1,0 +1,7 @@
+"""The training step of one stream: reference pass, tapped adapted pass, backward, in pieces that memory allows."""
+
+from repbend_fast.step.keys import dropout_seed
+from repbend_fast.step.meter import StreamResult
+from repbend_fast.step.runner import StreamRunner
+
+__all__ = ["StreamResult", "StreamRunner", "dropout_seed"]

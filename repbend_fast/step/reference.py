@@ -1,0 +1,83 @@
+"""The reference pass: trained adapter off, no gradient, and only the rows kept that a term compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from repbend_fast.models.adapters import reference_model
+from repbend_fast.models.decoder import run_decoder
+from repbend_fast.objectives.base import Distance, Stream
+from repbend_fast.pieces import Layout, Piece, make_piece
+from repbend_fast.step.parts import ModelParts
+
+
+@dataclass
+class ReferenceRows:
+    """Rows of a piece kept from the reference pass: per (number of the distance, hidden state), and for the head."""
+
+    distances: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    head: Tensor | None = None
+
+
+def reference_pass(parts: ModelParts, stream: Stream, piece: Piece, layout: Layout) -> ReferenceRows:
+    """Rows [R, D] of each distance at each of its hidden states, and of the head term."""
+    kept = ReferenceRows()
+    if not stream.distances and stream.head is None:
+        return kept
+    rows = [piece.rows(term.spans) for term in stream.distances]
+    last = parts.decoder.num_blocks
+
+    def visit(layer: int, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        for i, term in enumerate(stream.distances):
+            if layer in term.layers:
+                kept.distances[i, layer] = flat[rows[i]]
+        if stream.head and layer == last:
+            kept.head = flat[piece.rows(stream.head.spans)]
+        return hidden
+
+    # Only rows that a distance or the head compares are needed, so a stream may stop before its pairwise layers.
+    stop = last if stream.head else max(layer for term in stream.distances for layer in term.layers)
+    with reference_model(parts.model), parts.autocasting():
+        run_decoder(parts.decoder, piece.input_ids, position_ids=piece.position_ids, stop=stop, visit=visit)
+        for i, term in enumerate(stream.distances):
+            if term.against is not None:
+                _replace_against(parts, term, i, stream, piece, layout, kept)
+    return kept
+
+
+def _replace_against(
+    parts: ModelParts, term: Distance, number: int, stream: Stream, piece: Piece, layout: Layout, kept: ReferenceRows
+) -> None:
+    """Take reference rows after the shared prompt from the other answer.
+
+    Rows of the prompt itself are equal by causality and stay those of this piece's own pass: the same shapes give the
+    same bits, so their distance at B = 0 is exactly zero.
+    """
+    assert term.against is not None
+    others, theirs, target = [], [], []
+    position = 0
+    for member in piece.members:
+        start, stop = term.spans[member]
+        other = term.against[member]
+        if other is not None:
+            first = max(start, stream.sequences[member].prompt_length)
+            if first < stop:
+                others.append(other)
+                theirs.append((first, stop))
+                target.append(torch.arange(position + first - start, position + stop - start))
+        position += stop - start
+    if not others:
+        return
+    other_piece = make_piece(tuple(others), tuple(range(len(others))), layout, parts.device)
+    source, into = other_piece.rows(tuple(theirs)), torch.cat(target).to(parts.device)
+
+    def visit(layer: int, hidden: Tensor) -> Tensor:
+        if layer in term.layers:
+            kept.distances[number, layer][into] = hidden.reshape(-1, hidden.shape[-1])[source]
+        return hidden
+
+    run_decoder(parts.decoder, other_piece.input_ids, position_ids=other_piece.position_ids, stop=max(term.layers), visit=visit)
