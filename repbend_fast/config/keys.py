@@ -12,21 +12,27 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
+from repbend_fast.config.objectives import ObjectiveSection, section_of
 from repbend_fast.config.published import NAMES
 from repbend_fast.config.schema import Config, Section
 from repbend_fast.config.yaml_text import Key
 from repbend_fast.errors import UserError
 
-_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+DEFAULT_OBJECTIVE = "repbend"
+_WORDS = {Any: "any value", int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a key leads in the schema: its path, its annotation with constraints, and the section that follows if it is one."""
+    """Where a key leads in the schema: its path, its annotation with constraints, and the section that follows if it is one.
+
+    ``objective`` is the name of the objective in force, which decides the keys of its section.
+    """
 
     path: Key
     annotation: Any
     metadata: tuple[Any, ...] = ()
+    objective: str = DEFAULT_OBJECTIVE
 
     @property
     def name(self) -> str:
@@ -35,8 +41,11 @@ class Place:
 
     @property
     def section(self) -> type[Section] | None:
-        """The section class, for a section and for an optional one."""
-        return next((arm for arm in arms(self.annotation) if isinstance(arm, type) and issubclass(arm, Section)), None)
+        """The section class, for a section, an optional one, and the one of the objective in force."""
+        found = [arm for arm in arms(self.annotation) if isinstance(arm, type) and issubclass(arm, Section)]
+        if len(found) > 1 and issubclass(found[0], ObjectiveSection):
+            return section_of(self.objective) or found[0]
+        return found[0] if found else None
 
     @property
     def items(self) -> type[Section] | None:
@@ -52,8 +61,10 @@ class Place:
         """Whether any text is allowed, so that an override is taken as it is written."""
         return str in arms(self.annotation)
 
-
-ROOT = Place((), Config)
+    @property
+    def is_open(self) -> bool:
+        """Whether keys that no schema knows are allowed below."""
+        return any(get_origin(arm) is dict and get_args(arm)[1] is Any for arm in arms(self.annotation))
 
 
 def arms(annotation: Any) -> tuple[Any, ...]:
@@ -68,14 +79,16 @@ def arms(annotation: Any) -> tuple[Any, ...]:
 def child(place: Place, part: str | int) -> Place | None:
     """The place one step further, or None where the schema has no such key."""
     if isinstance(part, int):
-        return None if place.items is None else Place((*place.path, part), place.items)
+        return None if place.items is None else Place((*place.path, part), place.items, (), place.objective)
+    if place.is_open:
+        return Place((*place.path, part), Any, (), place.objective)
     field: FieldInfo | None = None if place.section is None else place.section.model_fields.get(part)
-    return None if field is None else Place((*place.path, part), field.annotation, tuple(field.metadata))
+    return None if field is None else Place((*place.path, part), field.annotation, tuple(field.metadata), place.objective)
 
 
-def locate(path: Key) -> Place:
+def locate(path: Key, objective: str = DEFAULT_OBJECTIVE) -> Place:
     """The deepest place of the schema on ``path``: further parts belong to its value."""
-    place = ROOT
+    place = Place((), Config, (), objective)
     for part in path:
         following = child(place, part)
         if following is None:
@@ -90,8 +103,8 @@ def children(section: type[Section]) -> list[str]:
 
 
 @cache
-def all_keys() -> tuple[str, ...]:
-    """Every dotted key, sections included."""
+def all_keys(objective: str = DEFAULT_OBJECTIVE) -> tuple[str, ...]:
+    """Every dotted key with this objective in force, sections included."""
 
     def walk(place: Place) -> Iterator[str]:
         for key in children(place.section) if place.section else ():
@@ -100,26 +113,27 @@ def all_keys() -> tuple[str, ...]:
                 yield following.name
                 yield from walk(following)
 
-    return tuple(walk(ROOT))
+    return tuple(walk(locate((), objective)))
 
 
-def full_name(name: str) -> str:
+def full_name(name: str, objective: str = DEFAULT_OBJECTIVE) -> str:
     """The dotted key that a bare one means.
 
     Raises:
         UserError: several keys end so, or none does.
     """
-    matches = [key for key in all_keys() if key.rpartition(".")[2] == name]
+    matches = [key for key in all_keys(objective) if key.rpartition(".")[2] == name]
     if len(matches) > 1:
         raise UserError(f"{name} is ambiguous; write one of {', '.join(matches)}")
     if not matches:
-        raise UserError(f"unknown key {name}{suggestion(name)}")
+        raise UserError(f"unknown key {name}{suggestion(name, objective=objective)}")
     return matches[0]
 
 
-def suggestion(name: str, among: list[str] | None = None) -> str:
+def suggestion(name: str, among: list[str] | None = None, *, objective: str = DEFAULT_OBJECTIVE) -> str:
     """``; did you mean …?`` or where to look instead."""
-    known = among if among is not None else [*all_keys(), *(key.rpartition(".")[2] for key in all_keys()), *NAMES]
+    keys = all_keys(objective)
+    known = among if among is not None else [*keys, *(key.rpartition(".")[2] for key in keys), *NAMES]
     lower = {key.lower(): key for key in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     if close:
@@ -151,6 +165,10 @@ def _describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         least = next((m.min_length for m in metadata if isinstance(m, MinLen)), 0)
         items = "sources" if isinstance(inner[0], type) and issubclass(inner[0], Section) else f"values, each {_describe(inner[0])}"
         return f"a list of {items}" + (f", at least {least}" if least else "")
+    if origin is dict and annotation != dict[str, Any]:
+        return f"a mapping of {_describe(inner[0])} to {_describe(inner[1])}"
+    if origin is dict:
+        return "a mapping"
     if origin is tuple:
         return f"a list of {len(inner)} values, each {_describe(inner[0])}"
     return " ".join([_WORDS.get(annotation, str(annotation)), *_range(metadata)])

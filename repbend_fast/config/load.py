@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from repbend_fast.config import published
-from repbend_fast.config.keys import Place, child, children, full_name, locate, suggestion
+from repbend_fast.config.keys import DEFAULT_OBJECTIVE, Place, child, children, full_name, locate, suggestion
 from repbend_fast.config.messages import Origin, explain, show
 from repbend_fast.config.overrides import Override, parse_overrides
 from repbend_fast.config.recipes import find_recipe
@@ -48,7 +48,7 @@ def load_config(recipe: str, overrides: Sequence[str] = (), *, note: Note = prin
     try:
         return Config.model_validate(settings.tree)
     except ValidationError as error:
-        raise UserError(explain(error, settings.origins, name)) from None
+        raise UserError(explain(error, settings.origins, name, settings.objective)) from None
 
 
 def resolved_yaml(config: Config) -> str:
@@ -64,6 +64,16 @@ class _Settings:
         self.origins: dict[Key, Origin] = {}
         self._note = note
         self._seen: dict[Key, Origin] = {}
+
+    @property
+    def objective(self) -> str:
+        """Name of the objective in force so far, which decides the keys of its section."""
+        section = self.tree.get("objective")
+        name = section.get("name", DEFAULT_OBJECTIVE) if isinstance(section, dict) else DEFAULT_OBJECTIVE
+        return name if isinstance(name, str) else DEFAULT_OBJECTIVE
+
+    def _locate(self, path: Key) -> Place:
+        return locate(path, self.objective)
 
     def add_file(self, path: Path, name: str, parents: tuple[Path, ...]) -> None:
         """A recipe on top of its ``base``."""
@@ -82,35 +92,35 @@ class _Settings:
     def add_overrides(self, overrides: list[Override]) -> None:
         """Settings from the command line."""
         self._seen = {}
-        for override in overrides:
+        # The objective's name decides what the other keys mean.
+        for override in sorted(overrides, key=lambda o: o.name != "objective.name"):
             origin = Origin(override.spelled)
-            name = published.RENAMED.get(override.name, override.name)
+            name = published.renamed(self.objective).get(override.name, override.name)
             try:
                 value = parse_value(override.text)
             except yaml.YAMLError:
                 value = override.text
-            if name in published.NAMES:
+            if name in published.names(self.objective):
                 self._add_published((), name, value, origin)
                 continue
             path = self._path(name, origin)
             # `#x` alone is a comment to YAML, and text here.
-            if locate(path).is_text and (value is not None or override.text.startswith("#")):
+            if self._locate(path).is_text and (value is not None or override.text.startswith("#")):
                 value = override.text
             self._add(path, value, origin)
 
     def _add_mapping(self, path: Key, values: dict[str, Any], origin_of: Callable[[Key], Origin]) -> None:
-        place = locate(path)
-        for key, value in values.items():
+        for key, value in _name_first(path, values).items():
             here = (*path, key)
-            if child(place, key) is not None:
+            if child(self._locate(path), key) is not None:
                 self._add(here, value, origin_of(here), origin_of)
             else:
                 self._add_by_name(path, key, value, origin_of(here))
 
     def _add_by_name(self, path: Key, key: str, value: Any, origin: Origin) -> None:
         """A key of a file that is none of its section's: a published name or, at the top, a bare or dotted one."""
-        place = locate(path)
-        if key in published.NAMES and (not path or _leads_into(path, key)):
+        place = self._locate(path)
+        if key in published.names(self.objective) and (not path or self._leads_into(path, key)):
             self._add_published(path, key, value, origin)
         elif not path:
             self._add(self._path(key, origin), value, origin)
@@ -120,7 +130,7 @@ class _Settings:
 
     def _add_published(self, path: Key, name: str, value: Any, origin: Origin) -> None:
         try:
-            translation = published.translate(name, value)
+            translation = published.translate(name, value, self.objective)
         except published.Refused as refused:
             raise UserError(f"{origin.prefix}{origin.spelled}={show(value)}: must be {refused}") from None
         for text in translation.notes:
@@ -131,15 +141,15 @@ class _Settings:
     def _path(self, name: str, origin: Origin) -> Key:
         """The schema path of a dotted or bare key, list items resolved against what is there."""
         try:
-            name = name if "." in name else full_name(name)
+            name = name if "." in name else full_name(name, self.objective)
         except UserError as error:
             raise UserError(f"{origin.prefix}{error}") from None
-        place: Place = locate(())
+        place: Place = self._locate(())
         for part in name.split("."):
             following = child(place, self._index(place, part, origin) if place.items is not None else part)
             if following is None:
-                if place.section and part in published.RENAMED and _leads_into(place.path, part):
-                    return tuple(published.RENAMED[part].split("."))
+                if place.section and part in published.renamed(self.objective) and self._leads_into(place.path, part):
+                    return tuple(published.renamed(self.objective)[part].split("."))
                 known = children(place.section) if place.section else None
                 raise UserError(f"{origin.prefix}unknown key {name}{suggestion(part, known)}")
             place = following
@@ -160,13 +170,15 @@ class _Settings:
         raise UserError(f"{origin.prefix}{origin.spelled}: {place.name} has no single item {part}; its items are {there}")
 
     def _add(self, path: Key, value: Any, origin: Origin, origin_of: Callable[[Key], Origin] | None = None) -> None:
-        place = locate(path)
+        place = self._locate(path)
         if place.section is not None and isinstance(value, dict):
             self._add_mapping(path, value, origin_of or (lambda key: Origin(_dotted(key), origin.where)))
             return
         if path in self._seen:
             raise UserError(f"{origin.prefix}{origin.spelled} sets {_dotted(path)} a second time (first: {_where(self._seen[path])})")
         self._seen[path] = origin
+        if path == ("objective", "name") and value != self.objective:
+            self._forget_objective()
         self._put(path, _normal(place, value))
         for old in [key for key in self.origins if key[: len(path)] == path]:
             del self.origins[old]
@@ -174,6 +186,17 @@ class _Settings:
         if origin_of is not None and isinstance(value, list):
             for inner in _inner_keys(path, value):
                 self.origins[inner] = origin_of(inner)
+
+    def _forget_objective(self) -> None:
+        """Drop what an earlier file set for another objective: its keys mean nothing to the new one."""
+        self.tree.pop("objective", None)
+        for old in [key for key in self.origins if key[:1] == ("objective",)]:
+            del self.origins[old]
+
+    def _leads_into(self, path: Key, name: str) -> bool:
+        """Whether a published name sets something inside the section at ``path``."""
+        target = published.renamed(self.objective).get(name) or published.SECTION_OF.get(name, "")
+        return target.split(".")[: len(path)] == list(path)
 
     def _put(self, path: Key, value: Any) -> None:
         node: Any = self.tree
@@ -202,10 +225,9 @@ def _home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
-def _leads_into(path: Key, name: str) -> bool:
-    """Whether a published name sets something inside the section at ``path``."""
-    target = published.RENAMED.get(name) or published.SECTION_OF.get(name, "")
-    return target.split(".")[: len(path)] == list(path)
+def _name_first(path: Key, values: dict[str, Any]) -> dict[str, Any]:
+    """The section ``objective`` with its name first, which decides what the other keys mean."""
+    return {"name": values["name"], **values} if path == ("objective",) and "name" in values else values
 
 
 def _inner_keys(path: Key, value: Any) -> Iterator[Key]:

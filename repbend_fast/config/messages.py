@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from repbend_fast.config.keys import Place, allowed, children, locate, suggestion
+from repbend_fast.config.keys import DEFAULT_OBJECTIVE, Place, allowed, children, locate, suggestion
+from repbend_fast.config.objectives import CUSTOM, SECTIONS
 from repbend_fast.config.yaml_text import Key
 
 
@@ -32,21 +33,29 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def explain(error: ValidationError, origins: Mapping[Key, Origin], name: str) -> str:
+def explain(error: ValidationError, origins: Mapping[Key, Origin], name: str, objective: str = DEFAULT_OBJECTIVE) -> str:
     """The first error of a validation, with the place where the value was written and what is allowed.
 
     Args:
         error: What pydantic raised for the whole configuration.
         origins: Where values were written, by path.
         name: The recipe, for a key that is written nowhere.
+        objective: Name of the objective in force.
     """
-    found = error.errors(include_url=False)
+    found: list[Any] = [{**e, "loc": _untagged(e["loc"])} for e in error.errors(include_url=False)]
     # A misspelt key explains a missing one, never the other way round.
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     kind, path, value = first["type"], tuple(first["loc"]), first["input"]
+    if kind.startswith("union_tag"):
+        path, value = ("objective", "name"), value.get("name") if isinstance(value, dict) else value
+        spelled = _origin(origins, path) or Origin("objective.name", name)
+        near = suggestion(value, list(SECTIONS)) if isinstance(value, str) else ""
+        return f"{spelled.prefix}{spelled.spelled}={show(value)}: must be one of {', '.join(SECTIONS)}, or module:Class of your own" + (
+            near if "did you mean" in near else ""
+        )
     if kind == "value_error" and not path:
         return f"{name}: {_reason(first)}"
-    place = locate(path)
+    place = locate(path, objective)
     if kind == "extra_forbidden":
         origin = _origin(origins, path) or Origin(str(path[-1]), name)
         known = children(place.section) if place.section else []
@@ -54,6 +63,11 @@ def explain(error: ValidationError, origins: Mapping[Key, Origin], name: str) ->
     if kind == "missing" and path == place.path:
         return f"{name}: {place.name} is missing; it must be {allowed(place)}"
     return _wrong_value(place, _whole_value(place, path, value, found), _origin(origins, path), name, first)
+
+
+def _untagged(path: tuple[int | str, ...]) -> Key:
+    """pydantic puts the objective's name between the section and its keys."""
+    return (path[0], *path[2:]) if len(path) > 1 and path[0] == "objective" and path[1] in (*SECTIONS, CUSTOM) else path
 
 
 def _wrong_value(place: Place, value: Any, origin: Origin | None, name: str, error: Any) -> str:

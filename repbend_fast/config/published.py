@@ -52,6 +52,21 @@ RENAMED: dict[str, str] = {
     "dataset_split": "data.sources.wildguardmix.subset",
 }
 
+# The same script names the other methods' settings with the same letters.
+RENAMED_FOR: dict[str, dict[str, str]] = {
+    "circuit_breaker": {"alpha": "objective.coefficient", "loss_alpha": "objective.coefficient"},
+    "rmu": {"alpha": "objective.retain", "loss_alpha": "objective.retain", "steering_coeff": "objective.coefficient"},
+    "npo": {
+        "alpha": "objective.retain_nll",
+        "loss_alpha": "objective.retain_nll",
+        "beta": "objective.beta",
+        "loss_beta": "objective.beta",
+        "gamma": "objective.retain_kl",
+        "loss_gamma": "objective.retain_kl",
+    },
+    "crl": {"loss_margin_p": "objective.safe_margin", "loss_margin_n": "objective.unsafe_margin"},
+}
+
 _REPORTS = "metrics are written to metrics.jsonl of the run"
 _STEPS = "the length of a run is training.steps"
 _VALIDATES = "held-out checks are set by validation.every"
@@ -184,18 +199,28 @@ SECTION_OF: dict[str, str] = {
     "gradient_checkpointing": "memory",
 }
 
-NAMES = frozenset(RENAMED) | frozenset(IGNORED) | frozenset(FIXED) | frozenset(TRANSLATED)
+NAMES = frozenset(RENAMED).union(*RENAMED_FOR.values()) | frozenset(IGNORED) | frozenset(FIXED) | frozenset(TRANSLATED)
 
 
-def translate(name: str, value: Any) -> Translation:
+def renamed(objective: str) -> dict[str, str]:
+    """Published names that are keys here under another name, with this objective in force."""
+    return RENAMED | RENAMED_FOR.get(objective, {})
+
+
+def names(objective: str) -> frozenset[str]:
+    """Published names that are understood with this objective in force."""
+    return frozenset(renamed(objective)) | frozenset(IGNORED) | frozenset(FIXED) | frozenset(TRANSLATED)
+
+
+def translate(name: str, value: Any, objective: str = "repbend") -> Translation:
     """What the published argument ``name`` with ``value`` sets here.
 
     Raises:
         Refused: the value cannot be carried over; the text says what is allowed.
-        KeyError: the name is not a published one.
+        KeyError: the name is none of ``names(objective)``.
     """
-    if name in RENAMED:
-        return Translation([(RENAMED[name], value)])
+    if name in renamed(objective):
+        return Translation([(renamed(objective)[name], value)])
     if name in TRANSLATED:
         return TRANSLATED[name](value)
     if name in IGNORED:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from repbend_fast.config.objectives import AnyObjective, ObjectiveConfig
+from repbend_fast.config.objectives import AnyObjective, ObjectiveConfig, RMUConfig
 from repbend_fast.config.section import NonNegative, Positive, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -42,15 +42,9 @@ class LoraSection(Section):
     r: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: Annotated[list[str], Field(min_length=1)] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ]
+    target_modules: Annotated[list[str], Field(min_length=1)] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], description="Linear layers that get LoRA."
+    )
     blocks: list[NonNegative] | Literal["to_window"] = Field(
         "to_window", description="Decoder blocks that get LoRA. `to_window` = 0 … max(window), the published `transform_layers: -1`."
     )
@@ -188,6 +182,17 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_lora(cls, values: Any) -> Any:
+        """RMU trains few matrices: LoRA goes on them unless the settings say otherwise."""
+        objective = values.get("objective") if isinstance(values, dict) else None
+        lora = values.get("lora", {}) if isinstance(values, dict) else None
+        if not isinstance(objective, dict) or objective.get("name") != "rmu" or not isinstance(lora, dict):
+            return values
+        layer = objective.get("layer", RMUConfig().layer)
+        return {**values, "lora": RMUConfig.trained_modules(layer) | lora} if type(layer) is int and layer > 0 else values
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:

@@ -1,10 +1,11 @@
-"""What an objective says: which streams, rows, layers, distances and weights. How they are computed is ``step.py``'s business.
+"""What an objective says: which streams, rows, layers, distances and weights. How they are computed is ``step``'s business.
 
 The total loss is a sum over streams, so each stream is run and differentiated on its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,11 +16,20 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Direction:
+    """A fixed row c·u: u drawn from U[0, 1)^D with ``seed`` and normalised, c = ``length``."""
+
+    seed: int
+    length: float
+
+
+@dataclass(frozen=True)
 class Distance:
     """``weight × Σ_layers Σ_rows distance(h, r) / denominator``, the rows being ``spans`` of the stream's sequences.
 
     ``r`` is the same row with the trained adapter off. Where ``against[i]`` is a sequence, rows after the prompt they share
-    are compared with that sequence's row at the same position instead.
+    are compared with that sequence's row at the same position instead. With a ``target`` it is r for every row, and no
+    reference is run for the term.
     """
 
     name: str
@@ -29,6 +39,7 @@ class Distance:
     denominator: float
     kind: str = "l2"
     against: tuple[Sequence | None, ...] | None = None
+    target: Direction | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,42 @@ class PairwiseCosine:
     layers: tuple[int, ...]
     positions: tuple[int, ...]
     weight: float
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """One half of :class:`Triplets`: ``weight × Σ_layers Σ_rows relu(triplet + margin) / denominator``."""
+
+    name: str
+    layers: tuple[int, ...]
+    spans: tuple[Span, ...]
+    weight: float
+    denominator: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Triplets around m_l, the mean over the ``unsafe`` rows of adapted hidden state l, which is differentiated through.
+
+        safe     relu(‖h − r‖ − d(h, m_l) + margin)
+        unsafe   relu(d(h, m_l) − d(h, r) + margin)          d = 1 − cos
+
+    ``unsafe.spans`` are the rows of m_l at every layer of either half, also where ``unsafe`` itself has no weight.
+    """
+
+    safe: Triplet
+    unsafe: Triplet
+
+    @property
+    def halves(self) -> tuple[Triplet, Triplet]:
+        """Safe, unsafe."""
+        return self.safe, self.unsafe
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Hidden states of either half, in order."""
+        return tuple(sorted({*self.safe.layers, *self.unsafe.layers}))
 
 
 @dataclass(frozen=True)
@@ -53,6 +100,21 @@ class HeadKL:
 
 
 @dataclass(frozen=True)
+class AnswerLoss:
+    """Negative log-likelihood of the tokens that follow the rows ``spans``: NLL_i = −Σ_rows log p(next token) of sequence i.
+
+    ``weight × Σ_i NLL_i / denominator``, or with ``beta`` negative preference,
+    ``weight × Σ_i −(2/β) log σ(β (NLL_i − NLL_ref,i)) / denominator``. Only the latter needs a reference.
+    """
+
+    name: str
+    spans: tuple[Span, ...]
+    weight: float
+    denominator: float
+    beta: float | None = None
+
+
+@dataclass(frozen=True)
 class Stream:
     """One batch with one role and the loss terms read from it."""
 
@@ -61,29 +123,86 @@ class Stream:
     distances: tuple[Distance, ...] = ()
     pairwise: PairwiseCosine | None = None
     head: HeadKL | None = None
+    triplets: Triplets | None = None
+    answers: AnswerLoss | None = None
     layers: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         needed = {layer for term in self.distances for layer in term.layers}
         if self.pairwise:
             needed.update(self.pairwise.layers)
+        if self.triplets:
+            needed.update(self.triplets.layers)
         object.__setattr__(self, "layers", tuple(sorted(needed)))
 
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each term in the total loss, by name."""
-        terms = (*self.distances, self.pairwise, self.head)
-        return {t.name: t.weight for t in terms if t is not None}
+        terms = (*self.distances, self.pairwise, self.head, *(self.triplets.halves if self.triplets else ()), self.answers)
+        return {t.name: t.weight for t in terms if t is not None and t.weight}
 
     def stop(self, num_blocks: int) -> int:
         """Last hidden state that the passes of this stream must reach."""
-        return num_blocks if self.head else max(self.layers)
+        return num_blocks if self.head or self.answers else max(self.layers)
+
+    def reference_stop(self, num_blocks: int) -> int:
+        """Last hidden state that a term compares with the adapter off; 0 where none does, and no reference pass runs."""
+        if self.head or (self.answers and self.answers.beta is not None):
+            return num_blocks
+        compared = [max(term.layers) for term in self.distances if term.target is None]
+        return max((*compared, *(self.triplets.layers if self.triplets else ())), default=0)
 
 
 class Objective(Protocol):
-    """An objective turns a batch into streams. ``step`` counts from 0, for scheduled weights."""
+    """An objective turns a batch into streams. ``step`` counts from 0, for scheduled weights.
+
+    ``roles``: the records that a batch must hold. ``uses_head``: whether a term reads logits. ``last_state``: the last hidden
+    state that the adapter has to reach.
+    """
 
     roles: tuple[Role, ...]
     uses_head: bool
+    last_state: int
 
     def streams(self, batch: Batch, step: int) -> list[Stream]: ...
+
+    def probes(self, batch: Batch) -> list[Stream]:
+        """Streams of l2 distances alone, of which the guard reports the means: what is bent first, what is kept second."""
+        ...
+
+
+def forget_sequences(batch: Batch) -> tuple[Sequence, ...]:
+    """What the methods with a forget set forget: the unsafe conversations, and the unsafe halves of the pairs."""
+    return (*batch.unsafe, *(pair.unsafe for pair in batch.pairs))
+
+
+def all_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
+    """Every position."""
+    return tuple((0, len(s)) for s in sequences)
+
+
+def answer_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
+    """The positions of the answers."""
+    return tuple((s.prompt_length, len(s)) for s in sequences)
+
+
+def predicting_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
+    """The positions whose logits predict the answers' tokens; in a conversation without a prompt every token but the first."""
+    return tuple((max(s.prompt_length - 1, 0), max(len(s) - 1, 0)) for s in sequences)
+
+
+def count(spans: tuple[Span, ...]) -> int:
+    """Rows in all, at least 1, to divide by."""
+    return max(1, sum(stop - start for start, stop in spans))
+
+
+def padded_count(sequences: tuple[Sequence, ...], length: int | None) -> int:
+    """Positions of a batch padded to ``length``, or to its longest sequence: what a mean over padding divides by."""
+    return max(1, len(sequences) * max([length or 0, *(len(s) for s in sequences)]))
+
+
+def l2_probe(name: str, sequences: tuple[Sequence, ...], layers: tuple[int, ...]) -> Iterator[Stream]:
+    """A stream of mean l2 distances over the answers' rows, where there are any sequences."""
+    if sequences:
+        spans = answer_rows(sequences)
+        yield Stream(name, sequences, (Distance(name, layers, spans, 1.0, count(spans) * len(layers)),))

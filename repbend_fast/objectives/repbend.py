@@ -8,7 +8,9 @@ last prompt tokens of the unsafe stream. K: T²-scaled KL on the retain stream. 
 
 from __future__ import annotations
 
-from repbend_fast.config.schema import ObjectiveConfig
+from dataclasses import replace
+
+from repbend_fast.config.objectives import ObjectiveConfig
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Distance, HeadKL, PairwiseCosine, Span, Stream
@@ -43,7 +45,10 @@ def required_roles(config: ObjectiveConfig) -> tuple[Role, ...]:
 class RepBend:
     """RepBend's streams for one model. ``num_blocks`` decoder blocks give hidden states 0 … num_blocks."""
 
-    def __init__(self, config: ObjectiveConfig, num_blocks: int) -> None:
+    required_roles = staticmethod(required_roles)
+
+    def __init__(self, config: ObjectiveConfig, num_blocks: int, steps: int | None = None) -> None:
+        del steps  # the weights are constant
         if max(config.window) > num_blocks:
             raise UserError(
                 f"objective.window_start={config.window_start}, window_size={config.window_size}: the window ends at hidden state "
@@ -53,11 +58,16 @@ class RepBend:
         self.num_blocks = num_blocks
         self.roles = required_roles(config)
         self.uses_head = config.kl > 0
+        self.last_state = max(config.window)
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
-        del step  # RepBend's weights are constant
+        del step
         candidates = (self._safe(batch), self._unsafe(batch), self._retain(batch))
         return [s for s in candidates if s is not None]
+
+    def probes(self, batch: Batch) -> list[Stream]:
+        streams = [s for s in (self._unsafe(batch), self._safe(batch)) if s is not None and s.sequences and s.distances]
+        return [replace(s, distances=s.distances[:1], pairwise=None) for s in streams]
 
     def _safe(self, batch: Batch) -> Stream | None:
         config = self.config

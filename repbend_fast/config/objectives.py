@@ -1,0 +1,198 @@
+"""The section ``objective``, one class per method; ``objective.name`` says which. The maths is in docs/objectives.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from repbend_fast.config.section import AboveZero, NonNegative, Positive, Section, Weight
+
+
+def _published_mode(value: Any) -> Any:
+    return "prompt_" + value.removeprefix("request_") if isinstance(value, str) and value.startswith("request_") else value
+
+
+# The published code says `request_…` where its README says `prompt_…`.
+LossMode = Annotated[Literal["prompt_last", "prompt_all", "prompt_response", "response_all"], BeforeValidator(_published_mode)]
+Quirks = Annotated[bool, Field(description="Reproduce slips of the published code (docs/objectives.md).")]
+PaddedLength = Annotated[
+    Positive | None, Field(description="With published_quirks: the length that every sequence is counted as; none = the batch's longest.")
+]
+
+
+class ObjectiveSection(Section):
+    """What the rest of the program asks any objective's settings."""
+
+    name: str
+
+    @property
+    def last_state(self) -> int | None:
+        """The last hidden state that LoRA has to reach; None = the model's last."""
+        return None
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether a term reads pairs that unsafe records cannot stand in for."""
+        return False
+
+    def errors(self) -> Iterator[str]:
+        """Settings that are fine alone and impossible together, one line each."""
+        yield from ()
+
+
+class ObjectiveConfig(ObjectiveSection):
+    """RepBend: L = safe·S − unsafe·U + cosine·C + kl·K (+ pair·P), all weights ≥ 0."""
+
+    name: Literal["repbend"] = "repbend"
+    safe: Weight = 0.5
+    unsafe: Weight = 0.5
+    cosine: Weight = 0.1
+    kl: Weight = 0.3
+    pair: Weight = 0.0
+    window_start: NonNegative = Field(20, description="First hidden state of the window (0 is the embedding output).")
+    window_size: Positive = 11
+    alpha_mode: Literal["all", "target"] = "all"
+    loss_mode: LossMode = "response_all"
+    kl_reduction: Literal["sequence", "token"] = "sequence"
+    temperature: AboveZero = 2.0
+    pair_positions: Positive = 20
+    published_quirks: Quirks = False
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Hidden-state indices that the bending terms read."""
+        return tuple(range(self.window_start, self.window_start + self.window_size))
+
+    @property
+    def last_state(self) -> int | None:
+        return max(self.window)
+
+    @property
+    def needs_pairs(self) -> bool:
+        return self.pair > 0
+
+    def errors(self) -> Iterator[str]:
+        if max(self.window) == 0:
+            yield "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; choose a window beyond 0"
+        if self.cosine == 0 and self.pair == 0:
+            yield (
+                "objective.cosine=0 with objective.pair=0: the other terms have no gradient while LoRA is at its start, so nothing would "
+                "ever train; give one of the two a weight above 0"
+            )
+
+
+class CircuitBreakerConfig(ObjectiveSection):
+    """Circuit Breakers (representation rerouting): L = c_r·mean ‖h − r‖ on retain + c_f·mean relu(cos(h, r)) on forget."""
+
+    name: Literal["circuit_breaker"] = "circuit_breaker"
+    coefficient: AboveZero = Field(10.0, description="a of c_r = a·t/(2T) and c_f = a·(1 − t/(2T)); published: 10 Llama-3, 5 Mistral.")
+    layers: Annotated[list[Positive], Field(min_length=1)] = Field([10, 20], description="Hidden states that forget rows are rerouted at.")
+    schedule_steps: Positive | None = Field(None, description="T of the schedule; none = training.steps.")
+    published_quirks: Quirks = False
+    padded_length: PaddedLength = 1024
+
+    @property
+    def last_state(self) -> int | None:
+        return max(self.layers)
+
+
+class RMUConfig(ObjectiveSection):
+    """RMU: L = MSE(h(forget), c·u) + retain·MSE(h(retain), r(retain)) at one hidden state."""
+
+    name: Literal["rmu"] = "rmu"
+    layer: Positive = Field(8, description="Hidden state that is steered: 8 is the output of block 7.")
+    coefficient: AboveZero = Field(6.5, description="c, the length of the fixed random direction.")
+    retain: Weight = 1200.0
+    direction_seed: NonNegative = Field(42, description="Seed of the fixed random direction u.")
+    published_quirks: Quirks = False
+    padded_length: PaddedLength = None
+
+    @property
+    def last_state(self) -> int | None:
+        return self.layer
+
+    @staticmethod
+    def trained_modules(layer: int) -> dict[str, Any]:
+        """The published choice of what is trained, as settings of ``lora``: the last three blocks before the layer."""
+        return {"target_modules": ["down_proj"], "blocks": list(range(max(0, layer - 3), layer))}
+
+
+class NPOConfig(ObjectiveSection):
+    """NPO: L = −(2/β)·mean log σ(β(NLL − NLL_ref)) on forget (+ retain_nll·NLL + retain_kl·T²KL on retain)."""
+
+    name: Literal["npo"] = "npo"
+    beta: AboveZero = 0.1
+    retain_nll: Weight = 0.0
+    retain_kl: Weight = 0.0
+    temperature: AboveZero = 2.0
+    published_quirks: Quirks = False
+
+
+class CRLConfig(ObjectiveSection):
+    """CRL: triplets around the mean adapted unsafe state, safe·S + unsafe·U + kl·K."""
+
+    name: Literal["crl"] = "crl"
+    safe: Weight = 0.5
+    unsafe: Weight = 0.6
+    kl: Weight = 0.7
+    safe_margin: Weight = 2.0
+    unsafe_margin: Weight = 3.0
+    window_start: NonNegative = Field(20, description="First hidden state of the unsafe triplets' window.")
+    window_size: Positive = 11
+    alpha_mode: Literal["all", "target"] = Field("all", description="Hidden states of the safe triplets: all, or the window.")
+    loss_mode: Literal["prompt_response", "response_all"] = "response_all"
+    kl_reduction: Literal["sequence", "token"] = "sequence"
+    temperature: AboveZero = 2.0
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Hidden-state indices that the unsafe triplets read."""
+        return tuple(range(self.window_start, self.window_start + self.window_size))
+
+    @property
+    def last_state(self) -> int | None:
+        return max(self.window)
+
+    def errors(self) -> Iterator[str]:
+        if self.safe == 0 and self.unsafe == 0:
+            yield "objective.safe=0 with objective.unsafe=0: KL alone has no gradient while LoRA is at its start; give one a weight above 0"
+        if max(self.window) == 0:
+            yield "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; choose a window beyond 0"
+
+
+class CustomObjectiveConfig(ObjectiveSection):
+    """An objective of your own: ``name: package.module:Class``, its settings under ``settings``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    settings: dict[str, Any] = Field(default_factory=dict, description="Handed to the class as they are.")
+
+
+SECTIONS: dict[str, type[ObjectiveSection]] = {
+    section.model_fields["name"].default: section for section in (ObjectiveConfig, CircuitBreakerConfig, RMUConfig, NPOConfig, CRLConfig)
+}
+CUSTOM = "custom"
+
+
+def section_of(name: Any) -> type[ObjectiveSection] | None:
+    """The section of the objective ``name``, None for an unknown one."""
+    return CustomObjectiveConfig if isinstance(name, str) and ":" in name else SECTIONS.get(name) if isinstance(name, str) else None
+
+
+def _tag(value: Any) -> str | None:
+    name = value.get("name", "repbend") if isinstance(value, dict) else getattr(value, "name", None)
+    if not isinstance(name, str):
+        return None
+    return CUSTOM if ":" in name else name
+
+
+AnyObjective = Annotated[
+    Annotated[ObjectiveConfig, Tag("repbend")]
+    | Annotated[CircuitBreakerConfig, Tag("circuit_breaker")]
+    | Annotated[RMUConfig, Tag("rmu")]
+    | Annotated[NPOConfig, Tag("npo")]
+    | Annotated[CRLConfig, Tag("crl")]
+    | Annotated[CustomObjectiveConfig, Tag(CUSTOM)],
+    Discriminator(_tag),
+]

@@ -1,0 +1,49 @@
+"""RMU, representation misdirection for unlearning (Li et al., ICML 2024, arXiv 2403.03218).
+
+    L = MSE(h_ℓ(forget), c·u) + a·MSE(h_ℓ(retain), r_ℓ(retain))
+
+u is a fixed unit vector drawn from U[0, 1)^D. Both means run over all rows and the width; no pass goes beyond hidden state ℓ.
+"""
+
+from __future__ import annotations
+
+from repbend_fast.config.objectives import RMUConfig
+from repbend_fast.data.records import Batch, Role, Sequence
+from repbend_fast.objectives.base import Direction, Distance, Stream, all_rows, count, forget_sequences, l2_probe, padded_count
+from repbend_fast.objectives.checks import check_states
+
+
+class RMU:
+    """Streams ``forget`` (which needs no reference) and ``retain``."""
+
+    uses_head = False
+
+    def __init__(self, config: RMUConfig, num_blocks: int, steps: int | None = None) -> None:
+        del steps  # the weights are constant
+        check_states("objective.layer", [config.layer], num_blocks)
+        self.config = config
+        self.last_state = config.layer
+        self.roles = self.required_roles(config)
+
+    @staticmethod
+    def required_roles(config: RMUConfig) -> tuple[Role, ...]:
+        """The roles whose records the terms with a weight read."""
+        return ("unsafe", "pair", "retain") if config.retain else ("unsafe", "pair")
+
+    def streams(self, batch: Batch, step: int) -> list[Stream]:
+        del step
+        target = Direction(self.config.direction_seed, self.config.coefficient)
+        streams = [self._stream("forget", forget_sequences(batch), 1.0, target)]
+        if self.config.retain:
+            streams.append(self._stream("retain", batch.retain, self.config.retain, None))
+        return streams
+
+    def probes(self, batch: Batch) -> list[Stream]:
+        layers = (self.config.layer,)
+        return [*l2_probe("forget", forget_sequences(batch), layers), *l2_probe("retain", batch.retain, layers)]
+
+    def _stream(self, name: str, sequences: tuple[Sequence, ...], weight: float, target: Direction | None) -> Stream:
+        spans = all_rows(sequences)
+        rows = padded_count(sequences, self.config.padded_length) if self.config.published_quirks else count(spans)
+        term = Distance(name, (self.config.layer,), spans, weight, rows, kind="mse", target=target)
+        return Stream(name, sequences, (term,))
