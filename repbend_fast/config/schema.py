@@ -71,7 +71,7 @@ class DataConfig(Section):
     skip_bad_records: bool = False
     limit: Positive | None = Field(None, description="Cap per role over all sources, chosen by `training.seed`.")
     group_by_length: bool = Field(
-        False, description="Draw examples of similar length together: less padding where a micro-batch is padded; see docs/architecture.md."
+        False, description="Draw examples of similar length together: less padding where sequences are padded, less mixed micro-batches."
     )
 
 

@@ -49,7 +49,8 @@ def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> Ru
     if held and not validation.sources:
         notes.append(f"left to train on, without records that share a prompt with a held-out one: {_counts(records)}")
     roles = _available(records, wanted, config, notes)
-    sampler = BatchSampler(encode_records(records, encoder), config.training.examples, config.training.seed, roles)
+    training, grouped = config.training, config.data.group_by_length
+    sampler = BatchSampler(encode_records(records, encoder), training.examples, training.seed, roles, group_by_length=grouped)
     sequences = {role: list(encoded) for role, encoded in encode_records(held, encoder).items()}
     chat = [s for s in _evaluation_chat(config, encoder) or sequences.get("retain", []) if isinstance(s, Sequence)]
     # From here on training counts: held-out records do not belong into the run's report of truncated examples.

@@ -19,6 +19,8 @@ GIVEN_BY: dict[Role, str] = {
     "retain": "ultrachat, jsonl, demo",
 }
 Encoded = Sequence | PairSequence
+MEGABATCH = 50
+"""Micro-batches that are sorted by length together: more of them save little padding, fewer mix lengths."""
 
 
 class BatchSampler:
@@ -26,10 +28,22 @@ class BatchSampler:
 
     The order of a role depends on the seed, the role and the epoch alone, so adding a role changes no other. ``sets`` may be encoded
     lazily; a set that has ``fingerprint()`` is hashed through it, any other by its ids.
+
+    ``group_by_length`` draws a role's examples of similar length into the same micro-batch. An epoch still holds every example once,
+    and each is as likely to come early as late whatever its length; the order then depends on ``examples`` too. A set that has
+    ``lengths()`` is asked for them, so that lazily encoded records need not be encoded to be sorted.
+
     Raises ``UserError`` when a required role has no record.
     """
 
-    def __init__(self, sets: Mapping[Role, Seq[Encoded]], examples: int, seed: int, required_roles: Iterable[Role]) -> None:
+    def __init__(
+        self,
+        sets: Mapping[Role, Seq[Encoded]],
+        examples: int,
+        seed: int,
+        required_roles: Iterable[Role],
+        group_by_length: bool = False,
+    ) -> None:
         wanted = set(required_roles)
         self.roles: tuple[Role, ...] = tuple(r for r in ROLES if r in wanted)
         for role in self.roles:
@@ -38,6 +52,8 @@ class BatchSampler:
         self.sets = {role: sets[role] for role in self.roles}
         self.examples = examples
         self.seed = seed
+        self.group_by_length = group_by_length
+        self._lengths = {role: _set_lengths(of_role) for role, of_role in self.sets.items()} if group_by_length else {}
         self._place = dict.fromkeys(self.roles, (0, 0))
         self._orders: dict[Role, tuple[int, list[int]]] = {}
         self._fingerprint: str | None = None
@@ -50,13 +66,24 @@ class BatchSampler:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the place in every role's epochs, and what it belongs to."""
         places = {role: {"epoch": epoch, "position": position} for role, (epoch, position) in self._place.items()}
-        return {"seed": self.seed, "examples": self.examples, "fingerprint": self.fingerprint(), "places": places}
+        return {
+            "seed": self.seed,
+            "examples": self.examples,
+            "group_by_length": self.group_by_length,
+            "fingerprint": self.fingerprint(),
+            "places": places,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken. Raises ``UserError`` when data, tokenizer, seed, roles or batch size are not the same."""
-        for key, own in (("seed", self.seed), ("examples", self.examples)):
-            if state.get(key) != own:
-                raise UserError(f"cannot resume: training.{key}={own}, but the checkpoint was written with {state.get(key)}; set it back")
+        for section, key, own in (
+            ("training", "seed", self.seed),
+            ("training", "examples", self.examples),
+            ("data", "group_by_length", self.group_by_length),
+        ):
+            written = state.get(key, False)
+            if written != own:
+                raise UserError(f"cannot resume: {section}.{key}={own}, but the checkpoint was written with {written}; set it back")
         if state.get("fingerprint") != self.fingerprint() or set(state["places"]) != set(self.roles):
             raise UserError(
                 "cannot resume: data, tokenizer or token limits differ from those of the checkpoint; "
@@ -84,10 +111,35 @@ class BatchSampler:
         if cached is None or cached[0] != epoch:
             # Sorting by `random()` instead of `shuffle`: only the former is promised to be the same in every Python version.
             generator = random.Random(f"{self.seed}:{role}:{epoch}")
-            keys = [generator.random() for _ in range(len(self.sets[role]))]
-            cached = (epoch, sorted(range(len(keys)), key=keys.__getitem__))
+            order = _shuffled(range(len(self.sets[role])), generator)
+            if self.group_by_length:
+                # Micro-batches run on across epochs: the first examples of this one may complete the last batch of the one before.
+                lead = -epoch * len(order) % self.examples
+                order = _grouped(order, self._lengths[role], self.examples, lead, generator)
+            cached = (epoch, order)
             self._orders[role] = cached
         return cached[1]
+
+
+def _shuffled(items: Iterable[Any], generator: random.Random) -> list[Any]:
+    keyed = [(generator.random(), item) for item in items]
+    return [item for _, item in sorted(keyed, key=lambda pair: pair[0])]
+
+
+def _grouped(order: list[int], lengths: Seq[int], size: int, lead: int, generator: random.Random) -> list[int]:
+    """Regroup a shuffled ``order`` so that its batches of ``size`` hold examples of similar length.
+
+    The order is cut into megabatches, each sorted by length and cut into batches; then all batches of the epoch are shuffled, and each
+    in itself. The ``lead`` examples that complete the batch of the epoch before, and those left over at the end, stay as shuffled:
+    chosen by length they would always be the longest or the shortest.
+    """
+    whole = (len(order) - lead) // size * size if len(order) > lead else 0
+    middle, end = order[lead : lead + whole], order[lead + whole :]
+    batches: list[list[int]] = []
+    for start in range(0, whole, MEGABATCH * size):
+        by_length = sorted(middle[start : start + MEGABATCH * size], key=lengths.__getitem__)
+        batches += [_shuffled(by_length[i : i + size], generator) for i in range(0, len(by_length), size)]
+    return [*order[:lead], *(index for batch in _shuffled(batches, generator) for index in batch), *end]
 
 
 def split_holdout(
@@ -123,6 +175,14 @@ def choice_key(seed: int, record: Record) -> bytes:
 
 def _first_request(record: Record) -> str:
     return next((m.content for m in record.messages if m.role == "user"), "")
+
+
+def _set_lengths(examples: Seq[Encoded]) -> list[int]:
+    """A length per example, in tokens or in the set's own unit; of a pair the longer answer's."""
+    own = getattr(examples, "lengths", None)
+    if own is not None:
+        return list(own())
+    return [max(len(e.unsafe), len(e.safe)) if isinstance(e, PairSequence) else len(e) for e in examples]
 
 
 def _set_fingerprint(examples: Seq[Encoded]) -> str:

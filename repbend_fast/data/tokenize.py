@@ -259,6 +259,10 @@ class EncodedRecords(Seq[Sequence | PairSequence]):
         self._counted.add(position)
         return encoded
 
+    def lengths(self) -> list[int]:
+        """Characters of each record's texts, of a pair with its longer answer: a stand-in for tokens that costs no encoding."""
+        return [sum(len(m.content) for m in r.messages) + max(len(r.answer), len(r.safe_answer)) for r in self.records]
+
     def fingerprint(self) -> str:
         """Hash of the records' texts in order and of the encoder: equal fingerprints give equal ids."""
         digest = hashlib.sha256(self.encoder.fingerprint().encode())

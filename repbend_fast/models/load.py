@@ -13,6 +13,8 @@ from torch import nn
 
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.errors import UserError
+from repbend_fast.metrics import say
+from repbend_fast.models.liger import check_liger, use_liger
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NF4_BLOCK = 64
@@ -95,6 +97,7 @@ def load_model(config: ModelConfig) -> nn.Module:
         UserError: missing folder, no safetensors weights, unknown architecture, device not there, NF4 not available.
     """
     device = resolve_device(config.device)
+    check_liger(config.liger, device)
     source = resolve_source(config)
     adapters = [config.adapter] if config.adapter else []
     if _is_bare_adapter(source):
@@ -114,6 +117,8 @@ def load_model(config: ModelConfig) -> nn.Module:
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = True
+    if note := use_liger(model, config.liger, device):
+        say(note)
     return model
 
 
