@@ -8,6 +8,7 @@ Needs torch; uses Triton where it is installed. Every op is one function:
     pairwise_cosine               how far a batch's states point apart
     linear_kl_div                 KL divergence from hidden states and the head
     linear_log_prob               log-probabilities from hidden states and the head
+    keyed_dropout                 dropout whose mask follows a key of each row, whatever the batch it lies in
 
 ``set_implementation`` chooses between ``auto``, ``torch``, ``triton`` and ``eager``; ``oracles`` has the eager expressions.
 """
@@ -16,6 +17,7 @@ from . import oracles
 from .bend_distance import bend_distance
 from .bend_tap import bend_tap
 from .checks import KINDS
+from .keyed_dropout import keyed_dropout
 from .linear_kl_div import linear_kl_div
 from .linear_log_prob import linear_log_prob
 from .pairwise_cosine import pairwise_cosine
@@ -29,6 +31,7 @@ __all__ = [
     "bend_tap",
     "get_implementation",
     "implementation",
+    "keyed_dropout",
     "linear_kl_div",
     "linear_log_prob",
     "oracles",

@@ -115,3 +115,24 @@ def linear_log_prob_reference(
     """log softmax(z/T) at ``targets`` for each row, [N]."""
     log_probs = head_logits_reference(hidden, weight, bias, softcap, temperature).log_softmax(dim=-1)
     return log_probs.gather(-1, targets[:, None]).squeeze(-1)
+
+
+def keyed_dropout_reference(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> Tensor:
+    """``factor·x`` where the element's hash, taken in 64-bit arithmetic, is at least the threshold; [..., D].
+
+    ``start`` (the mixed column seed) and ``threshold`` (p·2³² − 2³¹) are what the op gets.
+    """
+
+    def fold(value: Tensor, shift: int, factor: int, bits: int) -> Tensor:
+        """(v ^ v >>> shift)·factor in the low ``bits``; products of int64 wrap."""
+        product = (value ^ (value >> shift & (1 << (bits - shift)) - 1)) * factor
+        return product if bits == 64 else product & (1 << bits) - 1
+
+    mixed = keys.reshape(*x.shape[:-1], 1) + (0x9E3779B97F4A7C15 - 2**64)
+    mixed = fold(fold(mixed, 30, 0xBF58476D1CE4E5B9 - 2**64, 64), 27, 0x94D049BB133111EB - 2**64, 64)
+    rows = fold(mixed, 31, 1, 64) >> 32 & 0xFFFFFFFF
+    columns = (torch.arange(x.shape[-1], device=x.device) * 0x9E3779B9 + start) & 0xFFFFFFFF
+    columns = fold(fold(fold(columns, 16, 0x7FEB352D, 32), 15, 0x846CA68B, 32), 16, 1, 32)
+    hashes = fold((rows ^ columns) * 0x7FEB352D & 0xFFFFFFFF, 15, 0x846CA68B, 32)
+    kept = torch.where(hashes >= 2**31, hashes - 2**32, hashes) >= threshold
+    return torch.where(kept, x.to(accumulate_dtype(x.dtype)) * factor, 0.0).to(x.dtype)

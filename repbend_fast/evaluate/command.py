@@ -43,7 +43,7 @@ def measure_model(config: Config, runner: StreamRunner, encoder: ChatEncoder, ch
     """Rates of generated answers, and perplexity and KL on held-out chat where there is some."""
     from repbend_fast.models import lora_dropout
 
-    with lora_dropout(runner.model, False):
+    with lora_dropout(runner.model, None):
         result = run_evaluation(runner.model, encoder, config.evaluation).as_dict()
         if chat and runner.head is not None:
             statistics = chat_statistics(runner, chat)

@@ -1,4 +1,4 @@
-"""The trained LoRA adapter: attach, switch off for the reference, set its dropout."""
+"""The trained LoRA adapter: attach, switch off for the reference."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from repbend_fast.config.schema import LoraSection
 from repbend_fast.errors import UserError
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.load import DTYPES, _first_line
+from repbend_fast.models.lora import use_low_rank_forward
 
 ADAPTER = "default"
 
@@ -55,6 +56,7 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
         raise UserError(f"lora.target_modules={lora.target_modules}: {_first_line(error)}") from error
     for parameter in trainable_parameters(adapted):
         parameter.data = parameter.data.to(DTYPES[lora.dtype])
+    use_low_rank_forward(adapted)
     adapted.eval()
     return adapted
 
@@ -98,21 +100,3 @@ def reference_model(model: Any) -> Iterator[None]:
     """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits."""
     with torch.no_grad(), model.disable_adapter():
         yield
-
-
-@contextmanager
-def lora_dropout(model: nn.Module, active: bool) -> Iterator[None]:
-    """Switch LoRA's dropout, and only LoRA's, for the adapted pass of training.
-
-    A model's own dropout stays off: it would make the adapted pass differ from the reference at B = 0.
-    """
-    adapted: list[Any] = [module for module in model.modules() if hasattr(module, "lora_dropout")]
-    layers = [dropout for module in adapted for dropout in module.lora_dropout.values()]
-    previous = [d.training for d in layers]
-    for layer in layers:
-        layer.train(active)
-    try:
-        yield
-    finally:
-        for layer, state in zip(layers, previous):
-            layer.train(state)

@@ -9,6 +9,7 @@ from kernel_compare import spread
 from repbend_kernels import (
     bend_distance,
     bend_tap,
+    keyed_dropout,
     linear_kl_div,
     linear_log_prob,
     pairwise_cosine,
@@ -19,6 +20,7 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 ROWS = torch.tensor([4, 0, 3])
+KEYS = torch.arange(6) * 7919 - 2**62
 TARGETS = torch.tensor([5, 0, 11, 2, 2, 7])
 MASK = torch.tensor([[True, False, True], [False, True, True]])
 
@@ -62,5 +64,6 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "window_distance-consume": lambda h: _window(h, True),
     "pairwise_cosine": pairwise_cosine,
     "linear_kl_div": lambda h: linear_kl_div(h.reshape(6, 8), STATES, WEIGHT, temperature=2.0, softcap=3.0),
+    "keyed_dropout": lambda h: keyed_dropout(h, KEYS, 3, 0.4).square().sum(),
     "linear_log_prob": lambda h: linear_log_prob(h.reshape(6, 8), WEIGHT, TARGETS, lengths=[2, 4]).sum(),
 }

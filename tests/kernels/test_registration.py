@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_compare import spread
-from op_calls import CALLS, CPU, MASK, ROWS, TARGETS
-from repbend_kernels import bend_distance, bend_tap, linear_kl_div, linear_log_prob, pairwise_cosine, tap_rows, window_distance
+from op_calls import CALLS, CPU, KEYS, MASK, ROWS, TARGETS
+from repbend_kernels import (
+    bend_distance,
+    bend_tap,
+    keyed_dropout,
+    linear_kl_div,
+    linear_log_prob,
+    pairwise_cosine,
+    tap_rows,
+    window_distance,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -33,6 +42,7 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
         "pairwise_similarity": (values(2, 3, 8, grad=True), implementation),
         "pairwise_similarity_backward": (values(2, 3, 8), values(2, 8), values(2, 3).abs(), torch.ones(2), implementation),
         "linear_kl_div": (wide, values(6, 8), weight, None, weight, None, 2.0, 3.0, 4, True, implementation),
+        "keyed_dropout": (values(2, 3, 8, grad=True), KEYS, -7, 12345 - 2**30, 2.0, implementation),
         "linear_log_prob": (wide, weight, None, TARGETS, 2.0, None, 4, True, implementation),
     }
 
@@ -77,6 +87,7 @@ def test_a_large_model_is_planned_without_its_memory(dtype: torch.dtype) -> None
         weight = torch.empty(128256, 4096, dtype=dtype)
         rows, flat = torch.arange(8192), hidden.reshape(-1, 4096)
         stream, loss = bend_tap(hidden, torch.empty(8192, 4096, dtype=dtype), rows)
+        stream = keyed_dropout(stream, torch.zeros(16, 1024, dtype=torch.int64), 0, 0.05)
         stream, copy = tap_rows(stream, rows)
         losses = [
             loss,

@@ -130,16 +130,17 @@ def test_the_reference_leaves_the_adapter_as_it_was() -> None:
 
 def test_dropout_is_restored() -> None:
     model = attach_lora(tiny_model(), LoraSection(r=2, dropout=0.5), (1,))
-    layer = model.get_base_model().model.layers[0].mlp.down_proj.lora_dropout["default"]
+    shared = model.get_base_model().model.layers[0].mlp.down_proj.dropout_keys
+    keys = torch.arange(22).view(2, 11)
 
     def interrupted() -> None:
-        with lora_dropout(model, True):
-            assert layer.training
-            with lora_dropout(model, False):
-                assert not layer.training
-            assert layer.training
+        with lora_dropout(model, keys):
+            assert shared.rows.tolist() == list(range(22))
+            with lora_dropout(model, None):
+                assert shared.rows is None
+            assert shared.rows is not None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert not layer.training
+    assert shared.rows is None

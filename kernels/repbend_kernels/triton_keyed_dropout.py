@@ -1,0 +1,69 @@
+"""Triton kernel of ``keyed_dropout``: a tile of rows and columns; a row's and a column's hash are made once for the tile."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .keyed_dropout import FIRST, SECOND, WEYL
+from .launch import addressable, on_device_of
+
+ROWS = 4
+COLUMNS = 1024
+WARPS = 4
+
+_FIRST, _SECOND, _WEYL = tl.constexpr(FIRST), tl.constexpr(SECOND), tl.constexpr(WEYL)
+
+
+@triton.jit
+def row_hash(key):
+    """High 32 bits of splitmix64."""
+    mixed = key.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB
+    return ((mixed ^ (mixed >> 31)) >> 32).to(tl.uint32)
+
+
+@triton.jit
+def column_hash(column, start):
+    """fmix32(start + column·0x9E3779B9)."""
+    mixed = column.to(tl.uint32) * tl.full([], _WEYL, tl.uint32) + start.to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 16)) * tl.full([], _FIRST, tl.uint32)
+    mixed = (mixed ^ (mixed >> 15)) * tl.full([], _SECOND, tl.uint32)
+    return mixed ^ (mixed >> 16)
+
+
+@triton.jit
+def keyed_dropout_kernel(
+    x, keys, out, start, threshold, factor, count, width, x_inner, x_outer_stride, x_inner_stride, x_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out = factor·x where h ≥ p·2³², else 0."""
+    # int64 before any stride multiplication: rows times width passes 2³¹.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < count)[:, None] & (columns < width)[None, :]
+    key = tl.load(keys + rows, mask=rows < count, other=0)
+    hashes = row_hash(key)[:, None] ^ column_hash(columns, start)[None, :]
+    hashes = hashes * tl.full([], _FIRST, tl.uint32)
+    hashes = (hashes ^ (hashes >> 15)) * tl.full([], _SECOND, tl.uint32)
+    source = x + ((rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride)[:, None] + columns[None, :] * x_stride
+    values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    kept = tl.where(hashes.to(tl.int32, bitcast=True) >= threshold, values * factor, 0.0)
+    tl.store(out + rows[:, None] * width + columns[None, :], kept.to(out.dtype.element_ty), mask=inside)
+
+
+def launch(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> Tensor:
+    """New tensor of x's shape; ``keys`` int64 [N]."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    count, width = keys.numel(), x.shape[-1]
+    if count == 0:
+        return out
+    source, address = addressable(x)
+    columns = min(1 << max(width - 1, 0).bit_length(), COLUMNS)
+    grid = (triton.cdiv(count, ROWS), triton.cdiv(width, columns))
+    with on_device_of(x):
+        keyed_dropout_kernel[grid](
+            source, keys.contiguous(), out, start, threshold, factor, count, width, *address, ROWS=ROWS, COLUMNS=columns, num_warps=WARPS
+        )
+    return out
