@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,23 @@ class Piece:
     position_ids: Tensor | None
     tokens: int
 
+    @property
+    def positions(self) -> int:
+        """Positions that the decoder runs, padding included."""
+        return self.input_ids.numel()
+
+    def places(self) -> Tensor:
+        """What each flat position is, whatever the layout: index in the stream · 2³² + position in the sequence, int64 [B·T]."""
+        if self.position_ids is None:
+            within = torch.arange(self.input_ids.shape[1]).expand(self.input_ids.shape)
+            index = torch.tensor(self.members)[:, None]
+        else:
+            ends = torch.tensor([*self.offsets[1:], self.positions])
+            starts = torch.tensor(self.offsets)
+            index = torch.tensor(self.members).repeat_interleave(ends - starts)
+            within = torch.arange(self.positions) - starts.repeat_interleave(ends - starts)
+        return (index * 2**32 + within).flatten().to(self.input_ids.device, non_blocking=True)
+
     def rows(self, spans: tuple[Span, ...]) -> Tensor:
         """Flat row indices (int64 [R], on the piece's device) of the stream's ``spans`` that lie in this piece."""
         parts = [torch.arange(o + spans[m][0], o + spans[m][1]) for m, o in zip(self.members, self.offsets)]
@@ -49,12 +67,15 @@ def make_piece(sequences: tuple[Sequence, ...], members: tuple[int, ...], layout
     return Piece(members, tuple(i * width for i in range(len(chosen))), ids.to(device), None, sum(lengths))
 
 
-def split(sequences: tuple[Sequence, ...], piece_tokens: int | None, layout: Layout) -> list[tuple[int, ...]]:
-    """Group the sequences by length so that a piece holds at most ``piece_tokens`` positions, padding included.
+def split(
+    sequences: tuple[Sequence, ...], piece_tokens: int | None, layout: Layout, members: Iterable[int] | None = None
+) -> list[tuple[int, ...]]:
+    """Group the sequences, or those ``members`` of them, by length so that a piece holds at most ``piece_tokens`` positions.
 
-    A single sequence longer than that is a piece of its own. None puts everything into one piece.
+    Padding counts. A single sequence longer than that is a piece of its own. None puts everything into one piece. The longest
+    come first, so that memory runs out early or not at all.
     """
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    order = sorted(range(len(sequences)) if members is None else members, key=lambda i: -len(sequences[i]))
     if piece_tokens is None:
         return [tuple(order)] if order else []
     groups: list[tuple[int, ...]] = []

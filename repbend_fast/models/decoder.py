@@ -137,7 +137,8 @@ class _Block(nn.Module):
         if self._index == 0:
             hidden = self._visit(0, hidden)
         if self._recompute and torch.is_grad_enabled():
-            output = checkpoint(self.block, hidden, *args, use_reentrant=False, **kwargs)
+            # No generator's state decides anything in a block: LoRA's dropout follows keys, a model's own is off.
+            output = checkpoint(self.block, hidden, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         else:
             output = self.block(hidden, *args, **kwargs)
         if self._last:

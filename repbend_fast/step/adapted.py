@@ -8,62 +8,112 @@ from torch import Tensor
 
 from repbend_fast.memory.levers import Levers
 from repbend_fast.models.decoder import run_decoder
-from repbend_fast.objectives.base import HeadKL, PairwiseCosine, Stream
+from repbend_fast.objectives.base import Direction, HeadKL, PairwiseCosine, Stream
 from repbend_fast.pieces import Piece
+from repbend_fast.step.answers import answer_log_probs, answer_loss
 from repbend_fast.step.meter import Meter
-from repbend_fast.step.pairwise import last_prompt_spans, pairwise_share
+from repbend_fast.step.pairwise import PairwiseSums, last_prompt_spans, pairwise_share
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.reference import ReferenceRows
+from repbend_fast.step.triplets import TripletSums, triplet_rows, triplet_tap
 
 
 def adapted_pass(
-    parts: ModelParts, stream: Stream, piece: Piece, reference: ReferenceRows, sums: Tensor | None, levers: Levers, meter: Meter
+    parts: ModelParts,
+    stream: Stream,
+    piece: Piece,
+    reference: ReferenceRows,
+    sums: PairwiseSums | None,
+    levers: Levers,
+    meter: Meter,
+    triplet_sums: dict[int, TripletSums] | None = None,
 ) -> Tensor:
     """The piece's share of the stream's weighted loss, differentiable in the adapter.
 
     Args:
-        reference: the piece's reference rows; used up, their buffers become gradient directions.
-        sums: sums of the unit states over the whole stream, [layers, D], where the stream is split and has a pairwise term.
+        reference: what the reference pass kept; used up, its buffers become gradient directions.
+        sums, triplet_sums: over the whole stream, where it is split and has a term that couples its sequences.
         meter: receives the piece's terms.
     """
-    rows = [piece.rows(term.spans) for term in stream.distances]
-    pairwise, head = stream.pairwise, stream.head
-    prompt_rows = piece.rows(last_prompt_spans(pairwise)) if pairwise else None
-    states: dict[int, Tensor] = {}
-    head_rows: list[Tensor] = []
-    losses: list[Tensor] = []
-
-    def visit(layer: int, hidden: Tensor) -> Tensor:
-        for i, term in enumerate(stream.distances):
-            if layer in term.layers:
-                hidden, distance = bend_tap(hidden, reference.distances.pop((i, layer)), rows[i], kind=term.kind)
-                losses.append(distance * (term.weight / term.denominator))
-                meter.add_distance(i, layer, distance)
-        if pairwise and prompt_rows is not None and layer in pairwise.layers:
-            hidden, states[layer] = tap_rows(hidden, prompt_rows)
-        if head and layer == parts.decoder.num_blocks:
-            hidden, gathered = tap_rows(hidden, piece.rows(head.spans))
-            head_rows.append(gathered)
-        return hidden
-
+    taps = _Taps(parts, stream, piece, reference, triplet_sums, meter)
     with parts.autocasting():
         run_decoder(
             parts.decoder,
             piece.input_ids,
             position_ids=piece.position_ids,
             stop=stream.stop(parts.decoder.num_blocks),
-            visit=visit,
+            visit=taps.visit,
             checkpoint_blocks=levers.checkpoint_blocks,
         )
-    if pairwise:
-        losses.append(_cosine(pairwise, [states[layer] for layer in pairwise.layers], len(stream.sequences), sums, meter))
-    if head:
+    losses = taps.losses
+    if stream.pairwise:
+        states = [taps.pairwise_states[layer] for layer in stream.pairwise.layers]
+        losses.append(_cosine(stream.pairwise, states, len(stream.sequences), sums, meter))
+    if stream.head:
         assert reference.head is not None
-        losses.append(_head_kl(parts, head, head_rows[0], reference.head, levers, meter))
+        losses.append(_head_kl(parts, stream.head, taps.head_states[0], reference.head, levers, meter))
+    if stream.answers:
+        assert parts.head is not None
+        log_probs = answer_log_probs(parts.head, stream.answers, piece, taps.answer_states[0], levers.kl_chunk_rows)
+        value = answer_loss(stream.answers, log_probs, reference.answers)
+        meter.add(stream.answers.name, value.detach())
+        losses.append(value * stream.answers.weight)
     return torch.stack(losses).sum()
 
 
-def _cosine(term: PairwiseCosine, states: list[Tensor], count: int, sums: Tensor | None, meter: Meter) -> Tensor:
+class _Taps:
+    """What the adapted pass of one piece does at each hidden state. ``losses`` are weighted; states are kept for the terms behind."""
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        stream: Stream,
+        piece: Piece,
+        reference: ReferenceRows,
+        triplet_sums: dict[int, TripletSums] | None,
+        meter: Meter,
+    ) -> None:
+        self.stream, self.piece, self.reference, self.meter = stream, piece, reference, meter
+        self.triplet_sums = triplet_sums
+        self.last = parts.decoder.num_blocks
+        self.rows = [piece.rows(term.spans) for term in stream.distances]
+        self.halves = triplet_rows(stream.triplets, piece) if stream.triplets else None
+        self.losses: list[Tensor] = []
+        self.pairwise_states: dict[int, Tensor] = {}
+        self.head_states: list[Tensor] = []
+        self.answer_states: list[Tensor] = []
+
+    def visit(self, layer: int, hidden: Tensor) -> Tensor:
+        """Tap hidden state ``layer`` for every term that reads it."""
+        stream = self.stream
+        for i, term in enumerate(stream.distances):
+            if layer in term.layers:
+                compared = fixed_row(term.target, hidden) if term.target else self.reference.distances.pop((i, layer))
+                hidden, distance = bend_tap(hidden, compared, self.rows[i], kind=term.kind)
+                self.losses.append(distance * (term.weight / term.denominator))
+                self.meter.add_distance(i, layer, distance)
+        if stream.triplets and self.halves and layer in stream.triplets.layers:
+            sums = None if self.triplet_sums is None else self.triplet_sums[layer]
+            reference = self.reference.triplets.pop(layer)
+            hidden, loss = triplet_tap(stream.triplets, layer, hidden, reference, self.halves, sums, self.meter)
+            self.losses.append(loss)
+        if stream.pairwise and layer in stream.pairwise.layers:
+            hidden, self.pairwise_states[layer] = tap_rows(hidden, self.piece.rows(last_prompt_spans(stream.pairwise)))
+        if layer == self.last:
+            for head_term, kept in ((stream.head, self.head_states), (stream.answers, self.answer_states)):
+                if head_term:
+                    hidden, gathered = tap_rows(hidden, self.piece.rows(head_term.spans))
+                    kept.append(gathered)
+        return hidden
+
+
+def fixed_row(direction: Direction, hidden: Tensor) -> Tensor:
+    """The row c·u that a term with a fixed target compares with, [1, D], the same on every device."""
+    row = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(direction.seed), dtype=torch.float32).double()
+    return (row * (direction.length / torch.linalg.vector_norm(row)))[None].to(hidden)
+
+
+def _cosine(term: PairwiseCosine, states: list[Tensor], count: int, sums: PairwiseSums | None, meter: Meter) -> Tensor:
     if sums is not None:
         return pairwise_share(term, states, count, sums)
     value = pairwise_cosine(states)

@@ -11,36 +11,51 @@ from repbend_fast.models.adapters import reference_model
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.objectives.base import Distance, Stream
 from repbend_fast.pieces import Layout, Piece, make_piece
+from repbend_fast.step.answers import answer_log_probs
 from repbend_fast.step.parts import ModelParts
+from repbend_fast.step.triplets import triplet_rows
 
 
 @dataclass
 class ReferenceRows:
-    """Rows of a piece kept from the reference pass: per (number of the distance, hidden state), and for the head."""
+    """What is kept of a piece's reference pass.
+
+    Rows per (number of the distance, hidden state), for the triplets per hidden state (safe rows, then unsafe ones), for the
+    head; and the log-probabilities of the answers, [members].
+    """
 
     distances: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    triplets: dict[int, Tensor] = field(default_factory=dict)
     head: Tensor | None = None
+    answers: Tensor | None = None
 
 
-def reference_pass(parts: ModelParts, stream: Stream, piece: Piece, layout: Layout) -> ReferenceRows:
-    """Rows [R, D] of each distance at each of its hidden states, and of the head term."""
+def reference_pass(parts: ModelParts, stream: Stream, piece: Piece, layout: Layout, chunk_rows: int | None = None) -> ReferenceRows:
+    """What the stream's terms compare with; nothing runs where no term does, nor beyond the last hidden state that one reads."""
     kept = ReferenceRows()
-    if not stream.distances and stream.head is None:
+    last = parts.decoder.num_blocks
+    # A stream may stop before its pairwise layers, which have no reference.
+    stop = stream.reference_stop(last)
+    if stop == 0:
         return kept
     rows = [piece.rows(term.spans) for term in stream.distances]
-    last = parts.decoder.num_blocks
+    triplets = torch.cat(triplet_rows(stream.triplets, piece)) if stream.triplets else None
 
     def visit(layer: int, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
         for i, term in enumerate(stream.distances):
-            if layer in term.layers:
+            if layer in term.layers and term.target is None:
                 kept.distances[i, layer] = flat[rows[i]]
+        if stream.triplets and layer in stream.triplets.layers:
+            kept.triplets[layer] = flat[triplets]
+        if stream.answers and stream.answers.beta is not None and layer == last:
+            assert parts.head is not None
+            states = flat[piece.rows(stream.answers.spans)]
+            kept.answers = answer_log_probs(parts.head, stream.answers, piece, states, chunk_rows)
         if stream.head and layer == last:
             kept.head = flat[piece.rows(stream.head.spans)]
         return hidden
 
-    # Only rows that a distance or the head compares are needed, so a stream may stop before its pairwise layers.
-    stop = last if stream.head else max(layer for term in stream.distances for layer in term.layers)
     with reference_model(parts.model), parts.autocasting():
         run_decoder(parts.decoder, piece.input_ids, position_ids=piece.position_ids, stop=stop, visit=visit)
         for i, term in enumerate(stream.distances):

@@ -7,36 +7,52 @@ in a first pass and each piece then differentiates the exact derivative.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from repbend_fast.data.records import Sequence
 from repbend_fast.memory.levers import Levers
-from repbend_fast.models.adapters import lora_dropout
+from repbend_fast.memory.out_of_memory import Load, OutOfMemory, attempt, fresh_gradients, retreat
+from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head
-from repbend_fast.objectives.base import Stream
-from repbend_fast.pieces import Layout, make_piece, split
+from repbend_fast.models.lora import lora_dropout, use_low_rank_forward
+from repbend_fast.objectives.base import PairwiseCosine, Stream
+from repbend_fast.pieces import Layout, Piece, make_piece, split
 from repbend_fast.step.adapted import adapted_pass
-from repbend_fast.step.keys import hash_words
+from repbend_fast.step.keys import row_keys
 from repbend_fast.step.meter import Meter, StreamResult
-from repbend_fast.step.pairwise import pairwise_sums, seeded
+from repbend_fast.step.pairwise import PairwiseSums, pairwise_sums, prompts_of
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.reference import reference_pass
+
+T = TypeVar("T")
 
 
 class StreamRunner:
     """Runs streams on one model: ``backward`` for training, ``measure`` for validation.
 
     Args:
-        model: PEFT model with the trained adapter.
+        model: PEFT model with the trained adapter; its LoRA layers get the keyed forward of ``models.lora``.
         levers: piece sizes, recomputation and chunks; none of them changes the gradient.
         autocast: dtype of autocast around both passes, or None.
         uses_head: whether any stream has a head term; the head is located, and its restrictions checked, only then.
+
+    Attributes:
+        levers: those in force; running out of memory moves them.
+        on_out_of_memory: called with what was changed and the allocator's own words each time that happens.
     """
 
     def __init__(self, model: Any, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True) -> None:
+        use_low_rank_forward(model)
         self.levers = levers
+        self.on_out_of_memory: Callable[[str, str], None] | None = None
+        self.parameters = trainable_parameters(model)
         decoder = find_decoder(model)
         self.parts = ModelParts(model, decoder, find_head(model) if uses_head else None, decoder.device, autocast)
 
@@ -72,33 +88,88 @@ class StreamRunner:
     def backward(self, stream: Stream, scale: float = 1.0, *, dropout_seed: int) -> StreamResult:
         """Add the gradient of ``scale × loss`` of this stream to the adapter's parameters, LoRA dropout on.
 
+        Where memory runs out inside a piece, the piece leaves no trace, a lever gives way, and the piece is done again.
+
         Args:
             dropout_seed: decides the dropout masks, together with the stream's name (``step.dropout_seed``).
+
+        Raises:
+            UserError: memory ran out with every lever at its end.
         """
-        with seeded(hash_words(dropout_seed, stream.name), self.device), lora_dropout(self.model, True):
-            return self._run(stream, scale, differentiate=True)
+        return self._run(_Run(stream, scale, dropout_seed))
 
     @torch.no_grad()
     def measure(self, stream: Stream) -> StreamResult:
         """The same terms without dropout and without a gradient."""
-        with lora_dropout(self.model, False):
-            return self._run(stream, 1.0, differentiate=False)
+        return self._run(_Run(stream))
 
-    def _run(self, stream: Stream, scale: float, differentiate: bool) -> StreamResult:
-        meter = Meter(stream, self.device)
-        groups = split(stream.sequences, self.levers.piece_size(stream.name), self.layout)
-        sums, states = None, None
-        if stream.pairwise and len(groups) > 1:
-            sums, states = pairwise_sums(self.parts, stream, groups, self.layout, meter)
-        for number, members in enumerate(groups):
-            piece = make_piece(stream.sequences, members, self.layout, self.device)
-            done = Meter(stream, self.device)
-            reference = reference_pass(self.parts, stream, piece, self.layout)
-            if states:
-                states[number].set(self.device)
-            loss = adapted_pass(self.parts, stream, piece, reference, sums, self.levers, done)
-            if differentiate and loss.requires_grad:
-                (loss * scale).backward()
-            done.tokens = piece.tokens
+    def _run(self, run: _Run) -> StreamResult:
+        meter = Meter(run.stream, self.device)
+        for done in self._each_piece(run.stream, run.stream.sequences, lambda piece: self._piece(run, piece)):
             meter.merge(done)
+        if run.sums and run.stream.pairwise:
+            meter.add(run.stream.pairwise.name, run.sums.value(len(run.stream.sequences)))
         return meter.result()
+
+    def _each_piece(self, stream: Stream, sequences: tuple[Sequence, ...], work: Callable[[Piece], T]) -> Iterator[T]:
+        """``work`` on each piece of the sequences in turn. Where memory runs out, what is left is cut anew and goes on."""
+        waiting = split(sequences, self.levers.piece_size(stream.name), self.layout)
+        while waiting:
+            piece = make_piece(sequences, waiting[0], self.layout, self.device)
+            result = attempt(partial(work, piece), self.device)
+            if isinstance(result, OutOfMemory):
+                self._retreat(stream, piece, result)
+                left = [member for members in waiting for member in members]
+                waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, left)
+            else:
+                waiting.pop(0)
+                yield result
+
+    def _piece(self, run: _Run, piece: Piece) -> Meter:
+        stream, whole = run.stream, len(piece.members) == len(run.stream.sequences)
+        if stream.pairwise and not whole and run.sums is None:
+            run.sums = self._pairwise_sums(run, stream.pairwise)
+        meter = Meter(stream, self.device)
+        meter.tokens = piece.tokens
+        reference = reference_pass(self.parts, stream, piece, self.layout)
+        with lora_dropout(self.model, run.keys(piece)):
+            loss = adapted_pass(self.parts, stream, piece, reference, run.sums, self.levers, meter)
+            if run.scale is not None and loss.requires_grad:
+                # Recomputed blocks run in here and draw their masks from the same keys.
+                with fresh_gradients(self.parameters):
+                    (loss * run.scale).backward()
+        return meter
+
+    def _pairwise_sums(self, run: _Run, term: PairwiseCosine) -> PairwiseSums:
+        total: PairwiseSums | None = None
+
+        def work(prompts: Piece) -> PairwiseSums:
+            with lora_dropout(self.model, run.keys(prompts)):
+                return pairwise_sums(self.parts, term, prompts)
+
+        for sums in self._each_piece(run.stream, prompts_of(run.stream), work):
+            total = sums.plus(total)
+        assert total is not None
+        return total
+
+    def _retreat(self, stream: Stream, piece: Piece, failure: OutOfMemory) -> None:
+        rows = sum(stop - start for start, stop in (stream.head.spans[m] for m in piece.members)) if stream.head else 0
+        vocabulary = self.head.weight.shape[0] if self.head is not None else 0
+        load = Load(stream.name, len(piece.members), piece.positions, rows, vocabulary)
+        self.levers, change = retreat(self.levers, load, self.decoder.num_blocks, self.device)
+        if self.on_out_of_memory:
+            self.on_out_of_memory(f"out of memory ({load}): {change} from here on", failure.reason)
+
+
+@dataclass
+class _Run:
+    """One call of ``backward``, or of ``measure`` where ``scale`` and ``seed`` are None. ``sums`` exist once the stream is split."""
+
+    stream: Stream
+    scale: float | None = None
+    seed: int | None = None
+    sums: PairwiseSums | None = None
+
+    def keys(self, piece: Piece) -> Tensor | None:
+        """The dropout keys of a piece's rows; None = no dropout."""
+        return None if self.seed is None else row_keys(piece, self.seed, self.stream.name)
