@@ -22,10 +22,13 @@ from measure import peak_bytes, relative_error
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds ``--smoke`` and ``--results``."""
+    """Adds ``--smoke``, ``--results`` and ``--threads``; ``--cases``, ``--sides`` and ``--rounds`` are the step benchmark's."""
     parser.addoption("--smoke", action="store_true", help="tiny sizes, one round, no record")
     parser.addoption("--threads", type=int, default=1, help="CPU threads (default 1, where other work disturbs a time least)")
     parser.addoption("--results", type=Path, default=None, help="file of the record (default: benchmarks/results/<hardware>.json)")
+    parser.addoption("--cases", default=None, help="step benchmark: comma-separated parts of case names (default: all but Mistral)")
+    parser.addoption("--sides", default=None, help="step benchmark: comma-separated sides (default: all)")
+    parser.addoption("--rounds", type=int, default=5, help="step benchmark: steps of every side, taken in turn")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,114 @@
+"""The training step: the published step, PEFT with Liger, and ours under several settings of its levers.
+
+    pytest benchmarks/test_train_step.py --threads 2                          # every case of this machine
+    pytest benchmarks/test_train_step.py --cases real --sides "eager,ours" --rounds 3
+    pytest benchmarks/test_train_step.py --smoke --results FILE               # a tiny model: does it still run?
+
+A step is the losses and the gradient of one micro-batch; the optimizer is not part of it. All sides use the same frozen model,
+adapter values and batch. With dropout off their terms and gradients are compared with the first side's; a side that disagrees
+is not timed. Then, with the published dropout, each round runs one step of every side in turn; a last round measures memory.
+pytest-benchmark cannot interleave, so it is given the recorded rounds to report: its clock here replays them.
+
+The record is ``benchmarks/results/train_step_<hardware>.json``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import RESULTS, Machine, hardware_slug
+from step_cases import Case, cases_for, load_base
+from step_measure import Measured, measure_case, ratios_of, rows_of
+from step_record import write_step_record
+from step_sides import Side, sides_for
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Replay:
+    """A clock that stands still but for the recorded seconds that ``advance`` adds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: Iterator[float]) -> None:
+        """Let the next recorded round pass."""
+        self.now += next(seconds)
+
+
+CLOCK = Replay()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Cases and sides that the command line selects."""
+    option = metafunc.config.getoption
+    cases = [c for c in cases_for(DEVICE, option("--smoke")) if _selected(c.name, option("--cases"))]
+    sides = [s for s in sides_for(DEVICE) if not option("--sides") or s.name in option("--sides").split(",")]
+    metafunc.parametrize("side", sides, ids=lambda s: s.name, scope="module")
+    metafunc.parametrize("case", cases, ids=lambda c: c.name, scope="module")
+
+
+def _selected(name: str, wanted: str | None) -> bool:
+    if not wanted:
+        return not name.startswith("mistral")  # an option: it must be named
+    return any(part in name for part in wanted.split(","))
+
+
+@pytest.fixture(scope="module")
+def sides(request: pytest.FixtureRequest) -> list[Side]:
+    """The sides of a round."""
+    wanted = request.config.getoption("--sides")
+    return [s for s in sides_for(DEVICE) if not wanted or s.name in wanted.split(",")]
+
+
+@pytest.fixture(scope="module")
+def bases() -> Iterator[dict[tuple[str, str], Any]]:
+    """The loaded model, one at a time."""
+    loaded: dict[tuple[str, str], Any] = {}
+    yield loaded
+    loaded.clear()
+
+
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest, machine: Machine, smoke: bool) -> Iterator[list[dict[str, Any]]]:
+    """Rows of this run; written when it ends, also after a failed side, which has its reason in its row."""
+    rows: list[dict[str, Any]] = []
+    yield rows
+    path: Path | None = request.config.getoption("--results")
+    if rows and (path or not smoke):
+        write_step_record(path or RESULTS / f"train_step_{hardware_slug()}.json", rows, ratios_of, machine)
+
+
+@pytest.fixture(scope="module")
+def measured(
+    case: Case, sides: list[Side], bases: dict[tuple[str, str], Any], record: list[dict[str, Any]], machine: Machine, request: Any
+) -> dict[str, Measured]:
+    """All sides of one case."""
+    key = (case.model.name, case.weights)
+    if key not in bases:
+        bases.clear()
+        gc.collect()
+        bases[key] = load_base(case, DEVICE)
+    rounds = 1 if request.config.getoption("--smoke") else request.config.getoption("--rounds")
+    found = measure_case(case, bases[key], sides, rounds)
+    record += rows_of(case, bases[key], found, machine.matrix)
+    return found
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_train_step(benchmark: Any, measured: dict[str, Measured], case: Case, side: Side) -> None:
+    found = measured[side.name]
+    if found.failure == "out of memory":
+        pytest.skip("out of memory")
+    assert not found.failure, found.failure
+    benchmark.group = f"train step {case.name}"
+    benchmark.extra_info.update(peak_bytes_above_model=found.peak_bytes, gradient_relative_error=found.gradient_error)
+    benchmark.pedantic(CLOCK.advance, args=(iter(found.seconds),), rounds=len(found.seconds))
