@@ -2,10 +2,11 @@
 
     forward   loss = Σ over rows of d(h_row, r_row);  the rows' buffer becomes g = d d/d h       (see ``row_distance``)
     backward  grad_hidden = grad_out + grad_loss · g at the rows
+    limit c   d_row = min(d(h_row, r_row), c·‖r_row‖₂), and g_row = 0 where that is the second
 
 Memory above the inputs: forward, per-row scalars (float32 [R], on Triton also int32 [N]); backward, the gradient that it
 returns. The torch path adds a scratch of a few MiB that does not grow with the tensors. A [1, D] reference, which has no room
-for R directions, costs one [R, D] buffer.
+for R directions, costs one [R, D] buffer. A limit costs one more pass over the directions.
 
 Legend: N rows of hidden, R selected rows, D width.
 """
@@ -65,10 +66,14 @@ class _BendTap(torch.autograd.Function):
     """Identity on ``hidden`` with a second output; an op may not return its own input, hence a Function over two ops."""
 
     @staticmethod
-    def forward(ctx, hidden, reference_rows, rows, kind, implementation):
+    def forward(ctx, hidden, reference_rows, rows, kind, implementation, limit):
         broadcast = reference_rows if reference_rows.shape[0] == 1 else None
         buffer = reference_rows if broadcast is None else reference_rows.new_empty(rows.shape[0], hidden.shape[-1])
+        farthest = None if limit is None else _farthest(reference_rows, limit)
         distances, place = bend_tap_forward(hidden, buffer, broadcast, rows, kind, implementation)
+        if farthest is not None:
+            buffer.mul_((distances < farthest).to(buffer.dtype)[:, None])
+            distances = torch.minimum(distances, farthest)
         ctx.save_for_backward(buffer, rows, place)
         ctx.shape, ctx.implementation = list(hidden.shape), implementation
         ctx.set_materialize_grads(False)
@@ -77,14 +82,20 @@ class _BendTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_hidden, grad_loss):
         if grad_loss is None:
-            return grad_hidden, None, None, None, None
+            return grad_hidden, None, None, None, None, None
         direction, rows, place = ctx.saved_tensors
         grad = bend_tap_backward(grad_hidden, direction, rows, place, grad_loss, ctx.shape, ctx.implementation)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def bend_tap(
-    hidden: Tensor, reference_rows: Tensor, rows: Tensor, *, kind: str = "l2", implementation: str | None = None
+    hidden: Tensor,
+    reference_rows: Tensor,
+    rows: Tensor,
+    *,
+    kind: str = "l2",
+    limit: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Distance of selected rows of the residual stream to their references, with its gradient put in at this place.
 
@@ -96,6 +107,8 @@ def bend_tap(
         rows: int64 [R], unique indices into ``hidden.reshape(-1, D)``. Out of range: an error in debug mode (:func:`set_debug`)
             and on the CPU; NaN in the loss on the GPU.
         kind: ``l2``, ``cosine``, ``relu_cosine`` or ``mse``.
+        limit: above 0, ``l2`` only: a row at ``limit`` times its reference's norm or farther counts as that far and has no
+            gradient, which bounds a distance that is maximised.
         implementation: overrides the switch for this call.
 
     Returns:
@@ -104,7 +117,7 @@ def bend_tap(
         float16, ``mse`` directions below 6e-8 round to 0.
 
     Raises:
-        ValueError, TypeError: wrong shape, dtype, device or kind, or a reference that requires grad.
+        ValueError, TypeError: wrong shape, dtype, device, kind or limit, or a reference that requires grad.
         IndexError: in debug mode, rows out of range.
         RuntimeError: ``triton`` asked for where it cannot run.
     """
@@ -113,13 +126,23 @@ def bend_tap(
     checks.check_indices("rows", rows, count_rows(hidden), "hidden", hidden)
     checks.check_unique("rows", rows)
     check_reference_rows(reference_rows, hidden, rows.shape[0])
+    if limit is not None and (kind != "l2" or not limit > 0):
+        raise ValueError(f"limit: expected a number above 0 with kind='l2', got {limit} with kind={kind!r}")
     chosen = resolve(implementation, hidden)
     if chosen == "eager":
-        return bend_tap_reference(hidden, reference_rows, rows, kind)
+        return bend_tap_reference(hidden, reference_rows, rows, kind, limit)
     if not (hidden.requires_grad and torch.is_grad_enabled()):
-        return hidden, row_distance([hidden], [reference_rows], rows, None, kind, chosen).sum()
-    hidden, loss = _BendTap.apply(hidden, reference_rows, rows, kind, chosen)
+        distances = row_distance([hidden], [reference_rows], rows, None, kind, chosen)
+        if limit is not None:
+            distances = torch.minimum(distances, _farthest(reference_rows, limit))
+        return hidden, distances.sum()
+    hidden, loss = _BendTap.apply(hidden, reference_rows, rows, kind, chosen, limit)
     return hidden, loss
+
+
+def _farthest(reference_rows: Tensor, limit: float) -> Tensor:
+    """``limit`` times each reference's norm, [R] or [1], in the distances' dtype."""
+    return limit * torch.linalg.vector_norm(reference_rows, dim=-1, dtype=checks.accumulate_dtype(reference_rows.dtype))
 
 
 def check_reference_rows(reference_rows: Tensor, hidden: Tensor, count: int) -> None:

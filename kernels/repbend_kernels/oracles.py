@@ -37,9 +37,14 @@ def row_distance_reference(hidden: Tensor, reference: Tensor, kind: str) -> Tens
     return 1 - cosine if kind == "cosine" else cosine.relu()
 
 
-def bend_tap_reference(hidden: Tensor, reference_rows: Tensor, rows: Tensor, kind: str = "l2") -> tuple[Tensor, Tensor]:
-    """``(hidden, Σ over rows of the distance)``; ``reference_rows`` is left as it is."""
-    return hidden, row_distance_reference(hidden.reshape(-1, hidden.shape[-1])[rows], reference_rows, kind).sum()
+def bend_tap_reference(
+    hidden: Tensor, reference_rows: Tensor, rows: Tensor, kind: str = "l2", limit: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(hidden, Σ over rows of the distance)``, each at most ``limit`` × ‖r‖; ``reference_rows`` is left as it is."""
+    distance = row_distance_reference(hidden.reshape(-1, hidden.shape[-1])[rows], reference_rows, kind)
+    if limit is not None:
+        distance = torch.minimum(distance, limit * torch.linalg.vector_norm(reference_rows, dim=-1).to(distance.dtype))
+    return hidden, distance.sum()
 
 
 def tap_rows_reference(hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

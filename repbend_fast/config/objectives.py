@@ -51,6 +51,9 @@ class ObjectiveConfig(ObjectiveSection):
     cosine: Weight = 0.1
     kl: Weight = 0.3
     pair: Weight = 0.0
+    unsafe_limit: AboveZero | None = Field(
+        None, description="A row's unsafe distance counts up to this multiple of its reference's norm; none = no bound, as published."
+    )
     window_start: NonNegative = Field(20, description="First hidden state of the window (0 is the embedding output).")
     window_size: Positive = 11
     alpha_mode: Literal["all", "target"] = "all"

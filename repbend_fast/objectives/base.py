@@ -29,7 +29,7 @@ class Distance:
 
     ``r`` is the same row with the trained adapter off. Where ``against[i]`` is a sequence, rows after the prompt they share
     are compared with that sequence's row at the same position instead. With a ``target`` it is r for every row, and no
-    reference is run for the term.
+    reference is run for the term. With a ``limit`` (l2) no row counts for more than ``limit`` × ‖r‖, nor moves beyond.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Distance:
     weight: float
     denominator: float
     kind: str = "l2"
+    limit: float | None = None
     against: tuple[Sequence | None, ...] | None = None
     target: Direction | None = None
 

@@ -91,7 +91,8 @@ class RepBend:
         if config.unsafe:
             # A slip of the published code: with prompt_last its row mask is filled for the first B sequences only.
             read = len(batch.unsafe) if config.published_quirks and config.loss_mode == "prompt_last" else len(sequences)
-            distances.append(self._distance("unsafe", sequences, config.window, -config.unsafe, len(config.window), read))
+            distance = self._distance("unsafe", sequences, config.window, -config.unsafe, len(config.window), read)
+            distances.append(replace(distance, limit=config.unsafe_limit))
         if config.pair:
             distances.append(self._pair(batch))
         pairwise = None

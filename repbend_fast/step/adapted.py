@@ -89,7 +89,7 @@ class _Taps:
         for i, term in enumerate(stream.distances):
             if layer in term.layers:
                 compared = fixed_row(term.target, hidden) if term.target else self.reference.distances.pop((i, layer))
-                hidden, distance = bend_tap(hidden, compared, self.rows[i], kind=term.kind)
+                hidden, distance = bend_tap(hidden, compared, self.rows[i], kind=term.kind, limit=term.limit)
                 self.losses.append(distance * (term.weight / term.denominator))
                 self.meter.add_distance(i, layer, distance)
         if stream.triplets and self.halves and layer in stream.triplets.layers:

@@ -48,6 +48,35 @@ def test_loss_and_gradient(implementation, device, kind, shape, dtype) -> None:
     assert_matches(grad, expected_grad, tolerance=TOLERANCE[dtype], name="gradient")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("references", [7, 1], ids=["rows", "broadcast"])
+def test_rows_beyond_the_limit_count_as_far_as_it_and_get_no_gradient(implementation, device, dtype, references) -> None:
+    rows = torch.tensor([20, 0, 13, 6, 7, 2, 9], device=device)
+    hidden, reference = spread((3, 7, 130), dtype, device, 1), spread((references, 130), dtype, device, 2)
+    # Distances from 0.4 to 2.8 times the reference's norm: some on either side of the limit, none near it.
+    near = reference.expand(7, 130) * torch.linspace(0.6, 3.8, 7, device=device, dtype=dtype)[:, None]
+    hidden.view(-1, 130)[rows] = near
+    leaf = hidden.double().requires_grad_()
+    expected_loss = bend_tap_reference(leaf, reference.double(), rows, "l2", 1.3)[1]
+    (expected_grad,) = torch.autograd.grad(expected_loss * 0.75, leaf)
+    stopped = [not row.any() for row in expected_grad.view(-1, 130)[rows]]
+    assert {True, False} == set(stopped)
+    leaf = hidden.clone().requires_grad_()
+    _, loss = bend_tap(leaf * 1, reference.clone(), rows, limit=1.3, implementation=implementation)
+    (grad,) = torch.autograd.grad(loss * 0.75, leaf)
+    assert_matches(loss, expected_loss, tolerance=3e-6, name="loss")
+    assert_matches(grad, expected_grad, tolerance=TOLERANCE[dtype], name="gradient")
+    with torch.no_grad():
+        measured = bend_tap(hidden, reference.clone(), rows, limit=1.3, implementation=implementation)[1]
+    assert_matches(measured, expected_loss, tolerance=3e-6, name="without gradient")
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("cosine", 1.0), ("mse", 2.0), ("l2", 0.0), ("l2", -1.0), ("l2", float("nan"))])
+def test_a_limit_is_positive_and_for_l2(kind, limit) -> None:
+    with pytest.raises(ValueError, match="limit: expected a number above 0 with kind='l2'"):
+        bend_tap(torch.ones(2, 3), torch.ones(1, 3), torch.tensor([0]), kind=kind, limit=limit)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_rows_become_the_direction(implementation, device, kind) -> None:
     rows = torch.tensor([5, 0, 3], device=device)

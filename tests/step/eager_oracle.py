@@ -1,4 +1,4 @@
-"""The whole loss written plainly from its equations, in one graph: the benchmark's eager baseline, and the pair term it lacks."""
+"""The whole loss in one graph: the benchmark's eager baseline, and what it lacks: the pair term and bounded distances."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from baselines import eager_step
-from baselines.batches import padded, weighted_sum
+from baselines.batches import padded, unsafe_sequences, weighted_sum
 from torch import Tensor
 
 from repbend_fast.config.schema import ObjectiveConfig
 from repbend_fast.data.records import Batch
+from repbend_fast.objectives.repbend import select_rows
 
 
 def _states(model: Any, sequences: list[Any]) -> Tensor:
@@ -31,9 +32,22 @@ def _pair(model: Any, batch: Batch, config: ObjectiveConfig) -> Tensor:
     return torch.stack(values).mean()
 
 
+def limited_rows(model: Any, batch: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """(‖h − r‖, limit·‖r‖) of each row of U, one by one."""
+    sequences = unsafe_sequences(batch)
+    h = _states(model, sequences)
+    with torch.no_grad(), model.disable_adapter():
+        r = _states(model, sequences)
+    places = [(x, i, t) for x in config.window for i, s in enumerate(sequences) for t in range(*select_rows(s, config.loss_mode))]
+    norms = [(torch.linalg.vector_norm(h[p] - r[p]), config.unsafe_limit * torch.linalg.vector_norm(r[p])) for p in places]
+    return torch.stack([n[0] for n in norms]), torch.stack([n[1] for n in norms])
+
+
 def eager_terms(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[str, Tensor]:
     """S, U, C, K and, where it has a weight, P, by the names that the step gives them."""
     terms = eager_step.eager_terms(model, batch, config)
+    if config.unsafe_limit:
+        terms["unsafe"] = torch.minimum(*limited_rows(model, batch, config)).mean()
     return terms | {"pair": _pair(model, batch, config)} if config.pair else terms
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from eager_oracle import eager_loss, eager_terms
+from eager_oracle import eager_loss, eager_terms, limited_rows
 from kernel_compare import assert_matches, relative_l2
 from tiny_models import BLOCKS, LAYOUTS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch, run_step
 from torch import Tensor
@@ -17,6 +17,7 @@ from repbend_fast.memory.levers import Levers
 MODES = ("prompt_last", "prompt_all", "prompt_response", "response_all")
 TOLERANCE = 1e-5
 BATCH = ragged_batch()
+LIMIT = 0.9
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ CASES = [
     {"window_start": 0, "window_size": 3, "pair": 0.4},
     {"window_start": 0, "window_size": 3, "alpha_mode": "target", "loss_mode": "prompt_response"},
     {"window_start": BLOCKS - 1, "window_size": 2, "alpha_mode": "target"},
+    *({"unsafe_limit": LIMIT, "loss_mode": mode} for mode in ("prompt_response", "response_all")),
 ]
 
 
@@ -210,3 +212,9 @@ def test_dropout_of_split_pieces_is_that_of_their_rows(packing, checkpointed) ->
 
     _, other = run_step(model, config, memory=memory, seed=4)
     assert relative_l2(flat(other), flat(got)) > 1e-2
+
+
+def test_the_limit_of_these_cases_lies_among_the_distances(precise) -> None:
+    with torch.no_grad():
+        distances, farthest = limited_rows(precise, BATCH, objective_config(unsafe_limit=LIMIT))
+    assert 0.2 < (distances > farthest).float().mean().item() < 0.8
