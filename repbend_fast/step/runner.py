@@ -22,7 +22,7 @@ from repbend_fast.memory.out_of_memory import Load, OutOfMemory, attempt, fresh_
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head
 from repbend_fast.models.lora import lora_dropout, use_low_rank_forward
-from repbend_fast.objectives.base import PairwiseCosine, Stream
+from repbend_fast.objectives.base import PairwiseCosine, Stream, Triplets
 from repbend_fast.pieces import Layout, Piece, make_piece, split
 from repbend_fast.step.adapted import adapted_pass
 from repbend_fast.step.keys import row_keys
@@ -30,6 +30,7 @@ from repbend_fast.step.meter import Meter, StreamResult
 from repbend_fast.step.pairwise import PairwiseSums, pairwise_sums, prompts_of
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.reference import reference_pass
+from repbend_fast.step.triplets import TripletSums, always_active, only_active, total_sums, triplet_sums
 
 T = TypeVar("T")
 
@@ -129,11 +130,13 @@ class StreamRunner:
         stream, whole = run.stream, len(piece.members) == len(run.stream.sequences)
         if stream.pairwise and not whole and run.sums is None:
             run.sums = self._pairwise_sums(run, stream.pairwise)
+        if stream.triplets and not whole and run.triplet_sums is None:
+            run.triplet_sums = self._triplet_sums(run, stream.triplets)
         meter = Meter(stream, self.device)
         meter.tokens = piece.tokens
         reference = reference_pass(self.parts, stream, piece, self.layout)
         with lora_dropout(self.model, run.keys(piece)):
-            loss = adapted_pass(self.parts, stream, piece, reference, run.sums, self.levers, meter)
+            loss = adapted_pass(self.parts, stream, piece, reference, run.sums, self.levers, meter, run.triplet_sums)
             if run.scale is not None and loss.requires_grad:
                 # Recomputed blocks run in here and draw their masks from the same keys.
                 with fresh_gradients(self.parameters):
@@ -152,6 +155,17 @@ class StreamRunner:
         assert total is not None
         return total
 
+    def _triplet_sums(self, run: _Run, term: Triplets) -> dict[int, TripletSums]:
+        def work(piece: Piece, known: dict[int, TripletSums] | None = None) -> dict[int, TripletSums]:
+            rows = reference_pass(self.parts, run.stream, piece, self.layout).triplets if known else None
+            with lora_dropout(self.model, run.keys(piece)):
+                return triplet_sums(self.parts, term, piece, known, rows)
+
+        everything = total_sums(self._each_piece(run.stream, run.stream.sequences, work))
+        if always_active(term):
+            return everything
+        return only_active(everything, total_sums(self._each_piece(run.stream, run.stream.sequences, partial(work, known=everything))))
+
     def _retreat(self, stream: Stream, piece: Piece, failure: OutOfMemory) -> None:
         rows = sum(stop - start for start, stop in (stream.head.spans[m] for m in piece.members)) if stream.head else 0
         vocabulary = self.head.weight.shape[0] if self.head is not None else 0
@@ -163,12 +177,13 @@ class StreamRunner:
 
 @dataclass
 class _Run:
-    """One call of ``backward``, or of ``measure`` where ``scale`` and ``seed`` are None. ``sums`` exist once the stream is split."""
+    """One call of ``backward``, or of ``measure`` where ``scale`` and ``seed`` are None. The sums exist once the stream is split."""
 
     stream: Stream
     scale: float | None = None
     seed: int | None = None
     sums: PairwiseSums | None = None
+    triplet_sums: dict[int, TripletSums] | None = None
 
     def keys(self, piece: Piece) -> Tensor | None:
         """The dropout keys of a piece's rows; None = no dropout."""

@@ -14,6 +14,7 @@ Legend: R rows, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +29,14 @@ from repbend_fast.pieces import Piece
 from repbend_fast.step.meter import Meter
 from repbend_fast.step.parts import ModelParts
 
-# Two cosine distances differ by at most this much, so with a margin beyond it no triplet is ever inactive.
+# Two cosine distances differ by at most this much. With a margin of it or more no triplet is ever inactive, but for the one
+# opposite to m, whose part in t is projected out.
 WIDEST = 2.0
 
 
 def always_active(term: Triplets) -> bool:
     """Whether every triplet counts, whatever the states are."""
-    return all(half.margin > WIDEST for half in term.halves if half.weight)
+    return all(half.margin >= WIDEST for half in term.halves if half.weight)
 
 
 @dataclass
@@ -69,9 +71,11 @@ class _Rows:
         self.acc, self.device = accumulate_dtype(hidden.dtype), hidden.device
 
     def zeros(self) -> Tensor:
+        """[D]."""
         return torch.zeros(self.width, dtype=self.acc, device=self.device)
 
-    def blocks(self):
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """``(start, stop, rows)``."""
         for start, stop in blocks(self.count, self.width, self.device):
             yield start, stop, self.reader.read(start, stop).to(self.acc)
 
@@ -180,6 +184,19 @@ def half_value(rows: _Rows, reference: Tensor, center: Tensor, margin: float, sa
     return total, units
 
 
+def total_sums(pieces: Iterable[dict[int, TripletSums]]) -> dict[int, TripletSums]:
+    """The sums of all pieces together."""
+    total: dict[int, TripletSums] = {}
+    for sums in pieces:
+        total = {layer: found.plus(total.get(layer)) for layer, found in sums.items()}
+    return total
+
+
+def only_active(everything: dict[int, TripletSums], active: dict[int, TripletSums]) -> dict[int, TripletSums]:
+    """Σ h of the one with the unit sums of the other."""
+    return {layer: TripletSums(sums.unsafe, active[layer].units) for layer, sums in everything.items()}
+
+
 @torch.no_grad()
 def triplet_sums(
     parts: ModelParts, term: Triplets, piece: Piece, known: dict[int, TripletSums] | None = None, reference: dict[int, Tensor] | None = None
@@ -208,7 +225,7 @@ def triplet_sums(
 
 
 def _active_sums(term: Triplets, halves: tuple[_Rows, _Rows], reference: Tensor, known: TripletSums) -> TripletSums:
-    """The part of ``known.units`` that is active in this piece; Σ h is in ``known`` already and stays 0 here."""
+    """The unit sums of this piece's active rows; Σ h is in ``known`` already and stays 0 here."""
     center = known.unsafe * _inverse(torch.linalg.vector_norm(known.unsafe))
     parts = reference.split([halves[0].count, halves[1].count])
     safe, unsafe = (

@@ -1,8 +1,9 @@
-"""The token batches of ``tests/step`` serve here too."""
+"""The tiny models and token batches of ``tests/step`` serve here too, and the one comparison of all gradient tests."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "step"))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "step"), str(TESTS / "kernels"), str(TESTS.parent / "benchmarks")]
