@@ -72,6 +72,6 @@ def check_depth(config: Config) -> None:
         blocks = AutoConfig.from_pretrained(source, **_hub_arguments(config.model)).get_text_config().num_hidden_layers
     except (OSError, ValueError, KeyError, AttributeError):
         return  # loading the model says what is wrong with it
-    build_objective(config.objective, blocks)
+    build_objective(config.objective, blocks, config.training.steps)
     if isinstance(config.lora.blocks, list) and max(config.lora.blocks) >= blocks:
         raise UserError(f"lora.blocks={config.lora.blocks}: the model has blocks 0 … {blocks - 1}")

@@ -108,8 +108,8 @@ class Trainer:
         self.run = run
         self.data = data
         base = load_model(config.model)
-        self.objective = build_objective(config.objective, find_decoder(base).num_blocks)
-        self.model: Any = attach_lora(base, config.lora, config.objective.window)
+        self.objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
+        self.model: Any = attach_lora(base, config.lora, (self.objective.last_state,))
         autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
         self.runner = StreamRunner(self.model, levers_of(config.memory, self.model), autocast=autocast, uses_head=needs_head)

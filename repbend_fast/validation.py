@@ -8,7 +8,7 @@ unsafe-minus-safe distance (without), and of equals the lower KL. Training stops
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from repbend_fast.config.schema import Config, ValidationConfig
@@ -47,9 +47,9 @@ class Validation:
 
     @property
     def bending(self) -> float:
-        """Mean unsafe distance minus mean safe distance over hidden states."""
+        """Mean distance of what is to be bent minus mean distance of what is to be kept, over hidden states."""
         means = {name: sum(v.values()) / len(v) for name, v in self.distance.items() if v}
-        return means.get("unsafe", 0.0) - means.get("safe", 0.0)
+        return means.get("unsafe", means.get("forget", 0.0)) - means.get("safe", means.get("retain", 0.0))
 
     def row(self) -> dict[str, Any]:
         """The ``validation`` row of metrics.jsonl."""
@@ -103,13 +103,11 @@ class Validator:
     def _distances(self) -> dict[str, dict[str, float]]:
         """Mean distance per stream and hidden state, over the rows of the first held-out examples of each role."""
         part = {role: tuple(examples[:DISTANCE_EXAMPLES]) for role, examples in self.held.items()}
-        batch = Batch(part.get("safe", ()), part.get("unsafe", ()), part.get("pair", ()))  # type: ignore[arg-type]
+        batch = Batch(part.get("safe", ()), part.get("unsafe", ()), part.get("pair", ()), part.get("retain", ()))  # type: ignore[arg-type]
         means: dict[str, dict[str, float]] = {}
-        for stream in self.objective.streams(batch, 0):
-            if not stream.sequences or not stream.distances:
-                continue
+        for stream in self.objective.probes(batch):
             name = stream.distances[0].name
-            layers = self.runner.measure(replace(stream, pairwise=None)).layers[name]
+            layers = self.runner.measure(stream).layers[name]
             means[name] = {str(layer): round(float(value), 6) for layer, value in sorted(layers.items())}
         return means
 

@@ -37,6 +37,11 @@ class ObjectiveSection(Section):
         """Whether a term reads pairs that unsafe records cannot stand in for."""
         return False
 
+    @property
+    def compares_unsafe(self) -> bool:
+        """Whether a term compares unsafe sequences with each other, so that a micro-batch needs two."""
+        return False
+
     def errors(self) -> Iterator[str]:
         """Settings that are fine alone and impossible together, one line each."""
         yield from ()
@@ -75,6 +80,10 @@ class ObjectiveConfig(ObjectiveSection):
     @property
     def needs_pairs(self) -> bool:
         return self.pair > 0
+
+    @property
+    def compares_unsafe(self) -> bool:
+        return self.cosine > 0
 
     def errors(self) -> Iterator[str]:
         if max(self.window) == 0:

@@ -75,14 +75,13 @@ def _counts(records: dict[Role, list[Record]]) -> str:
 def _available(records: dict[Role, list[Record]], wanted: tuple[Role, ...], config: Config, notes: list[str]) -> tuple[Role, ...]:
     present = {role for role in wanted if records.get(role)}
     missing = [role for role in wanted if role not in present]
-    needs_pairs = config.objective.pair > 0
     if "pair" in present:
         optional = {"safe", "unsafe"}
     else:
-        optional = set() if needs_pairs else {"pair"}
+        optional = set() if config.objective.needs_pairs else {"pair"}
     dropped = [role for role in missing if role in optional]
     unsafe_per_batch = config.training.examples * len(present & {"unsafe", "pair"})
-    if config.objective.cosine and 0 < unsafe_per_batch < 2:
+    if config.objective.compares_unsafe and 0 < unsafe_per_batch < 2:
         raise UserError(
             f"training.examples={config.training.examples}: objective.cosine compares at least two unsafe sequences of a micro-batch; "
             "raise it to 2, add pair records, or set objective.cosine=0 with objective.pair above 0"

@@ -61,8 +61,8 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> int:
         UserError: no adapter, prompts or data to read, or a file that cannot be written.
     """
     from repbend_fast.data.prepare import prepare_data
-    from repbend_fast.models import attach_lora, load_model, load_tokenizer
-    from repbend_fast.objectives import roles_of
+    from repbend_fast.models import attach_lora, find_decoder, load_model, load_tokenizer
+    from repbend_fast.objectives import build_objective, roles_of
 
     prompts = config.evaluation.prompts = config.evaluation.prompts or PromptsConfig()
     load_prompts(prompts)
@@ -78,7 +78,8 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> int:
     chat = data.chat
     base: Any = load_model(config.model)
     if "before" not in content:
-        fresh = attach_lora(base, config.lora, config.objective.window)
+        objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
+        fresh = attach_lora(base, config.lora, (objective.last_state,))
         content["before"] = measure_model(config, _runner(fresh, config), data.encoder, chat)
         base = fresh.unload()
     if folder:
