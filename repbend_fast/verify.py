@@ -7,10 +7,7 @@ from the folder; everything is computed by the product's own objective and step,
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repbend_fast.config.schema import MemoryConfig, ModelConfig, ObjectiveConfig
-from repbend_fast.data.records import Batch, PairSequence, Sequence
+from repbend_fast.config.schema import MemoryConfig, ModelConfig
 from repbend_fast.errors import UserError
+from repbend_fast.golden import FORM, READERS, Case, form_of, objective_of, read_case, read_json
 from repbend_fast.memory.levers import levers_of
 from repbend_fast.models import find_decoder, load_model, trainable_parameters
 from repbend_fast.objectives import build_objective
@@ -28,10 +25,6 @@ from repbend_fast.step import StreamRunner
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
-SUPPORTED = ("repbend",)
-FORM = "a golden folder has expected.json, base_model/, adapter/ and batch.*.json"
-WEIGHTS = {"alpha": "safe", "beta": "unsafe", "gamma": "cosine", "epsilon": "kl"}
-LOSS_MODES = {"request_last": "prompt_last", "request_all": "prompt_all", "request_response": "prompt_response"}
 
 
 @dataclass(frozen=True)
@@ -68,23 +61,6 @@ class Verification:
         return bool(self.checks) and all(c.passed for c in self.checks)
 
 
-def load_batch(path: Path) -> Batch:
-    """A recorded batch: ragged lists of token ids per role.
-
-    Raises:
-        UserError: the file is missing, or not such a batch.
-    """
-    data = _json(path)
-    with _form_of(path):
-        retain = tuple(Sequence(tuple(ids), 0) for ids in data.get("retain", ()))
-        pairs = tuple(
-            PairSequence(_sequence(p["prompt"], p["unsafe_response"]), _sequence(p["prompt"], p["safe_response"]))
-            for p in data.get("pairs", ())
-        )
-        safe, unsafe = (tuple(_sequence(e["prompt"], e["response"]) for e in data.get(role, ())) for role in ("safe", "unsafe"))
-    return Batch(safe, unsafe, pairs, retain)
-
-
 def verify_folder(folder: Path, memory: MemoryConfig | None = None) -> Verification:
     """Compute every supported case of a golden folder.
 
@@ -92,23 +68,22 @@ def verify_folder(folder: Path, memory: MemoryConfig | None = None) -> Verificat
         UserError: the folder is not a golden folder.
     """
     path = folder / "expected.json"
-    expected = _json(path)
-    with _form_of(path):
+    expected = read_json(path)
+    with form_of(path):
         by_objective: dict[str, list[dict[str, Any]]] = {}
         for case in expected["cases"]:
-            by_objective.setdefault(case.get("objective", "repbend"), []).append(case)
-        supported = [case for name in SUPPORTED for case in by_objective.get(name, ())]
-        unsupported = {name: [case["key"] for case in found] for name, found in by_objective.items() if name not in SUPPORTED}
-        window = _window(expected) if supported else []
-        cases = [_Case.read(folder, case["key"], case, case, window) for case in supported]
+            by_objective.setdefault(objective_of(case), []).append(case)
+        supported = [case for name in READERS for case in by_objective.get(name, ())]
+        unsupported = {name: [case["key"] for case in found] for name, found in by_objective.items() if name not in READERS}
+        cases = [read_case(folder, case["key"], case, case, expected) for case in supported]
     checks: list[Check] = []
     if cases:
         memory = memory or MemoryConfig()
         model = _load(folder)
         checks = [_check_case(folder, model, case, memory) for case in cases]
         if (folder / "trajectory.json").is_file():
-            checks += _check_trajectory(folder, window, memory)
-    return Verification(checks, unsupported, tuple(name for name in SUPPORTED if name in by_objective))
+            checks += _check_trajectory(folder, expected, memory)
+    return Verification(checks, unsupported, tuple(name for name in READERS if name in by_objective))
 
 
 def run_verify(folder: Path, objectives: list[str] | None = None) -> int:
@@ -139,25 +114,9 @@ def run_verify(folder: Path, objectives: list[str] | None = None) -> int:
     return 1 if absent or any(not c.passed for c in verification.checks) else 0
 
 
-@dataclass(frozen=True)
-class _Case:
-    """One recorded value with what it takes to compute it."""
-
-    key: str
-    batch: Batch
-    config: ObjectiveConfig
-    loss: float
-    grad_norm: float
-
-    @staticmethod
-    def read(folder: Path, key: str, values: dict[str, Any], settings: dict[str, Any], window: list[int]) -> _Case:
-        batch = load_batch(folder / f"batch.{values['batch']}.json")
-        return _Case(key, batch, _objective_config(settings, window), float(values["loss"]), float(values["grad_norm"]))
-
-
-def _check_case(folder: Path, model: Any, case: _Case, memory: MemoryConfig) -> Check:
+def _check_case(folder: Path, model: Any, case: Case, memory: MemoryConfig) -> Check:
     model.zero_grad(set_to_none=True)
-    loss, scale = _loss_and_gradient(model, case.batch, case.config, memory)
+    loss, scale = _loss_and_gradient(model, case, memory)
     gradient = _gradient(model)
     recorded = folder / f"grads.{case.key}.safetensors"
     if recorded.is_file():
@@ -169,11 +128,11 @@ def _check_case(folder: Path, model: Any, case: _Case, memory: MemoryConfig) -> 
     return Check(case.key, case.loss, loss, abs(loss - case.loss) / scale, gradient_error)
 
 
-def _check_trajectory(folder: Path, window: list[int], memory: MemoryConfig) -> list[Check]:
+def _check_trajectory(folder: Path, expected: dict[str, Any], memory: MemoryConfig) -> list[Check]:
     path = folder / "trajectory.json"
-    recorded = _json(path)
+    recorded = read_json(path)
     model = _load(folder)
-    with _form_of(path):
+    with form_of(path):
         optimizer = torch.optim.AdamW(
             trainable_parameters(model),
             lr=recorded["lr"],
@@ -181,56 +140,27 @@ def _check_trajectory(folder: Path, window: list[int], memory: MemoryConfig) -> 
             eps=recorded["eps"],
             weight_decay=recorded["weight_decay"],
         )
-        steps = [_Case.read(folder, f"trajectory.{step['step']}", step, recorded, window) for step in recorded["steps"]]
+        steps = [read_case(folder, f"trajectory.{step['step']}", step, recorded, expected) for step in recorded["steps"]]
     checks = []
     for step in steps:
         optimizer.zero_grad(set_to_none=True)
-        loss, scale = _loss_and_gradient(model, step.batch, step.config, memory)
+        loss, scale = _loss_and_gradient(model, step, memory)
         norm = _norm(_gradient(model))
         optimizer.step()
         checks.append(Check(step.key, step.loss, loss, abs(loss - step.loss) / scale, _relative(norm, step.grad_norm)))
     return checks
 
 
-def _loss_and_gradient(model: Any, batch: Batch, config: ObjectiveConfig, memory: MemoryConfig) -> tuple[float, float]:
+def _loss_and_gradient(model: Any, case: Case, memory: MemoryConfig) -> tuple[float, float]:
     """The loss, and Σ |weight × term| as its scale; gradients are left in the model."""
-    objective = build_objective(config, find_decoder(model).num_blocks)
+    objective = build_objective(case.config, find_decoder(model).num_blocks, case.steps)
     runner = StreamRunner(model, levers_of(memory, model), uses_head=objective.uses_head)
     loss = scale = 0.0
-    for stream in objective.streams(batch, 0):
+    for stream in objective.streams(case.batch, case.step):
         result = runner.backward(stream, dropout_seed=0)
         loss += float(result.loss)
         scale += sum(abs(weight * float(result.terms[name])) for name, weight in stream.weights.items())
     return loss, scale
-
-
-def _objective_config(case: dict[str, Any], window: list[int]) -> ObjectiveConfig:
-    weights: dict[str, Any] = {ours: float(case[theirs]) for theirs, ours in WEIGHTS.items()}
-    return ObjectiveConfig(
-        **weights,
-        window_start=window[0],
-        window_size=len(window),
-        loss_mode=LOSS_MODES.get(case["loss_mode"], case["loss_mode"]),
-        alpha_mode=case["alpha_mode"],
-        published_quirks=True,
-    )
-
-
-@contextmanager
-def _form_of(path: Path) -> Iterator[None]:
-    """Report a file with missing or wrong entries in one line."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not in the form of a golden folder ({type(error).__name__}: {reason})") from error
-
-
-def _window(expected: dict[str, Any]) -> list[int]:
-    window = expected["window"]
-    if window != list(range(window[0], window[0] + len(window))):
-        raise ValueError(f"window {window} is not a run of consecutive hidden states")
-    return window
 
 
 def _load(folder: Path) -> Any:
@@ -240,10 +170,6 @@ def _load(folder: Path) -> Any:
         raise UserError(f"{folder}: no adapter/adapter_model.safetensors; {FORM}")
     base = load_model(ModelConfig(name=str((folder / "base_model").resolve()), dtype="float32", device="cpu"))
     return PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True).eval()
-
-
-def _sequence(prompt: list[int], answer: list[int]) -> Sequence:
-    return Sequence((*prompt, *answer), len(prompt))
 
 
 def _gradient(model: Any) -> dict[str, Tensor]:
@@ -263,12 +189,3 @@ def _norm(gradient: dict[str, Tensor]) -> float:
 
 def _relative(got: float, expected: float) -> float:
     return abs(got - expected) / max(abs(expected), 1e-12)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; {FORM}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error

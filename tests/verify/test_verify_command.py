@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.errors import UserError
-from repbend_fast.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Check, Verification, load_batch, run_verify, verify_folder
+from repbend_fast.golden import load_batch
+from repbend_fast.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Check, Verification, run_verify, verify_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES, STEPS = 30, 10
@@ -134,14 +135,48 @@ def test_window_and_architecture_come_from_the_folder(small) -> None:
             verify_folder(small)
 
 
+@pytest.mark.parametrize("memory", [{}, *MEMORY.values()], ids=["default", *MEMORY])
+def test_circuit_breakers_and_npo(memory) -> None:
+    verification = verify_folder(GOLDEN / "baselines", MemoryConfig(**memory))
+    assert {c.key.split(".")[1] for c in verification.checks} == {"circuit_breaker", "npo"}
+    assert len(verification.checks) == 5
+    assert not _failed(verification)
+    assert not verification.unsupported
+    assert verification.passed
+
+
+def _baselines(tmp_path: Path, key: str, **values) -> Path:
+    """A copy of the baselines' folder with one case, changed."""
+    folder = tmp_path / "baselines"
+    shutil.copytree(GOLDEN / "baselines", folder)
+    _edit(folder, cases=[c | values for c in _expected(folder)["cases"] if c["key"] == key])
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("objectives", "code"), [(None, 0), (["circuit_breaker"], 1), (["npo"], 1), (["repbend"], 1)], ids=["all", "circuit", "npo", "repbend"]
+    ("key", "values"),
+    [
+        ("c0.circuit_breaker.step75", {"step": 76}),
+        ("c0.circuit_breaker.step75", {"max_steps": 149}),
+        ("c0.circuit_breaker.step75", {"target_hidden_states": [2, 3]}),
+        ("c0.circuit_breaker.step75", {"alpha": 9.9}),
+        ("c0.npo.beta0.1.kl0.1", {"beta": 0.11}),
+        ("c0.npo.beta0.1.kl0.1", {"retain_kl": 0.2}),
+        ("c0.npo.beta0.1.kl0.1", {"temperature": 1.0}),
+    ],
 )
-def test_objectives_that_do_not_exist_are_listed(objectives, code, capsys) -> None:
-    assert run_verify(GOLDEN / "baselines", objectives) == code
-    out = capsys.readouterr().out
-    for case in _expected(GOLDEN / "baselines")["cases"]:
-        assert f"not supported: {case['key']}" in out
+def test_wrong_settings_of_a_baseline_fail(tmp_path, key, values) -> None:
+    (check,) = verify_folder(_baselines(tmp_path, key, **values)).checks
+    assert not check.passed
+
+
+def test_objectives_that_do_not_exist_are_listed(tmp_path, capsys) -> None:
+    folder = _baselines(tmp_path, "c0.npo.beta0.1.kl0.1", objective="other")
+    assert run_verify(folder) == 0
+    assert "not supported: c0.npo.beta0.1.kl0.1" in capsys.readouterr().out
+    assert run_verify(folder, ["other"]) == 1
+    assert run_verify(GOLDEN / "baselines", ["circuit_breaker", "npo"]) == 0
+    assert run_verify(GOLDEN / "baselines", ["rmu"]) == 1
 
 
 def test_asking_for_an_objective_that_has_no_case_fails(small) -> None:
