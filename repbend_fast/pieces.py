@@ -43,12 +43,19 @@ class Piece:
             starts = torch.tensor(self.offsets)
             index = torch.tensor(self.members).repeat_interleave(ends - starts)
             within = torch.arange(self.positions) - starts.repeat_interleave(ends - starts)
-        return (index * 2**32 + within).flatten().to(self.input_ids.device, non_blocking=True)
+        return to_device((index * 2**32 + within).flatten(), self.input_ids.device)
 
     def rows(self, spans: tuple[Span, ...]) -> Tensor:
         """Flat row indices (int64 [R], on the piece's device) of the stream's ``spans`` that lie in this piece."""
         parts = [torch.arange(o + spans[m][0], o + spans[m][1]) for m, o in zip(self.members, self.offsets)]
-        return torch.cat(parts).to(self.input_ids.device, non_blocking=True)
+        return to_device(torch.cat(parts), self.input_ids.device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on ``device``, without waiting for the device: from pageable memory CUDA waits until its queue is empty."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def make_piece(sequences: tuple[Sequence, ...], members: tuple[int, ...], layout: Layout, device: torch.device) -> Piece:
@@ -59,12 +66,12 @@ def make_piece(sequences: tuple[Sequence, ...], members: tuple[int, ...], layout
         ids = torch.tensor([token for sequence in chosen for token in sequence], dtype=torch.int64)[None]
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         offsets = tuple(sum(lengths[:i]) for i in range(len(lengths)))
-        return Piece(members, offsets, ids.to(device), positions.to(device), sum(lengths))
+        return Piece(members, offsets, to_device(ids, device), to_device(positions, device), sum(lengths))
     width = max(lengths)
     ids = torch.zeros(len(chosen), width, dtype=torch.int64)
     for i, sequence in enumerate(chosen):
         ids[i, : lengths[i]] = torch.tensor(sequence, dtype=torch.int64)
-    return Piece(members, tuple(i * width for i in range(len(chosen))), ids.to(device), None, sum(lengths))
+    return Piece(members, tuple(i * width for i in range(len(chosen))), to_device(ids, device), None, sum(lengths))
 
 
 def split(

@@ -22,11 +22,13 @@ from repbend_fast.checkpoint import (
     save_checkpoint,
 )
 from repbend_fast.config import Config, resolved_yaml
+from repbend_fast.data.prefetch import PreparedBatches
 from repbend_fast.data.prepare import RunData
 from repbend_fast.errors import UserError
 from repbend_fast.evaluate.command import evaluate_sides
 from repbend_fast.interrupt import Interrupt
-from repbend_fast.memory.levers import levers_of
+from repbend_fast.memory.levers import Levers, levers_of
+from repbend_fast.memory.out_of_memory import is_out_of_memory, optimizer_out_of_memory
 from repbend_fast.metrics import MetricsLog, ProgressLine, peak_memory_bytes, say
 from repbend_fast.models import (
     attach_lora,
@@ -107,12 +109,15 @@ class Trainer:
         self.config = config
         self.run = run
         self.data = data
+        self.batches = PreparedBatches(data.sampler)
         base = load_model(config.model)
         self.objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
         self.model: Any = attach_lora(base, config.lora, (self.objective.last_state,))
         autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
         self.runner = StreamRunner(self.model, levers_of(config.memory, self.model), autocast=autocast, uses_head=needs_head)
+        self.runner.on_out_of_memory = self._say_out_of_memory
+        self.first_levers = self.runner.levers
         if self.runner.head is not None:
             check_head(self.model, self.runner.head)
         self.parameters = trainable_parameters(self.model)
@@ -149,6 +154,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Make the best adapter the run's result, evaluate it, write the report."""
+        self.batches.close()
         if self.best_weights is not None:
             load_adapter_weights(self.model, self.best_weights)
         save_adapter(self.model, self.run.adapter)
@@ -180,6 +186,9 @@ class Trainer:
         load_moments(self.optimizer, state.tensors["optimizer"], self.config.training)
         self.scaler.load_state_dict(state.tensors["scaler"])
         self.best_weights = state.tensors["best"]
+        # What ran out of memory once would do so again, unless the levers were set anew.
+        if state.plain.get("levers", {}).get("first") == self.first_levers.as_dict():
+            self.runner.levers = Levers(**state.plain["levers"]["last"])
         remove_leftovers(self.run)
         # Settings given with --resume belong to the run from here on, also when it is resumed again.
         write_text(self.run.config, resolved_yaml(self.config))
@@ -189,11 +198,12 @@ class Trainer:
 
     def _save(self) -> Path:
         plain = {
-            "sampler": self.data.sampler.state_dict(),
+            "sampler": self.batches.state_dict(),
             "guard": self.guard.state_dict(),
             "stopped": self.stopped,
             "settings": fixed_settings(self.config),
             "limits": self.guard.limits_in_force(),
+            "levers": {"first": self.first_levers.as_dict(), "last": self.runner.levers.as_dict()},
         }
         tensors = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "best": self.best_weights}
         return save_checkpoint(self.run, TrainingState(self.step, plain, tensors), self.model, self.config.training.keep_checkpoints)
@@ -204,7 +214,8 @@ class Trainer:
         results: list[StreamResult] = []
         scale = self.scaler.get_scale() / settings.accumulation
         for micro_batch in range(settings.accumulation):
-            streams = self.objective.streams(self.data.sampler.next_batch(), self.step)
+            last = self.step + 1 == settings.steps and micro_batch + 1 == settings.accumulation
+            streams = self.objective.streams(self.batches.next_batch(ahead=not last), self.step)
             seed = dropout_seed(settings.seed, self.step, micro_batch)
             results += [self.runner.backward(stream, scale, dropout_seed=seed) for stream in streams]
         self.scaler.unscale_(self.optimizer)
@@ -214,8 +225,7 @@ class Trainer:
         rate = learning_rate(settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.step % settings.log_every and self.step != settings.steps:
@@ -238,6 +248,19 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(self.runner.device),
         )
         progress.update(self.step, loss, terms, tokens / seconds)
+
+    def _update(self) -> None:
+        try:
+            self.scaler.step(self.optimizer)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise optimizer_out_of_memory(self.step + 1, self.config.training.optimizer) from error
+        self.scaler.update()
+
+    def _say_out_of_memory(self, line: str, allocator: str) -> None:
+        self.log.write("event", self.step, event="out_of_memory", reason=line, allocator=allocator, levers=self.runner.levers.as_dict())
+        say(line)
 
     def _check_finite(self, results: list[StreamResult], norm: Tensor) -> None:
         values = [r.loss for r in results]
@@ -263,6 +286,7 @@ class Trainer:
         return f"last good checkpoint: {good[-1]}; {f'remove {suspect.name}, ' if suspect else ''}{lower} and resume"
 
     def _validate(self, validator: Validator) -> None:
+        self.batches.wait()  # validation uses the same tokenizer
         validation = validator.measure(self.step)
         self.guard.judge(validation)
         self.stopped = self.guard.stop_reason(validation)

@@ -47,7 +47,7 @@ def chat_statistics(runner: StreamRunner, conversations: Seq[Sequence]) -> ChatS
         adapted = _final_rows(runner, piece.input_ids, piece.position_ids, rows)
         with reference_model(runner.model):
             reference = _final_rows(runner, piece.input_ids, piece.position_ids, rows)
-        head = runner.head
+        head = runner.head.on(runner.device)
         chunk = runner.levers.kl_chunk_rows
         divergence += linear_kl_div(adapted, reference, head.weight, bias=head.bias, softcap=head.softcap, chunk_rows=chunk)
         lengths = [len(sequences[m]) for m in members]

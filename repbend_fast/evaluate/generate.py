@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from repbend_fast.data.records import Message
 from repbend_fast.evaluate.prompts import Prompt
+from repbend_fast.models.decoder import find_decoder
 
 
 class PromptEncoder(Protocol):
@@ -92,7 +93,7 @@ def _generate_batch(model: Any, tokenizer: Any, encoded: list[list[int]]) -> lis
     """Answers of one batch; the prompts are padded on the left so that all of them end at the same position."""
     settings = model.generation_config
     longest = max(len(ids) for ids in encoded)
-    device = model.get_input_embeddings().weight.device
+    device = find_decoder(model).device
     ids = torch.full((len(encoded), longest), settings.pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, sequence in enumerate(encoded):

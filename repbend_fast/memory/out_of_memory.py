@@ -66,6 +66,14 @@ def attempt(work: Callable[[], T], device: torch.device) -> T | OutOfMemory:
     return OutOfMemory(reason)
 
 
+def optimizer_out_of_memory(step: int, name: str) -> UserError:
+    """What to tell a user whose optimizer's states did not fit."""
+    smaller = {"adamw": "adamw_8bit, or on CUDA paged_adamw_8bit", "adamw_8bit": "paged_adamw_8bit, on CUDA"}.get(name)
+    remedy = f"set training.optimizer={smaller}," if smaller else "lower lora.r"
+    what = f"out of memory in the optimizer (training.optimizer={name})"
+    return UserError(f"step {step}: {what}; {remedy} or set memory.budget, and start again")
+
+
 @contextmanager
 def fresh_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Collect gradients apart from the accumulated ones and add them at the end: after an error the accumulated ones are untouched."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repbend_fast.errors import UserError
+from repbend_fast.models.packing import known_packing
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
@@ -53,6 +54,11 @@ class Head:
     bias: Tensor | None
     softcap: float | None
 
+    def on(self, device: torch.device) -> Head:
+        """The head on a device. Where its weight lives in host memory this is a copy, which is freed with the returned head."""
+        bias = None if self.bias is None else self.bias.to(device, non_blocking=True)
+        return Head(self.weight.to(device, non_blocking=True), bias, self.softcap)
+
 
 def causal_model(model: Any) -> Any:
     """The transformers model inside an optional PEFT wrapper."""
@@ -85,7 +91,7 @@ def find_head(model: nn.Module) -> Head:
     """
     causal = causal_model(model)
     linear = causal.get_output_embeddings()
-    if type(linear) is not nn.Linear:
+    if type(linear) is not nn.Linear and not getattr(linear, "lives_on_host", False):
         raise UserError(
             f"the output head is a {type(linear).__name__}, not a plain linear layer; take lm_head out of lora.target_modules "
             "or set objective.kl=0"
@@ -104,8 +110,9 @@ def check_head(model: nn.Module, head: Head) -> None:
         UserError: they differ.
     """
     causal = causal_model(model)
-    ids = torch.arange(1, 9, device=head.weight.device)[None] % head.weight.shape[0]
+    ids = torch.arange(1, 9, device=find_decoder(model).device)[None] % head.weight.shape[0]
     hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    head = head.on(hidden.device)
     ours = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias).float()
     if head.softcap:
         ours = head.softcap * torch.tanh(ours / head.softcap)
@@ -118,7 +125,9 @@ def check_head(model: nn.Module, head: Head) -> None:
 class _Block(nn.Module):
     """One decoder block for one pass: block, optionally recomputed in backward, then the visit outside of the recomputed region."""
 
-    def __init__(self, block: nn.Module, index: int, visit: Visit, *, last: bool, recompute: bool) -> None:
+    def __init__(
+        self, block: nn.Module, index: int, visit: Visit, *, last: bool, recompute: bool, offload: OffloadedInputs | None
+    ) -> None:
         super().__init__()
         self.block = block
         self._index = index
@@ -126,6 +135,7 @@ class _Block(nn.Module):
         # The output of the last block is no hidden state: the last hidden state is read after the norm.
         self._last = last
         self._recompute = recompute
+        self._offload = offload
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -137,8 +147,10 @@ class _Block(nn.Module):
         if self._index == 0:
             hidden = self._visit(0, hidden)
         if self._recompute and torch.is_grad_enabled():
+            source = _Input(self._index, hidden, self._offload)
+            del hidden
             # No generator's state decides anything in a block: LoRA's dropout follows keys, a model's own is off.
-            output = checkpoint(self.block, hidden, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            output = checkpoint(self._run, source, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         else:
             output = self.block(hidden, *args, **kwargs)
         if self._last:
@@ -148,11 +160,49 @@ class _Block(nn.Module):
         return self._visit(self._index + 1, output)
 
 
+    def _run(self, source: _Input, *args: Any, **kwargs: Any) -> Any:
+        return self.block(source.take(), *args, **kwargs)
+
+
+class OffloadedInputs(Protocol):
+    """Where inputs of recomputed blocks wait: ``memory.offload.HostStates``."""
+
+    def put(self, index: int, hidden: Tensor) -> None:
+        """Take a copy of the input of block ``index``."""
+
+    def get(self, index: int) -> Tensor:
+        """The input of block ``index``, a leaf on the device."""
+
+
+class _Input:
+    """The input of a recomputed block: kept, or with ``offload`` given up at the first run and fetched for the second.
+
+    Checkpointing keeps its arguments alive, so the tensor itself must not be one.
+    """
+
+    def __init__(self, index: int, hidden: Tensor, offload: OffloadedInputs | None) -> None:
+        self._index, self._offload = index, offload
+        self._hidden: Tensor | None = hidden
+
+    def take(self) -> Tensor:
+        """The input, for forward and for the recomputation."""
+        if self._hidden is None:
+            assert self._offload is not None
+            return self._offload.get(self._index)
+        hidden = self._hidden
+        if self._offload is not None:
+            self._offload.put(self._index, hidden)
+            self._hidden = None
+        return hidden
+
+
 @contextmanager
-def _shortened(decoder: Decoder, stop: int, visit: Visit, checkpoint_blocks: int) -> Iterator[None]:
+def _shortened(decoder: Decoder, stop: int, visit: Visit, checkpoint_blocks: int, offload: OffloadedInputs | None) -> Iterator[None]:
     body, layers, norm = decoder.body, decoder.layers, getattr(decoder.body, decoder.norm_name)
     total = len(layers)
-    wrapped = [_Block(layers[i], i, visit, last=i + 1 == total, recompute=i < checkpoint_blocks) for i in range(min(stop, total))]
+    wrapped = [
+        _Block(layers[i], i, visit, last=i + 1 == total, recompute=i < checkpoint_blocks, offload=offload) for i in range(min(stop, total))
+    ]
     try:
         body.layers = nn.ModuleList(wrapped)
         if stop < total:
@@ -171,6 +221,7 @@ def run_decoder(
     stop: int,
     visit: Visit,
     checkpoint_blocks: int = 0,
+    offload: OffloadedInputs | None = None,
 ) -> None:
     """Run the decoder up to hidden state ``stop`` and visit each hidden state 0 … ``stop``.
 
@@ -180,11 +231,12 @@ def run_decoder(
         stop: last hidden state needed, 1 … number of blocks. Blocks and norm beyond it do not run.
         visit: sees hidden state l, [B, T, D], and returns what the pass goes on with.
         checkpoint_blocks: this many first blocks are recomputed in backward.
+        offload: keeps the inputs of those blocks meanwhile; None = they stay where they are.
     """
     total = decoder.num_blocks
     if not 1 <= stop <= total:
         raise ValueError(f"stop must be in 1 … {total}, got {stop}")
-    with _shortened(decoder, stop, visit, checkpoint_blocks):
+    with _shortened(decoder, stop, visit, checkpoint_blocks, offload), known_packing(position_ids is not None):
         output = decoder.body(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
         if stop == total:
             visit(total, output.last_hidden_state)

@@ -7,6 +7,7 @@ from repbend_kernels import bend_tap, linear_kl_div, pairwise_cosine, tap_rows
 from torch import Tensor
 
 from repbend_fast.memory.levers import Levers
+from repbend_fast.memory.offload import host_states
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.objectives.base import Direction, HeadKL, PairwiseCosine, Stream
 from repbend_fast.pieces import Piece
@@ -44,6 +45,7 @@ def adapted_pass(
             stop=stream.stop(parts.decoder.num_blocks),
             visit=taps.visit,
             checkpoint_blocks=levers.checkpoint_blocks,
+            offload=host_states(levers.offload_checkpoints, parts.device),
         )
     losses = taps.losses
     if stream.pairwise:
@@ -122,8 +124,8 @@ def _cosine(term: PairwiseCosine, states: list[Tensor], count: int, sums: Pairwi
 
 
 def _head_kl(parts: ModelParts, term: HeadKL, hidden: Tensor, reference: Tensor, levers: Levers, meter: Meter) -> Tensor:
-    head = parts.head
-    assert head is not None
+    assert parts.head is not None
+    head = parts.head.on(parts.device)
     kl = linear_kl_div(
         hidden,
         reference,

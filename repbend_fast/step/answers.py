@@ -19,6 +19,7 @@ def answer_log_probs(head: Head, term: AnswerLoss, piece: Piece, states: Tensor,
     lengths: Sequence[int] = [term.spans[m][1] - term.spans[m][0] for m in piece.members]
     # The next position of a row is its own sequence's: spans end before the last token.
     targets = piece.input_ids.reshape(-1)[rows + 1]
+    head = head.on(states.device)
     return linear_log_prob(states, head.weight, targets, bias=head.bias, softcap=head.softcap, lengths=lengths, chunk_rows=chunk_rows)
 
 

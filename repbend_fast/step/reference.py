@@ -10,7 +10,7 @@ from torch import Tensor
 from repbend_fast.models.adapters import reference_model
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.objectives.base import Distance, Stream
-from repbend_fast.pieces import Layout, Piece, make_piece
+from repbend_fast.pieces import Layout, Piece, make_piece, to_device
 from repbend_fast.step.answers import answer_log_probs
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.triplets import triplet_rows
@@ -88,7 +88,7 @@ def _replace_against(
     if not others:
         return
     other_piece = make_piece(tuple(others), tuple(range(len(others))), layout, parts.device)
-    source, into = other_piece.rows(tuple(theirs)), torch.cat(target).to(parts.device)
+    source, into = other_piece.rows(tuple(theirs)), to_device(torch.cat(target), parts.device)
 
     def visit(layer: int, hidden: Tensor) -> Tensor:
         if layer in term.layers:

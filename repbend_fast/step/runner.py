@@ -18,6 +18,7 @@ from torch import Tensor
 
 from repbend_fast.data.records import Sequence
 from repbend_fast.memory.levers import Levers
+from repbend_fast.memory.offload import offload_embedding
 from repbend_fast.memory.out_of_memory import Load, OutOfMemory, attempt, fresh_gradients, retreat
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head
@@ -55,6 +56,9 @@ class StreamRunner:
         self.on_out_of_memory: Callable[[str, str], None] | None = None
         self.parameters = trainable_parameters(model)
         decoder = find_decoder(model)
+        # On the CPU everything is in host memory as it is.
+        if levers.offload_embedding and decoder.device.type != "cpu":
+            offload_embedding(model)
         self.parts = ModelParts(model, decoder, find_head(model) if uses_head else None, decoder.device, autocast)
 
     @property
@@ -134,7 +138,7 @@ class StreamRunner:
             run.triplet_sums = self._triplet_sums(run, stream.triplets)
         meter = Meter(stream, self.device)
         meter.tokens = piece.tokens
-        reference = reference_pass(self.parts, stream, piece, self.layout)
+        reference = reference_pass(self.parts, stream, piece, self.layout, self.levers.kl_chunk_rows)
         with lora_dropout(self.model, run.keys(piece)):
             loss = adapted_pass(self.parts, stream, piece, reference, run.sums, self.levers, meter, run.triplet_sums)
             if run.scale is not None and loss.requires_grad:
@@ -167,9 +171,9 @@ class StreamRunner:
         return only_active(everything, total_sums(self._each_piece(run.stream, run.stream.sequences, partial(work, known=everything))))
 
     def _retreat(self, stream: Stream, piece: Piece, failure: OutOfMemory) -> None:
-        rows = sum(stop - start for start, stop in (stream.head.spans[m] for m in piece.members)) if stream.head else 0
+        rows = [sum(term.spans[m][1] - term.spans[m][0] for m in piece.members) for term in (stream.head, stream.answers) if term]
         vocabulary = self.head.weight.shape[0] if self.head is not None else 0
-        load = Load(stream.name, len(piece.members), piece.positions, rows, vocabulary)
+        load = Load(stream.name, len(piece.members), piece.positions, max(rows, default=0), vocabulary)
         self.levers, change = retreat(self.levers, load, self.decoder.num_blocks, self.device)
         if self.on_out_of_memory:
             self.on_out_of_memory(f"out of memory ({load}): {change} from here on", failure.reason)
