@@ -10,6 +10,8 @@ from repbend_fast.config import Config
 from repbend_fast.data.prepare import RunData, prepare_data
 from repbend_fast.errors import UserError
 from repbend_fast.evaluate.prompts import Prompt, load_prompts
+from repbend_fast.memory.batches import limits_of_sets
+from repbend_fast.memory.plan import Plan, plan_of
 from repbend_fast.models import load_tokenizer
 from repbend_fast.models.load import resolve_device
 from repbend_fast.objectives import build_objective, roles_of
@@ -19,15 +21,16 @@ from repbend_fast.runs import RunFolder, check_folder
 
 @dataclass(frozen=True)
 class Ready:
-    """What a run has before its model: data, validation prompts, and the checkpoint to go on from."""
+    """What a run has before its model: data, validation prompts, the checkpoint to go on from, and the plan for its memory budget."""
 
     data: RunData
     prompts: list[Prompt]
     checkpoint: Path | None
+    plan: Plan | None = None
 
 
 def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
-    """Check folder, checkpoint, device, optimizer, prompts, template, records and window; read the data.
+    """Check folder, checkpoint, device, optimizer, prompts, template, records, window and memory budget; read the data.
 
     Raises:
         UserError: the first thing to mend.
@@ -50,7 +53,13 @@ def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
         data.sampler.load_state_dict(state["sampler"])
     if config.validation.every and not prompts and not data.held.get("retain"):
         data.notes.append("validation has neither retain records nor prompts: it cannot see what ordinary answers lose")
-    return Ready(data, prompts, checkpoint)
+    return Ready(data, prompts, checkpoint, _plan(config, data))
+
+
+def _plan(config: Config, data: RunData) -> Plan | None:
+    if config.memory.budget is None:
+        return None
+    return plan_of(config, resolve_device(config.model.device), limits_of_sets(data.sampler.sets, config))
 
 
 def check_depth(config: Config) -> None:

@@ -29,6 +29,7 @@ from repbend_fast.evaluate.command import evaluate_sides
 from repbend_fast.interrupt import Interrupt
 from repbend_fast.memory.levers import Levers, levers_of
 from repbend_fast.memory.out_of_memory import is_out_of_memory, optimizer_out_of_memory
+from repbend_fast.memory.plan import Plan, show_plan
 from repbend_fast.metrics import MetricsLog, ProgressLine, peak_memory_bytes, say
 from repbend_fast.models import (
     attach_lora,
@@ -68,6 +69,8 @@ def train(config: Config, resume: Path | None = None) -> RunResult:
     ready = prepare_run(config, run, resume is not None)
     for note in ready.data.notes:
         say(note)
+    if ready.plan is not None:
+        say(show_plan(ready.plan))
     try:
         return _run(config, run, ready)
     except KeyboardInterrupt:
@@ -78,7 +81,7 @@ def train(config: Config, resume: Path | None = None) -> RunResult:
 
 def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
     torch.manual_seed(config.training.seed)
-    trainer = Trainer(config, run, ready.data)
+    trainer = Trainer(config, run, ready.data, ready.plan.levers if ready.plan else None)
     validator = None
     if config.validation.every:
         validator = Validator(trainer.runner, trainer.objective, ready.data.encoder, ready.data.held, ready.prompts, config)
@@ -88,6 +91,7 @@ def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
             say(f"an earlier run was in {run.path}; it is now in {moved}")
         write_text(run.config, resolved_yaml(config))
         trainer.log = MetricsLog(run.metrics)
+        trainer.log_plan(ready.plan)
         evaluate_sides(run, config, trainer.runner, ready.data, "before")
     else:
         trainer.resume(ready.checkpoint)
@@ -103,9 +107,12 @@ def resume_line(run: RunFolder) -> str:
 
 
 class Trainer:
-    """State of a run and its loop. ``step`` counts finished optimizer steps."""
+    """State of a run and its loop. ``step`` counts finished optimizer steps.
 
-    def __init__(self, config: Config, run: RunFolder, data: RunData) -> None:
+    ``levers``: those of the plan for the memory budget; None = as set by hand.
+    """
+
+    def __init__(self, config: Config, run: RunFolder, data: RunData, levers: Levers | None = None) -> None:
         self.config = config
         self.run = run
         self.data = data
@@ -115,7 +122,8 @@ class Trainer:
         self.model: Any = attach_lora(base, config.lora, (self.objective.last_state,))
         autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
-        self.runner = StreamRunner(self.model, levers_of(config.memory, self.model), autocast=autocast, uses_head=needs_head)
+        levers = levers or levers_of(config.memory, self.model)
+        self.runner = StreamRunner(self.model, levers, autocast=autocast, uses_head=needs_head)
         self.runner.on_out_of_memory = self._say_out_of_memory
         self.first_levers = self.runner.levers
         if self.runner.head is not None:
@@ -151,6 +159,12 @@ class Trainer:
                         say(f"saved {path}\n{resume_line(self.run)}")
                         return True
         return False
+
+    def log_plan(self, plan: Plan | None) -> None:
+        """Record what was planned for the memory budget."""
+        if plan is not None:
+            line = show_plan(plan)
+            self.log.write("event", self.step, event="memory_plan", reason=line, levers=plan.levers.as_dict(), planned_bytes=plan.total)
 
     def finish(self) -> None:
         """Make the best adapter the run's result, evaluate it, write the report."""

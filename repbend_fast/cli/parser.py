@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import repbend_fast
 from repbend_fast.cli import commands, environment, recipes
+from repbend_fast.cli import plan as planning
 from repbend_fast.config.overrides import is_assignment, takes_value
 from repbend_fast.errors import UserError
 
@@ -25,7 +26,16 @@ exit codes
 """
 
 # Options of the commands that take overrides, and whether a value follows. Every other option is an override.
-_OWN_OPTIONS: dict[str, str] = {"--dry-run": "", "--resume": "?", "--out": "1", "--help": "", "-h": ""}
+_OWN_OPTIONS: dict[str, str] = {
+    "--dry-run": "",
+    "--resume": "?",
+    "--out": "1",
+    "--card": "1",
+    "--table": "",
+    "--json": "",
+    "--help": "",
+    "-h": "",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _build()
     command = next((token for token in argv if not token.startswith("-")), None)
-    takes_overrides = command in ("train", "eval") or (command == "data" and "check" in argv)
+    takes_overrides = command in ("train", "eval", "plan") or (command == "data" and "check" in argv)
     if not takes_overrides:
         return parser.parse_args(list(argv))
     kept, overrides = _split(argv)
@@ -98,6 +108,16 @@ def _build() -> argparse.ArgumentParser:
     evaluate.add_argument("target", metavar="RUN_OR_RECIPE", help="folder of a run, a shipped recipe, or a YAML file")
     evaluate.add_argument("--out", metavar="FILE", help="where the JSON goes (default: the run's evaluation.json)")
 
+    plan = _command(
+        groups, "plan", planning.show, "say beforehand whether a recipe fits, with which levers, and how fast it would be", overrides=True
+    )
+    plan.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe (`recipes ls`) or a YAML file")
+    plan.add_argument("--card", metavar="NAME", help="plan for this card, for example 4060, 3090 or a100 (default: this machine's device)")
+    plan.add_argument(
+        "--table", action="store_true", help="one line per quantisation and budget from 8 to 80 GB; without RECIPE for two models"
+    )
+    plan.add_argument("--json", action="store_true", help="as JSON")
+
     report = _command(groups, "report", commands.report, "write report.html of a run again")
     report.add_argument("run", metavar="RUN", help="folder of a run")
 
@@ -147,5 +167,6 @@ def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool
 _USAGE = {
     "train": "train RECIPE [key=value …] [--name value …] [--dry-run] [--resume [FOLDER]]",
     "eval": "eval RUN_OR_RECIPE [key=value …] [--out FILE]",
+    "plan": "plan [RECIPE] [key=value …] [--card NAME] [--table] [--json]",
     "check": "data check RECIPE|FILE [key=value …]",
 }

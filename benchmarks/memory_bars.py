@@ -1,0 +1,154 @@
+"""Where the bytes of a step go, before and after, and what fits into which card: planned on fake tensors, nothing is measured.
+
+    python benchmarks/memory_bars.py            plans, writes results/memory_plan.json and docs/memory.png
+    python benchmarks/memory_bars.py --draw     draws the picture from the record again
+
+Bars: the published step written plainly (``baselines/eager_step.py``, everything padded to 1024 tokens, all streams alive until one
+backward) and ours, on the Llama-3-8B shape with a batch of 4 examples. Table: ``repbend-fast plan --table``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Sequence as Seq
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines.eager_step import eager_step, prepare_eager
+from torch import Tensor
+
+from repbend_fast.config import load_config
+from repbend_fast.memory.batches import limits_of, published_batch
+from repbend_fast.memory.cards import GB
+from repbend_fast.memory.peaks import track_stream
+from repbend_fast.memory.plan import Planner
+from repbend_fast.memory.scratch import HEAD_OPS, op_scratch
+from repbend_fast.memory.shapes import shape_model
+from repbend_fast.memory.tracker import MemoryTracker, module_tensors
+from repbend_fast.models import trainable_parameters
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "memory_plan.json"
+PICTURE = ROOT / "docs" / "memory.png"
+CUDA = torch.device("cuda")
+WIDTH = 1024
+PARTS = ("weights", "adapter, gradients, optimizer", "reference and stacked states", "logits and head chunks", "activations")
+
+
+def eager_bar(recipe: str) -> dict[str, Any]:
+    """Peak of the published step by part."""
+    config = load_config(recipe)
+    model = shape_model(config.model, config.lora, config.objective.window)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    prepare_eager(model)
+    batch = published_batch(config.training.examples, limits_of(config), pairs=True, seed=0)
+
+    def category(operation: str, tensor: Tensor) -> str:
+        if tensor.shape[-1:] == (vocabulary,):
+            return "logits"
+        return "states" if tensor.dim() == 4 and operation in ("aten::stack", "aten::mul", "aten::sub") else "activations"
+
+    tracker = MemoryTracker(category=category)
+    trained = trainable_parameters(model)
+    tracker.watch(module_tensors(model), "weights")
+    tracker.watch(trained, "adapter")
+    with tracker:
+        eager_step(model, batch, config.objective, WIDTH)
+    found = tracker.peak_categories
+    # One accumulated gradient and two moments of each adapter weight, as in our own bars.
+    state = 4 * found["adapter"]
+    parts = (found["weights"], state, found["states"], found["logits"], found["activations"])
+    return {"label": "published step,\nbf16", "parts": dict(zip(PARTS, parts))}
+
+
+def our_bar(planner: Planner, label: str, budget: int | None, longest: bool) -> dict[str, Any]:
+    """Peak of the largest stream of our step by part, at the longest lengths or at published ones."""
+    plan = planner.plan(budget)
+    streams = planner.worst_streams(plan.levers) if longest else planner.expected[0]
+    bars = []
+    for stream in streams:
+
+        def category(operation: str, tensor: Tensor) -> str:
+            # Rows are gathered by indexing in the reference pass alone.
+            return "states" if operation == "aten::index" and not torch.is_grad_enabled() else "activations"
+
+        tracker = MemoryTracker(op_scratch(CUDA), apart=HEAD_OPS, category=category)
+        here = replace(plan.levers, piece_tokens={}, offload_checkpoints=False, offload_embedding=False)
+        track_stream(tracker, planner.model, stream, here, None)
+        rows = sum(stop - start for start, stop in stream.head.spans) if stream.head else 0
+        chunks = planner.meter.chunk_bytes(rows, plan.levers.kl_chunk_rows) if rows else 0
+        found = tracker.peak_categories
+        head = max(0, (tracker.at_op or 0) + chunks - tracker.peak) if rows else 0
+        state = sum(asdict(plan.standing)[name] for name in ("adapter", "gradients", "optimizer"))
+        activations = found["activations"] + found["scratch"]
+        bars.append({"label": label, "parts": dict(zip(PARTS, (plan.standing.weights, state, found["states"], head, activations)))})
+    return max(bars, key=lambda bar: sum(bar["parts"].values()))
+
+
+def bars() -> list[dict[str, Any]]:
+    """The published step, then ours with and without recomputation and in NF4."""
+    plain = Planner(load_config("llama-3-8b-instruct", ["memory.budget=null"]), CUDA)
+    packed = Planner(load_config("llama-3-8b-instruct-qlora"), CUDA)
+    return [
+        eager_bar("llama-3-8b-instruct"),
+        our_bar(plain, "ours, bf16,\npublished lengths", None, longest=False),
+        our_bar(plain, "ours, bf16,\n24 GB budget", 24 * GB, longest=True),
+        our_bar(packed, "ours, NF4,\n12 GB budget", 12 * GB, longest=True),
+        our_bar(packed, "ours, NF4,\n8 GB budget", 8 * GB, longest=True),
+    ]
+
+
+def table() -> list[dict[str, Any]]:
+    """The rows of ``repbend-fast plan --table``."""
+    from repbend_fast.cli import main as command
+
+    with redirect_stdout(io.StringIO()) as printed:
+        command(["plan", "--table", "--json"])
+    rows: list[dict[str, Any]] = json.loads(printed.getvalue())
+    return rows
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """One stacked bar per setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    labels = [bar["label"] for bar in record["bars"]]
+    bottom = [0.0] * len(labels)
+    for part in PARTS:
+        sizes = [bar["parts"][part] / GB for bar in record["bars"]]
+        axes.bar(labels, sizes, bottom=bottom, label=part, width=0.6)
+        bottom = [b + s for b, s in zip(bottom, sizes)]
+    for place, height in enumerate(bottom):
+        axes.text(place, height, f"{height:.1f}", ha="center", va="bottom")
+    axes.set_ylabel("GB at the peak of a step")
+    axes.set_title("Llama-3-8B, 4 examples: where the bytes go (planned, not measured)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Seq[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw", action="store_true", help="draw from the record without planning")
+    if not parser.parse_args(argv).draw:
+        from harness import environment
+
+        record = {**environment(), "planned": True, "bars": bars(), "table": table()}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draw(json.loads(RECORD.read_text(encoding="utf-8")), PICTURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Batches of given lengths for planning: what may come at worst, and what the published distribution brings."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from repbend_fast.config import Config
+from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
+from repbend_fast.data.tokenize import EncodedRecords
+
+# Lengths of the published data: prompts and answers log-normal, conversations uniform.
+MEDIAN_TOKENS, SIGMA = 75, 0.6
+CONVERSATION_TOKENS = (350, 1024)
+SHORTEST_PROMPT = 16
+MOST_RECORDS = 4000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most tokens that can come in a prompt, in an answer, and in a whole sequence of any role."""
+
+    prompt: int
+    answer: int
+    conversation: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence of any role."""
+        return self.conversation
+
+
+def limits_of(config: Config) -> Limits:
+    """By the recipe's token limits; a conversation is cut to prompt and answer together."""
+    prompt, answer = config.data.max_prompt_tokens, config.data.max_answer_tokens
+    return Limits(prompt, answer, prompt + answer)
+
+
+def limits_of_sets(sets: Mapping[Role, Collection[Sequence | PairSequence]], config: Config) -> Limits:
+    """By the encoded records themselves where they are few; tokenising hub-size sets for this would take minutes."""
+    if sum(len(of_role) for of_role in sets.values()) > MOST_RECORDS:
+        return limits_of(config)
+    found: list[Sequence] = []
+    for of_role in sets.values():
+        for entry in _uncounted(of_role):
+            found += [entry.unsafe, entry.safe] if isinstance(entry, PairSequence) else [entry]
+    answered = [s for s in found if s.prompt_length]
+    return Limits(
+        prompt=max((s.prompt_length for s in answered), default=1),
+        answer=max((len(s) - s.prompt_length for s in answered), default=1),
+        conversation=max(map(len, found), default=2),
+    )
+
+
+def _uncounted(of_role: Collection[Sequence | PairSequence]) -> Iterable[Sequence | PairSequence]:
+    """The entries, without being counted as cut by the training that comes later."""
+    if isinstance(of_role, EncodedRecords):
+        return (of_role.encoder.encode(record, count=False) for record in of_role.records)
+    return of_role
+
+
+def even_batch(count: int, length: int, limits: Limits, pairs: bool) -> Batch:
+    """``count`` sequences of ``length`` tokens per role, with as many answer tokens (rows) as the limits allow.
+
+    Args:
+        pairs: give the bending streams their sequences as pairs, which share a prompt.
+    """
+    prompt = max(min(SHORTEST_PROMPT, length - 1), length - limits.answer)
+    sequence = Sequence((1,) * length, prompt)
+    chat = tuple(Sequence((1,) * length, 0) for _ in range(count))
+    if pairs:
+        return Batch(pairs=tuple(PairSequence(sequence, sequence) for _ in range(count)), retain=chat)
+    return Batch((sequence,) * count, (sequence,) * count, (), chat)
+
+
+def worst_batch(examples: int, limits: Limits) -> Batch:
+    """A micro-batch of the longest sequences of every role."""
+    prompt = max(1, limits.longest - limits.answer)
+    sequence = Sequence((1,) * limits.longest, prompt)
+    chat = Sequence((1,) * limits.longest, 0)
+    return Batch((sequence,) * examples, (sequence,) * examples, (PairSequence(sequence, sequence),) * examples, (chat,) * examples)
+
+
+def published_batch(examples: int, limits: Limits, pairs: bool, seed: int) -> Batch:
+    """One micro-batch with lengths from the published distribution, cut to the limits."""
+    generator = random.Random(f"lengths:{seed}")
+
+    def tokens(most: int) -> int:
+        return max(1, min(most, round(math.exp(generator.gauss(math.log(MEDIAN_TOKENS), SIGMA)))))
+
+    def answer_to(prompt: int) -> Sequence:
+        return Sequence((1,) * (prompt + tokens(limits.answer)), prompt)
+
+    def both() -> PairSequence:
+        prompt = tokens(limits.prompt)
+        return PairSequence(answer_to(prompt), answer_to(prompt))
+
+    def chat() -> Sequence:
+        least, most = (min(limits.conversation, n) for n in CONVERSATION_TOKENS)
+        return Sequence((1,) * generator.randint(least, most), 0)
+
+    each = range(examples)
+    return Batch(
+        tuple(answer_to(tokens(limits.prompt)) for _ in each),
+        tuple(answer_to(tokens(limits.prompt)) for _ in each),
+        tuple(both() for _ in each) if pairs else (),
+        tuple(chat() for _ in each),
+    )

@@ -1,0 +1,342 @@
+"""The planner: the fastest levers whose peak stays under a budget, known before any weight is loaded.
+
+``Planner`` measures a recipe's streams once (``peaks``), then answers for any budget. What it chooses is run again on fake tensors at
+full depth through the same ``StreamRunner`` that trains, and corrected where the prediction fell short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import torch
+
+from repbend_fast.config import Config
+from repbend_fast.errors import UserError
+from repbend_fast.memory.batches import Limits, even_batch, limits_of, published_batch
+from repbend_fast.memory.budget import Standing, budget_bytes, show_bytes, standing, taken
+from repbend_fast.memory.cards import Card, card_of
+from repbend_fast.memory.flops import StepCost, matrices
+from repbend_fast.memory.levers import Levers, default_levers
+from repbend_fast.memory.peaks import Peak, PeakMeter, StreamPeak, measure_piece
+from repbend_fast.memory.shapes import model_shape, shape_model
+from repbend_fast.objectives import build_objective
+from repbend_fast.objectives.base import Stream
+
+CHUNKS = (None, 128, 64, 32)
+"""Rows per chunk of the head's losses, in the order in which they are tried; None is the op's own rule."""
+PIECE_STEP = 64
+LENGTH_BATCHES = 4
+"""Micro-batches of published lengths over which an expected time is taken."""
+STATES_ON_DEVICE = 2
+"""Inputs of recomputed blocks that stay on the device with ``offload_checkpoints``."""
+TRIES = 4
+"""Times that levers are chosen anew because the run at full depth took more than was predicted."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do and take. Bytes; ``streams`` has each stream's peak above what stands."""
+
+    levers: Levers
+    standing: Standing
+    streams: Mapping[str, int]
+    total: int
+    budget: int | None
+    seconds: float
+    flops: Mapping[str, float]
+    tokens: float
+    limit: str
+    notes: tuple[str, ...] = field(default=())
+
+
+class Planner:
+    """Plans one recipe for one device.
+
+    Args:
+        config: the recipe; levers set by hand in ``config.memory`` stay as they are.
+        device: the kind of device that is planned for; it need not be there.
+        card: its rates; None takes the table's card for ``device``.
+        limits: the longest sequences that can come; None takes the recipe's token limits.
+
+    Raises:
+        UserError: the model's configuration cannot be read, or the objective does not fit it.
+    """
+
+    def __init__(self, config: Config, device: torch.device, card: Card | None = None, limits: Limits | None = None) -> None:
+        self.config = config
+        self.device = device
+        self.card = card or card_of(device)
+        self.limits = limits or limits_of(config)
+        shape, note = model_shape(config.model)
+        self.notes = (note,) if note else ()
+        self.num_blocks = int(shape.get_text_config().num_hidden_layers)
+        self.objective = build_objective(config.objective, self.num_blocks, config.training.steps)
+        self.model = shape_model(config.model, config.lora, (self.objective.last_state,))
+        attention = getattr(self.model.config, "_attn_implementation", "")
+        self.base_levers = default_levers(config.memory, self.num_blocks, device, attention)
+        self.pairs = "pair" in self.objective.roles
+        self.standing = standing(self.model, config, device)
+        self.meter = PeakMeter(self.model, config, (self.objective.last_state,), device, self.base_levers.packing)
+        self.use_card(self.card)
+
+    def use_card(self, card: Card) -> None:
+        """Take another card's rates; what was measured stays."""
+        self.card = card
+        sizes = matrices(self.model, self.config.model.quantization == "nf4", self.meter.first_block)
+        self.cost = StepCost(sizes, self.num_blocks, card)
+        self._known_seconds: dict[tuple[Any, ...], float] = {}
+
+    @cached_property
+    def peaks(self) -> list[StreamPeak]:
+        """Each stream's peaks, measured on fake tensors."""
+        half = max(2, self.limits.longest // 2)
+        small = self._streams(2, half)
+        counts = {s.name: len(s.sequences) for s in self.expected[0]}
+        large = self._streams(2 * max(counts.values()), half)
+        single = self._streams(1, self.limits.longest)
+        found = []
+        for little, big, alone in zip(small, large, single):
+            longest = max(map(len, alone.sequences))
+            rows = max((stop - start for term in alone.distances for start, stop in term.spans), default=longest)
+            found.append(self.meter.stream_peak(little, big, counts[little.name] * longest, longest, rows))
+        return found
+
+    @cached_property
+    def expected(self) -> list[list[Stream]]:
+        """Micro-batches of published lengths, as streams."""
+        examples = self.config.training.examples
+        batches = (published_batch(examples, self.limits, self.pairs, seed) for seed in range(LENGTH_BATCHES))
+        return [self.objective.streams(batch, 0) for batch in batches]
+
+    def plan(self, budget: int | None) -> Plan:
+        """The plan for ``budget`` bytes; without one, the levers as the recipe has them.
+
+        Raises:
+            UserError: the budget cannot be kept; names the smallest that can, and its levers.
+        """
+        if budget is None:
+            return self._checked(self.base_levers, None)
+        within = budget
+        for _ in range(TRIES):
+            levers = self._fastest(within)
+            if levers is None:
+                break
+            plan = self._checked(levers, budget)
+            if plan.total <= budget:
+                return plan
+            within -= plan.total - budget
+        raise UserError(self._refusal(budget))
+
+    def smallest(self) -> tuple[int, Levers]:
+        """The smallest budget that can be kept, by prediction, and the levers that keep it with the fewest departures."""
+        found = []
+        for number, levers in enumerate(self._settings()):
+            sizes = {p.name: max(1, p.longest // 2) for p in self.peaks} if self._free("piece_tokens") else levers.piece_tokens
+            levers = replace(levers, piece_tokens=sizes)
+            found.append((self._predicted(levers), number, levers))
+        size, _, levers = min(found, key=lambda item: item[:2])
+        return size, levers
+
+    def _streams(self, count: int, length: int) -> list[Stream]:
+        needs_pairs = any(term.against is not None for s in self.expected[0] for term in s.distances)
+        return self.objective.streams(even_batch(count, length, self.limits, needs_pairs), 0)
+
+    def _free(self, name: str) -> bool:
+        """Whether a lever is the planner's to choose."""
+        return getattr(self.config.memory, name) == "auto"
+
+    def _settings(self) -> Iterator[Levers]:
+        """All levers but the piece sizes, the ones that depart least from the plain step first."""
+        offloads = (False, True) if self.device.type == "cuda" else (False,)
+        choices = {
+            "offload_embedding": offloads,
+            "offload_checkpoints": offloads,
+            "kl_chunk_rows": CHUNKS,
+            "checkpoint_blocks": range(self.num_blocks + 1),
+        }
+        free = {name: values if self._free(name) else (getattr(self.base_levers, name),) for name, values in choices.items()}
+        for values in product(*free.values()):
+            levers = replace(self.base_levers, **dict(zip(free, values)))
+            if levers.checkpoint_blocks or not levers.offload_checkpoints:
+                yield levers
+
+    def _fastest(self, budget: int) -> Levers | None:
+        """The levers with the least expected time whose predicted peaks fit into ``budget``.
+
+        A head in host memory visits the device for every token that validation generates, so it is the last resort.
+        """
+        best: tuple[float, Levers] | None = None
+        for levers in self._settings():
+            if best is not None and levers.offload_embedding and not best[1].offload_embedding:
+                break
+            sizes = {peak.name: self._largest_piece(peak, levers, budget) for peak in self.peaks}
+            if 0 in sizes.values():
+                continue
+            if self._free("piece_tokens"):
+                levers = replace(levers, piece_tokens={name: size for name, size in sizes.items() if size is not None})
+            seconds = sum(self._seconds(number, levers) for number in range(len(self.expected)))
+            if best is None or seconds < best[0]:
+                best = seconds, levers
+        return None if best is None else best[1]
+
+    def _seconds(self, number: int, levers: Levers) -> float:
+        """Expected seconds of one of the expected micro-batches; streams are looked at once per setting that concerns them."""
+        total = 0.0
+        for place, stream in enumerate(self.expected[number]):
+            head = (levers.kl_chunk_rows, levers.offload_embedding) if stream.head or stream.answers else None
+            key = (number, place, levers.piece_size(stream.name), levers.checkpoint_blocks, levers.offload_checkpoints, head)
+            if key not in self._known_seconds:
+                self._known_seconds[key] = self.cost.seconds([stream], levers)
+            total += self._known_seconds[key]
+        return total
+
+    def _largest_piece(self, peak: StreamPeak, levers: Levers, budget: int) -> int | None:
+        """Positions of the largest piece of a stream that fits; None where the whole stream does, 0 where nothing does."""
+
+        def fits(size: int | None) -> bool:
+            return self._total(self._stream_bytes(peak, size, levers), levers) <= budget
+
+        if not self._free("piece_tokens"):
+            size = self.base_levers.piece_size(peak.name)
+            return size if fits(size) else 0
+        if fits(None):
+            return None
+        if not fits(peak.longest):
+            alone = max(1, peak.longest // 2)
+            return alone if fits(alone) else 0
+        low, high = peak.longest, peak.total
+        while high - low > PIECE_STEP:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _positions(self, peak: StreamPeak, size: int | None) -> int:
+        """Positions of the worst piece of a stream cut to ``size``."""
+        return peak.total if size is None else max(size, peak.longest)
+
+    def _stream_bytes(self, peak: StreamPeak, size: int | None, levers: Levers) -> int:
+        """Predicted peak of a stream above what stands."""
+        positions = self._positions(peak, size)
+        # A size below half of the longest leaves the longest alone in its piece, and two shorter ones are no more than that.
+        alone = size is not None and size <= peak.longest // 2
+        bare = peak.single(levers.checkpoint_blocks) if alone else peak.peak(positions, levers.checkpoint_blocks)
+        return self._with_levers(bare, peak, positions, levers)
+
+    def _with_levers(self, bare: Peak, peak: StreamPeak, positions: int, levers: Levers) -> int:
+        """Add what chunks and offloading change: neither shows on fake tensors."""
+        scratch = self.meter.scratch(peak, positions, levers.kl_chunk_rows)
+        if levers.offload_embedding and peak.head_rows:
+            scratch += self.meter.head_bytes
+        saved = 0
+        if levers.offload_checkpoints:
+            kept = min(levers.checkpoint_blocks, peak.stop) - peak.first
+            saved = max(0, kept - STATES_ON_DEVICE) * positions * peak.checkpoint_bytes
+        return max(0, bare.total(scratch) - saved)
+
+    def _total(self, stream: int, levers: Levers) -> int:
+        stays = self.standing.without_table() if levers.offload_embedding else self.standing
+        return taken(stays, stream, self.device)
+
+    def _predicted(self, levers: Levers) -> int:
+        highest = max(self._stream_bytes(peak, levers.piece_size(peak.name), levers) for peak in self.peaks)
+        return self._total(highest, levers)
+
+    def _checked(self, levers: Levers, budget: int | None) -> Plan:
+        """Run the worst piece of each stream at full depth under ``levers``, whose offloading is added by arithmetic."""
+        here = replace(levers, piece_tokens={}, offload_checkpoints=False, offload_embedding=False)
+        streams = {}
+        for peak, worst in zip(self.peaks, self.worst_streams(levers)):
+            measured = measure_piece(self.model, worst, here, self.device, self.meter.autocast)
+            streams[peak.name] = self._with_levers(measured, peak, sum(map(len, worst.sequences)), levers)
+        return self._plan(levers, streams, self._total(max(streams.values()), levers), budget)
+
+    def worst_streams(self, levers: Levers) -> list[Stream]:
+        """Each stream as the worst piece that ``levers`` allow."""
+        found = []
+        half = max(2, self.limits.longest // 2)
+        for peak in self.peaks:
+            size = levers.piece_size(peak.name)
+            alone = size is not None and size <= peak.longest // 2
+            count, length = (1, self.limits.longest) if alone else (max(2, -(self._positions(peak, size) // -half)), half)
+            found.append(next(s for s in self._streams(count, length) if s.name == peak.name))
+        return found
+
+    def _plan(self, levers: Levers, streams: dict[str, int], total: int, budget: int | None) -> Plan:
+        batches = len(self.expected)
+        steps = self.config.training.accumulation
+        flops = {}
+        for expected in self.expected:
+            for name, value in self.cost.flops(expected, levers).items():
+                flops[name] = flops.get(name, 0.0) + value * steps / batches
+        seconds = sum(self._seconds(number, levers) for number in range(batches)) * steps / batches
+        tokens = sum(len(s) for expected in self.expected for stream in expected for s in stream.sequences) * steps / batches
+        limit = self._limit(levers, streams, budget)
+        stays = self.standing.without_table() if levers.offload_embedding else self.standing
+        return Plan(levers, stays, streams, total, budget, seconds, flops, tokens, limit, self.notes)
+
+    def _limit(self, levers: Levers, streams: dict[str, int], budget: int | None) -> str:
+        largest = max(streams, key=lambda name: streams[name])
+        if budget is None:
+            return f"no budget: one piece per stream unless set by hand; the {largest} stream is the largest"
+        spent = []
+        if levers.checkpoint_blocks:
+            spent.append(f"{levers.checkpoint_blocks} of {self.num_blocks} blocks are recomputed")
+        if levers.piece_tokens:
+            spent.append("streams are split")
+        if not spent:
+            return "compute: everything fits without recomputation or splitting"
+        return f"memory ({' and '.join(spent)}); the {largest} stream is the largest"
+
+    def _refusal(self, budget: int) -> str:
+        size, levers = self.smallest()
+        shown = -(size // -10_000_000) / 100
+        return (
+            f"memory.budget={show_bytes(budget)}: cannot be kept; the smallest that can is {shown:.2f}GB, with {show_levers(levers)} "
+            f"({show_bytes(self.standing.total)} of it stand for the whole run); raise it, lower data.max_prompt_tokens or "
+            "data.max_answer_tokens, or set model.quantization=nf4 or training.optimizer=adamw_8bit"
+        )
+
+
+def show_levers(levers: Levers) -> str:
+    """One line: only what departs from one piece per stream without recomputation, and packing."""
+    parts = [f"checkpoint_blocks {levers.checkpoint_blocks}"]
+    sizes = set(levers.piece_tokens.values())
+    if len(sizes) == 1:
+        parts.append(f"piece_tokens {sizes.pop()}")
+    elif sizes:
+        parts.append("piece_tokens " + ", ".join(f"{name} {size}" for name, size in levers.piece_tokens.items()))
+    else:
+        parts.append("one piece per stream")
+    if levers.kl_chunk_rows:
+        parts.append(f"kl_chunk_rows {levers.kl_chunk_rows}")
+    parts += [name for name in ("offload_checkpoints", "offload_embedding") if getattr(levers, name)]
+    return "; ".join([*parts, f"packing {levers.packing}"])
+
+
+def show_plan(plan: Plan) -> str:
+    """One line for the start of a run."""
+    within = f" of {show_bytes(plan.budget)}" if plan.budget else ""
+    return "; ".join([f"memory: {show_bytes(plan.total)}{within} planned", show_levers(plan.levers), *plan.notes])
+
+
+def choose_levers(config: Config, budget: int | None, device: torch.device, limits: Limits | None = None) -> Levers:
+    """The fastest levers under ``budget`` bytes on ``device``; None gives the recipe's own.
+
+    Raises:
+        UserError: the budget cannot be kept.
+    """
+    return Planner(config, device, limits=limits).plan(budget).levers
+
+
+def plan_of(config: Config, device: torch.device, limits: Limits | None = None) -> Plan | None:
+    """The plan for ``config.memory.budget`` on ``device``; None where no budget is set.
+
+    Raises:
+        UserError: a budget that is no size, or that cannot be kept.
+    """
+    budget = budget_bytes(config.memory.budget, device)
+    return None if budget is None else Planner(config, device, limits=limits).plan(budget)

@@ -1,0 +1,167 @@
+"""A recipe's model as shapes alone: the product's own model, adapter and NF4 layers on fake tensors, in no memory and no time.
+
+Fake tensors live on the CPU device, whatever the device that is planned for: autograd on fake CUDA tensors needs a CUDA build. The
+CPU's fused attention keeps the same tensors for backward as CUDA's (query, key, value, output, one float per row and head).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from repbend_fast.config.schema import LoraSection, ModelConfig
+from repbend_fast.errors import UserError
+from repbend_fast.models.adapters import attach_lora
+from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.load import DTYPES, NF4_BLOCK, _first_line, _hub_arguments, resolve_source
+
+_LLAMA_3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+_MISTRAL_7B = _LLAMA_3_8B | {"model_type": "mistral", "vocab_size": 32000, "sliding_window": None}
+# Shapes as their model cards publish them, for planning where the hub's configuration is not at hand.
+PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
+    "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
+    "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
+    "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL_7B,
+    "mistralai/Mistral-7B-v0.1": _MISTRAL_7B | {"sliding_window": 4096},
+}
+
+_MODE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def model_shape(config: ModelConfig) -> tuple[Any, str | None]:
+    """transformers' configuration of the recipe's model, and a note where it is the bundled table's.
+
+    Raises:
+        UserError: no configuration is to be had.
+    """
+    return _model_shape(config.name, config.gguf_file, config.revision, config.trust_remote_code)
+
+
+@lru_cache(maxsize=8)
+def _model_shape(name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool) -> tuple[Any, str | None]:
+    from transformers import AutoConfig
+
+    config = ModelConfig(name=name, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+    source, arguments = resolve_source(config), _hub_arguments(config)
+    bundled = PUBLISHED_SHAPES.get(name)
+    try:
+        # A gated model's configuration is asked for over the network only where the table has none.
+        return AutoConfig.from_pretrained(source, local_files_only=bundled is not None, **arguments), None
+    except (OSError, ValueError, KeyError) as error:
+        if bundled is None:
+            raise UserError(f"model.name={name}: its configuration cannot be read, which planning needs ({_first_line(error)})") from error
+    settings = dict(bundled)
+    shape = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return shape, f"{name} is not on this machine: planned with its published shape"
+
+
+def shape_model(config: ModelConfig, lora: LoraSection, window: tuple[int, ...], blocks: int | None = None) -> Any:
+    """The recipe's PEFT model on fake tensors.
+
+    Args:
+        window: as in ``attach_lora``.
+        blocks: keep only the first ``blocks`` decoder blocks; None keeps all.
+
+    Raises:
+        UserError: as ``model_shape`` and ``attach_lora``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    shape, _ = model_shape(config)
+    dtype = DTYPES[config.dtype]
+    arguments = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **arguments)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"model.name={config.name}: cannot be planned ({_first_line(error)})") from error
+    model.requires_grad_(False).eval()
+    decoder = find_decoder(model)
+    if blocks is not None:
+        decoder.body.layers = decoder.layers[:blocks]
+    if config.quantization == "nf4":
+        _nf4_layers(model, dtype)
+    adapted = attach_lora(model, lora, window)
+    _make_fake(adapted, config)
+    return adapted
+
+
+def fake_zeros(like: Tensor) -> Tensor:
+    """A fake tensor of the same shape and dtype."""
+    with _MODE:
+        return torch.zeros(like.shape, dtype=like.dtype)
+
+
+def _nf4_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    import bitsandbytes as bnb
+
+    for block in find_decoder(model).layers:
+        for parent in list(block.modules()):
+            for name, linear in list(parent.named_children()):
+                if type(linear) is nn.Linear:
+                    has_bias = linear.bias is not None
+                    layer = bnb.nn.Linear4bit(
+                        linear.in_features, linear.out_features, bias=has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
+                    )
+                    layer.support_avx512bf16_for_cpu = False
+                    setattr(parent, name, layer.requires_grad_(False))
+
+
+def _make_fake(model: nn.Module, config: ModelConfig) -> None:
+    """Replace meta tensors by fake ones of the CPU, in place; what was shared stays shared."""
+    import bitsandbytes as bnb
+
+    made: dict[int, Any] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with _MODE:
+                twin = torch.empty(tensor.shape, dtype=tensor.dtype)
+            parameter = isinstance(tensor, nn.Parameter)
+            # The original is kept beside its twin: its id must not be given to another tensor meanwhile.
+            made[id(tensor)] = (nn.Parameter(twin, requires_grad=tensor.requires_grad) if parameter else twin), tensor
+        return made[id(tensor)][0]
+
+    for module in model.modules():
+        packed = isinstance(module, bnb.nn.Linear4bit)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = _nf4_weight(module, config) if packed and name == "weight" else fake(parameter)  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+
+
+def _nf4_weight(layer: Any, config: ModelConfig) -> nn.Parameter:
+    """What bitsandbytes' ``Params4bit`` holds, as a plain parameter: half a byte per weight, and the scales, quantised too or not."""
+    from bitsandbytes.functional import QuantState
+
+    count = layer.in_features * layer.out_features
+    blocks = -(count // -NF4_BLOCK)
+    with _MODE:
+        packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8)
+        code, state2, offset = torch.empty(16), None, None
+        if config.double_quantization:
+            scales = torch.empty(blocks, dtype=torch.uint8)
+            offset = torch.empty(())
+            state2 = QuantState(torch.empty(-(blocks // -256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+        else:
+            scales = torch.empty(blocks)
+    weight: Any = nn.Parameter(packed, requires_grad=False)
+    shape = torch.Size((layer.out_features, layer.in_features))
+    weight.quant_state = QuantState(scales, shape, code, NF4_BLOCK, "nf4", DTYPES[config.dtype], offset, state2)
+    weight.compress_statistics, weight.quant_type = config.double_quantization, "nf4"
+    return weight

@@ -1,0 +1,111 @@
+"""The planner: its peaks are those of a real run, budgets are kept, and it runs the trainer's own step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from budget_grid import grid, random_model, training_peak
+from shape_recipes import LONGEST, recipe
+
+from repbend_fast.config import Config
+from repbend_fast.errors import UserError
+from repbend_fast.memory.batches import limits_of, worst_batch
+from repbend_fast.memory.levers import Levers
+from repbend_fast.memory.peaks import measure_piece
+from repbend_fast.memory.plan import Planner, choose_levers
+from repbend_fast.step import StreamRunner
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    return Planner(recipe(tmp_path_factory.mktemp("small")), CPU)
+
+
+def test_planned_peak_without_a_budget_is_the_measured_one(small: Planner) -> None:
+    plan = small.plan(None)
+    batch = worst_batch(small.config.training.examples, small.limits)
+    measured = training_peak(random_model(small.config), small.config, plan.levers, batch)
+    assert plan.total == pytest.approx(measured["bytes"], rel=0.10)
+
+
+def test_budgets_are_kept(small: Planner) -> None:
+    rows = grid(small.config, random_model(small.config), small.limits, (0.6, 0.25, 0.0), steps=2)
+    budgets = [row for row in rows if row["budget_bytes"] is not None]
+    assert [row["measured_to_budget"] <= 1.03 for row in budgets] == [True] * 3
+    # A planner that always chose the smallest levers would keep any budget.
+    assert budgets[0]["measured_bytes"] > 1.05 * budgets[-1]["measured_bytes"]
+    assert budgets[0]["levers"]["checkpoint_blocks"] < budgets[-1]["levers"]["checkpoint_blocks"]
+
+
+def test_prediction_is_an_upper_bound_near_the_truth(small: Planner) -> None:
+    for peak in small.peaks:
+        for blocks in (0, 4, small.num_blocks):
+            stream = small._named(peak.name, 4, LONGEST)
+            measured = measure_piece(small.model, stream, Levers(checkpoint_blocks=blocks, packing="on"), CPU, None)
+            predicted = peak.peak(sum(map(len, stream.sequences)), blocks)
+            assert 0.97 * measured.outside <= predicted.outside <= 1.35 * measured.outside, (peak.name, blocks)
+
+
+def test_a_budget_below_the_smallest_is_refused_with_the_smallest(small: Planner) -> None:
+    size, levers = small.smallest()
+    with pytest.raises(UserError, match=r"memory\.budget=.*smallest that can is [\d.]+GB.*checkpoint_blocks") as caught:
+        small.plan(size // 2)
+    assert "\n" not in str(caught.value)
+    assert levers.checkpoint_blocks == small.num_blocks
+    assert small.plan(int(1.02 * size)).total <= 1.02 * size
+
+
+def test_levers_set_by_hand_stay(tmp_path: Path) -> None:
+    config = recipe(tmp_path, "memory.checkpoint_blocks=3", "memory.piece_tokens=200", "memory.kl_chunk_rows=16", "memory.packing=off")
+    planner = Planner(config, CPU)
+    plan = planner.plan(10**9)
+    assert plan.levers == Levers({"*": 200}, 3, False, False, 16, "off")
+
+
+def test_the_step_that_trains_is_the_step_that_is_planned(small: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    real = StreamRunner.backward
+
+    def counted(self: StreamRunner, stream: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(stream.name)
+        return real(self, stream, *args, **kwargs)
+
+    monkeypatch.setattr(StreamRunner, "backward", counted)
+    small.plan(None)
+    assert set(ran) == {"safe", "unsafe", "retain"}
+
+
+def test_nf4_counts_half_a_byte_per_weight_and_its_scales(tmp_path: Path) -> None:
+    plain = Planner(recipe(tmp_path, "model.dtype=bfloat16"), CUDA)
+    packed = Planner(recipe(tmp_path, "model.dtype=bfloat16", "model.quantization=nf4"), CUDA)
+    linears = 8 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
+    saved = plain.standing.weights - packed.standing.weights
+    # 4 bits, one byte of scale per 64 weights, and a few tables per layer.
+    assert saved == pytest.approx(linears * (2 - 0.5 - 1 / 64), rel=0.04)
+
+
+@pytest.mark.slow
+def test_llama_3_8b_in_nf4_fits_below_8_gb() -> None:
+    from repbend_fast.config import load_config
+
+    config = load_config("llama-3-8b-instruct-qlora", ["model.device=auto"])
+    plan = Planner(config, CUDA).plan(8 * 10**9)
+    assert plan.total <= 8 * 10**9
+    assert 5.5e9 < plan.standing.weights < 6e9
+    assert plan.notes
+
+
+def test_choose_levers_without_a_budget_is_the_recipe(tmp_path: Path) -> None:
+    config: Config = recipe(tmp_path, "memory.checkpoint_blocks=2")
+    assert choose_levers(config, None, CPU) == replace(Levers(), checkpoint_blocks=2, packing="on")
+
+
+def test_limits_come_from_the_recipe(tmp_path: Path) -> None:
+    limits = limits_of(recipe(tmp_path))
+    assert (limits.prompt, limits.answer, limits.longest) == (LONGEST, LONGEST, 2 * LONGEST)
