@@ -125,9 +125,7 @@ def check_head(model: nn.Module, head: Head) -> None:
 class _Block(nn.Module):
     """One decoder block for one pass: block, optionally recomputed in backward, then the visit outside of the recomputed region."""
 
-    def __init__(
-        self, block: nn.Module, index: int, visit: Visit, *, last: bool, recompute: bool, offload: OffloadedInputs | None
-    ) -> None:
+    def __init__(self, block: nn.Module, index: int, visit: Visit, *, last: bool, recompute: bool, offload: OffloadedInputs | None) -> None:
         super().__init__()
         self.block = block
         self._index = index
@@ -158,7 +156,6 @@ class _Block(nn.Module):
         if isinstance(output, tuple):
             return (self._visit(self._index + 1, output[0]), *output[1:])
         return self._visit(self._index + 1, output)
-
 
     def _run(self, source: _Input, *args: Any, **kwargs: Any) -> Any:
         return self.block(source.take(), *args, **kwargs)

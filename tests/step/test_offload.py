@@ -25,7 +25,7 @@ from torch import Tensor
 from repbend_fast.errors import UserError
 from repbend_fast.memory.levers import Levers
 from repbend_fast.memory.offload import HostEmbedding, HostStates, host_states, offload_embedding
-from repbend_fast.models import check_head, find_head
+from repbend_fast.models import Head, check_head, find_head
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner, adapted
 
@@ -123,6 +123,24 @@ def test_rows_and_head_go_to_the_compute_device() -> None:
     assert head.on(meta).weight.device == meta
     assert head.on(CPU).weight is head.weight
     assert {p.device for module in (embedding, output) for p in module.parameters()} == {CPU}
+
+
+def test_the_head_has_left_before_backward(monkeypatch) -> None:
+    model = adapted_model()
+    copies: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def copied(head: Head, device: torch.device) -> Head:
+        weight = head.weight.clone()
+        copies.append(weakref.ref(weight))
+        return Head(weight, head.bias, head.softcap)
+
+    monkeypatch.setattr(Head, "on", copied)
+    runner = StreamRunner(model, Levers())
+    runner.parameters[-1].register_hook(lambda gradient: alive.append(sum(reference() is not None for reference in copies)))
+    runner.backward(build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)[-1], dropout_seed=0)
+    assert len(copies) == 1
+    assert alive == [0]
 
 
 def test_a_head_that_cannot_move_is_refused() -> None:
