@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_run import TinyRun, write_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "step"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,31 @@
+"""An optimizer step waits for the device once, to check that its gradient is finite; only logging steps read more."""
+
+from __future__ import annotations
+
+import pytest
+from host_syncs import HostSyncs
+from tiny_run import TinyRun, rows
+
+from repbend_fast.trainer import Trainer
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_step_waits_once(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    plain = Trainer._train_step
+    waits: list[list[str]] = []
+
+    def watched(trainer: Trainer, *arguments: object) -> None:
+        with HostSyncs() as syncs:
+            plain(trainer, *arguments)  # type: ignore[arg-type]
+        waits.append(syncs.found)
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    tiny.train(
+        "training.steps=3", "training.log_every=3", "validation.every=0", f"training.optimizer={optimizer}", "training.warmup_steps=0"
+    )
+    first, second, logging = waits
+    assert len(first) == len(second) == 1, first + second
+    assert "trainer.py" in first[0]
+    # The last step is logged: loss, terms, distances of layers and the norm are read then, and nowhere else.
+    assert len(logging) > 5
+    assert [row["step"] for row in rows(tiny.path, "step")] == [3]
