@@ -24,8 +24,9 @@ from step_sides import Side
 from torch import Tensor
 
 from repbend_fast.config.schema import ModelConfig, ObjectiveConfig
+from repbend_fast.golden import load_batch
 from repbend_fast.models import load_model
-from repbend_fast.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, load_batch
+from repbend_fast.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "repbend"
