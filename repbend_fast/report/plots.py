@@ -29,6 +29,10 @@ TERM_TITLES = {
     "cosine": "cosine: unsafe states alike",
     "kl": "KL on retain conversations",
     "pair": "pair: unsafe to safe",
+    "reroute": "reroute: cosine to the reference",
+    "forget": "forget",
+    "retain": "retain: kept at the reference",
+    "nll": "NLL on retain conversations",
 }
 BEST_COLOR, STOP_COLOR, MUTED = "#2f9e44", "#c92a2a", "#6c757d"
 
@@ -68,7 +72,9 @@ def numbers(rows: list[Row], *path: str) -> tuple[list[int], list[float]]:
 
 def losses(run: RunRecord) -> Figure | None:
     """One small panel per loss term, and the total."""
-    series = {"loss": numbers(run.steps, "loss")} | {name: numbers(run.steps, "terms", name) for name in TERM_TITLES if name != "loss"}
+    found = {name: None for row in run.steps if isinstance(row.get("terms"), Mapping) for name in row["terms"]}
+    names = sorted(found, key=lambda name: list(TERM_TITLES).index(name) if name in TERM_TITLES else len(TERM_TITLES))
+    series = {"loss": numbers(run.steps, "loss")} | {name: numbers(run.steps, "terms", name) for name in names}
     shown = {name: points for name, points in series.items() if points[0] and (name == "loss" or any(points[1]))}
     if not shown:
         return None
@@ -77,8 +83,8 @@ def losses(run: RunRecord) -> Figure | None:
     figure = Figure(figsize=(10, 2.5 * lines), layout="constrained")
     for place, (name, (steps, values)) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(lines, columns, place)
-        axes.plot(steps, values, color=COLORS[name], linewidth=1.8, marker="o" if len(steps) == 1 else None)
-        style(axes, TERM_TITLES[name])
+        axes.plot(steps, values, color=COLORS.get(name, COLORS["loss"]), linewidth=1.8, marker="o" if len(steps) == 1 else None)
+        style(axes, TERM_TITLES.get(name, name))
         mark_steps(axes, run)
         if place == 1 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, frameon=False)
