@@ -23,7 +23,7 @@ from measure import peak_bytes, relative_error
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds ``--smoke``, ``--results`` and ``--threads``; ``--cases``, ``--sides`` and ``--rounds`` are the step benchmark's."""
-    parser.addoption("--smoke", action="store_true", help="tiny sizes, one round, no record")
+    parser.addoption("--smoke", action="store_true", help="tiny sizes, one round, a record only with --results")
     parser.addoption("--threads", type=int, default=1, help="CPU threads (default 1, where other work disturbs a time least)")
     parser.addoption("--results", type=Path, default=None, help="file of the record (default: benchmarks/results/<hardware>.json)")
     parser.addoption("--cases", default=None, help="step benchmark: comma-separated parts of case names (default: all but Mistral)")
@@ -111,6 +111,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Writes the record of a run that passed; rows of ops that this run left out stay as they were."""
     rows, config = session.config.stash[RECORD], session.config
-    if not rows or exitstatus != 0 or config.getoption("--smoke"):
+    path = config.getoption("--results")
+    if not rows or exitstatus != 0 or (config.getoption("--smoke") and not path):
         return
-    write_record(config.getoption("--results") or RESULTS / f"{hardware_slug()}.json", rows, config.stash[MACHINE])
+    write_record(path or RESULTS / f"{hardware_slug()}.json", rows, config.stash[MACHINE])

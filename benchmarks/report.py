@@ -1,4 +1,4 @@
-"""Draws a record of the op benchmarks: one table on the terminal, and bars as a PNG where matplotlib is installed.
+"""Draws a record of the op benchmarks or of the step's: one table on the terminal; for the ops bars as a PNG where matplotlib is there.
 
     python benchmarks/report.py [benchmarks/results/cpu.json] [--png FILE]
 
@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from step_record import missed_step_goals, step_table
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -102,10 +104,13 @@ def main() -> int:
     if not arguments.record.exists():
         parser.error(f"{arguments.record}: no such record; make one with `make bench`")
     record = json.loads(arguments.record.read_text())
-    print(table(record))
+    of_step = "ratios" in record
+    if of_step and arguments.png:
+        parser.error("--png draws records of the ops")
+    print(step_table(record) if of_step else table(record))
     if arguments.png:
         draw(record, arguments.png)
-    missed = missed_goals(record)
+    missed = missed_step_goals(record) if of_step else missed_goals(record)
     for line in missed:
         print(f"missed: {line}")
     return 1 if missed else 0

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from harness import wait
 from measure import peak_bytes, relative_error
-from step_cases import LORA, Case, gradient_of, model_bytes, needed_flops, real_tokens
-from step_sides import Side, set_up
+from step_cases import LORA, Case, gradient_of, needed_flops, real_tokens
+from step_sides import Side, adapted, set_up
 from torch import Tensor
 
 from repbend_fast.data.records import Batch
-from repbend_fast.models import find_decoder
+from repbend_fast.errors import UserError
+from repbend_fast.memory.tracker import module_tensors, tensor_bytes
+from repbend_fast.models import find_decoder, trainable_parameters
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "nf4": 0.25}
 """Largest relative error of a term or of the gradient against the first baseline that ran. 16-bit logits and states are some
 percent off on either side (DESIGN section 4); a zero, sign-flipped or shifted gradient is off by 1 or more."""
+
+
+OUT_OF_MEMORY = "out of memory"
 
 
 class Disagrees(AssertionError):
@@ -30,144 +37,156 @@ class Disagrees(AssertionError):
 
 @dataclass
 class Measured:
-    """What one side did on one case. ``failure`` says why there are no times."""
+    """What one side did on one case. ``failure`` says why there are no times. Bytes, seconds, FLOP, FLOP/s."""
 
+    case: str
     side: str
+    tokens: int
     failure: str = ""
     terms: dict[str, float] = field(default_factory=dict)
-    loss_error: float | None = None
-    gradient_error: float | None = None
+    loss_error: float = math.nan
+    gradient_error: float = math.nan
     compared_with: str = ""
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
+    peak_bytes: int = 0
     model_bytes: int = 0
     recomputed: int = 0
+    flops: int = 0
+    matrix: float = math.nan
     levers: dict[str, Any] = field(default_factory=dict)
 
+    def row(self) -> dict[str, Any]:
+        """The record's row."""
+        row: dict[str, Any] = {"case": self.case, "side": self.side, "tokens": self.tokens}
+        if self.failure:
+            return row | {"failure": self.failure, "levers": self.levers}
+        seconds = statistics.median(self.seconds)
+        return row | {
+            "seconds_median": round(seconds, 5),
+            "seconds": [round(s, 5) for s in self.seconds],
+            "spread": round((max(self.seconds) - min(self.seconds)) / seconds, 4),
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "needed_tflop": round(self.flops / 1e12, 4),
+            "matrix_fraction": round(self.flops / seconds / self.matrix, 4),
+            "peak_bytes_above_model": self.peak_bytes,
+            "peak_bytes_total": self.peak_bytes + self.model_bytes,
+            "loss_relative_error": _short(self.loss_error),
+            "gradient_relative_error": _short(self.gradient_error),
+            "compared_with": self.compared_with,
+            "terms": {name: _short(value) for name, value in self.terms.items()},
+            "levers": self.levers,
+        }
 
-def measure_case(case: Case, base: Any, sides: Sequence[Side], rounds: int) -> dict[str, Measured]:
+
+def measure_case(case: Case, base: Any, sides: Sequence[Side], rounds: int, matrix: float) -> list[Measured]:
     """Every side on the same batch: gradients compared with dropout off, then ``rounds`` of one step of each side in turn and one
     round for memory, with the published dropout.
 
-    A side that runs out of memory or disagrees keeps the reason in ``failure``.
+    A side that runs out of memory, disagrees or cannot keep its budget has the reason in ``failure``.
+
+    Args:
+        matrix: the machine's measured rate in FLOP/s, of which ``matrix_fraction`` is a share.
     """
     batch = case.batch(base.config.get_text_config().vocab_size)
-    found = {side.name: Measured(side.name) for side in sides}
-    _compare(case, base, sides, batch, found)
-    for _ in range(rounds):
-        for side in sides:
-            _guarded(found[side.name], lambda side=side: found[side.name].seconds.append(_timed(side, case, base, batch)))
-    for side in sides:
-        _guarded(found[side.name], lambda side=side: _remember_peak(side, case, base, batch, found[side.name]))
+    found = [Measured(case.name, side.name, real_tokens(batch)) for side in sides]
+    with adapted(case, base) as model:
+        model_bytes = tensor_bytes(module_tensors(model))
+        _compare(case, model, sides, batch, found)
+        for _ in range(rounds):
+            for side, measured in zip(sides, found):
+                _guarded(measured, partial(_time, side, case, model, batch, measured))
+        for side, measured in zip(sides, found):
+            _guarded(measured, partial(_remember_peak, side, case, model, batch, measured))
+            measured.model_bytes = model_bytes
+            measured.flops = needed_flops(case, model, batch, measured.recomputed)
+            measured.matrix = matrix
     return found
 
 
-def _guarded(measured: Measured, call: Any) -> None:
+def _guarded(measured: Measured, call: Callable[[], None]) -> None:
     if measured.failure:
         return
     try:
         call()
     except torch.OutOfMemoryError:
-        measured.failure = "out of memory"
-    except Disagrees as error:
+        measured.failure = OUT_OF_MEMORY
+    except (Disagrees, UserError) as error:
         measured.failure = str(error)
     if measured.failure and torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
-def _compare(case: Case, base: Any, sides: Sequence[Side], batch: Batch, found: dict[str, Measured]) -> None:
+def _compare(case: Case, model: Any, sides: Sequence[Side], batch: Batch, found: list[Measured]) -> None:
     expected: list[tuple[str, dict[str, Tensor], Tensor]] = []
 
-    def compare(side: Side) -> None:
-        measured = found[side.name]
-        with set_up(side, case, base, dropout=0.0) as stepper:
+    def compare(side: Side, measured: Measured) -> None:
+        with set_up(side, case, model, dropout=0.0) as stepper:
+            measured.recomputed, measured.levers = stepper.recomputed, stepper.levers
             terms = {name: value.detach().cpu() for name, value in stepper.step(batch).items()}
-            gradient = gradient_of(stepper.model)
+            gradient = gradient_of(model)
         measured.terms = {name: float(value) for name, value in terms.items()}
         if not expected:
             expected.append((side.name, terms, gradient))
-        compared_with, exact_terms, exact_gradient = expected[0]
-        measured.compared_with = compared_with
+        measured.compared_with, exact_terms, exact_gradient = expected[0]
         measured.loss_error = max(relative_error(terms[name], value) for name, value in exact_terms.items())
         measured.gradient_error = relative_error(gradient, exact_gradient)
-        worst = max(measured.loss_error, measured.gradient_error)
-        # Not `worst > tolerance`, which a NaN would pass.
-        if not worst <= TOLERANCE[case.weights]:
+        # Written so that a NaN does not pass.
+        if not max(measured.loss_error, measured.gradient_error) <= TOLERANCE[case.weights]:
             errors = f"loss {measured.loss_error:.2g}, gradient {measured.gradient_error:.2g}"
-            raise Disagrees(f"{side.name} on {case.name} disagrees with {compared_with}: {errors}; not timed")
+            raise Disagrees(f"{side.name} on {case.name} disagrees with {measured.compared_with}: {errors}; not timed")
 
-    for side in sides:
-        _guarded(found[side.name], lambda side=side: compare(side))
+    for side, measured in zip(sides, found):
+        _guarded(measured, partial(compare, side, measured))
 
 
-def _timed(side: Side, case: Case, base: Any, batch: Batch) -> float:
-    device = find_decoder(base).device
-    with set_up(side, case, base, LORA.dropout) as stepper:
+def _time(side: Side, case: Case, model: Any, batch: Batch, measured: Measured) -> None:
+    device = find_decoder(model).device
+    with set_up(side, case, model, LORA.dropout) as stepper:
         if device.type == "cuda":
             stepper.step(batch)  # memory that the last side gave back is asked for again
-            stepper.model.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
         wait(device)
         start = time.perf_counter()
         stepper.step(batch)
         wait(device)
-        return time.perf_counter() - start
+        measured.seconds.append(time.perf_counter() - start)
 
 
-def _remember_peak(side: Side, case: Case, base: Any, batch: Batch, measured: Measured) -> None:
-    with set_up(side, case, base, LORA.dropout) as stepper:
-        measured.model_bytes = model_bytes(stepper.model)
+def _remember_peak(side: Side, case: Case, model: Any, batch: Batch, measured: Measured) -> None:
+    with set_up(side, case, model, LORA.dropout) as stepper:
         gc.collect()  # what is freed while it runs must be the step's own
-        measured.recomputed, measured.levers = stepper.recomputed, stepper.levers
-        measured.peak_bytes = peak_bytes(lambda: stepper.step(batch), find_decoder(base).device)
+        measured.peak_bytes = peak_bytes(lambda: stepper.step(batch), find_decoder(model).device)
 
 
-def rows_of(case: Case, base: Any, found: dict[str, Measured], matrix: float) -> list[dict[str, Any]]:
-    """The record's rows. ``matrix`` is the machine's measured rate in FLOP/s, of which ``matrix_fraction`` is a share."""
-    batch = case.batch(base.config.get_text_config().vocab_size)
-    tokens = real_tokens(batch)
-    rows = []
-    for measured in found.values():
-        row: dict[str, Any] = {"case": case.name, "side": measured.side, "tokens": tokens}
-        if measured.failure:
-            rows.append(row | {"failure": measured.failure})
-            continue
-        assert measured.peak_bytes is not None
-        seconds = statistics.median(measured.seconds)
-        flops = needed_flops(base, case, batch, measured.recomputed)
-        row |= {
-            "seconds_median": round(seconds, 5),
-            "seconds": [round(s, 5) for s in measured.seconds],
-            "spread": round((max(measured.seconds) - min(measured.seconds)) / seconds, 4),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "needed_tflop": round(flops / 1e12, 4),
-            "matrix_fraction": round(flops / seconds / matrix, 4),
-            "peak_bytes_above_model": measured.peak_bytes,
-            "peak_bytes_total": measured.peak_bytes + measured.model_bytes,
-            "loss_relative_error": _short(measured.loss_error),
-            "gradient_relative_error": _short(measured.gradient_error),
-            "compared_with": measured.compared_with,
-            "terms": {name: _short(value) for name, value in measured.terms.items()},
-            "levers": measured.levers,
-        }
-        rows.append(row)
-    return rows
+def train_within(case: Case, base: Any, budget: str, steps: int) -> dict[str, Any]:
+    """``steps`` optimizer steps on different micro-batches under the levers planned for ``budget``, on CUDA with the process capped at it.
+
+    Returns the record's row: seconds of all steps after the first, and the most bytes allocated at one time (CUDA only).
+    """
+    batches = case.batches(base.config.get_text_config().vocab_size, steps)
+    side = Side(f"ours {budget}", budget=budget)
+    row: dict[str, Any] = {"case": case.name, "budget": budget, "steps": steps}
+    with adapted(case, base) as model, set_up(side, case, model, LORA.dropout) as stepper:
+        device = find_decoder(model).device
+        optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-5, weight_decay=0.0)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = []
+        for batch in batches:
+            start = time.perf_counter()
+            stepper.step(batch)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            wait(device)
+            seconds.append(time.perf_counter() - start)
+        assert all(bool(torch.isfinite(p).all()) for p in trainable_parameters(model)), "training diverged"
+        if device.type == "cuda":
+            row["peak_bytes_allocated"] = torch.cuda.max_memory_allocated(device)
+        tokens = sum(map(real_tokens, batches[1:]))
+    timed = sum(seconds[1:])
+    return row | {"seconds": round(timed, 4), "tokens_per_second": round(tokens / timed, 1), "levers": stepper.levers}
 
 
-def ratios_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per case and side: how many times faster than each baseline, and the share of its memory above the model."""
-    done = {(row["case"], row["side"]): row for row in rows if "failure" not in row}
-    ratios = []
-    for (case, side), row in done.items():
-        found: dict[str, Any] = {"case": case, "side": side}
-        for baseline, word in (("eager", "eager"), ("peft+liger", "peft_liger")):
-            other = done.get((case, baseline))
-            if other is not None and side != baseline:
-                found[f"times_faster_than_{word}"] = round(other["seconds_median"] / row["seconds_median"], 3)
-                found[f"memory_share_of_{word}"] = round(row["peak_bytes_above_model"] / other["peak_bytes_above_model"], 4)
-        if len(found) > 2:
-            ratios.append(found)
-    return ratios
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,48 @@ from harness import Machine, environment
 Row = dict[str, Any]
 
 
-def write_step_record(path: Path, rows: list[Row], ratios_of: Callable[[list[Row]], list[Row]], machine: Machine) -> None:
-    """Writes rows and ratios under a header; cases that this run left out stay as they were.
+@dataclass
+class StepRecord:
+    """``rows``: one per case and side; ``trained``: runs of several steps inside a cap."""
 
-    A case is replaced as a whole: only sides of one run were measured in turn with each other.
-    """
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    cases = {row["case"] for row in rows}
-    header = environment() | {"gemm_tflop_per_s": round(machine.matrix / 1e12, 3)}
-    fresh = [row | {"commit": header["commit"], "date": header["date"]} for row in rows]
-    everything = sorted([row for row in kept if row["case"] not in cases] + fresh, key=lambda row: row["case"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**header, "rows": everything, "ratios": ratios_of(everything)}, indent=1) + "\n")
+    rows: list[Row] = field(default_factory=list)
+    trained: list[Row] = field(default_factory=list)
+
+    def write(self, path: Path, machine: Machine) -> None:
+        """Adds what was found to the file, under a header; nothing found changes nothing.
+
+        A case is replaced as a whole: only sides of one run were measured in turn with each other.
+        """
+        if not self.rows and not self.trained:
+            return
+        kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "trained": []}
+        header = environment() | {"gemm_tflop_per_s": round(machine.matrix / 1e12, 3)}
+        rows = _merged(kept["rows"], self.rows, header)
+        record = {**header, "rows": rows, "ratios": ratios_of(rows), "trained": _merged(kept["trained"], self.trained, header)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _merged(kept: list[Row], fresh: list[Row], header: Row) -> list[Row]:
+    cases = {row["case"] for row in fresh}
+    stamped = [row | {"commit": header["commit"], "date": header["date"]} for row in fresh]
+    return sorted([row for row in kept if row["case"] not in cases] + stamped, key=lambda row: row["case"])
+
+
+def ratios_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per case and side: how many times faster than each baseline, and the share of its memory above the model."""
+    done = {(row["case"], row["side"]): row for row in rows if "failure" not in row}
+    ratios = []
+    for (case, side), row in done.items():
+        found: dict[str, Any] = {"case": case, "side": side}
+        for baseline, word in (("eager", "eager"), ("peft+liger", "peft_liger")):
+            other = done.get((case, baseline))
+            if other is not None and side != baseline:
+                found[f"times_faster_than_{word}"] = round(other["seconds_median"] / row["seconds_median"], 3)
+                found[f"memory_share_of_{word}"] = round(row["peak_bytes_above_model"] / other["peak_bytes_above_model"], 4)
+        if len(found) > 2:
+            ratios.append(found)
+    return ratios
 
 
 def step_table(record: dict[str, Any]) -> str:
@@ -49,4 +79,34 @@ def step_table(record: dict[str, Any]) -> str:
             f"{row['peak_bytes_above_model'] / 1e9:9.3f} {row['peak_bytes_total'] / 1e9:7.2f} {against[0]:>16} {against[1]:>16} "
             f"{row['loss_relative_error']:11.1e} {row['gradient_relative_error']:9.1e}"
         )
+    for row in record["trained"]:
+        allocated = f", {row['peak_bytes_allocated'] / 1e9:.2f} GB allocated" if "peak_bytes_allocated" in row else ""
+        lines.append(f"{row['case']:34} {row['steps']} steps in {row['budget']}: {row['tokens_per_second']:.1f} tokens/s{allocated}")
     return "\n".join(lines)
+
+
+FLOAT32_ERROR = 1e-4
+CPU_GOALS = (("real", "ours fast", 4.5, 1 / 4), ("real", "ours small", 3.5, 1 / 8), ("all-1024", None, 1.3, 1 / 3))
+GPU_GOALS = (("real", None, 4.5, 1 / 5), ("all-1024", None, 1.3, 1 / 3))
+"""Lengths, our side (None: any one of them), times faster than eager, share of its memory above the model."""
+
+
+def missed_step_goals(record: dict[str, Any]) -> list[str]:
+    """Goals on time, memory and agreement that the record has the rows for and does not reach."""
+    missed = [
+        f"{row['case']} {row['side']}: error above {FLOAT32_ERROR:g}"
+        for row in record["rows"]
+        if "-float32-" in row["case"] and max(row.get("loss_relative_error", 0), row.get("gradient_relative_error", 0)) > FLOAT32_ERROR
+    ]
+    compared = [r for r in record["ratios"] if r["side"].startswith("ours") and "times_faster_than_eager" in r]
+    for case in sorted({r["case"] for r in compared if not r["case"].startswith("tiny")}):
+        for lengths, side, speed, memory in CPU_GOALS if "-float32-" in case else GPU_GOALS:
+            found = [r for r in compared if r["case"] == case and side in (None, r["side"])]
+            reached = any(r["times_faster_than_eager"] >= speed and r["memory_share_of_eager"] <= memory for r in found)
+            if case.endswith(lengths) and found and not reached:
+                missed.append(f"{case} {side or 'ours'}: not {speed} times faster with {memory:.3f} of eager's memory")
+    seconds = {(row["case"], row["side"]): row["seconds_median"] for row in record["rows"] if "failure" not in row}
+    for case, side in seconds:
+        if side == "ours 12GB" and case.endswith("real") and seconds.get((case, "ours"), 0.0) < 0.9 * seconds[case, side]:
+            missed.append(f"{case} ours 12GB: below 0.9 of the uncapped speed")
+    return missed

@@ -1,4 +1,4 @@
-"""The sides of the step benchmark: each puts its own adapter on the same frozen model, steps, and leaves the model as it was."""
+"""The sides of the step benchmark: each is set up on the same adapted model, steps, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from baselines.eager_step import eager_step, prepare_eager
 from baselines.peft_liger_step import peft_liger_step, prepare_peft_liger
-from step_cases import LORA, WIDTH, Case, fill_adapter, plain_lora
+from step_cases import LORA, WIDTH, Case, fill_adapter, streams_of
 from torch import Tensor
 
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
+from repbend_fast.memory.budget import parse_budget
+from repbend_fast.memory.cards import CUDA_CONTEXT
 from repbend_fast.memory.levers import Levers, levers_of
+from repbend_fast.memory.plan import Planner
 from repbend_fast.models import attach_lora, find_decoder
 from repbend_fast.models.liger import find_replaceable, use_liger
-from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner, dropout_seed
 
 Terms = dict[str, Tensor]
@@ -29,15 +32,32 @@ BOUND = ("forward", "extra_repr", "_get_name")
 
 @dataclass(frozen=True)
 class Side:
-    """One contender. ``memory`` holds the settings of our step's levers, piece sizes for a width of 1024; a baseline has none."""
+    """One contender. ``memory``: our step under these settings, piece sizes being for a width of 1024; None for a baseline.
+
+    ``budget``: our step under the levers that the planner chooses for it, on CUDA in a process that is capped at it.
+    """
 
     name: str
     memory: dict[str, Any] | None = None
+    budget: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is no baseline."""
+        return self.memory is not None or self.budget is not None
+
+
+SMOKE_BUDGET = "64MB"
+
+
+def budgets_for(device: torch.device, smoke: bool) -> list[str]:
+    """Caps under which training is shown to run."""
+    return [SMOKE_BUDGET] if smoke else ["8GB"] if device.type == "cuda" else []
 
 
 @dataclass
 class Stepper:
-    """A side set up on a model: ``step(batch)`` adds the gradient to ``model``'s adapter and returns the unweighted terms."""
+    """A side set up on ``model``: ``step(batch)`` adds the gradient to its adapter and returns the unweighted terms."""
 
     model: Any
     step: Callable[[Batch], Terms]
@@ -45,81 +65,126 @@ class Stepper:
     levers: dict[str, Any] = field(default_factory=dict)
 
 
+def sides_for(device: torch.device, smoke: bool) -> list[Side]:
+    """All sides, in the order of a round."""
+    baselines = [Side("eager"), Side("peft+liger"), Side("ours", {})]
+    if device.type == "cuda" and not smoke:
+        return baselines + [Side(f"ours {budget}", budget=budget) for budget in ("24GB", "12GB", "8GB")]
+    return [
+        *baselines,
+        Side("ours fast", {"piece_tokens": 768, "checkpoint_blocks": 0}),
+        Side("ours small", {"piece_tokens": 512, "checkpoint_blocks": 12}),
+    ]
+
+
 @contextmanager
-def set_up(side: Side, case: Case, base: Any, dropout: float) -> Iterator[Stepper]:
-    """The side's adapter (equal values for all sides) on ``base``, on CUDA with Liger's layers for all but ``eager``."""
-    with _liger_layers(base, side.name != "eager"):
-        made = _ours(side, case, base, dropout) if side.memory is not None else _baseline(side, case, base, dropout)
-        try:
-            yield made
-        finally:
-            made.model.zero_grad(set_to_none=True)
-            if base.is_gradient_checkpointing:
-                base.gradient_checkpointing_disable()
-            made.model.unload()
-            base.eval()
-            del made
-            if find_decoder(base).device.type == "cuda":
-                gc.collect()  # a PEFT model is a cycle: its adapter would stay in a capped device's way
-
-
-def _baseline(side: Side, case: Case, base: Any, dropout: float) -> Stepper:
-    model = plain_lora(base, dropout, case.config.window)
+def adapted(case: Case, base: Any) -> Iterator[Any]:
+    """LoRA with the published settings around ``base``, in PEFT's own layers, with non-zero values; taken off again."""
+    model = attach_lora(base, LORA, case.objective.window)
     fill_adapter(model)
-    blocks = find_decoder(base).num_blocks
+    try:
+        yield model
+    finally:
+        model.unload()
+        gc.collect()  # a PEFT model is a cycle
+
+
+@contextmanager
+def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepper]:
+    """The side on an ``adapted`` model without gradients, on CUDA with Liger's layers for all but ``eager``, and under its cap."""
+    kept = {module: module.__class__ for module in model.modules()}
+    with _dropout(model, dropout), _liger_layers(model, side.name != "eager"), _capped(side, find_decoder(model).device):
+        try:
+            yield _ours(side, case, model) if side.ours else _baseline(side, case, model)
+        finally:
+            model.zero_grad(set_to_none=True)
+            if model.is_gradient_checkpointing:
+                model.gradient_checkpointing_disable()
+            model.eval()
+            for module, kind in kept.items():
+                if module.__class__ is not kind:  # our LoRA forward is a subclass of PEFT's
+                    module.__class__ = kind
+
+
+def _baseline(side: Side, case: Case, model: Any) -> Stepper:
+    blocks = find_decoder(model).num_blocks
     if side.name == "eager":
         prepare_eager(model)
-        return Stepper(model, lambda batch: eager_step(model, batch, case.config, case.width), blocks)
+        return Stepper(model, lambda batch: eager_step(model, batch, case.objective, case.width), blocks)
     prepare_peft_liger(model)
-    return Stepper(model, lambda batch: peft_liger_step(model, batch, case.config), blocks)
+    return Stepper(model, lambda batch: peft_liger_step(model, batch, case.objective), blocks)
 
 
-def _ours(side: Side, case: Case, base: Any, dropout: float) -> Stepper:
-    model = attach_lora(base, LORA.model_copy(update={"dropout": dropout}), case.config.window)
-    fill_adapter(model)
-    objective = build_objective(case.config, find_decoder(model).num_blocks)
-    levers = _levers(side, case, model)
-    runner = StreamRunner(model, levers, uses_head=objective.uses_head)
+def _ours(side: Side, case: Case, model: Any) -> Stepper:
+    levers = _planned(case, side.budget) if side.budget else _set_by_hand(side, case, model)
+    runner = StreamRunner(model, levers)
 
     def step(batch: Batch) -> Terms:
         terms: Terms = {}
-        for stream in objective.streams(batch, 0):
+        for stream in streams_of(case, model, batch):
             terms |= runner.backward(stream, dropout_seed=dropout_seed(0, 0, 0)).terms
         return terms
 
     return Stepper(model, step, levers.checkpoint_blocks, levers.as_dict())
 
 
-def _levers(side: Side, case: Case, model: Any) -> Levers:
+def _set_by_hand(side: Side, case: Case, model: Any) -> Levers:
     settings = dict(side.memory or {})
     if "piece_tokens" in settings:
         settings["piece_tokens"] = settings["piece_tokens"] * case.width // WIDTH
     return levers_of(MemoryConfig(**settings), model)
 
 
+@cache
+def _planner(case: Case, device: torch.device) -> Planner:
+    return Planner(case.config(device), device)
+
+
+@cache
+def _planned(case: Case, budget: str) -> Levers:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _planner(case, device).plan(parse_budget(budget)).levers
+
+
 @contextmanager
-def _liger_layers(base: Any, wanted: bool) -> Iterator[None]:
-    device = find_decoder(base).device
-    if not wanted or device.type != "cuda":
-        yield
-        return
-    use_liger(base, "auto", device)
+def _dropout(model: Any, p: float) -> Iterator[None]:
+    layers = [dropout for module in model.modules() if hasattr(module, "lora_dropout") for dropout in module.lora_dropout.values()]
+    for layer in layers:
+        layer.p = p
     try:
         yield
     finally:
-        found, body = find_replaceable(base), find_decoder(base).body
+        for layer in layers:
+            layer.p = LORA.dropout
+
+
+@contextmanager
+def _capped(side: Side, device: torch.device) -> Iterator[None]:
+    size = parse_budget(side.budget) if side.budget else None
+    if size is None or device.type != "cuda":
+        yield
+        return
+    # What earlier sides left in the allocator's cache counts against the cap; so does, on a real card, the process's context.
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((size - CUDA_CONTEXT) / torch.cuda.get_device_properties(device).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextmanager
+def _liger_layers(model: Any, wanted: bool) -> Iterator[None]:
+    decoder = find_decoder(model)
+    if not wanted or decoder.device.type != "cuda":
+        yield
+        return
+    use_liger(model, "auto", decoder.device)
+    try:
+        yield
+    finally:
+        found = find_replaceable(model)
         for name in (*found.norms, *found.mlps, *found.attentions) if found else ():
             for attribute in BOUND:
-                body.get_submodule(name).__dict__.pop(attribute, None)
-
-
-def sides_for(device: torch.device) -> list[Side]:
-    """All sides, in the order of a round."""
-    del device
-    return [
-        Side("eager"),
-        Side("peft+liger"),
-        Side("ours", {}),
-        Side("ours fast", {"piece_tokens": 1024, "checkpoint_blocks": 0}),
-        Side("ours small", {"piece_tokens": 512, "checkpoint_blocks": "all"}),
-    ]
+                decoder.body.get_submodule(name).__dict__.pop(attribute, None)

@@ -23,9 +23,11 @@ import pytest
 import torch
 from harness import RESULTS, Machine, hardware_slug
 from step_cases import Case, cases_for, load_base
-from step_measure import Measured, measure_case, ratios_of, rows_of
-from step_record import write_step_record
-from step_sides import Side, sides_for
+from step_measure import OUT_OF_MEMORY, Measured, measure_case, train_within
+from step_record import StepRecord
+from step_sides import Side, budgets_for, sides_for
+
+from repbend_fast.memory.budget import parse_budget
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -48,11 +50,15 @@ CLOCK = Replay()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Cases and sides that the command line selects."""
+    """Cases, sides and caps that the command line selects."""
     option = metafunc.config.getoption
     cases = [c for c in cases_for(DEVICE, option("--smoke")) if _selected(c.name, option("--cases"))]
-    sides = [s for s in sides_for(DEVICE) if not option("--sides") or s.name in option("--sides").split(",")]
-    metafunc.parametrize("side", sides, ids=lambda s: s.name, scope="module")
+    if "side" in metafunc.fixturenames:
+        metafunc.parametrize("side", _sides(metafunc.config), ids=lambda s: s.name, scope="module")
+    else:
+        # The published batch and lengths, as a user of a small card would train.
+        cases = [c for c in cases if c.lengths == "real" and c.weights in ("nf4", "float32") and c.examples > 1]
+        metafunc.parametrize("budget", budgets_for(DEVICE, option("--smoke")), scope="module")
     metafunc.parametrize("case", cases, ids=lambda c: c.name, scope="module")
 
 
@@ -62,11 +68,9 @@ def _selected(name: str, wanted: str | None) -> bool:
     return any(part in name for part in wanted.split(","))
 
 
-@pytest.fixture(scope="module")
-def sides(request: pytest.FixtureRequest) -> list[Side]:
-    """The sides of a round."""
-    wanted = request.config.getoption("--sides")
-    return [s for s in sides_for(DEVICE) if not wanted or s.name in wanted.split(",")]
+def _sides(config: pytest.Config) -> list[Side]:
+    wanted = config.getoption("--sides")
+    return [s for s in sides_for(DEVICE, config.getoption("--smoke")) if not wanted or s.name in wanted.split(",")]
 
 
 @pytest.fixture(scope="module")
@@ -78,37 +82,47 @@ def bases() -> Iterator[dict[tuple[str, str], Any]]:
 
 
 @pytest.fixture(scope="module")
-def record(request: pytest.FixtureRequest, machine: Machine, smoke: bool) -> Iterator[list[dict[str, Any]]]:
-    """Rows of this run; written when it ends, also after a failed side, which has its reason in its row."""
-    rows: list[dict[str, Any]] = []
-    yield rows
-    path: Path | None = request.config.getoption("--results")
-    if rows and (path or not smoke):
-        write_step_record(path or RESULTS / f"train_step_{hardware_slug()}.json", rows, ratios_of, machine)
-
-
-@pytest.fixture(scope="module")
-def measured(
-    case: Case, sides: list[Side], bases: dict[tuple[str, str], Any], record: list[dict[str, Any]], machine: Machine, request: Any
-) -> dict[str, Measured]:
-    """All sides of one case."""
+def base(case: Case, bases: dict[tuple[str, str], Any]) -> Any:
+    """The case's frozen model."""
     key = (case.model.name, case.weights)
     if key not in bases:
         bases.clear()
         gc.collect()
         bases[key] = load_base(case, DEVICE)
+    return bases[key]
+
+
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest, machine: Machine, smoke: bool) -> Iterator[StepRecord]:
+    """What this run finds; written when it ends, also after a failed side, which has its reason in its row."""
+    found = StepRecord()
+    yield found
+    path: Path | None = request.config.getoption("--results")
+    if path or not smoke:
+        found.write(path or RESULTS / f"train_step_{hardware_slug()}.json", machine)
+
+
+@pytest.fixture(scope="module")
+def measured(case: Case, base: Any, record: StepRecord, machine: Machine, request: pytest.FixtureRequest) -> dict[str, Measured]:
+    """All sides of one case."""
     rounds = 1 if request.config.getoption("--smoke") else request.config.getoption("--rounds")
-    found = measure_case(case, bases[key], sides, rounds)
-    record += rows_of(case, bases[key], found, machine.matrix)
-    return found
+    found = measure_case(case, base, _sides(request.config), rounds, machine.matrix)
+    record.rows += [measured.row() for measured in found]
+    return {measured.side: measured for measured in found}
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_train_step(benchmark: Any, measured: dict[str, Measured], case: Case, side: Side) -> None:
     found = measured[side.name]
-    if found.failure == "out of memory":
-        pytest.skip("out of memory")
+    if found.failure == OUT_OF_MEMORY:
+        pytest.skip(OUT_OF_MEMORY)
     assert not found.failure, found.failure
     benchmark.group = f"train step {case.name}"
     benchmark.extra_info.update(peak_bytes_above_model=found.peak_bytes, gradient_relative_error=found.gradient_error)
     benchmark.pedantic(CLOCK.advance, args=(iter(found.seconds),), rounds=len(found.seconds))
+
+
+def test_training_keeps_its_budget(base: Any, case: Case, budget: str, record: StepRecord, smoke: bool) -> None:
+    row = train_within(case, base, budget, steps=2 if smoke else 20)
+    record.trained.append(row)
+    assert row.get("peak_bytes_allocated", 0) <= parse_budget(budget)

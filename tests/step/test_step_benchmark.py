@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from kernel_compare import relative_l2
 from peft import PeftModel
 from safetensors.torch import load_file
 from step_cases import cases_for, load_base
-from step_measure import measure_case, ratios_of, rows_of
+from step_measure import measure_case
+from step_record import missed_step_goals, ratios_of, step_table
 from step_sides import Side
 from torch import Tensor
 
@@ -91,18 +93,27 @@ def test_baseline_reproduces_the_published_values(baseline, key) -> None:
             assert relative_l2(wrong, exact) > GRADIENT_TOLERANCE
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_train_step.py", "-q", "-p", "no:cacheprovider", "--smoke", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """One run of the GPU script's CPU mode."""
+    folder = tmp_path_factory.mktemp("gpu_check")
+    env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTHONPATH")}
+    command = ["bash", "benchmarks/gpu_check.sh", "--cpu", str(folder)]
+    return subprocess.run(command, cwd=ROOT, env={**env, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=600), folder
 
 
-def test_the_benchmark_compares_measures_and_records(tmp_path) -> None:
-    path = tmp_path / "train_step.json"
-    result = bench("--cases", "real", "--results", str(path))
-    assert result.returncode == 0, result.stdout[-4000:]
-    record = json.loads(path.read_text())
+def test_the_gpu_script_runs_every_stage_without_a_gpu(checked) -> None:
+    result, folder = checked
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    for name in ("tests", "ops", "step"):
+        assert re.search(rf"^{name} +rc 0,", result.stdout, re.MULTILINE), result.stdout[-2000:]
+        assert (folder / f"gpu_check_{name}.log").stat().st_size > 0
+    assert {row["op"] for row in json.loads((folder / "cpu.json").read_text())["rows"]} == {"pairwise_cosine", "window_distance"}
+    assert "peft+liger" in result.stdout
+
+
+def test_the_benchmark_compares_measures_and_records(checked) -> None:
+    record = json.loads((checked[1] / "train_step_cpu.json").read_text())
     assert {"hardware", "versions", "commit", "date", "gemm_tflop_per_s"} <= set(record)
     rows = {row["side"]: row for row in record["rows"]}
     assert {"eager", "peft+liger", "ours fast", "ours small"} <= set(rows)
@@ -117,6 +128,39 @@ def test_the_benchmark_compares_measures_and_records(tmp_path) -> None:
     share = rows["ours small"]["peak_bytes_above_model"] / rows["eager"]["peak_bytes_above_model"]
     assert small["memory_share_of_eager"] == pytest.approx(share, abs=1e-4)
     assert small["memory_share_of_eager"] < 1
+    (trained,) = record["trained"]
+    assert trained["budget"] == step_sides.SMOKE_BUDGET
+    assert trained["tokens_per_second"] > 0
+
+
+def row(side: str, seconds: float, memory: int, case: str = "smollm2-135m-float32-b2-real", **values: Any) -> dict[str, Any]:
+    defaults = {"tokens_per_second": 1.0, "matrix_fraction": 0.5, "peak_bytes_total": 2 * memory, "loss_relative_error": 1e-6}
+    made = {"case": case, "side": side, "seconds_median": seconds, "peak_bytes_above_model": memory, "gradient_relative_error": 1e-6}
+    return {**defaults, **made, **values}
+
+
+def record_of(*rows: dict[str, Any]) -> dict[str, Any]:
+    head = {"hardware": "some machine", "threads": 1, "versions": {"torch": "2"}, "commit": "c", "date": "d", "gemm_tflop_per_s": 1.0}
+    return {**head, "rows": list(rows), "ratios": ratios_of(list(rows)), "trained": []}
+
+
+def test_the_report_finds_missed_goals() -> None:
+    good = record_of(row("eager", 10.0, 1000), row("ours fast", 2.0, 250), row("ours small", 2.5, 125))
+    assert missed_step_goals(good) == []
+    assert "5.00x 0.250" in step_table(good)
+    bad = record_of(row("eager", 10.0, 1000), row("ours fast", 2.3, 250), row("ours small", 2.5, 126, gradient_relative_error=2e-4))
+    assert len(missed_step_goals(bad)) == 3
+    gpu = [row(side, seconds, memory, "llama3-8b-nf4-b4-real") for side, seconds, memory in (("eager", 9, 900), ("ours", 1, 180))]
+    assert missed_step_goals(record_of(*gpu)) == []
+    assert len(missed_step_goals(record_of(*gpu, row("ours 12GB", 1.2, 90, "llama3-8b-nf4-b4-real")))) == 1
+
+
+RECORDS = sorted((ROOT / "benchmarks" / "results").glob("train_step_*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_recorded_step_results_keep_their_goals(path: Path) -> None:
+    assert missed_step_goals(json.loads(path.read_text())) == []
 
 
 def test_a_side_that_disagrees_is_not_timed(monkeypatch) -> None:
@@ -130,10 +174,9 @@ def test_a_side_that_disagrees_is_not_timed(monkeypatch) -> None:
     monkeypatch.setattr(step_sides, "peft_liger_step", flipped)
     case = cases_for(torch.device("cpu"), smoke=True)[0]
     base = load_base(case, torch.device("cpu"))
-    found = measure_case(case, base, [Side("eager"), Side("peft+liger")], rounds=1)
-    assert "disagrees with eager" in found["peft+liger"].failure
-    assert found["peft+liger"].seconds == []
-    rows = {row["side"]: row for row in rows_of(case, base, found, matrix=1.0)}
-    assert "not timed" in rows["peft+liger"]["failure"]
-    assert rows["eager"]["seconds_median"] > 0
-    assert ratios_of(list(rows.values())) == []
+    eager, wrong = measure_case(case, base, [Side("eager"), Side("peft+liger")], rounds=1, matrix=1.0)
+    assert "disagrees with eager" in wrong.failure
+    assert wrong.seconds == []
+    assert "not timed" in wrong.row()["failure"]
+    assert eager.row()["seconds_median"] > 0
+    assert ratios_of([eager.row(), wrong.row()]) == []
