@@ -13,17 +13,22 @@ No mask is stored: backward draws it again. Memory above the inputs: forward and
 Legend: N rows, D width.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from . import checks
 from .oracles import keyed_dropout_reference
-from .rows import RowReader, blocks, count_rows
+from .rows import RowReader, blocks, count_rows, scale_into
 from .selection import resolve
 
 WEYL = 0x9E3779B9
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
 _LOW = 0xFFFFFFFF
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+T = TypeVar("T", Tensor, list[Tensor])
 
 
 def _signed(value: int, bits: int) -> int:
@@ -67,49 +72,60 @@ def column_hashes(start: int, width: int, device: torch.device) -> Tensor:
     return mixed
 
 
-def _dropped_(hashes: Tensor, scratch: Tensor, threshold: int) -> Tensor:
-    """``h < p·2³²`` (bool), ``hashes`` being ``r ^ c``; overwrites both. ``threshold`` is p·2³² moved by −2³¹, as signed hashes are."""
-    hashes.mul_(FIRST)
-    _xor_shift_(hashes, 15, 32, scratch)
-    return hashes.mul_(_signed(SECOND, 32)) < threshold
+class _KeptBits:
+    """Blocks of the mask as integers of an element's size, all bits set where ``h ≥ p·2³²``: one ``&`` then keeps or clears a float.
+
+    ``threshold`` is p·2³² moved by −2³¹, as signed hashes are.
+    """
+
+    def __init__(self, keys: Tensor, start: int, threshold: int, width: int, dtype: torch.dtype) -> None:
+        self.rows, self.columns = row_hashes(keys)[:, None], column_hashes(start, width, keys.device)
+        self.threshold, self.dtype = threshold, INTEGERS[dtype.itemsize]
+        self.hashes = torch.empty((0, width), dtype=torch.int32, device=keys.device)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Rows ``first … last-1``; the next call overwrites them."""
+        if self.hashes.shape[0] != last - first:
+            self.hashes = self.hashes.new_empty((last - first, self.hashes.shape[1]))
+            self.scratch = torch.empty_like(self.hashes)
+            self.bits = torch.empty_like(self.hashes, dtype=self.dtype)
+        torch.bitwise_xor(self.rows[first:last], self.columns, out=self.hashes)
+        self.hashes.mul_(FIRST)
+        _xor_shift_(self.hashes, 15, 32, self.scratch)
+        self.hashes.mul_(_signed(SECOND, 32))
+        # A comparison into integers is 1 where true; its negative has every bit set. A masked fill takes ten times as long.
+        return torch.ge(self.hashes, self.threshold, out=self.bits).neg_()
 
 
-def _torch_path(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> Tensor:
-    width = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat, source = out.view(-1, width), RowReader(x)
-    acc = checks.accumulate_dtype(x.dtype)
-    rows, columns = row_hashes(keys)[:, None], column_hashes(start, width, x.device)
-    hashes = scratch = torch.empty((0, width), dtype=torch.int32, device=x.device)
-    for first, last in blocks(count_rows(x), width, x.device):
-        if hashes.shape[0] != last - first:
-            hashes = torch.empty((last - first, width), dtype=torch.int32, device=x.device)
-            scratch = torch.empty_like(hashes)
-        torch.bitwise_xor(rows[first:last], columns, out=hashes)
-        dropped, block = _dropped_(hashes, scratch, threshold), flat[first:last]
-        if factor == 1.0:
-            block.copy_(source.read(first, last))
-        elif x.dtype == acc:
-            torch.mul(source.read(first, last), factor, out=block)
-        else:
-            block.copy_(source.read(first, last).to(acc).mul_(factor))
-        block.masked_fill_(dropped, 0.0)
-    return out
+def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float) -> list[Tensor]:
+    width, dtype, device = tensors[0].shape[-1], tensors[0].dtype, keys.device
+    outs = [torch.empty(x.shape, dtype=dtype, device=device) for x in tensors]
+    pairs = [(out.view(-1, width), RowReader(x)) for out, x in zip(outs, tensors)]
+    kept = _KeptBits(keys, start, threshold, width, dtype)
+    scale = torch.tensor(factor, dtype=checks.accumulate_dtype(dtype), device=device)
+    for first, last in blocks(keys.numel(), width, device):
+        bits = kept.read(first, last)
+        for out, source in pairs:
+            block = out[first:last]
+            torch.bitwise_and(source.read(first, last).view(bits.dtype), bits, out=block.view(bits.dtype))
+            if factor != 1.0:
+                scale_into(block, block, scale)
+    return outs
 
 
 @torch.library.custom_op("repbend_kernels::keyed_dropout", mutates_args=())
-def masked(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float, implementation: str) -> Tensor:
-    """``factor·x`` where kept, 0 elsewhere, of x's shape. ``start`` and ``threshold`` are signed 32-bit, see :func:`mask_arguments`."""
+def masked(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float, implementation: str) -> list[Tensor]:
+    """For each of ``tensors`` ``factor·x`` where kept and 0 elsewhere; ``start`` and ``threshold`` are those of :func:`mask_arguments`."""
     if implementation == "triton":
         from .triton_keyed_dropout import launch
 
-        return launch(x, keys, start, threshold, factor)
-    return _torch_path(x, keys, start, threshold, factor)
+        return [launch(x, keys, start, threshold, factor) for x in tensors]
+    return _torch_path(tensors, keys, start, threshold, factor)
 
 
 @masked.register_fake
-def _(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float, implementation: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float, implementation: str) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors]
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -117,8 +133,9 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(keys)
 
 
-def _backward(ctx, grad):
-    return masked(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+def _backward(ctx, grads):
+    found = iter(masked([grad for grad in grads if grad is not None], *ctx.saved_tensors, *ctx.settings))
+    return [None if grad is None else next(found) for grad in grads], None, None, None, None, None
 
 
 masked.register_autograd(_backward, setup_context=_setup)
@@ -129,14 +146,15 @@ def mask_arguments(column_seed: int, p: float) -> tuple[int, int]:
     return _signed(_fmix32(column_seed), 32), min(round(p * 2**32), _LOW) - 2**31
 
 
-def keyed_dropout(x: Tensor, keys: Tensor, column_seed: int, p: float, *, scaled: bool = True, implementation: str | None = None) -> Tensor:
+def keyed_dropout(x: T, keys: Tensor, column_seed: int, p: float, *, scaled: bool = True, implementation: str | None = None) -> T:
     """Dropout with the mask that ``(keys, column_seed)`` names: equal arguments drop equal elements, on every device and path.
 
     The mask of a row follows its key wherever the row lies, so a batch may be split, packed or repeated without another result.
-    Source: splitmix64 (Steele et al. 2014) for keys, a 32-bit multiply-xorshift finaliser for elements.
+    Sources: splitmix64 (Steele et al. 2014) for keys; for elements a 32-bit finaliser of two multiplications and shifts.
 
     Args:
-        x: [..., D] of any strides; a value that is dropped becomes 0 even if it is not finite.
+        x: [..., D] of any strides, or a list of such tensors of one shape and dtype, which get one mask. What is dropped becomes 0 even
+            if it is not finite.
         keys: int64 of x's leading shape, or flat [N]; any values, equal keys give equal masks.
         column_seed: names the place; two places with the same keys have unrelated masks. Its low 32 bits count.
         p: probability of dropping, 0 ≤ p < 1, to a precision of 2⁻³².
@@ -144,24 +162,37 @@ def keyed_dropout(x: Tensor, keys: Tensor, column_seed: int, p: float, *, scaled
         implementation: overrides the switch for this call.
 
     Returns:
-        Tensor of x's shape and dtype, differentiable in ``x``; ``x`` itself where p = 0.
+        What ``x`` is, of the same shape and dtype, differentiable in ``x``; ``x`` itself where p = 0.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or probability.
         RuntimeError: ``triton`` asked for where it cannot run.
     """
-    checks.check_states("x", x)
-    _check_keys(keys, x)
-    if not 0 <= p < 1:
-        raise ValueError(f"p: expected 0 <= p < 1, got {p!r}")
-    chosen = resolve(implementation, x)
+    tensors = [x] if isinstance(x, Tensor) else list(x)
+    _check(tensors, keys, p)
+    chosen = resolve(implementation, tensors[0])
     if p == 0:
         return x
     start, threshold = mask_arguments(column_seed, p)
     factor = 1 / (1 - p) if scaled else 1.0
     if chosen == "eager":
-        return keyed_dropout_reference(x, keys, start, threshold, factor)
-    return masked(x, keys.reshape(-1), start, threshold, factor, chosen)
+        results = [keyed_dropout_reference(tensor, keys, start, threshold, factor) for tensor in tensors]
+    else:
+        results = masked(tensors, keys.reshape(-1), start, threshold, factor, chosen)
+    return results[0] if isinstance(x, Tensor) else results
+
+
+def _check(tensors: list[Tensor], keys: Tensor, p: float) -> None:
+    if not tensors:
+        raise ValueError("x: expected at least one tensor, got none")
+    for index, tensor in enumerate(tensors):
+        checks.check_states("x" if len(tensors) == 1 else f"x[{index}]", tensor)
+        if index:
+            checks.check_like(f"x[{index}]", tensor, "x[0]", tensors[0])
+            checks.check_shape(f"x[{index}]", tensor, tensors[0].shape, "as x[0]")
+    _check_keys(keys, tensors[0])
+    if not 0 <= p < 1:
+        raise ValueError(f"p: expected 0 <= p < 1, got {p!r}")
 
 
 def _check_keys(keys: Tensor, x: Tensor) -> None:

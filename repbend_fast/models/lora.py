@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
 
-# Elements of a chunk of rows: it stays in a core's cache on a CPU; on a GPU it fills the device and is small beside a model.
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 24}
+# Elements of a chunk of rows: it stays in a core's cache on a CPU; on a GPU it fills the device and is small beside a model. A matrix
+# product of fewer rows than the least would read the adapter's weights too often.
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 24}
+LEAST_ROWS = 64
 
 
 class DropoutKeys:
@@ -86,50 +88,35 @@ def _product_as(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    step = max(1, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // width)
+    step = max(LEAST_ROWS, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // width)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
-def _masked(x: Tensor, keys: Tensor | None, start: int, stop: int, place: int, p: float) -> Tensor:
-    rows = x[start:stop]
-    return rows if keys is None else keyed_dropout(rows, keys[start:stop], place, p, scaled=False)
+def _masked(tensors: list[Tensor], keys: Tensor | None, start: int, stop: int, place: int, p: float) -> list[Tensor]:
+    return tensors if keys is None else keyed_dropout(tensors, keys[start:stop], place, p, scaled=False)
 
 
-def _add_low_rank_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
-    """``result`` [..., O] += f · P Bᵀ; returns P [N, r] in float32 (float64 for float64)."""
-    acc = _accumulate_dtype(result.dtype)
-    flat, out = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
+@torch.library.custom_op("repbend_fast::add_low_rank_", mutates_args={"result"})
+def add_low_rank_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
+    """``result`` [N, O] += f · P Bᵀ, in place; returns P [N, r] in float32 (float64 for float64). ``x`` is [..., D], ``keys`` [N]."""
+    acc, flat = _accumulate_dtype(result.dtype), x.reshape(-1, x.shape[-1])
     down = torch.empty((flat.shape[0], a.shape[0]), dtype=acc, device=x.device)
-    for start, stop in _chunks(flat.shape[0], max(flat.shape[1], out.shape[1]), x.device):
-        rows = _masked(flat, keys, start, stop, place, p).to(result.dtype)
-        down[start:stop] = _product(rows, a.T, acc)
-        _add_product_(out[start:stop], down[start:stop], b.T, factor)
+    with torch.autocast(x.device.type, enabled=False):
+        for start, stop in _chunks(flat.shape[0], max(flat.shape[1], result.shape[1]), x.device):
+            rows = _masked([flat[start:stop]], keys, start, stop, place, p)[0].to(result.dtype)
+            down[start:stop] = _product(rows, a.T, acc)
+            _add_product_(result[start:stop], down[start:stop], b.T, factor)
     return down
 
 
-class _LowRank(torch.autograd.Function):
-    """``result`` [..., O] with f · (keep · x) Aᵀ Bᵀ added in place."""
-
-    @staticmethod
-    def forward(ctx, result, x, a, b, keys, factor, place, p):
-        with torch.autocast(x.device.type, enabled=False):
-            down = _add_low_rank_(result, x, a, b, keys, factor, place, p)
-        ctx.mark_dirty(result)
-        ctx.save_for_backward(x, a, b, down, keys)
-        ctx.settings = factor, place, p
-        return result
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, a, b, down, keys = ctx.saved_tensors
-        factor, place, p = ctx.settings
-        with torch.autocast(x.device.type, enabled=False):
-            grads = _low_rank_gradients(grad, x, a, b, down, keys, factor, place, p, ctx.needs_input_grad[1:4])
-        return grad, *grads, None, None, None, None
+@add_low_rank_.register_fake
+def _(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
+    return result.new_empty((result.shape[0], a.shape[0]), dtype=_accumulate_dtype(result.dtype))
 
 
-def _low_rank_gradients(
+@torch.library.custom_op("repbend_fast::low_rank_gradients", mutates_args=())
+def low_rank_gradients(
     grad: Tensor,
     x: Tensor,
     a: Tensor,
@@ -139,33 +126,65 @@ def _low_rank_gradients(
     factor: float,
     place: int,
     p: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, A and B, each only where it is needed; those of A and B are summed in ``down``'s dtype."""
-    acc = down.dtype
-    flat, outer = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-    grad_a = torch.zeros((flat.shape[1], a.shape[0]), dtype=acc, device=x.device) if needs[1] else None
-    grad_b = torch.zeros(b.shape, dtype=acc, device=x.device) if needs[2] else None
-    for start, stop in _chunks(flat.shape[0], max(flat.shape[1], outer.shape[1]), x.device):
-        rows = outer[start:stop]
-        if grad_b is not None:
-            grad_b += _product(rows.T, down[start:stop], acc)
-        if grad_x is None and grad_a is None:
-            continue
-        up = _product(rows, b, acc).mul_(factor)
-        if grad_a is not None:
-            grad_a += _product(_masked(flat, keys, start, stop, place, p).to(grad.dtype).T, up, acc)
-        if grad_x is not None:
-            inner = _product_as(up, a, x.dtype)
-            if keys is not None:
-                inner = keyed_dropout(inner, keys[start:stop], place, p, scaled=False)
-            grad_x.view(-1, x.shape[-1])[start:stop] = inner
-    return (
-        grad_x,
-        None if grad_a is None else grad_a.T.to(a.dtype),
-        None if grad_b is None else grad_b.mul_(factor).to(b.dtype),
-    )
+    needs: list[bool],
+) -> list[Tensor]:
+    """Those gradients of x, A and B that ``needs`` asks for, in their dtypes; sums over rows run in ``down``'s dtype."""
+    acc, flat = down.dtype, x.reshape(-1, x.shape[-1])
+    grad_x = torch.empty(x.shape if needs[0] else (0, x.shape[-1]), dtype=x.dtype, device=x.device)
+    grad_a = torch.zeros((flat.shape[1], a.shape[0]), dtype=acc, device=x.device)
+    grad_b = torch.zeros(b.shape, dtype=acc, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for start, stop in _chunks(flat.shape[0], max(flat.shape[1], grad.shape[1]), x.device):
+            rows = grad[start:stop]
+            if needs[2]:
+                grad_b += _product(rows.T, down[start:stop], acc)
+            if not (needs[0] or needs[1]):
+                continue
+            up = _product(rows, b, acc).mul_(factor)
+            # One call for both: the mask of x's rows and of their gradient is the same.
+            inner = [_product_as(up, a, x.dtype)] if needs[0] else []
+            outer = [flat[start:stop]] if needs[1] else []
+            kept = _masked(outer + inner, keys, start, stop, place, p)
+            if needs[0]:
+                grad_x.view(-1, x.shape[-1])[start:stop] = kept[-1]
+            if needs[1]:
+                grad_a += _product(kept[0].to(grad.dtype).T, up, acc)
+    results = (grad_x, grad_a.T.to(a.dtype), grad_b.mul_(factor).to(b.dtype))
+    return [result for result, needed in zip(results, needs) if needed]
+
+
+@low_rank_gradients.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    down: Tensor,
+    keys: Tensor | None,
+    factor: float,
+    place: int,
+    p: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    return [like.new_empty(like.shape) for like, needed in zip((x, a, b), needs) if needed]
+
+
+class _LowRank(torch.autograd.Function):
+    """``result`` [N, O] with f · (keep · x) Aᵀ Bᵀ added in place."""
+
+    @staticmethod
+    def forward(ctx, result, x, a, b, keys, factor, place, p):
+        down = add_low_rank_(result, x, a, b, keys, factor, place, p)
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(x, a, b, down, keys)
+        ctx.settings = factor, place, p
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = list(ctx.needs_input_grad[1:4])
+        found = iter(low_rank_gradients(grad, *ctx.saved_tensors, *ctx.settings, needs))
+        return grad, *(next(found) if needed else None for needed in needs), None, None, None, None
 
 
 class LowRankForward(nn.Module):
@@ -221,7 +240,7 @@ def use_low_rank_forward(model: nn.Module) -> None:
             raise UserError(f"the adapter on {name} is of kind {type(layer).__name__}; only LoRA on linear and 4-bit layers can be trained")
         if layer.lora_variant or any(linear.bias is not None for linear in layer.lora_B.values()):
             raise UserError(f"the adapter on {name} is not plain LoRA (use_dora, lora_bias or another variant); train one without it")
-        layer.__class__ = _with_low_rank_forward(type(layer))
+        layer.__class__ = _with_low_rank_forward(layer.__class__)
         layer.dropout_keys, layer.place = keys, place
 
 

@@ -42,7 +42,7 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
         "pairwise_similarity": (values(2, 3, 8, grad=True), implementation),
         "pairwise_similarity_backward": (values(2, 3, 8), values(2, 8), values(2, 3).abs(), torch.ones(2), implementation),
         "linear_kl_div": (wide, values(6, 8), weight, None, weight, None, 2.0, 3.0, 4, True, implementation),
-        "keyed_dropout": (values(2, 3, 8, grad=True), KEYS, -7, 12345 - 2**30, 2.0, implementation),
+        "keyed_dropout": ([values(2, 3, 8, grad=True), values(2, 3, 8)], KEYS, -7, 12345 - 2**30, 2.0, implementation),
         "linear_log_prob": (wide, weight, None, TARGETS, 2.0, None, 4, True, implementation),
     }
 
