@@ -1,8 +1,9 @@
 """One stream of a training step: reference pass, adapted pass with taps, backward; then everything of it is freed.
 
 Streams are additive, so finishing each before the next gives the same gradient with the largest stream's memory instead of
-the sum. Only the pairwise cosine couples the sequences of a stream; where a stream is split into pieces its sums are taken
-in a first pass and each piece then differentiates the exact derivative.
+the sum. Terms that couple the sequences of a stream (pairwise cosine, triplets) stay exact where it is split into pieces: their
+sums are taken in a first pass, and each piece then differentiates the exact derivative. A piece is atomic: one that runs out of
+memory leaves nothing behind and is done again in smaller ones.
 """
 
 from __future__ import annotations
