@@ -4,8 +4,8 @@
     pytest benchmarks/test_circuit_breaker_step.py --smoke                 # a tiny model: does it still run?
 
 A step is the losses and the gradient of one micro-batch, halfway through the schedule. Gradients are compared with dropout off
-before anything is timed; then each round runs one step of either side in turn. Goals: at least 2 x faster with at most a quarter
-of the memory above the model, at real lengths.
+before anything is timed; then each round runs one step of every side in turn. Goal: a setting of the levers that is at least 2 x
+faster with at most a quarter of the memory above the model, at real lengths.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ STEP, STEPS = 74, 150
 PROGRESS = (STEP + 1) / (2 * STEPS)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "nf4": 0.25}
 FASTER, SMALLER = 2.0, 0.25
+SIDES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "ours": {},
+    "ours fast": {"piece_tokens": 768, "checkpoint_blocks": 0},
+    "ours small": {"piece_tokens": 512, "checkpoint_blocks": "all"},
+}
+"""Our sides with their settings of ``memory``."""
 
 Step = Callable[[Batch], dict[str, Tensor]]
 
@@ -47,21 +54,21 @@ def _config(blocks: int) -> CircuitBreakerConfig:
     return CircuitBreakerConfig(layers=[max(1, round(blocks * 10 / 32)), round(blocks * 20 / 32)])
 
 
-def _sides(model: Any, case: Case, config: CircuitBreakerConfig) -> dict[str, tuple[Callable[[], None], Step]]:
-    """Set-up and step of either side."""
+def _side(name: str, model: Any, case: Case, config: CircuitBreakerConfig) -> Step:
+    """The step of one side, set up on the model."""
+    if name == "eager":
+        prepare_eager(model)
+        return lambda batch: circuit_breaker_step(model, batch, config, PROGRESS, case.width)
+    model.gradient_checkpointing_disable()
+    model.eval()
     objective = build_objective(config, find_decoder(model).num_blocks, STEPS)
-    runner = StreamRunner(model, levers_of(MemoryConfig(), model), uses_head=False)
+    runner = StreamRunner(model, levers_of(MemoryConfig(**SIDES[name]), model), uses_head=False)
 
     def ours(batch: Batch) -> dict[str, Tensor]:
         streams = objective.streams(batch, STEP)
         return {name: value for s in streams for name, value in runner.backward(s, dropout_seed=1).terms.items()}
 
-    def start_ours() -> None:
-        model.gradient_checkpointing_disable()
-        model.eval()
-
-    eager: Step = lambda batch: circuit_breaker_step(model, batch, config, PROGRESS, case.width)  # noqa: E731
-    return {"eager": (lambda: prepare_eager(model), eager), "ours": (start_ours, ours)}
+    return ours
 
 
 def _set_dropout(model: Any, p: float) -> None:
@@ -71,7 +78,7 @@ def _set_dropout(model: Any, p: float) -> None:
 
 
 def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds, peak bytes above the model and errors of either side.
+    """Seconds, peak bytes above the model and errors of every side.
 
     Raises:
         AssertionError: ours computes something else.
@@ -81,21 +88,20 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
     model = attach_lora(base, LORA, (max(config.layers),))
     fill_adapter(model)
     batch = case.batch(base.config.get_text_config().vocab_size)
-    found: dict[str, dict[str, Any]] = {"eager": {"seconds": []}, "ours": {"seconds": []}}
+    found: dict[str, dict[str, Any]] = {side: {"seconds": []} for side in SIDES}
 
     def run(side: str, measured: Callable[[Step], Any]) -> Any:
-        start, step = _sides(model, case, config)[side]
         model.zero_grad(set_to_none=True)
-        start()
-        return measured(step)
+        return measured(_side(side, model, case, config))
 
     _set_dropout(model, 0.0)
     gradients = {}
     for side in found:
         run(side, lambda step: step(batch))
         gradients[side] = gradient_of(model)
-    found["ours"]["gradient_error"] = relative_error(gradients["ours"], gradients["eager"])
-    assert found["ours"]["gradient_error"] <= TOLERANCE[case.weights], found["ours"]["gradient_error"]
+    for side in list(found)[1:]:
+        error = found[side]["gradient_error"] = relative_error(gradients[side], gradients["eager"])
+        assert error <= TOLERANCE[case.weights], f"{side}: gradient error {error:.2g}"
 
     _set_dropout(model, LORA.dropout)
     for _ in range(rounds):
@@ -119,17 +125,15 @@ def test_circuit_breaker_step(request: pytest.FixtureRequest, machine: Machine, 
     case = next(c for c in cases_for(DEVICE, smoke) if c.lengths == "real")
     found = measure(case, 1 if smoke else request.config.getoption("--rounds"))
     medians = {side: statistics.median(values["seconds"]) for side, values in found.items()}
-    faster, share = medians["eager"] / medians["ours"], found["ours"]["peak_bytes"] / found["eager"]["peak_bytes"]
+    eager = found["eager"]
+    for side, values in found.items():
+        values["median_seconds"] = round(medians[side], 4)
+        values["times_faster"] = round(medians["eager"] / medians[side], 3)
+        values["memory_share"] = round(values["peak_bytes"] / eager["peak_bytes"], 4)
     path: Path | None = request.config.getoption("--results")
     if path or not smoke:
-        rows = [
-            {"op": "circuit_breaker_step", "case": f"{case.name}-{side}", "median_seconds": round(medians[side], 4), **values}
-            for side, values in found.items()
-        ]
-        rows.append(
-            {"op": "circuit_breaker_step", "case": f"{case.name}-ratio", "times_faster": round(faster, 3), "memory_share": round(share, 4)}
-        )
+        rows = [{"op": "circuit_breaker_step", "case": f"{case.name}-{side}", **values} for side, values in found.items()]
         write_record(path or RESULTS / f"circuit_breaker_step_{hardware_slug()}.json", rows, machine)
     if not smoke:
-        assert faster >= FASTER, f"{faster:.2f} x the eager step's speed"
-        assert share <= SMALLER, f"{share:.2f} of the eager step's memory"
+        reached = {side: (v["times_faster"], v["memory_share"]) for side, v in found.items()}
+        assert any(faster >= FASTER and share <= SMALLER for faster, share in reached.values()), reached
