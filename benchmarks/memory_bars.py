@@ -93,7 +93,7 @@ def our_bar(planner: Planner, label: str, budget: int | None, longest: bool) -> 
 
 def bars() -> list[dict[str, Any]]:
     """The published step, then ours with and without recomputation and in NF4."""
-    plain = Planner(load_config("llama-3-8b-instruct", ["memory.budget=null"]), CUDA)
+    plain = Planner(load_config("llama-3-8b-instruct", ["memory.budget=null", "memory.checkpoint_blocks=auto"]), CUDA)
     packed = Planner(load_config("llama-3-8b-instruct-qlora"), CUDA)
     return [
         eager_bar("llama-3-8b-instruct"),

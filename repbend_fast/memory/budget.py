@@ -45,8 +45,10 @@ def budget_bytes(text: str | None, device: torch.device) -> int | None:
 
 
 def show_bytes(size: float) -> str:
-    """``7.93 GB``, or MB below one."""
-    return f"{size / GB:.2f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
+    """``7.93 GB``, with MB and bytes for what is smaller."""
+    if size >= GB:
+        return f"{size / GB:.2f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size:.0f} B"
 
 
 @dataclass(frozen=True)

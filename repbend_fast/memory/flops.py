@@ -66,6 +66,7 @@ class StepCost:
         self.sizes = sizes
         self.num_blocks = num_blocks
         self.card = card
+        self._known_groups: dict[tuple[Any, ...], list[list[int]]] = {}
 
     def flops(self, streams: list[Stream], levers: Levers) -> Counter[str]:
         """FLOPs of one micro-batch: reference, adapted, recompute, backward, head."""
@@ -76,32 +77,32 @@ class StepCost:
             total["head"] += round(2 * HEAD_PRODUCTS * self.sizes.head * self._head_rows(stream))
         return total
 
-    def seconds(self, streams: list[Stream], levers: Levers) -> float:
-        """Expected seconds of one micro-batch, without the optimizer's step."""
+    def seconds(self, stream: Stream, levers: Levers) -> float:
+        """Expected seconds of one stream of a micro-batch."""
         rate = self.card.rate * EFFICIENCY
-        total = 0.0
-        for stream in streams:
-            weights = self._weights_seconds(stream)
-            recomputed = self._recomputed(stream, levers)
-            blocks = stream.stop(self.num_blocks)
-            for group in self._groups(stream, levers):
-                for name, flops in self._passes(stream, group, levers).items():
-                    share = recomputed / blocks if name == "recompute" else 1.0
-                    total += max(flops / rate, share * weights[0]) + share * weights[1]
-                if levers.offload_checkpoints:
-                    total += 2 * recomputed * sum(group) * self.sizes.hidden * self.sizes.itemsize / self.card.host
-                if levers.offload_embedding and self._head_rows(stream):
-                    total += self.sizes.head * self.sizes.itemsize / self.card.host
-            total += self._head_seconds(stream, levers, rate)
+        reading, before = self._weights_seconds(stream)
+        recomputed = self._recomputed(stream, levers)
+        blocks = stream.stop(self.num_blocks)
+        total = self._head_seconds(stream, levers, rate)
+        for group in self._groups(stream, levers):
+            for name, flops in self._passes(stream, group, levers).items():
+                share = recomputed / blocks if name == "recompute" else 1.0
+                total += max(flops / rate, share * reading) + share * before
+            if levers.offload_checkpoints:
+                total += 2 * recomputed * sum(group) * self.sizes.hidden * self.sizes.itemsize / self.card.host
+            if levers.offload_embedding and self._head_rows(stream):
+                total += self.sizes.head * self.sizes.itemsize / self.card.host
         return total
 
     def _groups(self, stream: Stream, levers: Levers) -> list[list[int]]:
-        groups = split(stream.sequences, levers.piece_size(stream.name), levers.layout)
-        found = []
-        for group in groups:
-            lengths = [len(stream.sequences[m]) for m in group]
-            found.append(lengths if levers.packing == "on" else [max(lengths)] * len(lengths))
-        return found
+        key = (id(stream), levers.piece_size(stream.name), levers.packing)
+        if key not in self._known_groups:
+            found = []
+            for group in split(stream.sequences, levers.piece_size(stream.name), levers.layout):
+                lengths = [len(stream.sequences[m]) for m in group]
+                found.append(lengths if levers.packing == "on" else [max(lengths)] * len(lengths))
+            self._known_groups[key] = found
+        return self._known_groups[key]
 
     def _recomputed(self, stream: Stream, levers: Levers) -> int:
         stop = stream.stop(self.num_blocks)

@@ -25,7 +25,7 @@ from repbend_fast.models.load import _first_line
 from repbend_fast.objectives.base import Stream
 from repbend_fast.step import StreamRunner
 
-DEPTHS = (1, 2)
+DEPTHS = (2, 3)
 """Blocks that a stream runs through in the two shallow models, which have one more."""
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from repbend_fast.config import Config
 from repbend_fast.errors import UserError
 from repbend_fast.memory.batches import Limits, even_batch, limits_of, published_batch
 from repbend_fast.memory.budget import Standing, budget_bytes, show_bytes, standing, taken
-from repbend_fast.memory.cards import Card, card_of
+from repbend_fast.memory.cards import GB, Card, card_of
 from repbend_fast.memory.flops import StepCost, matrices
 from repbend_fast.memory.levers import Levers, default_levers
 from repbend_fast.memory.peaks import Peak, PeakMeter, StreamPeak, measure_piece
@@ -28,7 +27,8 @@ from repbend_fast.objectives.base import Stream
 
 CHUNKS = (None, 128, 64, 32)
 """Rows per chunk of the head's losses, in the order in which they are tried; None is the op's own rule."""
-PIECE_STEP = 64
+PIECE_SIZES = (0.5, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7)
+"""Piece sizes that are tried, in units of the longest sequence."""
 LENGTH_BATCHES = 4
 """Micro-batches of published lengths over which an expected time is taken."""
 STATES_ON_DEVICE = 2
@@ -88,7 +88,6 @@ class Planner:
         self.card = card
         sizes = matrices(self.model, self.config.model.quantization == "nf4", self.meter.first_block)
         self.cost = StepCost(sizes, self.num_blocks, card)
-        self._known_seconds: dict[tuple[Any, ...], float] = {}
 
     @cached_property
     def peaks(self) -> list[StreamPeak]:
@@ -112,20 +111,24 @@ class Planner:
         batches = (published_batch(examples, self.limits, self.pairs, seed) for seed in range(LENGTH_BATCHES))
         return [self.objective.streams(batch, 0) for batch in batches]
 
-    def plan(self, budget: int | None) -> Plan:
+    def plan(self, budget: int | None, check: bool = True) -> Plan:
         """The plan for ``budget`` bytes; without one, the levers as the recipe has them.
+
+        Args:
+            check: run what was chosen at full depth, some seconds for a model of 32 blocks; without it the plan is the prediction.
 
         Raises:
             UserError: the budget cannot be kept; names the smallest that can, and its levers.
         """
+        settle = self._checked if check else self._unchecked
         if budget is None:
-            return self._checked(self.base_levers, None)
+            return settle(self.base_levers, None)
         within = budget
         for _ in range(TRIES):
             levers = self._fastest(within)
             if levers is None:
                 break
-            plan = self._checked(levers, budget)
+            plan = settle(levers, budget)
             if plan.total <= budget:
                 return plan
             within -= plan.total - budget
@@ -173,46 +176,37 @@ class Planner:
         for levers in self._settings():
             if best is not None and levers.offload_embedding and not best[1].offload_embedding:
                 break
-            sizes = {peak.name: self._largest_piece(peak, levers, budget) for peak in self.peaks}
-            if 0 in sizes.values():
+            chosen = [self._fastest_piece(place, peak, levers, budget) for place, peak in enumerate(self.peaks)]
+            if None in chosen:
                 continue
-            if self._free("piece_tokens"):
-                levers = replace(levers, piece_tokens={name: size for name, size in sizes.items() if size is not None})
-            seconds = sum(self._seconds(number, levers) for number in range(len(self.expected)))
+            seconds = sum(choice[0] for choice in chosen if choice)
             if best is None or seconds < best[0]:
-                best = seconds, levers
+                sizes = {peak.name: choice[1] for peak, choice in zip(self.peaks, chosen) if choice and choice[1] is not None}
+                best = seconds, replace(levers, piece_tokens=sizes) if self._free("piece_tokens") else levers
         return None if best is None else best[1]
 
-    def _seconds(self, number: int, levers: Levers) -> float:
-        """Expected seconds of one of the expected micro-batches; streams are looked at once per setting that concerns them."""
-        total = 0.0
-        for place, stream in enumerate(self.expected[number]):
-            head = (levers.kl_chunk_rows, levers.offload_embedding) if stream.head or stream.answers else None
-            key = (number, place, levers.piece_size(stream.name), levers.checkpoint_blocks, levers.offload_checkpoints, head)
-            if key not in self._known_seconds:
-                self._known_seconds[key] = self.cost.seconds([stream], levers)
-            total += self._known_seconds[key]
-        return total
+    def _fastest_piece(self, place: int, peak: StreamPeak, levers: Levers, budget: int) -> tuple[float, int | None] | None:
+        """Seconds and size of the fastest pieces of a stream that fit; None where none do.
 
-    def _largest_piece(self, peak: StreamPeak, levers: Levers, budget: int) -> int | None:
-        """Positions of the largest piece of a stream that fits; None where the whole stream does, 0 where nothing does."""
+        The largest are not always the fastest: padding grows with the sequences of a piece.
+        """
+        best: tuple[float, int | None] | None = None
+        for size in self._sizes(peak):
+            if self._total(self._stream_bytes(peak, size, levers), levers) > budget:
+                break
+            pieces = {**levers.piece_tokens, peak.name: size} if size is not None else {}
+            here = replace(levers, piece_tokens=pieces) if self._free("piece_tokens") else levers
+            seconds = sum(self.cost.seconds(streams[place], here) for streams in self.expected)
+            if best is None or seconds <= best[0]:
+                best = seconds, size
+        return best
 
-        def fits(size: int | None) -> bool:
-            return self._total(self._stream_bytes(peak, size, levers), levers) <= budget
-
+    def _sizes(self, peak: StreamPeak) -> list[int | None]:
+        """Piece sizes to try, smallest first; None is the whole stream, the first leaves the longest sequence alone."""
         if not self._free("piece_tokens"):
-            size = self.base_levers.piece_size(peak.name)
-            return size if fits(size) else 0
-        if fits(None):
-            return None
-        if not fits(peak.longest):
-            alone = max(1, peak.longest // 2)
-            return alone if fits(alone) else 0
-        low, high = peak.longest, peak.total
-        while high - low > PIECE_STEP:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+            return [self.base_levers.piece_size(peak.name)]
+        shares = (x for x in PIECE_SIZES if x * peak.longest < peak.total)
+        return [*(max(1, int(x * peak.longest)) for x in shares), None]
 
     def _positions(self, peak: StreamPeak, size: int | None) -> int:
         """Positions of the worst piece of a stream cut to ``size``."""
@@ -254,6 +248,10 @@ class Planner:
             streams[peak.name] = self._with_levers(measured, peak, sum(map(len, worst.sequences)), levers)
         return self._plan(levers, streams, self._total(max(streams.values()), levers), budget)
 
+    def _unchecked(self, levers: Levers, budget: int | None) -> Plan:
+        streams = {peak.name: self._stream_bytes(peak, levers.piece_size(peak.name), levers) for peak in self.peaks}
+        return self._plan(levers, streams, self._total(max(streams.values()), levers), budget)
+
     def worst_streams(self, levers: Levers) -> list[Stream]:
         """Each stream as the worst piece that ``levers`` allow."""
         found = []
@@ -261,7 +259,9 @@ class Planner:
         for peak in self.peaks:
             size = levers.piece_size(peak.name)
             alone = size is not None and size <= peak.longest // 2
-            count, length = (1, self.limits.longest) if alone else (max(2, -(self._positions(peak, size) // -half)), half)
+            positions = self._positions(peak, size)
+            count = max(2, -(positions // -half))
+            count, length = (1, self.limits.longest) if alone else (count, max(2, positions // count))
             found.append(next(s for s in self._streams(count, length) if s.name == peak.name))
         return found
 
@@ -272,7 +272,7 @@ class Planner:
         for expected in self.expected:
             for name, value in self.cost.flops(expected, levers).items():
                 flops[name] = flops.get(name, 0.0) + value * steps / batches
-        seconds = sum(self._seconds(number, levers) for number in range(batches)) * steps / batches
+        seconds = sum(self.cost.seconds(stream, levers) for expected in self.expected for stream in expected) * steps / batches
         tokens = sum(len(s) for expected in self.expected for stream in expected for s in stream.sequences) * steps / batches
         limit = self._limit(levers, streams, budget)
         stays = self.standing.without_table() if levers.offload_embedding else self.standing
@@ -293,9 +293,10 @@ class Planner:
 
     def _refusal(self, budget: int) -> str:
         size, levers = self.smallest()
-        shown = -(size // -10_000_000) / 100
+        unit, name = (10**7, "GB") if size >= GB else (10**4, "MB")
+        shown = f"{-(size // -unit) / 100:.2f}{name}"
         return (
-            f"memory.budget={show_bytes(budget)}: cannot be kept; the smallest that can is {shown:.2f}GB, with {show_levers(levers)} "
+            f"memory.budget={show_bytes(budget)}: cannot be kept; the smallest that can is {shown}, with {show_levers(levers)} "
             f"({show_bytes(self.standing.total)} of it stand for the whole run); raise it, lower data.max_prompt_tokens or "
             "data.max_answer_tokens, or set model.quantization=nf4 or training.optimizer=adamw_8bit"
         )

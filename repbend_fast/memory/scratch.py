@@ -1,6 +1,6 @@
 """What operations need inside of themselves and free again, in bytes: no tensor outside shows it.
 
-Figures follow the ops' own code (``repbend_kernels``, bitsandbytes' ``gemm_4bit``) and hold for shapes alone.
+Figures follow the ops' own code (``repbend_kernels``, ``models.lora``, bitsandbytes' ``gemm_4bit``) and hold for shapes alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from repbend_kernels.rows import CPU_ELEMENTS_PER_THREAD, DEVICE_ELEMENTS
 from torch import Tensor
 
 from repbend_fast.memory.tracker import Scratch
+from repbend_fast.models.load import NF4_BLOCK
+from repbend_fast.models.lora import CHUNK_ELEMENTS, LEAST_ROWS
 
 HEAD_OPS = frozenset({"repbend_kernels::linear_kl_div", "repbend_kernels::linear_log_prob"})
 """The ops whose chunk ``memory.kl_chunk_rows`` sets."""
-
-NF4_BLOCK = 64
 
 
 def head_scratch(rows: int, vocabulary: int, width: int, itemsize: int, device: torch.device, chunk_rows: int | None) -> int:
@@ -54,5 +54,17 @@ def op_scratch(device: torch.device) -> dict[str, Scratch]:
         # The weight in the dtype of computation; its scales in float32, before and after their offset is added.
         return int(count * inputs.element_size() + 2 * 4 * count // NF4_BLOCK)
 
+    def low_rank(args: tuple[Any, ...]) -> int:
+        # Both ops take two [.., O] and [.., D] tensors first and A [r, D], B [O, r] after them. A chunk's rows are masked, in backward
+        # together with their gradient, into copies; 16-bit ones are widened on the way where the product is not the GPU's.
+        left, x, a, b = args[:4]
+        wide = 4 if device.type != "cuda" else x.element_size()
+        width = max(x.shape[-1], left.shape[-1])
+        chunk = max(LEAST_ROWS, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // width)
+        rows = min(chunk, x.numel() // x.shape[-1])
+        return int(3 * rows * x.shape[-1] * wide + 2 * 4 * (a.numel() + b.numel()))
+
     in_blocks = ("bend_tap_forward", "bend_tap_backward", "add_rows", "row_distance_forward", "pairwise_similarity")
-    return {f"repbend_kernels::{name}": rows_in_blocks for name in in_blocks} | {"bitsandbytes::gemm_4bit": dequantized}
+    scratch: dict[str, Scratch] = {f"repbend_kernels::{name}": rows_in_blocks for name in in_blocks}
+    scratch |= {f"repbend_fast::{name}": low_rank for name in ("add_low_rank_", "low_rank_gradients")}
+    return scratch | {"bitsandbytes::gemm_4bit": dequantized}

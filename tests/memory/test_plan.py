@@ -54,7 +54,7 @@ def test_prediction_is_an_upper_bound_near_the_truth(small: Planner) -> None:
 
 def test_a_budget_below_the_smallest_is_refused_with_the_smallest(small: Planner) -> None:
     size, levers = small.smallest()
-    with pytest.raises(UserError, match=r"memory\.budget=.*smallest that can is [\d.]+GB.*checkpoint_blocks") as caught:
+    with pytest.raises(UserError, match=r"memory\.budget=.*smallest that can is [\d.]+MB.*checkpoint_blocks") as caught:
         small.plan(size // 2)
     assert "\n" not in str(caught.value)
     assert levers.checkpoint_blocks == small.num_blocks

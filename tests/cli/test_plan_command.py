@@ -1,0 +1,66 @@
+"""``repbend-fast plan``: what it prints for a model that is only a configuration file, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from repbend_fast.cli import main
+from repbend_fast.cli.parser import parse
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    ).save_pretrained(str(folder))
+    settings = {
+        "model": {"name": str(folder), "device": "cpu"},
+        "objective": {"window_start": 2, "window_size": 1},
+        "data": {"sources": [{"path": "demo"}], "max_prompt_tokens": 24, "max_answer_tokens": 24},
+        "training": {"examples": 2},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return str(path)
+
+
+def test_options_stand_beside_overrides() -> None:
+    arguments = parse(["plan", "demo", "memory.budget=2GB", "--card", "4060", "--json"])
+    assert (arguments.recipe, arguments.card, arguments.json, arguments.table) == ("demo", "4060", True, False)
+    assert arguments.overrides == ["memory.budget=2GB"]
+    assert parse(["plan", "--table"]).recipe is None
+
+
+def test_a_plan_in_words_and_as_json(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, "memory.budget=60MB"]) == 0
+    words = capsys.readouterr().out
+    for part in ("planned, not measured", "base model", "adapter", "optimizer", "step, unsafe stream", "peak", "FLOPs", "limited by"):
+        assert part in words
+    assert "s per optimizer step" not in words  # no time is promised for a CPU
+    assert main(["plan", recipe, "--card", "4060", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["card"] == "RTX 4060 8 GB"
+    assert record["budget_bytes"] == 8 * 10**9
+    assert set(record["stream_bytes"]) == {"safe", "unsafe", "retain"}
+    assert record["standing_bytes"]["weights"] + max(record["stream_bytes"].values()) < record["total_bytes"] < 10**9
+    assert record["seconds_per_step"] > 0
+    assert set(record["flops_per_step"]) == {"reference", "adapted", "backward", "head"}
+
+
+def test_what_cannot_be_planned_is_one_line(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["plan"], "RECIPE is missing"),
+        (["plan", recipe, "--card", "9999"], "--card 9999: not in the table"),
+        (["plan", recipe, "memory.budget=lots"], "memory.budget=lots: not a size"),
+        (["plan", recipe, "memory.budget=1MB"], "the smallest that can is"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert words in error
+        assert error.count("\n") == 1
