@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import triton
+from repbend_kernels import triton_keyed_dropout as dropout
 from repbend_kernels import triton_linear_kl_div as kl
 from repbend_kernels import triton_linear_log_prob as log_prob
 from repbend_kernels import triton_pairwise_cosine as pairwise
@@ -109,6 +110,15 @@ def _pairwise_cases(dtype: str) -> list[Case]:
     ]
 
 
+def _dropout_case(dtype: str) -> Case:
+    pointer = f"*{dtype}"
+    types = {"x": pointer, "keys": "*i64", "out": pointer, "factor": "fp32"}
+    types |= dict.fromkeys(("start", "threshold", "count", "width", "x_inner", "x_outer_stride", "x_inner_stride"), "i32")
+    constants = {"x_stride": 1, "ROWS": dropout.ROWS, "COLUMNS": dropout.COLUMNS}
+    loose = frozenset({"start", "threshold", "count", "x_inner"})
+    return Case("keyed_dropout", dropout.keyed_dropout_kernel, dtype, types, constants, dropout.WARPS, loose)
+
+
 def _head_cases(dtype: str) -> list[Case]:
     grad, packed = f"*{dtype}", dtype != "fp32"
     numbers = dict.fromkeys(("vocabulary", "row_stride", "grad_stride"), "i32")
@@ -127,9 +137,10 @@ def _head_cases(dtype: str) -> list[Case]:
 
 def all_cases(dtypes: tuple[str, ...] = DTYPES) -> list[Case]:
     """Every kernel in the dtypes it is used with, at widths of a 7B or 8B model."""
-    return [
-        case for dtype in dtypes for case in (*_distance_cases(dtype), _add_rows_case(dtype), *_pairwise_cases(dtype), *_head_cases(dtype))
-    ]
+    cases = []
+    for dtype in dtypes:
+        cases += [*_distance_cases(dtype), _add_rows_case(dtype), *_pairwise_cases(dtype), *_head_cases(dtype), _dropout_case(dtype)]
+    return cases
 
 
 def digest(case: Case) -> str:

@@ -85,16 +85,47 @@ class _KeptBits:
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows ``first … last-1``; the next call overwrites them."""
-        if self.hashes.shape[0] != last - first:
-            self.hashes = self.hashes.new_empty((last - first, self.hashes.shape[1]))
+        count = last - first
+        if self.hashes.shape[0] < count:
+            self.hashes = self.hashes.new_empty((count, self.hashes.shape[1]))
             self.scratch = torch.empty_like(self.hashes)
             self.bits = torch.empty_like(self.hashes, dtype=self.dtype)
-        torch.bitwise_xor(self.rows[first:last], self.columns, out=self.hashes)
-        self.hashes.mul_(FIRST)
-        _xor_shift_(self.hashes, 15, 32, self.scratch)
-        self.hashes.mul_(_signed(SECOND, 32))
+        hashes, scratch = self.hashes[:count], self.scratch[:count]
+        torch.bitwise_xor(self.rows[first:last], self.columns, out=hashes)
+        hashes.mul_(FIRST)
+        _xor_shift_(hashes, 15, 32, scratch)
+        hashes.mul_(_signed(SECOND, 32))
         # A comparison into integers is 1 where true; its negative has every bit set. A masked fill takes ten times as long.
-        return torch.ge(self.hashes, self.threshold, out=self.bits).neg_()
+        return torch.ge(hashes, self.threshold, out=self.bits[:count]).neg_()
+
+
+class KeyedMask:
+    """The masks of N rows of one place, applied block by block without the factor 1/(1−p), inside an op that walks rows itself.
+
+    On a CPU the keys are mixed once for all blocks and the scratch is used again; elsewhere each block is a call of the kernel.
+
+    Args:
+        keys: int64 [N].
+        column_seed, p: as :func:`keyed_dropout` takes them, p > 0.
+        width, dtype: those of the rows.
+    """
+
+    def __init__(self, keys: Tensor, column_seed: int, p: float, width: int, dtype: torch.dtype) -> None:
+        self.keys, self.arguments = keys, mask_arguments(column_seed, p)
+        self.triton = resolve(None, torch.empty(0, dtype=dtype, device=keys.device)) == "triton"
+        self.kept = None if self.triton else _KeptBits(keys, *self.arguments, width, dtype)
+
+    def apply(self, tensors: list[Tensor], outs: list[Tensor], first: int, last: int) -> None:
+        """Each of ``outs`` = the tensor of ``tensors`` where kept, else 0; all [last − first, D], an out may be its tensor."""
+        if self.kept is None:
+            from .triton_keyed_dropout import launch_into
+
+            for x, out in zip(tensors, outs):
+                launch_into(out, x, self.keys[first:last], *self.arguments, 1.0)
+            return
+        bits = self.kept.read(first, last)
+        for x, out in zip(tensors, outs):
+            torch.bitwise_and(x.view(bits.dtype), bits, out=out.view(bits.dtype))
 
 
 def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float) -> list[Tensor]:

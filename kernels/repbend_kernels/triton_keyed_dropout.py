@@ -33,7 +33,8 @@ def column_hash(column, start):
     return mixed ^ (mixed >> 16)
 
 
-@triton.jit
+# Each place has a start of its own: specialised on its value, some would compile the kernel again.
+@triton.jit(do_not_specialize=["start", "threshold"])
 def keyed_dropout_kernel(
     x, keys, out, start, threshold, factor, count, width, x_inner, x_outer_stride, x_inner_stride, x_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -53,12 +54,11 @@ def keyed_dropout_kernel(
     tl.store(out + rows[:, None] * width + columns[None, :], kept.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> Tensor:
-    """New tensor of x's shape; ``keys`` int64 [N]."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def launch_into(out: Tensor, x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> None:
+    """Writes ``out``, contiguous and of x's shape, which may be ``x``; ``keys`` int64 [N]."""
     count, width = keys.numel(), x.shape[-1]
     if count == 0:
-        return out
+        return
     source, address = addressable(x)
     columns = min(1 << max(width - 1, 0).bit_length(), COLUMNS)
     grid = (triton.cdiv(count, ROWS), triton.cdiv(width, columns))
@@ -66,4 +66,10 @@ def launch(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -
         keyed_dropout_kernel[grid](
             source, keys.contiguous(), out, start, threshold, factor, count, width, *address, ROWS=ROWS, COLUMNS=columns, num_warps=WARPS
         )
+
+
+def launch(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> Tensor:
+    """New tensor of x's shape; ``keys`` int64 [N]."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch_into(out, x, keys, start, threshold, factor)
     return out

@@ -23,14 +23,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from repbend_kernels import keyed_dropout
+from repbend_kernels.keyed_dropout import KeyedMask
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
 
 # Elements of a chunk of rows: it stays in a core's cache on a CPU; on a GPU it fills the device and is small beside a model. A matrix
 # product of fewer rows than the least would read the adapter's weights too often.
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 24}
+CHUNK_ELEMENTS = {"cpu": 1 << 17, "other": 1 << 24}
 LEAST_ROWS = 64
 
 
@@ -93,8 +93,28 @@ def _chunks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, 
         yield start, min(start + step, rows)
 
 
-def _masked(tensors: list[Tensor], keys: Tensor | None, start: int, stop: int, place: int, p: float) -> list[Tensor]:
-    return tensors if keys is None else keyed_dropout(tensors, keys[start:stop], place, p, scaled=False)
+class _Masks:
+    """What dropout leaves of blocks of rows of x, and of their gradient: one mask for both, and a buffer that serves every block."""
+
+    def __init__(self, x: Tensor, keys: Tensor | None, place: int, p: float) -> None:
+        self.mask = None if keys is None else KeyedMask(keys, place, p, x.shape[1], x.dtype)
+        self.x, self.buffer = x, x.new_empty((0, x.shape[1]))
+
+    def rows(self, start: int, stop: int, inner: Tensor | None = None) -> Tensor:
+        """Rows of x, masked; the next call overwrites them. ``inner``, of the same rows, is masked in place."""
+        rows = self.x[start:stop]
+        if self.mask is None:
+            return rows
+        if self.buffer.shape[0] < stop - start:
+            self.buffer = self.x.new_empty((stop - start, self.x.shape[1]))
+        kept = self.buffer[: stop - start]
+        self.mask.apply([rows] if inner is None else [rows, inner], [kept] if inner is None else [kept, inner], start, stop)
+        return kept
+
+    def gradient(self, start: int, stop: int, inner: Tensor) -> None:
+        """``inner`` alone, in place."""
+        if self.mask is not None:
+            self.mask.apply([inner], [inner], start, stop)
 
 
 @torch.library.custom_op("repbend_fast::add_low_rank_", mutates_args={"result"})
@@ -102,10 +122,10 @@ def add_low_rank_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor 
     """``result`` [N, O] += f · P Bᵀ, in place; returns P [N, r] in float32 (float64 for float64). ``x`` is [..., D], ``keys`` [N]."""
     acc, flat = _accumulate_dtype(result.dtype), x.reshape(-1, x.shape[-1])
     down = torch.empty((flat.shape[0], a.shape[0]), dtype=acc, device=x.device)
+    masks = _Masks(flat, keys, place, p)
     with torch.autocast(x.device.type, enabled=False):
         for start, stop in _chunks(flat.shape[0], max(flat.shape[1], result.shape[1]), x.device):
-            rows = _masked([flat[start:stop]], keys, start, stop, place, p)[0].to(result.dtype)
-            down[start:stop] = _product(rows, a.T, acc)
+            down[start:stop] = _product(masks.rows(start, stop).to(result.dtype), a.T, acc)
             _add_product_(result[start:stop], down[start:stop], b.T, factor)
     return down
 
@@ -133,6 +153,7 @@ def low_rank_gradients(
     grad_x = torch.empty(x.shape if needs[0] else (0, x.shape[-1]), dtype=x.dtype, device=x.device)
     grad_a = torch.zeros((flat.shape[1], a.shape[0]), dtype=acc, device=x.device)
     grad_b = torch.zeros(b.shape, dtype=acc, device=x.device)
+    grad_rows, masks = grad_x.view(-1, x.shape[-1]), _Masks(flat, keys, place, p)
     with torch.autocast(x.device.type, enabled=False):
         for start, stop in _chunks(flat.shape[0], max(flat.shape[1], grad.shape[1]), x.device):
             rows = grad[start:stop]
@@ -141,14 +162,13 @@ def low_rank_gradients(
             if not (needs[0] or needs[1]):
                 continue
             up = _product(rows, b, acc).mul_(factor)
-            # One call for both: the mask of x's rows and of their gradient is the same.
-            inner = [_product_as(up, a, x.dtype)] if needs[0] else []
-            outer = [flat[start:stop]] if needs[1] else []
-            kept = _masked(outer + inner, keys, start, stop, place, p)
-            if needs[0]:
-                grad_x.view(-1, x.shape[-1])[start:stop] = kept[-1]
+            inner = grad_rows[start:stop] if needs[0] else None
+            if inner is not None:
+                inner.copy_(_product_as(up, a, x.dtype))
             if needs[1]:
-                grad_a += _product(kept[0].to(grad.dtype).T, up, acc)
+                grad_a += _product(masks.rows(start, stop, inner).to(grad.dtype).T, up, acc)
+            elif inner is not None:
+                masks.gradient(start, stop, inner)
     results = (grad_x, grad_a.T.to(a.dtype), grad_b.mul_(factor).to(b.dtype))
     return [result for result, needed in zip(results, needs) if needed]
 

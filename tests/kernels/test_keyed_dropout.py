@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 from kernel_compare import TOLERANCE, assert_matches, spread, strided
+from repbend_kernels import implementation as use_implementation
 from repbend_kernels import keyed_dropout
+from repbend_kernels.keyed_dropout import KeyedMask
 from repbend_kernels.oracles import keyed_dropout_reference
 from torch import Tensor
 
@@ -86,6 +88,19 @@ def test_a_list_gets_one_mask(implementation, device) -> None:
     both[1].sum().backward()
     assert torch.equal(xs[1].grad != 0, both[1] != 0)
     assert xs[0].grad is None or not xs[0].grad.any()
+
+
+def test_blocks_of_a_mask_are_those_of_the_op(implementation, device) -> None:
+    """What an op that walks rows itself uses: blocks of any sizes, in place or not, a source with gaps."""
+    keys, x = some_keys(50, device=device), spread((50, 70), torch.float32, device, 1)
+    expected = keyed_dropout(x, keys, SEED, P, scaled=False, implementation=implementation)
+    with use_implementation(implementation):
+        mask = KeyedMask(keys, SEED, P, 70, torch.float32)
+    source, out, other = strided(x, "sliced"), torch.empty_like(x), 2 * x
+    for first, last in ((0, 20), (20, 21), (21, 50)):
+        mask.apply([source[first:last], other[first:last]], [out[first:last], other[first:last]], first, last)
+    assert torch.equal(out, expected)
+    assert torch.equal(other, 2 * expected)
 
 
 def test_a_row_keeps_its_mask_wherever_it_lies(implementation, device) -> None:

@@ -6,7 +6,16 @@ import pytest
 import torch
 from kernel_compare import spread
 from measure import peak_bytes
-from repbend_kernels import bend_distance, bend_tap, linear_kl_div, linear_log_prob, pairwise_cosine, tap_rows, window_distance
+from repbend_kernels import (
+    bend_distance,
+    bend_tap,
+    keyed_dropout,
+    linear_kl_div,
+    linear_log_prob,
+    pairwise_cosine,
+    tap_rows,
+    window_distance,
+)
 
 WIDTH = 512
 FEW, MANY = 2048, 6144
@@ -139,3 +148,17 @@ def test_heads_hold_their_chunk_buffers(device, op, dtype) -> None:
     few, many = (peak_bytes(call(rows), device) for rows in (2 * CHUNK, 10 * CHUNK))
     assert few <= buffers * BUFFER + 2 * SCRATCH + cast_tile
     assert many - few <= 8 * CHUNK * (2 * 4 * HEAD_WIDTH + 64)
+
+
+def test_keyed_dropout_holds_its_results_and_no_mask(device) -> None:
+    def forward(rows):
+        hidden, keys = states(rows, device, grad=True), torch.arange(rows, device=device)
+        return lambda: keyed_dropout(hidden, keys, 1, 0.05)
+
+    def backward(rows):
+        kept = forward(rows)()
+        return lambda: kept.backward(kept.detach())
+
+    for make in (forward, backward):
+        # The keys' hashes take four bytes a row, and eight more on the way.
+        assert growth(device, make) <= ROW_BYTES + 32
