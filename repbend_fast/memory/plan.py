@@ -268,7 +268,7 @@ class Planner:
     def _plan(self, levers: Levers, streams: dict[str, int], total: int, budget: int | None) -> Plan:
         batches = len(self.expected)
         steps = self.config.training.accumulation
-        flops = {}
+        flops: dict[str, float] = {}
         for expected in self.expected:
             for name, value in self.cost.flops(expected, levers).items():
                 flops[name] = flops.get(name, 0.0) + value * steps / batches
