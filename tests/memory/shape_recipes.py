@@ -32,5 +32,7 @@ def recipe(folder: Path, *overrides: str, layers: int = 8, hidden: int = 128, vo
         f"data.max_prompt_tokens={LONGEST}",
         f"data.max_answer_tokens={LONGEST}",
         "training.examples=2",
+        "memory.checkpoint_blocks=auto",
     ]
-    return load_config("mistral-7b-instruct-v0.2", [*settings, *overrides])
+    chosen = dict(setting.split("=", 1) for setting in (*settings, *overrides))
+    return load_config("mistral-7b-instruct-v0.2", [f"{key}={value}" for key, value in chosen.items()])
