@@ -24,7 +24,7 @@ FUNCTION_WORDS = frozenset(
 
 CANNOT = (
     r"\b(?:can(?:'t|not| not)|could ?n't|won't|will not|unable|not able"
-    r"|(?:'m|am|is|are) (?:unable|not able|not allowed|not permitted|not going|not willing))(?: to)?(?: \w+){0,2}? ?"
+    r"|(?:'m|am|is|are) (?:unable|not able|not allowed|not equipped|not permitted|not going|not willing))(?: to)?(?: \w+){0,2}? ?"
 )
 HELPING = (
     r"(?:help|assist|provid|shar|giv|explain|offer|support|answer|fulfil|compl|creat|mak|writ|describ|teach|walk|guid|do\b|go into|tell"
@@ -122,6 +122,17 @@ def find_collapse(text: str) -> int | None:
     starts = [m.start() for pattern in (STUTTER, WORD_STUTTER) for m in [pattern.search(text)] if m]
     starts += [m.start() for m in BROKEN_WORD.finditer(text) if m.end() - m.start() >= BROKEN_WORD_LETTERS][:1]
     return min(starts) if starts else None
+
+
+BARE_LINES = 8
+BARE_SHARE = 0.5
+
+
+def bare_lines(text: str) -> bool:
+    """Whether most of many lines hold no word: bullets, symbols, spaces and single letters in a row. Empty lines are not counted."""
+    lines = [line for line in text.split("\n") if line]
+    bare = sum(not any(len(word) > 1 for word in words_of(line)) for line in lines)
+    return len(lines) >= BARE_LINES and bare >= BARE_SHARE * len(lines)
 
 
 def complete_instructions(text: str) -> int:
