@@ -1,7 +1,7 @@
 """Where the bytes of a step go, before and after, and what fits into which card: planned on fake tensors, nothing is measured.
 
-    python benchmarks/memory_bars.py            plans, writes results/memory_plan.json and docs/memory.png
-    python benchmarks/memory_bars.py --draw     draws the picture from the record again
+    python benchmarks/memory_bars.py            plans, writes results/memory_plan.json, docs/memory.png and the table of docs/memory.md
+    python benchmarks/memory_bars.py --draw     picture and table from the record again
 
 Bars: the published step written plainly (``baselines/eager_step.py``, everything padded to 1024 tokens, all streams alive until one
 backward) and ours, on the Llama-3-8B shape with a batch of 4 examples. Table: ``repbend-fast plan --table``.
@@ -18,6 +18,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from baselines.eager_step import eager_step, prepare_eager
@@ -26,8 +27,9 @@ from torch import Tensor
 from repbend_fast.config import load_config
 from repbend_fast.memory.batches import limits_of, published_batch
 from repbend_fast.memory.cards import GB
+from repbend_fast.memory.levers import Levers
 from repbend_fast.memory.peaks import track_stream
-from repbend_fast.memory.plan import Planner
+from repbend_fast.memory.plan import Planner, show_levers
 from repbend_fast.memory.scratch import HEAD_OPS, op_scratch
 from repbend_fast.memory.shapes import shape_model
 from repbend_fast.memory.tracker import MemoryTracker, module_tensors
@@ -36,6 +38,8 @@ from repbend_fast.models import trainable_parameters
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "memory_plan.json"
 PICTURE = ROOT / "docs" / "memory.png"
+DOCS = ROOT / "docs" / "memory.md"
+MARKS = ("<!-- planned: benchmarks/memory_bars.py -->", "<!-- planned: end -->")
 CUDA = torch.device("cuda")
 WIDTH = 1024
 PARTS = ("weights", "adapter, gradients, optimizer", "reference and stacked states", "logits and head chunks", "activations")
@@ -58,7 +62,8 @@ def eager_bar(recipe: str) -> dict[str, Any]:
     trained = trainable_parameters(model)
     tracker.watch(module_tensors(model), "weights")
     tracker.watch(trained, "adapter")
-    with tracker:
+    # The pairwise term selects by a mask, whose result has no shape without values; it is a few KB of the whole.
+    with tracker, patch("baselines.eager_step.published_pairwise_cosine", lambda states: states.float().mean()):
         eager_step(model, batch, config.objective, WIDTH)
     found = tracker.peak_categories
     # One accumulated gradient and two moments of each adapter weight, as in our own bars.
@@ -69,26 +74,24 @@ def eager_bar(recipe: str) -> dict[str, Any]:
 
 def our_bar(planner: Planner, label: str, budget: int | None, longest: bool) -> dict[str, Any]:
     """Peak of the largest stream of our step by part, at the longest lengths or at published ones."""
-    plan = planner.plan(budget)
+    plan = planner.plan(budget, check=False)
     streams = planner.worst_streams(plan.levers) if longest else planner.expected[0]
-    bars = []
-    for stream in streams:
+    stream = max(streams, key=lambda s: plan.streams[s.name])
 
-        def category(operation: str, tensor: Tensor) -> str:
-            # Rows are gathered by indexing in the reference pass alone.
-            return "states" if operation == "aten::index" and not torch.is_grad_enabled() else "activations"
+    def category(operation: str, tensor: Tensor) -> str:
+        # Rows are gathered by indexing in the reference pass alone.
+        return "states" if operation == "aten::index" and not torch.is_grad_enabled() else "activations"
 
-        tracker = MemoryTracker(op_scratch(CUDA), apart=HEAD_OPS, category=category)
-        here = replace(plan.levers, piece_tokens={}, offload_checkpoints=False, offload_embedding=False)
-        track_stream(tracker, planner.model, stream, here, None)
-        rows = sum(stop - start for start, stop in stream.head.spans) if stream.head else 0
-        chunks = planner.meter.chunk_bytes(rows, plan.levers.kl_chunk_rows) if rows else 0
-        found = tracker.peak_categories
-        head = max(0, (tracker.at_op or 0) + chunks - tracker.peak) if rows else 0
-        state = sum(asdict(plan.standing)[name] for name in ("adapter", "gradients", "optimizer"))
-        activations = found["activations"] + found["scratch"]
-        bars.append({"label": label, "parts": dict(zip(PARTS, (plan.standing.weights, state, found["states"], head, activations)))})
-    return max(bars, key=lambda bar: sum(bar["parts"].values()))
+    tracker = MemoryTracker(op_scratch(CUDA), apart=HEAD_OPS, category=category)
+    here = replace(plan.levers, piece_tokens={}, offload_checkpoints=False, offload_embedding=False)
+    track_stream(tracker, planner.model, stream, here, None)
+    rows = sum(stop - start for start, stop in stream.head.spans) if stream.head else 0
+    chunks = planner.meter.chunk_bytes(rows, plan.levers.kl_chunk_rows) if rows else 0
+    found = tracker.peak_categories
+    head = max(0, (tracker.at_op or 0) + chunks - tracker.peak)
+    state = sum(asdict(plan.standing)[name] for name in ("adapter", "gradients", "optimizer"))
+    parts = (plan.standing.weights, state, found["states"], head, found["activations"] + found["scratch"])
+    return {"label": label, "parts": dict(zip(PARTS, parts))}
 
 
 def bars() -> list[dict[str, Any]]:
@@ -138,6 +141,31 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table's rows for the docs."""
+    lines = ["| model | weights | budget | card | planned peak | s per step | levers |", "| --- | --- | ---: | --- | ---: | ---: | --- |"]
+    for row in rows:
+        model, weights = row["model"].rsplit("/", 1)[-1], "NF4" if row["quantization"] == "nf4" else "bf16"
+        start = f"| {model} | {weights} | {row['budget_bytes'] // GB} GB | {row['card']}"
+        if row["levers"] is None:
+            lines.append(f"{start} | does not fit below {row['smallest_bytes'] / GB:.1f} GB | | |")
+        else:
+            levers = show_levers(Levers(**row["levers"])).replace("; packing off", "")
+            lines.append(f"{start} | {row['total_bytes'] / GB:.2f} GB | {row['seconds_per_step']:.1f} | {levers} |")
+    return "\n".join(lines)
+
+
+def write_docs(record: dict[str, Any]) -> None:
+    """Put the table between its marks in docs/memory.md, and draw the picture."""
+    text = DOCS.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    heading = "Seconds are per optimizer step at published lengths; planned, not measured."
+    body = f"\n![where the bytes of a step go](memory.png)\n\n{heading}\n\n{markdown(record['table'])}\n"
+    DOCS.write_text(before + MARKS[0] + body + MARKS[1] + after, encoding="utf-8")
+    draw(record, PICTURE)
+
+
 def main(argv: Seq[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="draw from the record without planning")
@@ -146,7 +174,7 @@ def main(argv: Seq[str] | None = None) -> int:
 
         record = {**environment(), "planned": True, "bars": bars(), "table": table()}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    draw(json.loads(RECORD.read_text(encoding="utf-8")), PICTURE)
+    write_docs(json.loads(RECORD.read_text(encoding="utf-8")))
     return 0
 
 
