@@ -47,7 +47,7 @@ def find_recipe(recipe: str, beside: Path | None = None) -> tuple[Path, str]:
     if recipe in names:
         return recipe_folder() / f"{recipe}.yaml", f"{recipe}.yaml"
     close = difflib.get_close_matches(recipe, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"shipped are {', '.join(names)}"
+    hint = f"did you mean {close[0]}?" if close else f"`repbend-fast recipes ls` lists the {len(names)} that are shipped"
     raise UserError(f"no recipe is called {recipe} (a file's name ends in .yaml); {hint}")
 
 

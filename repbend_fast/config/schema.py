@@ -222,8 +222,8 @@ def combination_errors(config: Config) -> Iterator[str]:
         yield f"model.liger=true needs a CUDA device, and model.device={model.device}; set model.liger=auto or false"
     if model.name.startswith("package:") and model.revision is not None:
         yield f"model.revision={model.revision} is for hub models, and model.name={model.name} comes from an installed package"
-    if validation.target_attack is not None and (validation.every == 0 or validation.prompts is None):
-        yield f"validation.target_attack={validation.target_attack} needs validation.every above 0 and validation.prompts to measure it"
+    if validation.target_attack is not None and validation.every and validation.prompts is None:
+        yield f"validation.target_attack={validation.target_attack} needs validation.prompts to measure it; name some or set it to null"
     for source in validation.sources:
         if any((source.path, source.subset, source.split) == (other.path, other.subset, other.split) for other in config.data.sources):
             yield (

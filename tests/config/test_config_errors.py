@@ -118,7 +118,7 @@ def test_file_errors(text: str, expected: str, tmp_path: Path) -> None:
 
 def test_missing_and_unreadable_recipes(tmp_path: Path) -> None:
     assert "did you mean demo?" in message("demmo")
-    assert "shipped are demo, " in message("zzz")
+    assert "`repbend-fast recipes ls` lists the" in message("zzz")
     assert "none.yaml: no such file" in message(str(tmp_path / "none.yaml"))
     assert "is a folder" in message(f"{tmp_path}/")
     bad = tmp_path / "latin.yaml"

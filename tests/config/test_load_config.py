@@ -76,8 +76,12 @@ def test_text_stays_as_written() -> None:
     assert c.model.name == "#1"
 
 
+def test_a_target_waits_while_validation_is_off() -> None:
+    assert config("validation.every=0", "validation.prompts=null").validation.target_attack is not None
+
+
 def test_null_clears_optional_text_and_sections() -> None:
-    c = config("gguf_file=null", "validation.prompts=null")
+    c = config("gguf_file=null", "validation.prompts=null", "validation.target_attack=null")
     assert c.model.gguf_file is None
     assert c.validation.prompts is None
 
