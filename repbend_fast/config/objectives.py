@@ -47,7 +47,30 @@ class ObjectiveSection(Section):
         yield from ()
 
 
-class ObjectiveConfig(ObjectiveSection):
+class WindowSection(ObjectiveSection):
+    """Settings of objectives that bend a window of hidden states and keep the retain stream by KL."""
+
+    window_start: NonNegative = Field(20, description="First hidden state of the window (0 is the embedding output).")
+    window_size: Positive = 11
+    alpha_mode: Literal["all", "target"] = Field("all", description="Hidden states of the safe term: all, or the window.")
+    kl_reduction: Literal["sequence", "token"] = "sequence"
+    temperature: AboveZero = 2.0
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Hidden-state indices that the bending terms read."""
+        return tuple(range(self.window_start, self.window_start + self.window_size))
+
+    @property
+    def last_state(self) -> int | None:
+        return max(self.window)
+
+    def errors(self) -> Iterator[str]:
+        if max(self.window) == 0:
+            yield "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; choose a window beyond 0"
+
+
+class ObjectiveConfig(WindowSection):
     """RepBend: L = safe·S − unsafe·U + cosine·C + kl·K (+ pair·P), all weights ≥ 0."""
 
     name: Literal["repbend"] = "repbend"
@@ -59,23 +82,9 @@ class ObjectiveConfig(ObjectiveSection):
     unsafe_limit: AboveZero | None = Field(
         None, description="A row's unsafe distance counts up to this multiple of its reference's norm; none = no bound, as published."
     )
-    window_start: NonNegative = Field(20, description="First hidden state of the window (0 is the embedding output).")
-    window_size: Positive = 11
-    alpha_mode: Literal["all", "target"] = "all"
     loss_mode: LossMode = "response_all"
-    kl_reduction: Literal["sequence", "token"] = "sequence"
-    temperature: AboveZero = 2.0
     pair_positions: Positive = 20
     published_quirks: Quirks = False
-
-    @property
-    def window(self) -> tuple[int, ...]:
-        """Hidden-state indices that the bending terms read."""
-        return tuple(range(self.window_start, self.window_start + self.window_size))
-
-    @property
-    def last_state(self) -> int | None:
-        return max(self.window)
 
     @property
     def needs_pairs(self) -> bool:
@@ -86,8 +95,7 @@ class ObjectiveConfig(ObjectiveSection):
         return self.cosine > 0
 
     def errors(self) -> Iterator[str]:
-        if max(self.window) == 0:
-            yield "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; choose a window beyond 0"
+        yield from super().errors()
         if self.cosine == 0 and self.pair == 0:
             yield (
                 "objective.cosine=0 with objective.pair=0: the other terms have no gradient while LoRA is at its start, so nothing would "
@@ -142,7 +150,7 @@ class NPOConfig(ObjectiveSection):
     published_quirks: Quirks = False
 
 
-class CRLConfig(ObjectiveSection):
+class CRLConfig(WindowSection):
     """CRL: triplets around the mean adapted unsafe state, safe·S + unsafe·U + kl·K."""
 
     name: Literal["crl"] = "crl"
@@ -151,27 +159,12 @@ class CRLConfig(ObjectiveSection):
     kl: Weight = 0.7
     safe_margin: Weight = 2.0
     unsafe_margin: Weight = 3.0
-    window_start: NonNegative = Field(20, description="First hidden state of the unsafe triplets' window.")
-    window_size: Positive = 11
-    alpha_mode: Literal["all", "target"] = Field("all", description="Hidden states of the safe triplets: all, or the window.")
     loss_mode: Literal["prompt_response", "response_all"] = "response_all"
-    kl_reduction: Literal["sequence", "token"] = "sequence"
-    temperature: AboveZero = 2.0
-
-    @property
-    def window(self) -> tuple[int, ...]:
-        """Hidden-state indices that the unsafe triplets read."""
-        return tuple(range(self.window_start, self.window_start + self.window_size))
-
-    @property
-    def last_state(self) -> int | None:
-        return max(self.window)
 
     def errors(self) -> Iterator[str]:
+        yield from super().errors()
         if self.safe == 0 and self.unsafe == 0:
             yield "objective.safe=0 with objective.unsafe=0: KL alone has no gradient while LoRA is at its start; give one a weight above 0"
-        if max(self.window) == 0:
-            yield "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; choose a window beyond 0"
 
 
 class CustomObjectiveConfig(ObjectiveSection):
