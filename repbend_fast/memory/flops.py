@@ -1,9 +1,9 @@
 """Floating-point operations of a step, and how long a card is expected to take for them.
 
 A product of N rows with a matrix of P elements counts 2·N·P. Time is, for each pass of each piece, the longer of its operations at the
-card's rate times ``EFFICIENCY`` and one reading of the weights at its bandwidth; NF4 weights are dequantised before that. Attention is
-counted, norms, activations and launches are not: on small pieces a real step is slower. Copies to and from the host are counted in
-full, though some of them run beside the products.
+card's rate times ``EFFICIENCY``, one reading of the weights at its bandwidth, and the host's time to launch it; NF4 weights are
+dequantised before that. Attention is counted, norms and activations are not. Copies to and from the host are counted in full, though some
+of them run beside the products.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from repbend_fast.pieces import split
 
 HEAD_PRODUCTS = 3
 """Two for the logits of both sides, one for the way back."""
+
+LAUNCH_SECONDS = {"reference": 4e-4, "adapted": 6e-4, "recompute": 6e-4, "backward": 1.2e-3}
+"""Seconds that the host takes to launch one block's work in a pass: 50 to 150 operations of 8 microseconds. An assumption."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class StepCost:
         for group in self._groups(stream, levers):
             for name, flops in self._passes(stream, group, levers).items():
                 share = recomputed / blocks if name == "recompute" else 1.0
-                total += max(flops / rate, share * reading) + share * before
+                total += max(flops / rate, share * reading, share * blocks * LAUNCH_SECONDS[name]) + share * before
             if levers.offload_checkpoints:
                 total += 2 * recomputed * sum(group) * self.sizes.hidden * self.sizes.itemsize / self.card.host
             if levers.offload_embedding and self._head_rows(stream):
