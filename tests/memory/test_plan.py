@@ -34,6 +34,7 @@ def test_planned_peak_without_a_budget_is_the_measured_one(small: Planner) -> No
     assert plan.total == pytest.approx(measured["bytes"], rel=0.10)
 
 
+@pytest.mark.slow
 def test_budgets_are_kept(small: Planner) -> None:
     rows = grid(small.config, random_model(small.config), small.limits, (0.6, 0.25, 0.0), steps=2)
     budgets = [row for row in rows if row["budget_bytes"] is not None]
