@@ -9,3 +9,9 @@ class UserError(Exception):
 
     The message is one line: what is wrong (file, line, key or value), then the remedy.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's message on one line of at most 240 characters, to stand inside a :class:`UserError`'s."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 240 else text[:237] + "..."

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from repbend_fast.config import Config
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.memory.levers import Levers
 from repbend_fast.memory.scratch import HEAD_OPS, head_scratch, op_scratch
 from repbend_fast.memory.shapes import fake_zeros, shape_model
 from repbend_fast.memory.tracker import MemoryTracker, module_tensors, tensor_bytes
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.load import _first_line
 from repbend_fast.objectives.base import Stream
 from repbend_fast.step import StreamRunner
 
@@ -78,7 +77,7 @@ def track_stream(tracker: MemoryTracker, model: Any, stream: Stream, levers: Lev
             runner.backward(stream, dropout_seed=0)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"memory.budget: this model cannot be planned from shapes ({_first_line(error)}); leave the budget out and set "
+            f"memory.budget: this model cannot be planned from shapes ({one_line(error)}); leave the budget out and set "
             "memory.piece_tokens and memory.checkpoint_blocks by hand"
         ) from error
     model.zero_grad(set_to_none=True)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from repbend_fast.config.schema import LoraSection, ModelConfig
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import attach_lora
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.load import DTYPES, NF4_BLOCK, _first_line, _hub_arguments, resolve_source
+from repbend_fast.models.load import DTYPES, NF4_BLOCK, _hub_arguments, resolve_source
 
 _LLAMA_3_8B = {
     "model_type": "llama",
@@ -62,7 +62,7 @@ def _model_shape(name: str, gguf_file: str | None, revision: str | None, trust_r
         return AutoConfig.from_pretrained(source, local_files_only=bundled is not None, **arguments), None
     except (OSError, ValueError, KeyError) as error:
         if bundled is None:
-            raise UserError(f"model.name={name}: its configuration cannot be read, which planning needs ({_first_line(error)})") from error
+            raise UserError(f"model.name={name}: its configuration cannot be read, which planning needs ({one_line(error)})") from error
     settings = dict(bundled)
     shape = AutoConfig.for_model(settings.pop("model_type"), **settings)
     return shape, f"{name} is not on this machine: planned with its published shape"
@@ -87,7 +87,7 @@ def shape_model(config: ModelConfig, lora: LoraSection, window: tuple[int, ...],
         try:
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **arguments)
         except (ValueError, ImportError) as error:
-            raise UserError(f"model.name={config.name}: cannot be planned ({_first_line(error)})") from error
+            raise UserError(f"model.name={config.name}: cannot be planned ({one_line(error)})") from error
     model.requires_grad_(False).eval()
     decoder = find_decoder(model)
     if blocks is not None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from repbend_fast.config.schema import LoraSection
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.load import DTYPES, _first_line
+from repbend_fast.models.load import DTYPES
 from repbend_fast.models.lora import use_low_rank_forward
 
 ADAPTER = "default"
@@ -53,7 +53,7 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
     try:
         adapted = get_peft_model(model, settings, adapter_name=ADAPTER, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise UserError(f"lora.target_modules={lora.target_modules}: {_first_line(error)}") from error
+        raise UserError(f"lora.target_modules={lora.target_modules}: {one_line(error)}") from error
     for parameter in trainable_parameters(adapted):
         parameter.data = parameter.data.to(DTYPES[lora.dtype])
     use_low_rank_forward(adapted)

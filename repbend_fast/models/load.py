@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from repbend_fast.config.schema import ModelConfig
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.metrics import say
 from repbend_fast.models.liger import check_liger, use_liger
 
@@ -31,7 +31,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"model.device={name}: {_first_line(error)}; use auto, cpu, cuda, cuda:N or mps") from error
+        raise UserError(f"model.device={name}: {one_line(error)}; use auto, cpu, cuda, cuda:N or mps") from error
     return device
 
 
@@ -79,12 +79,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model.name={config.name}: no tokenizer could be loaded ({_first_line(error)})") from error
+        raise UserError(f"model.name={config.name}: no tokenizer could be loaded ({one_line(error)})") from error
     if config.chat_template:
         try:
             tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template={config.chat_template}: cannot be read ({_first_line(error)})") from error
+            raise UserError(f"model.chat_template={config.chat_template}: cannot be read ({one_line(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -135,7 +135,7 @@ def _from_pretrained(source: str, config: ModelConfig, device: torch.device, dir
     try:
         return AutoModelForCausalLM.from_pretrained(source, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"model.name={config.name}: cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)})") from error
 
 
 def _nf4_config(config: ModelConfig) -> Any:
@@ -227,7 +227,7 @@ def _adapter_base(adapter: str, config: ModelConfig) -> str:
     try:
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model.name={config.name}: its adapter_config.json cannot be read ({_first_line(error)})") from error
+        raise UserError(f"model.name={config.name}: its adapter_config.json cannot be read ({one_line(error)})") from error
     if not base:
         raise UserError(f"model.name={config.name}: the adapter names no base model; set model.name to the base and model.adapter to it")
     return resolve_source(config.model_copy(update={"name": base}))
@@ -267,9 +267,4 @@ def _merge_adapter(model: Any, adapter: str) -> Any:
             raise ValueError(f"{len(homeless)} of its tensors have no place here, {min(homeless)} for one")
         return adapted.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"model.adapter={adapter}: cannot be applied to this model ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 240 else text[:237] + "..."
+        raise UserError(f"model.adapter={adapter}: cannot be applied to this model ({one_line(error)})") from error
