@@ -28,8 +28,8 @@ PromptSplit = Literal["validation", "test"]
 
 # A round of requests asks for every item once, each round in other phrasings; the roles take different rounds.
 UNSAFE_ROUNDS = {"train": range(15, 16), "validation": range(0, 3)}
-PAIR_ROUNDS = {"train": range(6, 12), "validation": range(3, 6)}
-REFUSED_ROUNDS = {"train": range(12, 14), "validation": range(0, 1)}
+PAIR_ROUNDS = {"train": range(6, 10), "validation": range(3, 6)}
+REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4)}
 PHRASING_STEP = 5
 
