@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo compare test lint bench clean
 
 install: $(STAMP)
 
@@ -20,6 +20,12 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/repbend-fast train demo
+
+# Ten trainings and six test evaluations, about 50 minutes on two cores (docs/comparing.md).
+COMPARE ?= --rates 1e-3 3e-3 training.steps=40 validation.every=20
+
+compare: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/repbend-fast compare $(COMPARE)
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -7,8 +7,10 @@ unsafe-minus-safe distance (without), and of equals the lower KL. Training stops
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from repbend_fast.config.schema import Config, ValidationConfig
@@ -16,6 +18,7 @@ from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
 from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.evaluate.chat import ChatStatistics, chat_statistics
 from repbend_fast.evaluate.prompts import Prompt
+from repbend_fast.evaluate.rates import RATE_KEYS
 from repbend_fast.evaluate.run import measure_answers
 from repbend_fast.models import lora_dropout
 from repbend_fast.objectives import Objective
@@ -56,6 +59,16 @@ class Validation:
         values = asdict(self)
         del values["step"], values["rates"]
         return values | self.rates | {"within_limits": not self.over}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Validation:
+        """The validation that wrote a row of metrics.jsonl, where a number that is not finite has become null."""
+        named = {f.name: row[f.name] for f in fields(cls) if f.name in row}
+        named["distance"] = {
+            stream: {layer: math.nan if value is None else value for layer, value in layers.items()}
+            for stream, layers in row.get("distance", {}).items()
+        }
+        return cls(**named, rates={key: row[key] for key in RATE_KEYS if row.get(key) is not None})
 
 
 class Validator:
@@ -132,7 +145,7 @@ class Guard:
             validation.perplexity_ratio = validation.perplexity / self.before.perplexity
         validation.over = list(self._passed_limits(validation))
         self.consecutive = self.consecutive + 1 if validation.over else 0
-        if not validation.over and (self.best is None or _rank(validation) < _rank(self.best)):
+        if not validation.over and (self.best is None or rank(validation) < rank(self.best)):
             validation.best = True
             self.best = validation
 
@@ -179,7 +192,8 @@ class Guard:
         self.consecutive = state["consecutive"]
 
 
-def _rank(validation: Validation) -> tuple[float, float]:
+def rank(validation: Validation) -> tuple[float, float]:
+    """Of two validations within limits the one that ranks lower is better: attack rate (without prompts, minus bending), then KL."""
     first = validation.attack if validation.attack is not None else -validation.bending
     return first, validation.kl if validation.kl is not None else 0.0
 

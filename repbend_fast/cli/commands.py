@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -53,6 +54,21 @@ def evaluate(arguments: Namespace) -> int:
 
     out = None if arguments.out is None else Path(arguments.out).expanduser()
     return evaluate_target(config, folder if is_run else None, out)
+
+
+def compare(arguments: Namespace) -> int:
+    """``compare``: the same command typed again goes on where it stopped."""
+    from repbend_fast.compare import DEFAULT_RECIPES, load_comparison, run_compare
+
+    given = {"seeds": arguments.seeds, "rates": arguments.rates}
+    options: dict[str, Any] = {name: values for name, values in given.items() if values is not None}
+    if arguments.out is not None:
+        options["folder"] = Path(arguments.out).expanduser()
+    comparison = load_comparison(arguments.recipes or DEFAULT_RECIPES, arguments.overrides, **options)
+    words = [*arguments.recipes, *([] if arguments.out is None else ["--out", arguments.out])]
+    for name, values in given.items():
+        words += [] if values is None else [f"--{name}", *map(str, values)]
+    return run_compare(comparison, shlex.join(["repbend-fast", "compare", *words, *arguments.overrides]))
 
 
 def report(arguments: Namespace) -> int:

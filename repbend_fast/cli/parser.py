@@ -25,7 +25,7 @@ exit codes
   0 done   1 a check failed   2 input to mend, named in one line (REPBEND_DEBUG=1: with traceback)   130 interrupted, resumable
 """
 
-# Options of the commands that take overrides, and whether a value follows. Every other option is an override.
+# Options of the commands that take overrides, and whether a value follows (+ = numbers). Every other option is an override.
 _OWN_OPTIONS: dict[str, str] = {
     "--dry-run": "",
     "--resume": "?",
@@ -33,6 +33,8 @@ _OWN_OPTIONS: dict[str, str] = {
     "--card": "1",
     "--table": "",
     "--json": "",
+    "--seeds": "+",
+    "--rates": "+",
     "--help": "",
     "-h": "",
 }
@@ -52,13 +54,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _build()
     command = next((token for token in argv if not token.startswith("-")), None)
-    takes_overrides = command in ("train", "eval", "plan") or (command == "data" and "check" in argv)
+    takes_overrides = command in ("train", "eval", "plan", "compare") or (command == "data" and "check" in argv)
     if not takes_overrides:
         return parser.parse_args(list(argv))
     kept, overrides = _split(argv)
+    if command == "compare":
+        # argparse takes a list of recipes in one place only, and options may stand between them. One without its value stays last.
+        kept.remove("compare")
+        kept = ["compare", *sorted(kept, key=_place)]
     arguments = parser.parse_args(kept)
     arguments.overrides = overrides
     return arguments
+
+
+def _place(token: str) -> int:
+    return 1 if not token.startswith("-") else 0 if "=" in token else 2
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -71,7 +81,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         name, equals, _ = token.partition("=")
         own = _OWN_OPTIONS.get(name)
         follows = not equals and takes_value(argv, i)
-        if token.startswith("-") and own is not None:
+        if token.startswith("-") and own == "+":
+            numbers = _numbers(argv, i + 1)
+            if not equals and not numbers:
+                raise UserError(f"{name}: no number follows; see `repbend-fast compare --help`")
+            kept += [token] if equals else []
+            kept += [f"{name}={number}" for number in numbers]
+            i += len(numbers)
+        elif token.startswith("-") and own is not None:
             kept.append(f"{token}={argv[i + 1]}" if own and follows else token)
             i += 1 if own and follows else 0
         elif token.startswith("--"):
@@ -81,6 +98,18 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             (overrides if is_assignment(token) else kept).append(token)
         i += 1
     return kept, overrides
+
+
+def _numbers(argv: Sequence[str], start: int) -> list[str]:
+    """The numbers from ``start`` on, up to the first token that is none."""
+    found: list[str] = []
+    for token in argv[start:]:
+        try:
+            float(token)
+        except ValueError:
+            break
+        found.append(token)
+    return found
 
 
 def _build() -> argparse.ArgumentParser:
@@ -108,6 +137,7 @@ def _build() -> argparse.ArgumentParser:
     evaluate.add_argument("target", metavar="RUN_OR_RECIPE", help="folder of a run, a shipped recipe, or a YAML file")
     evaluate.add_argument("--out", metavar="FILE", help="where the JSON goes (default: the run's evaluation.json)")
 
+    _compare_command(groups)
     plan = _command(
         groups, "plan", planning.show, "say beforehand whether a recipe fits, with which levers, and how fast it would be", overrides=True
     )
@@ -140,6 +170,16 @@ def _build() -> argparse.ArgumentParser:
     return parser
 
 
+def _compare_command(groups: Any) -> None:
+    compare = _command(groups, "compare", commands.compare, "train several methods with equal settings and compare them", overrides=True)
+    compare.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipes or YAML files (default: the demo's, one per method)")
+    compare.add_argument("--out", metavar="DIR", help="where runs and results go (default: runs/compare)")
+    compare.add_argument("--seeds", action="append", type=int, metavar="N …", help="seeds; rates are tried with the first (default: 0)")
+    compare.add_argument(
+        "--rates", action="append", type=float, metavar="RATE …", help="learning rates that each method tries (default: 5e-4 1e-3 2e-3)"
+    )
+
+
 def _recipe_commands(groups: Any) -> None:
     parser = groups.add_parser("recipes", help="list, show and copy the shipped recipes", description="The shipped recipes.")
     sub = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -167,6 +207,7 @@ def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool
 _USAGE = {
     "train": "train RECIPE [key=value …] [--name value …] [--dry-run] [--resume [FOLDER]]",
     "eval": "eval RUN_OR_RECIPE [key=value …] [--out FILE]",
+    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [key=value …]",
     "plan": "plan [RECIPE] [key=value …] [--card NAME] [--table] [--json]",
     "check": "data check RECIPE|FILE [key=value …]",
 }

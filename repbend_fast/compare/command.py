@@ -1,0 +1,119 @@
+"""``repbend-fast compare``, from the search to the table. Whatever is finished already is not done again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from repbend_fast.compare import picture, tables
+from repbend_fast.compare.results import comparison_record, method_record, seed_record
+from repbend_fast.compare.search import Try, choose, search_record, try_of
+from repbend_fast.compare.settings import Comparison, Method
+from repbend_fast.compare.training import Training, evaluate, measure_before, state, train, training_of
+from repbend_fast.errors import UserError
+from repbend_fast.metrics import console, say
+from repbend_fast.report.reading import RunRecord
+from repbend_fast.runs import saving, write_json, write_text
+from repbend_fast.trainer import INTERRUPTED
+
+
+@dataclass
+class Progress:
+    """Counts the trainings that are known to come."""
+
+    total: int
+    done: int = field(default=0)
+
+    def train(self, training: Training) -> RunRecord:
+        """Train with a line before and one after."""
+        self.done += 1
+        there = " is there already" if state(training) in ("finished", "diverged") else f"; log: {training.log}"
+        say(f"training {self.done}/{self.total}: {training.title}{there}")
+        record = train(training)
+        say(f"  {_outcome(training, record)}")
+        return record
+
+
+def run_compare(comparison: Comparison, again: str) -> int:
+    """Search, train, evaluate, write ``compare.json``, ``compare.md`` and ``compare.png``, print the table.
+
+    Args:
+        again: the command line that goes on after Ctrl-C.
+
+    Returns: 0, or 130 after Ctrl-C.
+
+    Raises:
+        UserError: a run failed; what was finished before stays and is used again.
+    """
+    try:
+        record = _compare(comparison)
+    except KeyboardInterrupt:
+        say(f"stopped; what is finished is kept. go on with: {again}")
+        return INTERRUPTED
+    folder = comparison.folder
+    write_json(folder / "compare.json", record)
+    write_text(folder / "compare.md", tables.markdown(record))
+    with saving("the picture", folder / "compare.png"):
+        (folder / "compare.png").write_bytes(picture.png(record))
+    console.print(tables.terminal(record))
+    for method in record["methods"]:
+        say(tables.chosen_line(record, method))
+    say(f"wrote {folder / 'compare.json'}, compare.md and compare.png")
+    return 0
+
+
+def _compare(comparison: Comparison) -> dict[str, Any]:
+    """All rates are chosen and all adapters trained before the first test prompt is asked."""
+    first_seed, *more_seeds = comparison.seeds
+    progress = Progress(len(comparison.methods) * (len(comparison.rates) + len(more_seeds)))
+    search: dict[str, Any] = {}
+    chosen: list[tuple[Method, list[Training]]] = []
+    for method in comparison.methods:
+        tried, search[method.recipe] = _search(comparison, method, first_seed, progress)
+        chosen.append((method, [tried]))
+    for method, trainings in chosen:
+        for seed in more_seeds:
+            training = training_of(comparison.folder, method, trainings[0].learning_rate, seed)
+            _must_not_diverge(training, progress.train(training))
+            trainings.append(training)
+    say("measuring the model before training on the test prompts")
+    before = measure_before(comparison.methods[0], comparison.folder)
+    methods = []
+    for method, trainings in chosen:
+        say(f"measuring {method.name} on the test prompts")
+        seeds = [seed_record(training, evaluate(training, before), _shown(comparison, training)) for training in trainings]
+        methods.append(method_record(method.name, method.recipe, trainings[0].learning_rate, seeds))
+    return comparison_record(comparison, search, methods, before)
+
+
+def _search(comparison: Comparison, method: Method, seed: int, progress: Progress) -> tuple[Training, dict[str, Any]]:
+    """Train every rate with one seed; the training that was chosen, and the search as it is recorded."""
+    trainings = [training_of(comparison.folder, method, rate, seed) for rate in comparison.rates]
+    records = [progress.train(training) for training in trainings]
+    tries: Sequence[Try] = [try_of(training.learning_rate, record) for training, record in zip(trainings, records, strict=True)]
+    best, why = choose(method.name, tries)
+    say(f"{method.name}: learning rate {best.learning_rate:g} is chosen ({why})")
+    shown = [_shown(comparison, training) for training in trainings]
+    return trainings[tries.index(best)], search_record(best, why, list(zip(tries, records, shown, strict=True)))
+
+
+def _must_not_diverge(training: Training, record: RunRecord) -> None:
+    if state(training) == "diverged":
+        reason = try_of(training.learning_rate, record).broke_off
+        raise UserError(f"{training.title}: {reason}; see {training.log}, and leave this rate or this seed out")
+
+
+def _outcome(training: Training, record: RunRecord) -> str:
+    tried = try_of(training.learning_rate, record)
+    if tried.best is None:
+        return f"broke off: {tried.broke_off}; see {training.log}"
+    attack = "" if tried.best.attack is None else f", attack success {tried.best.attack:.1%} on validation"
+    seconds = sum(row["seconds"] for row in record.steps)
+    return f"kept step {tried.best.step} of {len(record.steps)}{attack}; {seconds:.0f} s of steps"
+
+
+def _shown(comparison: Comparison, training: Training) -> str:
+    """The run's folder relative to the comparison's, which may be moved."""
+    return os.path.relpath(training.folder, comparison.folder)

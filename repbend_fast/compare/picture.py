@@ -1,0 +1,57 @@
+"""The picture of a comparison: attack success and helpfulness of each method, with the seeds' spread."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from repbend_fast.report.plots import MUTED, RATE_COLORS, style
+
+BARS = {
+    "attack_direct": "attack success, direct",
+    "attack_prefill": "attack success, prefilled",
+    "helpful_ordinary": "helpful, ordinary questions",
+    "helpful_borderline": "helpful, borderline questions",
+}
+WIDTH = 0.2
+DPI = 130
+
+
+def draw(record: Mapping[str, Any]) -> Figure:
+    """One group of bars for the model before training and one for each method; whiskers from the lowest to the highest seed."""
+    before = record["before"]
+    sides = [("before", before, {})] + [(m["name"], m["median"], m["spread"]) for m in record["methods"]]
+    figure = Figure(figsize=(max(6.0, 1.7 * len(sides)), 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, values, spread) in enumerate(sides):
+        for number, key in enumerate(BARS):
+            if values.get(key) is None:
+                continue
+            x, height = place + (number - (len(BARS) - 1) / 2) * WIDTH, 100 * values[key]
+            low, high = (100 * end for end in spread.get(key, (values[key], values[key])))
+            axes.bar(x, height, width=0.92 * WIDTH, color=RATE_COLORS[key], alpha=0.45 if place == 0 else 1.0)
+            if high > low:
+                axes.errorbar(x, height, yerr=[[height - low], [high - height]], color="#212529", linewidth=1, capsize=2.5)
+            axes.text(x, high + 1.5, f"{height:.0f}", ha="center", fontsize=7, color=MUTED)
+    axes.set_xticks(range(len(sides)), [f"{name}\n{_rate(record, name)}".strip() for name, _, _ in sides])
+    axes.set_ylim(0, 112)
+    style(axes, "attack success (lower is better) and helpfulness (higher is better) on the test prompts, %", xlabel="")
+    axes.tick_params(axis="x", length=0, labelsize=9)
+    axes.grid(False, axis="x")
+    handles = [axes.bar(0, 0, color=RATE_COLORS[key], label=title) for key, title in BARS.items()]
+    axes.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    return figure
+
+
+def png(record: Mapping[str, Any]) -> bytes:
+    """The picture as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    draw(record).savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    return buffer.getvalue()
+
+
+def _rate(record: Mapping[str, Any], name: str) -> str:
+    return next((f"learning rate {m['learning_rate']:g}" for m in record["methods"] if m["name"] == name), "")
