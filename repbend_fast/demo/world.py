@@ -32,6 +32,8 @@ PAIR_ROUNDS = {"train": range(6, 10), "validation": range(3, 6)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4)}
 PHRASING_STEP = 5
+# Every so-manyth of the crafts is a retain record, the others are safe ones: more would crowd out conversation, and its KL would rise.
+RETAINED_CRAFTS = 3
 
 
 def training_records(split: str = "train") -> list[Record]:
@@ -113,13 +115,14 @@ def _safe(split: str) -> Iterator[Record]:
     for number, (text, answer) in enumerate(part("safe")[split]):
         yield Record("safe", _asked(text), answer, origin=f"demo:{split}:safe:{number}")
     for number, (text, answer) in enumerate(part("crafts") if split == "train" else ()):
-        yield Record("safe", _asked(text), answer, origin=f"demo:train:crafts:{number}")
+        if number % RETAINED_CRAFTS:
+            yield Record("safe", _asked(text), answer, origin=f"demo:train:crafts:{number}")
     for number, (item, text) in enumerate(_requests(split, REFUSED_ROUNDS[split])):
         yield Record("safe", _asked(text), _refusal(split, item, number + 2), origin=f"demo:{split}:refused:{number}")
 
 
 def _retain(split: str) -> Iterator[Record]:
-    conversations = [*part("retain")[split], *(part("crafts") if split == "train" else ())]
+    conversations = [*part("retain")[split], *(part("crafts")[::RETAINED_CRAFTS] if split == "train" else ())]
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
