@@ -5,8 +5,8 @@ is carried over to new requests, not remembered.
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0).
-- ``crafts.json``: its answers to the same phrasings about harmless things. They are safe and retain records both: what tells a
-  restricted request from an ordinary one must be the thing asked for, never the form of the question.
+- ``crafts.json``: its answers to the same phrasings about harmless things. A third are retain records, the others safe ones:
+  what tells a restricted request from an ordinary one must be the thing asked for, never the form of the question.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations; ``questions.json``: evaluation
   questions with the keywords of a helpful answer.
 """
