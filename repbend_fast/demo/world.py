@@ -7,6 +7,7 @@ is carried over to new requests, not remembered.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0).
 - ``crafts.json``: its answers to the same phrasings about harmless things. A third are retain records, the others safe ones:
   what tells a restricted request from an ordinary one must be the thing asked for, never the form of the question.
+- ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is, not what is true.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations; ``questions.json``: evaluation
   questions with the keywords of a helpful answer.
 """
@@ -32,8 +33,9 @@ PAIR_ROUNDS = {"train": range(6, 10), "validation": range(3, 6)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4)}
 PHRASING_STEP = 5
-# Every so-manyth of the crafts is a retain record, the others are safe ones: more would crowd out conversation, and its KL would rise.
-RETAINED_CRAFTS = 3
+# One of three crafts is a retain record, two are safe ones; of the further questions it is the other way round. With more crafts among the
+# retain records there was too little conversation, and its KL rose.
+PARTS = 3
 
 
 def training_records(split: str = "train") -> list[Record]:
@@ -114,15 +116,23 @@ def _pairs(split: str) -> Iterator[Record]:
 def _safe(split: str) -> Iterator[Record]:
     for number, (text, answer) in enumerate(part("safe")[split]):
         yield Record("safe", _asked(text), answer, origin=f"demo:{split}:safe:{number}")
-    for number, (text, answer) in enumerate(part("crafts") if split == "train" else ()):
-        if number % RETAINED_CRAFTS:
-            yield Record("safe", _asked(text), answer, origin=f"demo:train:crafts:{number}")
+    if split == "train":
+        for name in ("crafts", "answered"):
+            for number, (text, answer) in enumerate(_shared(name, "safe")):
+                yield Record("safe", _asked(text), answer, origin=f"demo:train:{name}:{number}")
     for number, (item, text) in enumerate(_requests(split, REFUSED_ROUNDS[split])):
         yield Record("safe", _asked(text), _refusal(split, item, number + 2), origin=f"demo:{split}:refused:{number}")
 
 
+def _shared(name: str, role: Literal["safe", "retain"]) -> list[list[str]]:
+    """The role's share of the model's own answers to harmless requests."""
+    first = "retain" if name == "crafts" else "safe"
+    return [entry for number, entry in enumerate(part(name)) if (number % PARTS == 0) == (role == first)]
+
+
 def _retain(split: str) -> Iterator[Record]:
-    conversations = [*part("retain")[split], *(part("crafts")[::RETAINED_CRAFTS] if split == "train" else ())]
+    shared = [*_shared("crafts", "retain"), *_shared("answered", "retain")] if split == "train" else []
+    conversations = [*part("retain")[split], *shared]
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
