@@ -57,7 +57,7 @@ def run_compare(comparison: Comparison, again: str) -> int:
     write_text(folder / "compare.md", tables.markdown(record))
     with saving("the picture", folder / "compare.png"):
         (folder / "compare.png").write_bytes(picture.png(record))
-    console.print(tables.terminal(record))
+    console.print(tables.terminal(record, console.width))
     for method in record["methods"]:
         say(tables.chosen_line(record, method))
     say(f"wrote {folder / 'compare.json'}, compare.md and compare.png")

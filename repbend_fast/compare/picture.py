@@ -36,7 +36,7 @@ def draw(record: Mapping[str, Any]) -> Figure:
             if high > low:
                 axes.errorbar(x, height, yerr=[[height - low], [high - height]], color="#212529", linewidth=1, capsize=2.5)
             axes.text(x, high + 1.5, f"{height:.0f}", ha="center", fontsize=7, color=MUTED)
-    axes.set_xticks(range(len(sides)), [f"{name}\n{_rate(record, name)}".strip() for name, _, _ in sides])
+    axes.set_xticks(range(len(sides)), [f"{name.replace('_', ' ')}\n{_rate(record, name)}".strip() for name, _, _ in sides])
     axes.set_ylim(0, 112)
     style(axes, "attack success (lower is better) and helpfulness (higher is better) on the test prompts, %", xlabel="")
     axes.tick_params(axis="x", length=0, labelsize=9)

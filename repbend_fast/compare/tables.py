@@ -50,16 +50,17 @@ def chosen_line(record: Record, method: Record) -> str:
     return f"{method['name']}: learning rate {method['learning_rate']:g}; {record['search'][method['recipe']]['why']}"
 
 
-def terminal(record: Record) -> Table:
-    """Measures down, methods across: a terminal has more lines than columns."""
-    seeds = record["settings"]["seeds"]
-    caption = None if len(seeds) == 1 else f"median (lowest–highest) of {len(seeds)} seeds"
-    out = Table(title="Comparison on the test prompts", caption=caption)
-    out.add_column("measure")
-    sides = {"before": before_cells(record["before"])} | {method["name"]: cells(method) for method in record["methods"]}
+def terminal(record: Record, width: int) -> Table:
+    """Measures down, methods across: a terminal has more lines than columns. No spreads where they do not fit into ``width`` characters."""
+    seeds, methods = record["settings"]["seeds"], record["methods"]
+    spread = len(seeds) > 1 and width >= 34 + 20 * len(methods)
+    caption = f"median{' (lowest–highest)' if spread else ''} of {len(seeds)} seeds{'' if spread else '; compare.md has their spread'}"
+    out = Table(title="Comparison on the test prompts", caption=None if len(seeds) == 1 else caption)
+    out.add_column("measure", overflow="fold")
+    sides = {"before": before_cells(record["before"])} | {method["name"]: cells(method, spread) for method in methods}
     for name in sides:
-        out.add_column(name, justify="right")
-    out.add_row("learning rate", "", *(f"{method['learning_rate']:g}" for method in record["methods"]))
+        out.add_column(name.replace("_", " "), justify="right", overflow="fold")
+    out.add_row("learning rate", "", *(f"{method['learning_rate']:g}" for method in methods))
     for key, title in COLUMNS.items():
         out.add_row(title, *(side[key] for side in sides.values()))
     return out
@@ -71,12 +72,12 @@ def before_cells(before: Record) -> dict[str, str]:
     return {key: "" if key in costs else value_text(key, before.get(key)) for key in COLUMNS}
 
 
-def cells(method: Record) -> dict[str, str]:
+def cells(method: Record, spread: bool = True) -> dict[str, str]:
     """By column, the median over the seeds and behind it in brackets, where there are several, the lowest and the highest."""
     out = {}
     for key in COLUMNS:
         text = value_text(key, method["median"].get(key))
-        if len(method["seeds"]) > 1 and key in method["spread"]:
+        if spread and len(method["seeds"]) > 1 and key in method["spread"]:
             low, high = (value_text(key, value) for value in method["spread"][key])
             text += f" ({low.split()[0]}–{high.split()[0]})"
         out[key] = text

@@ -15,14 +15,14 @@ from repbend_fast.compare import process
 
 # Stands in for the Python that runs a training: saves on the first SIGINT, a little later than it comes.
 CHILD = """#!{python}
-import signal, sys, time
+import os, signal, sys, time
 count = 0
 def handle(number, frame):
     global count
     count += 1
     print("interrupt", count, flush=True)
 signal.signal(signal.SIGINT, handle)
-print("ready", *sys.argv[3:], flush=True)
+print("ready", os.getpgrp(), *sys.argv[3:], flush=True)
 until = time.monotonic() + 20
 while not count and time.monotonic() < until:
     time.sleep(0.02)
@@ -66,12 +66,11 @@ def test_ctrl_c_reaches_the_run_once_and_is_raised_when_it_has_saved(child: Path
     with pytest.raises(KeyboardInterrupt):
         process.run_command(["train", "a b.yaml"], child)
     thread.join()
-    assert child.read_text(encoding="utf-8").splitlines() == [
-        "$ repbend-fast train 'a b.yaml'",
-        "ready train a b.yaml",
-        "interrupt 1",
-        "saved",
-    ]
+    typed, ready, *rest = child.read_text(encoding="utf-8").splitlines()
+    assert (typed, rest) == ("$ repbend-fast train 'a b.yaml'", ["interrupt 1", "saved"])
+    assert ready.split()[2:] == ["train", "a", "b.yaml"]
+    # A terminal's Ctrl-C goes to the whole group of this process, and must not reach the run a second time.
+    assert int(ready.split()[1]) != os.getpgrp()
     assert capsys.readouterr().out.count("press Ctrl-C again") == 1
     assert signal.getsignal(signal.SIGINT) == previous
 

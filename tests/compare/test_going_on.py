@@ -75,13 +75,26 @@ def test_interrupted_while_measuring_trains_nothing_again(tiny: TinyComparison, 
     assert in_process.take() == ["resume bend/seed-0/lr-1e-02"]
 
 
-def test_other_evaluation_settings_only_measure_again_and_other_training_settings_move_the_old_run_aside(
-    tiny: TinyComparison, in_process: InProcess
+def test_other_evaluation_settings_only_measure_again_also_when_that_is_interrupted(
+    tiny: TinyComparison, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def interrupted(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
     assert tiny.compare("--rates", "1e-2", recipes=[tiny.bend]) == 0
     in_process.take()
-    assert tiny.compare("--rates", "1e-2", "evaluation.max_new_tokens=2", recipes=[tiny.bend]) == 0
+    other = ("--rates", "1e-2", "evaluation.batch_size=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("repbend_fast.trainer.evaluate_sides", interrupted)
+        assert tiny.compare(*other, recipes=[tiny.bend]) == 130
     assert in_process.take() == ["eval before", "resume bend/seed-0/lr-1e-02"]
+    assert tiny.compare(*other, recipes=[tiny.bend]) == 0
+    assert in_process.take() == ["resume bend/seed-0/lr-1e-02"]
+
+
+def test_other_training_settings_move_the_old_run_aside(tiny: TinyComparison, in_process: InProcess) -> None:
+    assert tiny.compare("--rates", "1e-2", recipes=[tiny.bend]) == 0
+    in_process.take()
     assert tiny.compare("--rates", "1e-2", "training.steps=2", recipes=[tiny.bend]) == 0
     assert in_process.take()[0] == "train bend/seed-0/lr-1e-02"
     assert len(rows(tiny.run("bend/seed-0/lr-1e-02"), "step")) == 2

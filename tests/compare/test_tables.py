@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -80,12 +81,15 @@ def test_the_choice_and_a_seed_that_kept_nothing_stand_below_the_table() -> None
     assert "No adapter" not in tables.markdown(record(seed(0)))
 
 
-def test_the_terminal_shows_the_same_values() -> None:
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(tables.terminal(record(seed(0), seed(1, attack_direct=0.0))))
+@pytest.mark.parametrize(("width", "shown"), [(120, "12.5 % (0.0–25.0)"), (50, "12.5 %")])
+def test_the_terminal_shows_the_same_values_and_spreads_where_there_is_room(width: int, shown: str) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(tables.terminal(record(seed(0), seed(1, attack_direct=0.0)), width))
     text = console.export_text()
-    for part in ("12.5 % (0.0–25.0)", "seconds of training", "1.00 GiB", "before", "rmu"):
+    for part in (shown, "seconds of training", "1.00 GiB", "before", "rmu", "of 2 seeds"):
         assert part in text
+    assert "…" not in text
+    assert ("(0.0–25.0)" in text) is (width == 120)
 
 
 def test_the_picture_has_a_bar_per_rate_and_a_whisker_per_spread() -> None:
