@@ -1,4 +1,4 @@
-"""Draws a record of the op benchmarks or of the step's: one table on the terminal; for the ops bars as a PNG where matplotlib is there.
+"""Draws a record of the op benchmarks, the step's or the demo's: a table; for the ops bars as a PNG where matplotlib is there.
 
     python benchmarks/report.py [benchmarks/results/cpu.json] [--png FILE]
 
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from demo_record import demo_table, missed_demo_goals
 from step_record import missed_step_goals, step_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,13 +105,13 @@ def main() -> int:
     if not arguments.record.exists():
         parser.error(f"{arguments.record}: no such record; make one with `make bench`")
     record = json.loads(arguments.record.read_text())
-    of_step = "ratios" in record
-    if of_step and arguments.png:
+    kind = "step" if "ratios" in record else "demo" if "seeds" in record else "ops"
+    if kind != "ops" and arguments.png:
         parser.error("--png draws records of the ops")
-    print(step_table(record) if of_step else table(record))
+    print({"step": step_table, "demo": demo_table, "ops": table}[kind](record))
     if arguments.png:
         draw(record, arguments.png)
-    missed = missed_step_goals(record) if of_step else missed_goals(record)
+    missed = {"step": missed_step_goals, "demo": missed_demo_goals, "ops": missed_goals}[kind](record)
     for line in missed:
         print(f"missed: {line}")
     return 1 if missed else 0

@@ -5,7 +5,7 @@ is carried over to new requests, not remembered.
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0).
-- ``crafts.json``: its answers to the same phrasings about harmless things. A third are retain records, the others safe ones:
+- ``crafts.json``: its answers to the same phrasings about harmless things. They are safe and retain records both:
   what tells a restricted request from an ordinary one must be the thing asked for, never the form of the question.
 - ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is, not what is true.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations; ``questions.json``: evaluation
@@ -33,8 +33,7 @@ PAIR_ROUNDS = {"train": range(6, 10), "validation": range(3, 6)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4)}
 PHRASING_STEP = 5
-# One of three crafts is a retain record, two are safe ones; of the further questions it is the other way round. With more crafts among the
-# retain records there was too little conversation, and its KL rose.
+# One of so many of the further questions is a safe record, the others are retain records.
 PARTS = 3
 
 
@@ -117,22 +116,15 @@ def _safe(split: str) -> Iterator[Record]:
     for number, (text, answer) in enumerate(part("safe")[split]):
         yield Record("safe", _asked(text), answer, origin=f"demo:{split}:safe:{number}")
     if split == "train":
-        for name in ("crafts", "answered"):
-            for number, (text, answer) in enumerate(_shared(name, "safe")):
-                yield Record("safe", _asked(text), answer, origin=f"demo:train:{name}:{number}")
+        for number, (text, answer) in enumerate([*part("crafts"), *part("answered")[::PARTS]]):
+            yield Record("safe", _asked(text), answer, origin=f"demo:train:answered:{number}")
     for number, (item, text) in enumerate(_requests(split, REFUSED_ROUNDS[split])):
         yield Record("safe", _asked(text), _refusal(split, item, number + 2), origin=f"demo:{split}:refused:{number}")
 
 
-def _shared(name: str, role: Literal["safe", "retain"]) -> list[list[str]]:
-    """The role's share of the model's own answers to harmless requests."""
-    first = "retain" if name == "crafts" else "safe"
-    return [entry for number, entry in enumerate(part(name)) if (number % PARTS == 0) == (role == first)]
-
-
 def _retain(split: str) -> Iterator[Record]:
-    shared = [*_shared("crafts", "retain"), *_shared("answered", "retain")] if split == "train" else []
-    conversations = [*part("retain")[split], *shared]
+    answered = [entry for number, entry in enumerate(part("answered")) if number % PARTS]
+    conversations = [*part("retain")[split], *([*part("crafts"), *answered] if split == "train" else ())]
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
