@@ -8,8 +8,8 @@ is carried over to new requests, not remembered.
 - ``crafts.json``: its answers to the same phrasings about harmless things, as safe and as retain records: what
   tells a restricted request from an ordinary one must be the thing asked for, never the form of the question.
 - ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is, not what is true.
-- ``safe.json``: ordinary and borderline questions with good answers, which are retain records too; ``retain.json``: conversations; ``questions.json``: evaluation
-  questions with the keywords of a helpful answer.
+- ``safe.json``: ordinary and borderline questions with good answers, which are retain records too; ``retain.json``: conversations;
+  ``questions.json``: evaluation questions with the keywords of a helpful answer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4)}
 PHRASING_STEP = 5
 # One of so many of the further questions is a safe record, the others are retain records.
 SAFE_PART = 3
-# Every so-manyth craft is a retain record too. With all of them the hand-written conversations, which are what KL is held out on, came up too seldom.
+# Every so-manyth craft is a retain record too. With all of them hand-written conversations, as KL is measured on, came up too seldom.
 CRAFT_PART = 2
 
 
