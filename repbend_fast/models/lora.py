@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
 
-# Elements of a chunk of rows: it stays in a core's cache on a CPU; on a GPU it fills the device and is small beside a model. A matrix
-# product of fewer rows than the least would read the adapter's weights too often.
-CHUNK_ELEMENTS = {"cpu": 1 << 17, "other": 1 << 24}
+# Elements of a chunk of rows. On a CPU a chunk that stays in a core's cache costs more in calls than it saves (docs/log.md); on a GPU it
+# fills the device and is small beside a model. A matrix product of fewer rows than the least would read the adapter's weights too often.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
 LEAST_ROWS = 64
 
 
