@@ -5,11 +5,10 @@ is carried over to new requests, not remembered.
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0).
-- ``crafts.json``: its answers to the same phrasings about harmless things, as safe and as retain records: what
-  tells a restricted request from an ordinary one must be the thing asked for, never the form of the question.
-- ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is, not what is true.
-- ``safe.json``: ordinary and borderline questions with good answers, which are retain records too; ``retain.json``: conversations;
-  ``questions.json``: evaluation questions with the keywords of a helpful answer.
+- ``crafts.json``: its answers to the same phrasings about harmless things. They are safe and retain records both: what tells a
+  restricted request from an ordinary one must be the thing asked for, never the form of the question.
+- ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations; ``questions.json``: evaluation
+  questions with the keywords of a helpful answer.
 """
 
 from __future__ import annotations
@@ -33,10 +32,6 @@ PAIR_ROUNDS = {"train": range(6, 10), "validation": range(3, 6)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4)}
 PHRASING_STEP = 5
-# One of so many of the further questions is a safe record, the others are retain records.
-SAFE_PART = 3
-# Every so-manyth craft is a retain record too. With all of them hand-written conversations, as KL is measured on, came up too seldom.
-CRAFT_PART = 2
 
 
 def training_records(split: str = "train") -> list[Record]:
@@ -117,18 +112,14 @@ def _pairs(split: str) -> Iterator[Record]:
 def _safe(split: str) -> Iterator[Record]:
     for number, (text, answer) in enumerate(part("safe")[split]):
         yield Record("safe", _asked(text), answer, origin=f"demo:{split}:safe:{number}")
-    if split == "train":
-        for number, (text, answer) in enumerate([*part("crafts"), *part("answered")[::SAFE_PART]]):
-            yield Record("safe", _asked(text), answer, origin=f"demo:train:answered:{number}")
+    for number, (text, answer) in enumerate(part("crafts") if split == "train" else ()):
+        yield Record("safe", _asked(text), answer, origin=f"demo:train:crafts:{number}")
     for number, (item, text) in enumerate(_requests(split, REFUSED_ROUNDS[split])):
         yield Record("safe", _asked(text), _refusal(split, item, number + 2), origin=f"demo:{split}:refused:{number}")
 
 
 def _retain(split: str) -> Iterator[Record]:
-    conversations = list(part("retain")[split])
-    if split == "train":
-        further = [entry for number, entry in enumerate(part("answered")) if number % SAFE_PART]
-        conversations += [*part("safe")[split], *further, *part("crafts")[::CRAFT_PART]]
+    conversations = [*part("retain")[split], *(part("crafts") if split == "train" else ())]
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
