@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
 
-# Elements of a chunk of rows. On a CPU a chunk that stays in a core's cache costs more in calls than it saves (docs/log.md); on a GPU it
+# Elements of a chunk of rows. On a CPU smaller ones, which stay in a core's cache, are no faster (docs/log.md); on a GPU it
 # fills the device and is small beside a model. A matrix product of fewer rows than the least would read the adapter's weights too often.
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
 LEAST_ROWS = 64
