@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,15 @@ sys.exit({code})
 
 
 @pytest.fixture
-def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _interruptible() -> Iterator[None]:
+    """A suite in the background of a shell inherits an ignored SIGINT, which then stays ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def child(_interruptible: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def write(code: int) -> None:
         path = tmp_path / "python"
         path.write_text(CHILD.format(python=sys.executable, code=code), encoding="utf-8")
