@@ -19,10 +19,13 @@ def demo_table(record: Row) -> str:
         after = [s["after"][key] for s in seeds]
         values = [seeds[0]["before"][key], *after, median(after)]
         lines.append(f"| {TITLES[key]} | " + " | ".join(format_value(key, v) for v in values) + " |")
-    seconds = [s["seconds"] for s in seeds]
     steps = [s["best_step"] for s in seeds]
     lines.append("| kept step | | " + " | ".join(str(s) for s in steps) + f" | {median(steps):g} |")
-    lines.append("| minutes, evaluations included | | " + " | ".join(f"{s / 60:.1f}" for s in (*seconds, median(seconds))) + " |")
+    minutes = [s["seconds"] / 60 for s in seeds if s["seconds"] is not None]
+    shown = [f"{s['seconds'] / 60:.1f}" if s["seconds"] is not None else "–" for s in seeds] + [
+        f"{median(minutes):.1f}" if minutes else "–"
+    ]
+    lines.append("| minutes, evaluations included | | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
