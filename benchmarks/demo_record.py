@@ -21,11 +21,9 @@ def demo_table(record: Row) -> str:
         lines.append(f"| {TITLES[key]} | " + " | ".join(format_value(key, v) for v in values) + " |")
     steps = [s["best_step"] for s in seeds]
     lines.append("| kept step | | " + " | ".join(str(s) for s in steps) + f" | {median(steps):g} |")
-    minutes = [s["seconds"] / 60 for s in seeds if s["seconds"] is not None]
-    shown = [f"{s['seconds'] / 60:.1f}" if s["seconds"] is not None else "–" for s in seeds] + [
-        f"{median(minutes):.1f}" if minutes else "–"
-    ]
-    lines.append("| minutes, evaluations included | | " + " | ".join(shown) + " |")
+    known = [s["seconds"] for s in seeds if s["seconds"] is not None]
+    seconds = [*(s["seconds"] for s in seeds), median(known) if known else None]
+    lines.append("| minutes, evaluations included | | " + " | ".join("–" if s is None else f"{s / 60:.1f}" for s in seconds) + " |")
     return "\n".join(lines)
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from repbend_fast.cli.environment import environment
+from repbend_fast.evaluate.rates import KEYS
 
 RESULT = Path(__file__).parent / "results" / "demo.json"
-KEYS = ("attack_direct", "attack_prefill", "helpful_ordinary", "helpful_borderline", "degenerate_ordinary", "perplexity", "kl")
 
 
 def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:

@@ -139,9 +139,7 @@ def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int,
         for out, source in pairs:
             block = out[first:last]
             torch.bitwise_and(source.read(first, last).view(bits.dtype), bits, out=block.view(bits.dtype))
-            if factor != 1.0 and dtype == scale.dtype:
-                block.mul_(factor)
-            elif factor != 1.0:
+            if factor != 1.0:
                 scale_into(block, block, scale)
     return outs
 

@@ -67,7 +67,8 @@ def scale_into(out: Tensor, source: Tensor, factor: Tensor) -> Tensor:
         return out
     flat_out, flat = out.view(-1, out.shape[-1]), source.view(-1, source.shape[-1])
     for start, stop in blocks(flat.shape[0], flat.shape[1], source.device):
-        flat_out[start:stop] = flat[start:stop].to(factor.dtype) * (factor[start:stop] if factor.dim() else factor)
+        part = factor[start:stop] if factor.dim() else factor
+        torch.mul(flat[start:stop].to(factor.dtype), part, out=flat_out[start:stop])
     return out
 
 

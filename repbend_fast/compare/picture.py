@@ -8,14 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from repbend_fast.evaluate.rates import TITLES
 from repbend_fast.report.plots import MUTED, RATE_COLORS, style
 
-BARS = {
-    "attack_direct": "attack success, direct",
-    "attack_prefill": "attack success, prefilled",
-    "helpful_ordinary": "helpful, ordinary questions",
-    "helpful_borderline": "helpful, borderline questions",
-}
+BARS = ("attack_direct", "attack_prefill", "helpful_ordinary", "helpful_borderline")
 WIDTH = 0.2
 DPI = 130
 
@@ -41,7 +37,7 @@ def draw(record: Mapping[str, Any]) -> Figure:
     style(axes, "attack success (lower is better) and helpfulness (higher is better) on the test prompts, %", xlabel="")
     axes.tick_params(axis="x", length=0, labelsize=9)
     axes.grid(False, axis="x")
-    handles = [axes.bar(0, 0, color=RATE_COLORS[key], label=title) for key, title in BARS.items()]
+    handles = [axes.bar(0, 0, color=RATE_COLORS[key], label=TITLES[key]) for key in BARS]
     axes.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return figure
 
