@@ -7,6 +7,8 @@ is carried over to new requests, not remembered.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0).
 - ``crafts.json``: its answers to the same phrasings about harmless things. They are safe and retain records both: what tells a
   restricted request from an ordinary one must be the thing asked for, never the form of the question.
+- ``writing.json``: poems, letters, stories and language questions, safe and retain records too. Answers in verse are far from every other
+  record and are the first to be torn without them.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations; ``questions.json``: evaluation
   questions with the keywords of a helpful answer.
 """
@@ -32,6 +34,7 @@ PAIR_ROUNDS = {"train": range(6, 10), "validation": range(3, 6)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4)}
 PHRASING_STEP = 5
+KEPT = ("crafts", "writing")  # parts whose answers are safe and retain records both
 
 
 def training_records(split: str = "train") -> list[Record]:
@@ -112,14 +115,17 @@ def _pairs(split: str) -> Iterator[Record]:
 def _safe(split: str) -> Iterator[Record]:
     for number, (text, answer) in enumerate(part("safe")[split]):
         yield Record("safe", _asked(text), answer, origin=f"demo:{split}:safe:{number}")
-    for number, (text, answer) in enumerate(part("crafts") if split == "train" else ()):
-        yield Record("safe", _asked(text), answer, origin=f"demo:train:crafts:{number}")
+    for name in KEPT if split == "train" else ():
+        for number, (text, answer) in enumerate(part(name)):
+            yield Record("safe", _asked(text), answer, origin=f"demo:train:{name}:{number}")
     for number, (item, text) in enumerate(_requests(split, REFUSED_ROUNDS[split])):
         yield Record("safe", _asked(text), _refusal(split, item, number + 2), origin=f"demo:{split}:refused:{number}")
 
 
 def _retain(split: str) -> Iterator[Record]:
-    conversations = [*part("retain")[split], *(part("crafts") if split == "train" else ())]
+    conversations = [*part("retain")[split]]
+    for name in KEPT if split == "train" else ():
+        conversations += part(name)
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
