@@ -39,18 +39,18 @@ def keyed_dropout_kernel(
     x, keys, out, start, threshold, factor, count, width, x_inner, x_outer_stride, x_inner_stride, x_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = factor·x where h ≥ p·2³², else 0."""
+    """out = factor·x where h < threshold, else 0."""
     # int64 before any stride multiplication: rows times width passes 2³¹.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < count)[:, None] & (columns < width)[None, :]
     key = tl.load(keys + rows, mask=rows < count, other=0)
-    hashes = row_hash(key)[:, None] ^ column_hash(columns, start)[None, :]
-    hashes = hashes * tl.full([], _FIRST, tl.uint32)
-    hashes = (hashes ^ (hashes >> 15)) * tl.full([], _SECOND, tl.uint32)
+    column = column_hash(columns, start)
+    hashes = (row_hash(key)[:, None] ^ column[None, :]) * tl.full([], _FIRST, tl.uint32)
+    hashes = (hashes ^ ((column << 16) | (column >> 16))[None, :]) * tl.full([], _SECOND, tl.uint32)
     source = x + ((rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride)[:, None] + columns[None, :] * x_stride
     values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    kept = tl.where(hashes.to(tl.int32, bitcast=True) >= threshold, values * factor, 0.0)
+    kept = tl.where(hashes.to(tl.int32, bitcast=True) < threshold, values * factor, 0.0)
     tl.store(out + rows[:, None] * width + columns[None, :], kept.to(out.dtype.element_ty), mask=inside)
 
 

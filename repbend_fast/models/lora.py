@@ -80,11 +80,14 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, factor: float) -> No
         out.copy_(torch.addmm(out.to(left.dtype), left, right.to(left.dtype), alpha=factor))
 
 
-def _product_as(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left [n, r] · right [r, m] → [n, m] in ``dtype``, rounded once; ``left`` has the accumulating dtype."""
-    if dtype != left.dtype and left.is_cuda:
-        left, right = _low_rank_operands(left, right, dtype)
-    return (left @ right.to(left.dtype)).to(dtype)
+def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out [n, m] = left [n, r] · right [r, m], rounded once to ``out``'s dtype; ``left`` has the accumulating dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right.to(left.dtype), out=out)
+    elif left.is_cuda:
+        torch.mm(*_low_rank_operands(left, right, out.dtype), out=out)
+    else:
+        out.copy_(left @ right.to(left.dtype))
 
 
 def _chunks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -164,7 +167,7 @@ def low_rank_gradients(
             up = _product(rows, b, acc).mul_(factor)
             inner = grad_rows[start:stop] if needs[0] else None
             if inner is not None:
-                inner.copy_(_product_as(up, a, x.dtype))
+                _product_into(inner, up, a)
             if needs[1]:
                 grad_a += _product(masks.rows(start, stop, inner).to(grad.dtype).T, up, acc)
             elif inner is not None:

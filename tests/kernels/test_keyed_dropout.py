@@ -41,7 +41,7 @@ def hash_of(key: int, seed: int, column: int) -> int:
     row = mix((key + 0x9E3779B97F4A7C15) % 2**64, 64, [(30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)], 31) >> 32
     column = mix((mix(seed % 2**32, 32, steps, 16) + column * 0x9E3779B9) % 2**32, 32, steps, 16)
     value = (row ^ column) * 0x7FEB352D % 2**32
-    value = (value ^ (value >> 15)) * 0x846CA68B % 2**32
+    value = (value ^ (column >> 16 | column % 2**16 << 16)) * 0x846CA68B % 2**32
     return (value + 2**31) % 2**32  # signed order
 
 
@@ -49,8 +49,8 @@ def hash_of(key: int, seed: int, column: int) -> int:
 def test_the_mask_is_the_one_defined(implementation, device, seed) -> None:
     keys = [0, 1, -1, 2**63 - 1, -(2**63), 123456789]
     got = dropped(torch.tensor(keys, device=device), 37, seed, 0.4, implementation).tolist()
-    # Signed hashes are compared with p·2³² − 2³¹, which orders all 2³² values as adding 2³¹ does.
-    assert got == [[float(hash_of(key, seed, column) < round(0.4 * 2**32)) for column in range(37)] for key in keys]
+    # Signed hashes are compared with (1 − p)·2³² − 2³¹, which orders all 2³² values as adding 2³¹ does.
+    assert got == [[float(hash_of(key, seed, column) >= round(0.6 * 2**32)) for column in range(37)] for key in keys]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
@@ -185,6 +185,16 @@ def test_neighbouring_rows_columns_and_places_are_independent(neighbours) -> Non
     assert correlation(mask, mask) > 1000
 
 
+def test_no_two_rows_or_columns_are_alike(neighbours) -> None:
+    """Every pair, not the average pair: hashes of columns meet those of rows in two multiplications only."""
+    mask = dropped(neighbours, WIDTH, p=0.5) * 2 - 1
+    for signs in (mask, mask.T):
+        products = signs @ signs.T / math.sqrt(signs.shape[1])
+        products.fill_diagonal_(0)
+        assert products.abs().max() < 6.5  # about 5 for a million independent pairs
+        assert products.std() == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("keys", "p", "error", "message"),
     [
@@ -209,4 +219,4 @@ def test_wrong_lists() -> None:
 
 def test_the_oracle_takes_what_the_op_gets() -> None:
     ones = torch.ones(4, 9, dtype=torch.float64)
-    assert torch.equal(keyed_dropout_reference(ones, some_keys(4), 1, -(2**31), 2.0), 2 * ones)
+    assert torch.equal(keyed_dropout_reference(ones, some_keys(4), 1, 2**31 - 1, 2.0), 2 * ones)
