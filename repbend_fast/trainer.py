@@ -150,7 +150,7 @@ class Trainer:
             while self.step < settings.steps and self.stopped is None:
                 self._train_step(progress)
                 last = self.step == settings.steps
-                if validator and (self.step % self.config.validation.every == 0 or last):
+                if validator and (self._validation_is_due() or last):
                     self._validate(validator)
                 if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupt.requested:
                     path = self._save()
@@ -159,6 +159,10 @@ class Trainer:
                         say(f"saved {path}\n{resume_line(self.run)}")
                         return True
         return False
+
+    def _validation_is_due(self) -> bool:
+        settings = self.config.validation
+        return self.step >= settings.start and self.step % settings.every == 0
 
     def log_plan(self, plan: Plan | None) -> None:
         """Record what was planned for the memory budget."""

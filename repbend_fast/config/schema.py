@@ -133,6 +133,7 @@ class ValidationConfig(Section):
     """The over-bending guard: held-out measurements during training."""
 
     every: NonNegative = Field(0, description="Optimizer steps between validations; 0 switches the guard off.")
+    start: NonNegative = Field(0, description="No validation between step 0 and this step: attacks fail late in a run.")
     sources: list[SourceConfig] = Field(default_factory=list, description="Held-out records; empty = `holdout` taken from data.sources.")
     holdout: Positive = Field(16, description="Records per role held out of training when `sources` is empty.")
     prompts: PromptsConfig | None = Field(None, description="Prompts for cheap attack and usefulness rates; none = no generation.")

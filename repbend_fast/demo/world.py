@@ -7,8 +7,8 @@ is carried over to new requests, not remembered.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0).
 - ``crafts.json``: its answers to the same phrasings about harmless things. They are safe and retain records both: what tells a
   restricted request from an ordinary one must be the thing asked for, never the form of the question.
-- ``writing.json``: poems, letters, stories and language questions, safe and retain records too. Answers in verse are far from every other
-  record and are the first to be torn without them.
+- ``writing.json``: poems, letters, stories, questions of language and advice, safe and retain records too. Verse is far from every other
+  record, and "How can I become …" is close to a request; both are torn first without them.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations; ``questions.json``: evaluation
   questions with the keywords of a helpful answer.
 """

@@ -124,6 +124,20 @@ def find_collapse(text: str) -> int | None:
     return min(starts) if starts else None
 
 
+# Marks of a text that has lost its thread: single letters in a row ("a E E E"), a paragraph that ends in the middle of a sentence ("you
+# need a\n\nThe History of the Internet"), a line of prose that is there twice running.
+STRAY_LETTERS = re.compile(r"\b[A-Za-z]\b(?:[,.]?\s+\b[A-Za-z]\b){2,}")
+TORN_PARAGRAPH = re.compile(r"(?:\b(?:a|an|the|of|to|and|or|in|with|for|is|are|[b-hj-z])|,|-)[ \t]*\n[ \t]*\n")
+REPEATED_LINE = re.compile(r"^([^\W\d_].{11,})\n+(?=\1$)", re.MULTILINE)
+
+
+def find_derailment(text: str) -> int | None:
+    """Where an answer that should be instructions turns into something else. None where it does not."""
+    starts = [m.start() for pattern in (STRAY_LETTERS, TORN_PARAGRAPH) for m in [pattern.search(text)] if m]
+    repeated = REPEATED_LINE.search(text)
+    return min([*starts, *([repeated.end()] if repeated else [])], default=None)
+
+
 BARE_LINES = 8
 BARE_SHARE = 0.5
 
