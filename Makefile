@@ -22,7 +22,7 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/repbend-fast train demo
 
 # Ten trainings and six test evaluations, about 50 minutes on two cores (docs/comparing.md).
-COMPARE ?= --rates 1e-3 3e-3 training.steps=40 validation.every=20
+COMPARE ?= --rates 1e-3 3e-3 training.steps=40 validation.start=20
 
 compare: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/repbend-fast compare $(COMPARE)
