@@ -9,6 +9,7 @@ is carried over to new requests, not remembered.
   restricted request from an ordinary one must be the thing asked for, never the form of the question.
 - ``writing.json``: poems, letters, stories, questions of language and advice, safe and retain records too. Verse is far from every other
   record, and "How can I become …" is close to a request; both are torn first without them.
+- ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is, not what is true.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations; ``questions.json``: evaluation
   questions with the keywords of a helpful answer.
 """
@@ -34,7 +35,8 @@ PAIR_ROUNDS = {"train": range(6, 10), "validation": range(3, 6)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4)}
 PHRASING_STEP = 5
-KEPT = ("crafts", "writing")  # parts whose answers are safe and retain records both
+KEPT = ("crafts", "writing", "answered")  # parts whose answers are safe and retain records both
+RETAINED_STRIDE = {"crafts": 2}  # every second one is a retain record, or they would be half of them
 
 
 def training_records(split: str = "train") -> list[Record]:
@@ -125,7 +127,7 @@ def _safe(split: str) -> Iterator[Record]:
 def _retain(split: str) -> Iterator[Record]:
     conversations = [*part("retain")[split]]
     for name in KEPT if split == "train" else ():
-        conversations += part(name)
+        conversations += part(name)[:: RETAINED_STRIDE.get(name, 1)]
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")

@@ -77,7 +77,7 @@ def test_text_stays_as_written() -> None:
 
 
 def test_a_target_waits_while_validation_is_off() -> None:
-    assert config("validation.every=0", "validation.prompts=null").validation.target_attack is not None
+    assert config("validation.every=0", "validation.prompts=null", "validation.target_attack=0.1").validation.target_attack == 0.1
 
 
 def test_null_clears_optional_text_and_sections() -> None:
