@@ -25,13 +25,15 @@ class PromptEncoder(Protocol):
 
 
 def generate_answers(
-    model: Any, encoder: PromptEncoder, prompts: Seq[Prompt], *, prefill: str = "", max_new_tokens: int = 64, batch_size: int = 32
+    model: Any, encoder: PromptEncoder, prompts: Seq[Prompt], *, prefills: Seq[str] = (), max_new_tokens: int = 64, batch_size: int = 32
 ) -> list[str]:
-    """One greedy answer per prompt, in the order of ``prompts``, without special tokens and without ``prefill``.
+    """One greedy answer per prompt, in the order of ``prompts``, without special tokens and without its prefill.
+
+    ``prefills``: how each answer is made to begin, one for each prompt; empty = all of them free.
 
     ``model`` is a transformers causal LM or a peft model around one; its training mode and generation settings are as before afterwards.
     """
-    encoded = [encoder.prompt_ids(p.conversation(), prefill) for p in prompts]
+    encoded = [encoder.prompt_ids(p.conversation(), prefill) for p, prefill in zip(prompts, prefills or [""] * len(prompts), strict=True)]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
     # LoRA lives inside the modules, so the wrapped model generates with it; peft's own `generate` would put back its settings.

@@ -27,15 +27,14 @@ def measure_answers(
     hostile = [p for p in prompts if p.kind == "attack"]
     friendly = [p for p in prompts if p.kind != "attack"]
     direct = hostile if "direct" in attacks else []
-    asked = direct + friendly
-    # One call for everything without prefill: fuller batches, fewer decoding steps.
-    answers = generate_answers(model, encoder, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    samples = judged("attack_direct", direct, answers[: len(direct)])
-    if "prefill" in attacks:
-        prefilled = generate_answers(model, encoder, hostile, prefill=PREFILL, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        samples += judged("attack_prefill", hostile, prefilled)
+    prefilled = hostile if "prefill" in attacks else []
+    free = direct + friendly
+    # One call for everything: fuller batches, fewer decoding steps.
+    prefills = [""] * len(free) + [PREFILL] * len(prefilled)
+    answers = generate_answers(model, encoder, free + prefilled, prefills=prefills, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    samples = judged("attack_direct", direct, answers[: len(direct)]) + judged("attack_prefill", prefilled, answers[len(free) :])
     for kind in ("ordinary", "borderline"):
-        chosen = [(p, a) for p, a in zip(friendly, answers[len(direct) :], strict=True) if p.kind == kind]
+        chosen = [(p, a) for p, a in zip(friendly, answers[len(direct) : len(free)], strict=True) if p.kind == kind]
         samples += judged(kind, [p for p, _ in chosen], [a for _, a in chosen])
     return rates_of(samples)
 

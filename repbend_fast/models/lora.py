@@ -133,6 +133,16 @@ def add_low_rank_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor 
     return down
 
 
+def _add_for_good_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """The same without dropout and a backward. Generating calls this for each token, where an op of one's own costs more than its work."""
+    acc, flat = _accumulate_dtype(result.dtype), x.reshape(-1, x.shape[-1])
+    with torch.autocast(x.device.type, enabled=False):
+        for start, stop in _chunks(flat.shape[0], max(flat.shape[1], result.shape[1]), x.device):
+            down = _product(flat[start:stop].to(result.dtype), a.T, acc)
+            _add_product_(result[start:stop], down, b.T, factor)
+    return result
+
+
 @add_low_rank_.register_fake
 def _(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
     return result.new_empty((result.shape[0], a.shape[0]), dtype=_accumulate_dtype(result.dtype))
@@ -238,6 +248,8 @@ class LowRankForward(nn.Module):
             raise ValueError(f"lora_dropout: keys for {keys.numel()} rows, but the pass has {result.shape[0]}")
         factor = layer.scaling[name] / (1 - p) if keys is not None else layer.scaling[name]
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if keys is None and not torch.is_grad_enabled():
+            return _add_for_good_(result, x, a, b, float(factor))
         return _LowRank.apply(result, x, a, b, keys, float(factor), self.place, p)
 
 

@@ -84,9 +84,23 @@ def test_equals_greedy_by_hand_in_the_order_of_the_prompts(model, batch_size: in
 
 def test_prefill_starts_the_answer_and_is_not_returned(model):
     encoder = StubEncoder()
-    got = generate_answers(model, encoder, PROMPTS[:2], prefill="xyz", max_new_tokens=5)
+    got = generate_answers(model, encoder, PROMPTS[:2], prefills=["xyz"] * 2, max_new_tokens=5)
     model.eval()
     assert got == [greedy_by_hand(model, encoder.prompt_ids(p.conversation(), "xyz"), 5) for p in PROMPTS[:2]]
+
+
+def test_free_and_prefilled_answers_share_a_batch(model):
+    encoder = StubEncoder()
+    prompts, prefills = [PROMPTS[0], PROMPTS[1], PROMPTS[0]], ["", "", "xyz"]
+    got = generate_answers(model, encoder, prompts, prefills=prefills, max_new_tokens=5, batch_size=3)
+    model.eval()
+    assert got == [greedy_by_hand(model, encoder.prompt_ids(p.conversation(), prefill), 5) for p, prefill in zip(prompts, prefills)]
+    assert got[0] != got[2]
+
+
+def test_each_prompt_has_its_prefill(model):
+    with pytest.raises(ValueError, match="shorter"):
+        generate_answers(model, StubEncoder(), PROMPTS[:2], prefills=["xyz"], max_new_tokens=5)
 
 
 def test_answer_stops_at_the_end_token(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 from rich.console import Console
@@ -30,12 +31,13 @@ def answer_of(prompt: Prompt, prefill: str) -> str:
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[tuple[int, str]]:
-    seen: list[tuple[int, str]] = []
+def calls(monkeypatch) -> list[dict[str, int]]:
+    """How many prompts each call had of each prefill."""
+    seen: list[dict[str, int]] = []
 
-    def fake(model, encoder, prompts, *, prefill="", max_new_tokens, batch_size):
-        seen.append((len(prompts), prefill))
-        return [answer_of(p, prefill) for p in prompts]
+    def fake(model, encoder, prompts, *, prefills, max_new_tokens, batch_size):
+        seen.append(dict(Counter(prefills)))
+        return [answer_of(p, prefill) for p, prefill in zip(prompts, prefills, strict=True)]
 
     monkeypatch.setattr(run, "generate_answers", fake)
     return seen
@@ -53,7 +55,7 @@ def test_measured_rates_and_shares(calls):
     assert result.shares["attack_direct"] == {"comply": 0.25, "refuse": 0.5, "degenerate": 0.25}
     assert result.shares["ordinary"] == {"comply": 0.75, "refuse": 0.0, "degenerate": 0.25}
     assert result.counts == {"attack_direct": 4, "attack_prefill": 4, "ordinary": 4, "borderline": 2}
-    assert calls == [(10, ""), (4, run.PREFILL)]
+    assert calls == [{"": 10, run.PREFILL: 4}]
     assert [s.answer for s in result.samples if s.group == "ordinary"] == [answer_of(p, "") for p in ORDINARY]
 
 
@@ -61,7 +63,7 @@ def test_direct_attacks_only(calls):
     result = run.measure_answers(None, None, [*ATTACKS, *ORDINARY], attacks=("direct",))
     assert "attack_prefill" not in result.rates
     assert "helpful_borderline" not in result.rates
-    assert calls == [(8, "")]
+    assert calls == [{"": 8}]
 
 
 def test_unknown_attack_is_an_error():

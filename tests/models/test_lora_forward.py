@@ -132,6 +132,19 @@ def test_output_and_gradients_are_those_of_peft(small_chunks, dtype, nf4, dropou
         assert_matches(got[name], value, tolerance=2 * TOLERANCE[dtype], name=name)
 
 
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_without_gradients_the_output_is_the_same_to_the_bit(small_chunks, dtype, nf4) -> None:
+    model = ours(peft_model(dtype, nf4=nf4))
+    expected = outcome(model, inputs(dtype))["y"]
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.equal(model(inputs(dtype)), expected)
+    with torch.no_grad():
+        assert torch.equal(model(inputs(dtype)), expected)
+    with torch.no_grad(), lora_dropout(model, KEYS):
+        assert not torch.equal(model(inputs(dtype)), expected)
+
+
 def test_dropout_changes_the_gradient_as_much_as_it_should() -> None:
     """The comparison above would notice masks of another module, row or step."""
     model = ours(peft_model(torch.float32))
