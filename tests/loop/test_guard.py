@@ -180,9 +180,7 @@ def test_the_result_is_the_best_step_not_the_last(
     assert [row["within_limits"] for row in rows(tiny.path, "validation")] == [True] * 4 + [False]
 
 
-def test_no_validation_between_the_first_and_start(
-    tiny: TinyRun, stub: Callable[[Measured], dict[int, dict[str, torch.Tensor]]]
-) -> None:
+def test_no_validation_between_the_first_and_start(tiny: TinyRun, stub: Callable[[Measured], dict[int, dict[str, torch.Tensor]]]) -> None:
     met = stub({step: at(step, bend=step) for step in range(7)})
     tiny.train(*LIMITS[:2], "training.steps=5", "validation.start=3", "validation.every=2")
     assert list(met) == [0, 4, 5]
