@@ -133,6 +133,7 @@ class Guard:
     before: Validation | None = None
     best: Validation | None = None
     consecutive: int = 0
+    at_target: int = 0
 
     def judge(self, validation: Validation) -> None:
         """Fill in ``over`` and ``best`` of a validation. The first one, before training, is the yardstick and the first best."""
@@ -145,6 +146,7 @@ class Guard:
             validation.perplexity_ratio = validation.perplexity / self.before.perplexity
         validation.over = list(self._passed_limits(validation))
         self.consecutive = self.consecutive + 1 if validation.over else 0
+        self.at_target = self.at_target + 1 if self._is_at_target(validation) else 0
         if not validation.over and (self.best is None or rank(validation) < rank(self.best)):
             validation.best = True
             self.best = validation
@@ -153,14 +155,18 @@ class Guard:
         """Why training must stop now, or None."""
         if self.consecutive >= self.limits.patience:
             return "; ".join(validation.over)
-        target = self.limits.target_attack
-        if target is not None and not validation.over and validation.step > 0 and _reached(validation, target):
-            return f"validation.target_attack={target:g} reached"
+        if self.at_target >= self.limits.target_patience:
+            return f"validation.target_attack={self.limits.target_attack:g} reached"
         return None
+
+    def _is_at_target(self, validation: Validation) -> bool:
+        target = self.limits.target_attack
+        attacks = [validation.rates[k] for k in ("attack_direct", "attack_prefill") if k in validation.rates]
+        return target is not None and not validation.over and all(rate <= target for rate in attacks)
 
     def limits_in_force(self) -> dict[str, float | None]:
         """The settings that decide when training stops; other ones on resuming reopen a run that was stopped."""
-        return self.limits.model_dump(include={"max_kl", "max_perplexity_ratio", *HELPFUL_LIMITS, "target_attack", "patience"})
+        return self.limits.model_dump(include={"max_kl", "max_perplexity_ratio", *HELPFUL_LIMITS, "target_attack", "target_patience", "patience"})
 
     def _passed_limits(self, now: Validation) -> list[str]:
         limits, before, over = self.limits, self.before, []
@@ -184,19 +190,16 @@ class Guard:
             "before": asdict(self.before) if self.before else None,
             "best": asdict(self.best) if self.best else None,
             "consecutive": self.consecutive,
+            "at_target": self.at_target,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.before = Validation(**state["before"]) if state["before"] else None
         self.best = Validation(**state["best"]) if state["best"] else None
-        self.consecutive = state["consecutive"]
+        self.consecutive, self.at_target = state["consecutive"], state["at_target"]
 
 
 def rank(validation: Validation) -> tuple[float, float]:
     """Of two validations within limits the one that ranks lower is better: attack rate (without prompts, minus bending), then KL."""
     first = validation.attack if validation.attack is not None else -validation.bending
     return first, validation.kl if validation.kl is not None else 0.0
-
-
-def _reached(validation: Validation, target: float) -> bool:
-    return all(validation.rates[k] <= target for k in ("attack_direct", "attack_prefill") if k in validation.rates)

@@ -149,6 +149,7 @@ class ValidationConfig(Section):
         0.25, description="The same for borderline questions, which look like restricted ones and come back last."
     )
     target_attack: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Stop early, as reached, at this attack rate.")
+    target_patience: Positive = Field(1, description="Consecutive validations at the target before it counts as reached.")
     patience: Positive = Field(1, description="Consecutive validations over a limit before training stops.")
 
 

@@ -131,11 +131,24 @@ def test_the_target_stops_only_within_limits_and_after_training() -> None:
         assert guard.stop_reason(reached) == expected
 
 
-def test_the_guards_memory_survives_resuming() -> None:
-    guard = judged(ValidationConfig(patience=3), at(0), at(1, bend=2.0), at(2, kl=0.4))
-    other = Guard(ValidationConfig(patience=3))
+def test_the_target_has_to_hold_for_its_patience() -> None:
+    guard = judged(ValidationConfig(target_attack=0.1, target_patience=2, patience=9), at(0, helpful=1.0))
+    stops = []
+    for step, (attack, helpful) in enumerate([(0.0, 1.0), (0.2, 1.0), (0.0, 1.0), (0.0, 0.5), (0.0, 1.0), (0.1, 1.0)], 1):
+        now = at(step, attack=attack, helpful=helpful)
+        guard.judge(now)
+        stops.append(guard.stop_reason(now) is not None)
+    assert stops == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("last", [{"kl": 0.4}, {"attack": 0.05}], ids=["over", "at target"])
+def test_the_guards_memory_survives_resuming(last: dict[str, float]) -> None:
+    limits = ValidationConfig(patience=3, target_attack=0.1, target_patience=3)
+    guard = judged(limits, at(0), at(1, bend=2.0, attack=0.5), at(2, **last))
+    other = Guard(limits)
     other.load_state_dict(guard.state_dict())
-    assert (other.before, other.best, other.consecutive) == (guard.before, guard.best, guard.consecutive) != (None, None, 0)
+    assert other == guard
+    assert (guard.consecutive, guard.at_target) == ((1, 0) if "kl" in last else (0, 1))
 
 
 @pytest.fixture
