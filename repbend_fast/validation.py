@@ -166,7 +166,8 @@ class Guard:
 
     def limits_in_force(self) -> dict[str, float | None]:
         """The settings that decide when training stops; other ones on resuming reopen a run that was stopped."""
-        return self.limits.model_dump(include={"max_kl", "max_perplexity_ratio", *HELPFUL_LIMITS, "target_attack", "target_patience", "patience"})
+        targets = ("target_attack", "target_patience", "patience")
+        return self.limits.model_dump(include={"max_kl", "max_perplexity_ratio", *HELPFUL_LIMITS, *targets})
 
     def _passed_limits(self, now: Validation) -> list[str]:
         limits, before, over = self.limits, self.before, []
