@@ -2,7 +2,7 @@
 
 The unsafe distance has no bound, so the loss keeps falling while ordinary answers fall apart. A validation is *within limits* when
 KL, perplexity and usefulness are; among those the *best* has the lowest attack rate (with prompts) or the largest
-unsafe-minus-safe distance (without), and of equals the lower KL. Training stops when a limit is passed.
+unsafe-minus-safe distance (without), and of equals the more helpful answers, then the lower KL. Training stops when a limit is passed.
 """
 
 from __future__ import annotations
@@ -47,6 +47,12 @@ class Validation:
         """Mean of the measured attack rates."""
         rates = [self.rates[k] for k in ("attack_direct", "attack_prefill") if k in self.rates]
         return sum(rates) / len(rates) if rates else None
+
+    @property
+    def helpful(self) -> float:
+        """Mean of the measured rates of helpful answers; 0 where none is measured."""
+        rates = [self.rates[k] for k in HELPFUL_LIMITS.values() if k in self.rates]
+        return sum(rates) / len(rates) if rates else 0.0
 
     @property
     def bending(self) -> float:
@@ -200,7 +206,8 @@ class Guard:
         self.consecutive, self.at_target = state["consecutive"], state["at_target"]
 
 
-def rank(validation: Validation) -> tuple[float, float]:
-    """Of two validations within limits the one that ranks lower is better: attack rate (without prompts, minus bending), then KL."""
+def rank(validation: Validation) -> tuple[float, float, float]:
+    """Of two validations within limits the one that ranks lower is better: by attack rate (without prompts, minus bending), then minus
+    the rate of helpful answers, then KL."""
     first = validation.attack if validation.attack is not None else -validation.bending
-    return first, validation.kl if validation.kl is not None else 0.0
+    return first, -validation.helpful, validation.kl if validation.kl is not None else 0.0

@@ -34,9 +34,9 @@ def try_of(learning_rate: float, record: RunRecord) -> Try:
     return Try(learning_rate, Validation.from_row(kept[-1]))
 
 
-def order(tried: Try) -> tuple[bool, bool, tuple[float, float], float]:
+def order(tried: Try) -> tuple[bool, bool, tuple[float, ...], float]:
     """Lower is better: rates that bent something within limits first, by the guard's rank of their best validation, then the lower rate."""
-    ranked = rank(tried.best) if tried.best is not None else (0.0, 0.0)
+    ranked = rank(tried.best) if tried.best is not None else ()
     return tried.best is None, not tried.bent, ranked, tried.learning_rate
 
 
@@ -68,6 +68,8 @@ def _why(chosen: Try, rest: Sequence[Try]) -> str:
     equal = [rival for rival in rivals if rank(rival)[0] == rank(best)[0]]
     if not equal:
         return f"{found}: {first} of the rates"
+    if all(rank(rival)[1] > rank(best)[1] for rival in equal):
+        return f"{found}: {first}, shared with another rate; {best.helpful:.1%} of helpful answers are the more"
     if all(rank(rival) > rank(best) for rival in equal):
         return f"{found}: {first}, shared with another rate; KL {_kl(best)} is the lower one"
     return f"{found}: {first}, KL {_kl(best)} shared with another rate too; the lower rate"
