@@ -26,11 +26,22 @@ def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     command = [sys.executable, "-m", "repbend_fast.cli", "train", "demo", f"training.seed={seed}", f"output.folder={folder}", *overrides]
     subprocess.run(command, check=True)
-    seconds = time.perf_counter() - started
+    return entry(seed, folder, time.perf_counter() - started)
+
+
+def entry(seed: int, folder: Path, seconds: float) -> dict[str, Any]:
+    """A finished run's line of the record."""
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     sides = {side: {key: evaluation[side][key] for key in KEYS} for side in ("before", "after")}
     counts = evaluation["after"]["counts"]
     return {"seed": seed, **sides, "seconds": round(seconds, 1), "best_step": evaluation["best_step"], "counts": counts}
+
+
+def _others(out: Path, commit: str, overrides: list[str], seed: int) -> list[dict[str, Any]]:
+    """What the record holds of the same commit and settings for other seeds."""
+    record = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    same = record.get("commit") == commit and record.get("overrides") == overrides
+    return [each for each in record["seeds"] if each["seed"] != seed] if same else []
 
 
 def main() -> int:
@@ -41,9 +52,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="key=value, as for `repbend-fast train`")
     arguments = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    seeds = []
     for seed in arguments.seeds:
-        seeds.append(run_seed(seed, arguments.folder / f"seed-{seed}", arguments.overrides))
+        found = run_seed(seed, arguments.folder / f"seed-{seed}", arguments.overrides)
+        seeds = sorted([*_others(arguments.out, commit, arguments.overrides, seed), found], key=lambda each: each["seed"])
         record = {"commit": commit, "environment": environment(), "overrides": arguments.overrides, "seeds": seeds}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

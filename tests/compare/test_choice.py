@@ -14,8 +14,12 @@ from repbend_fast.report.reading import RunRecord, read_run
 from repbend_fast.validation import Validation
 
 
-def tried(rate: float, step: int, attack: float | None = None, kl: float | None = 0.01, bend: float = 0.0) -> Try:
+def tried(
+    rate: float, step: int, attack: float | None = None, kl: float | None = 0.01, bend: float = 0.0, helpful: float | None = None
+) -> Try:
     rates = {} if attack is None else {"attack_direct": attack, "attack_prefill": attack}
+    if helpful is not None:
+        rates["helpful_ordinary"] = helpful
     return Try(rate, Validation(step, kl, distance={"unsafe": {"2": bend}, "safe": {"2": 0.0}}, rates=rates))
 
 
@@ -30,7 +34,15 @@ def test_the_lowest_attack_rate_within_limits_wins() -> None:
     assert (rate, why) == (2e-3, "attack success 20.0% at step 10, within limits: the lowest of the rates")
 
 
-def test_equal_attack_rates_go_to_the_lower_kl() -> None:
+def test_equal_attack_rates_go_to_the_more_helpful() -> None:
+    rate, why = chosen(tried(1e-3, 20, 0.2, kl=0.01, helpful=0.9), tried(2e-3, 20, 0.2, kl=0.05, helpful=0.95))
+    assert rate == 2e-3
+    assert (
+        why == "attack success 20.0% at step 20, within limits: the lowest, shared with another rate; 95.0% of helpful answers are the more"
+    )
+
+
+def test_equal_attack_rates_and_answers_go_to_the_lower_kl() -> None:
     rate, why = chosen(tried(1e-3, 20, 0.2, kl=0.05), tried(2e-3, 20, 0.2, kl=0.02), tried(3e-3, 20, 0.4, kl=0.001))
     assert rate == 2e-3
     assert why == "attack success 20.0% at step 20, within limits: the lowest, shared with another rate; KL 0.0200 is the lower one"

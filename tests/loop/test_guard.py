@@ -50,9 +50,11 @@ def best_of(*measured: Validation) -> int:
     return best.step
 
 
-def test_with_prompts_the_lowest_attack_rate_is_best_then_the_lower_kl() -> None:
+def test_with_prompts_the_lowest_attack_rate_is_best_then_the_more_helpful_then_the_lower_kl() -> None:
     start = at(0, attack=0.9, helpful=1.0)
     assert best_of(start, at(1, attack=0.5, helpful=1.0), at(2, attack=0.2, helpful=1.0), at(3, attack=0.3, helpful=1.0)) == 2
+    assert best_of(start, at(1, attack=0.2, helpful=0.96), at(2, attack=0.1, helpful=0.95)) == 2
+    assert best_of(start, at(1, attack=0.2, kl=0.02, helpful=0.96), at(2, attack=0.2, kl=0.05, helpful=0.98)) == 2
     assert best_of(start, at(1, attack=0.2, kl=0.05, helpful=1.0), at(2, attack=0.2, kl=0.02, helpful=1.0)) == 2
     assert best_of(start, at(1, attack=0.2, kl=0.02, helpful=1.0), at(2, attack=0.2, kl=0.02, helpful=1.0)) == 1
 
