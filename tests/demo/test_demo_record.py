@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -52,3 +53,30 @@ def test_the_table_has_a_column_for_each_seed():
     assert "| attack success, direct | 95.0 % | 5.0 % | 5.0 % | 5.0 % | 5.0 % |" in table
     assert table[-1] == "| minutes, evaluations included | | 10.0 | 10.0 | 10.0 | 10.0 |"
     assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict:
+    return json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+
+
+def test_three_seeds_are_recorded_on_enough_prompts(recorded: dict):
+    assert [entry["seed"] for entry in recorded["seeds"]] == [0, 1, 2]
+    for entry in recorded["seeds"]:
+        assert min(entry["counts"][kind] for kind in ("attack_direct", "attack_prefill", "ordinary")) >= 40
+        assert entry["best_step"] > 0
+
+
+def test_the_demo_s_own_seed_keeps_every_limit_in_its_time(recorded: dict):
+    own = recorded["seeds"][0]
+    assert missed_demo_goals({"seeds": [own]}) == []
+    assert own["seconds"] <= 20 * 60
+
+
+def test_the_readme_shows_the_record_and_names_every_missed_limit(recorded: dict):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert demo_table(recorded) in readme
+    missed = readme.partition("Limits that a seed misses")[2].partition("\n\n")[0]
+    assert missed
+    for line in missed_demo_goals(recorded):
+        assert line in missed
