@@ -200,7 +200,8 @@ class Trainer:
         self.guard.load_state_dict(state.plain["guard"])
         if self.stopped and state.plain["limits"] != self.guard.limits_in_force():
             say(f"the guard {self.stopped}; its limits have changed, so training goes on")
-            self.stopped, self.guard.consecutive, self.guard.at_target = None, 0, 0
+            self.stopped = None
+            self.guard.reopen()
         load_moments(self.optimizer, state.tensors["optimizer"], self.config.training)
         self.scaler.load_state_dict(state.tensors["scaler"])
         self.best_weights = state.tensors["best"]

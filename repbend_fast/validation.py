@@ -43,9 +43,14 @@ class Validation:
     best: bool = False
 
     @property
+    def attacks(self) -> list[float]:
+        """The measured attack rates."""
+        return [self.rates[k] for k in ("attack_direct", "attack_prefill") if k in self.rates]
+
+    @property
     def attack(self) -> float | None:
         """Mean of the measured attack rates."""
-        rates = [self.rates[k] for k in ("attack_direct", "attack_prefill") if k in self.rates]
+        rates = self.attacks
         return sum(rates) / len(rates) if rates else None
 
     @property
@@ -167,8 +172,11 @@ class Guard:
 
     def _is_at_target(self, validation: Validation) -> bool:
         target = self.limits.target_attack
-        attacks = [validation.rates[k] for k in ("attack_direct", "attack_prefill") if k in validation.rates]
-        return target is not None and not validation.over and all(rate <= target for rate in attacks)
+        return target is not None and not validation.over and all(rate <= target for rate in validation.attacks)
+
+    def reopen(self) -> None:
+        """Count anew towards stopping, for a run that goes on under other limits."""
+        self.consecutive = self.at_target = 0
 
     def limits_in_force(self) -> dict[str, float | None]:
         """The settings that decide when training stops; other ones on resuming reopen a run that was stopped."""

@@ -90,8 +90,7 @@ class _KeptBits:
         hashes = self.hashes[:count]
         torch.bitwise_xor(self.rows[first:last], self.columns, out=hashes)
         hashes.mul_(FIRST).bitwise_xor_(self.exchanged).mul_(_signed(SECOND, 32))
-        # −1, every bit set, below the threshold, else 0: three times as fast as a comparison into integers, which a masked fill
-        # would make ten times as slow.
+        # −1, every bit set, below the threshold, else 0. In place, without the buffer that a comparison into integers writes.
         hashes.clamp_(self.threshold - 1, self.threshold).sub_(self.threshold)
         return hashes if self.dtype == torch.int32 else hashes.to(self.dtype)
 

@@ -120,9 +120,7 @@ class _Masks:
             self.mask.apply([inner], [inner], start, stop)
 
 
-@torch.library.custom_op("repbend_fast::add_low_rank_", mutates_args={"result"})
-def add_low_rank_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
-    """``result`` [N, O] += f · P Bᵀ, in place; returns P [N, r] in float32 (float64 for float64). ``x`` is [..., D], ``keys`` [N]."""
+def _add_rows_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
     acc, flat = _accumulate_dtype(result.dtype), x.reshape(-1, x.shape[-1])
     down = torch.empty((flat.shape[0], a.shape[0]), dtype=acc, device=x.device)
     masks = _Masks(flat, keys, place, p)
@@ -133,14 +131,10 @@ def add_low_rank_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor 
     return down
 
 
-def _add_for_good_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """The same without dropout and a backward. Generating calls this for each token, where an op of one's own costs more than its work."""
-    acc, flat = _accumulate_dtype(result.dtype), x.reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
-        for start, stop in _chunks(flat.shape[0], max(flat.shape[1], result.shape[1]), x.device):
-            down = _product(flat[start:stop].to(result.dtype), a.T, acc)
-            _add_product_(result[start:stop], down, b.T, factor)
-    return result
+@torch.library.custom_op("repbend_fast::add_low_rank_", mutates_args={"result"})
+def add_low_rank_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
+    """``result`` [N, O] += f · P Bᵀ, in place; returns P [N, r] in float32 (float64 for float64). ``x`` is [..., D], ``keys`` [N]."""
+    return _add_rows_(result, x, a, b, keys, factor, place, p)
 
 
 @add_low_rank_.register_fake
@@ -249,7 +243,9 @@ class LowRankForward(nn.Module):
         factor = layer.scaling[name] / (1 - p) if keys is not None else layer.scaling[name]
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         if keys is None and not torch.is_grad_enabled():
-            return _add_for_good_(result, x, a, b, float(factor))
+            # Generating comes here for each token, where an op and an autograd function cost more than their work.
+            _add_rows_(result, x, a, b, None, float(factor), self.place, p)
+            return result
         return _LowRank.apply(result, x, a, b, keys, float(factor), self.place, p)
 
 
