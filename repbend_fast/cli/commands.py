@@ -64,8 +64,11 @@ def compare(arguments: Namespace) -> int:
     options: dict[str, Any] = {name: values for name, values in given.items() if values is not None}
     if arguments.out is not None:
         options["folder"] = Path(arguments.out).expanduser()
+    if arguments.jobs is not None:
+        options["jobs"] = arguments.jobs
     comparison = load_comparison(arguments.recipes or DEFAULT_RECIPES, arguments.overrides, **options)
     words = [*arguments.recipes, *([] if arguments.out is None else ["--out", arguments.out])]
+    words += [] if arguments.jobs is None else ["--jobs", str(arguments.jobs)]
     for name, values in given.items():
         words += [] if values is None else [f"--{name}", *map(str, values)]
     return run_compare(comparison, shlex.join(["repbend-fast", "compare", *words, *arguments.overrides]))

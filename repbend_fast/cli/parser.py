@@ -35,6 +35,7 @@ _OWN_OPTIONS: dict[str, str] = {
     "--json": "",
     "--seeds": "+",
     "--rates": "+",
+    "--jobs": "1",
     "--help": "",
     "-h": "",
 }
@@ -178,6 +179,7 @@ def _compare_command(groups: Any) -> None:
     compare.add_argument(
         "--rates", action="append", type=float, metavar="RATE …", help="learning rates that each method tries (default: 5e-4 1e-3 2e-3)"
     )
+    compare.add_argument("--jobs", type=int, metavar="N", help="runs at once, which share the CPU's cores (default: 1)")
 
 
 def _recipe_commands(groups: Any) -> None:
@@ -207,7 +209,7 @@ def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool
 _USAGE = {
     "train": "train RECIPE [key=value …] [--name value …] [--dry-run] [--resume [FOLDER]]",
     "eval": "eval RUN_OR_RECIPE [key=value …] [--out FILE]",
-    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [key=value …]",
+    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [key=value …]",
     "plan": "plan [RECIPE] [key=value …] [--card NAME] [--table] [--json]",
     "check": "data check RECIPE|FILE [key=value …]",
 }

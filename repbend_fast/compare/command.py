@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from repbend_fast.compare import picture, tables
+from repbend_fast.compare import picture, process, tables
 from repbend_fast.compare.results import comparison_record, method_record, seed_record
 from repbend_fast.compare.search import Try, choose, search_record, try_of
-from repbend_fast.compare.settings import Comparison, Method
+from repbend_fast.compare.settings import Comparison
 from repbend_fast.compare.training import Training, evaluate, measure_before, state, train, training_of
 from repbend_fast.errors import UserError
 from repbend_fast.metrics import console, say
@@ -27,12 +27,12 @@ class Progress:
     done: int = field(default=0)
 
     def train(self, training: Training) -> RunRecord:
-        """Train with a line before and one after."""
+        """Train with a line before and one after. Several jobs print between each other's."""
         self.done += 1
         there = " is there already" if state(training) in ("finished", "diverged") else f"; log: {training.log}"
         say(f"training {self.done}/{self.total}: {training.title}{there}")
         record = train(training)
-        say(f"  {_outcome(training, record)}")
+        say(f"  {training.title}: {_outcome(training, record)}")
         return record
 
 
@@ -67,36 +67,40 @@ def run_compare(comparison: Comparison, again: str) -> int:
 def _compare(comparison: Comparison) -> dict[str, Any]:
     """All rates are chosen and all adapters trained before the first test prompt is asked."""
     first_seed, *more_seeds = comparison.seeds
+    folder, jobs = comparison.folder, comparison.jobs
     progress = Progress(len(comparison.methods) * (len(comparison.rates) + len(more_seeds)))
-    search: dict[str, Any] = {}
-    chosen: list[tuple[Method, list[Training]]] = []
-    for method in comparison.methods:
-        tried, search[method.recipe] = _search(comparison, method, first_seed, progress)
-        chosen.append((method, [tried]))
-    for method, trainings in chosen:
-        for seed in more_seeds:
-            training = training_of(comparison.folder, method, trainings[0].learning_rate, seed)
-            _must_not_diverge(training, progress.train(training))
-            trainings.append(training)
+    tried = [[training_of(folder, method, rate, first_seed) for rate in comparison.rates] for method in comparison.methods]
+    records = iter(process.run_each(jobs, progress.train, [training for trainings in tried for training in trainings]))
+    found = [_chosen(comparison, trainings, [next(records) for _ in trainings]) for trainings in tried]
+    search = {chosen.method.recipe: how for chosen, how in found}
+    trainings = [[chosen, *(training_of(folder, chosen.method, chosen.learning_rate, seed) for seed in more_seeds)] for chosen, _ in found]
+    more = [training for of_method in trainings for training in of_method[1:]]
+    for training, record in zip(more, process.run_each(jobs, progress.train, more), strict=True):
+        _must_not_diverge(training, record)
     say("measuring the model before training on the test prompts")
-    before = measure_before(comparison.methods[0], comparison.folder)
-    methods = []
-    for method, trainings in chosen:
-        say(f"measuring {method.name} on the test prompts")
-        seeds = [seed_record(training, evaluate(training, before), _shown(comparison, training)) for training in trainings]
-        methods.append(method_record(method.name, method.recipe, trainings[0].learning_rate, seeds))
+    before = measure_before(comparison.methods[0], folder)
+    every = [training for of_method in trainings for training in of_method]
+    measured = iter(process.run_each(jobs, lambda training: _measured(comparison, training, before), every))
+    methods = [
+        method_record(method.name, method.recipe, of_method[0].learning_rate, [next(measured) for _ in of_method])
+        for method, of_method in zip(comparison.methods, trainings, strict=True)
+    ]
     return comparison_record(comparison, search, methods, before)
 
 
-def _search(comparison: Comparison, method: Method, seed: int, progress: Progress) -> tuple[Training, dict[str, Any]]:
-    """Train every rate with one seed; the training that was chosen, and the search as it is recorded."""
-    trainings = [training_of(comparison.folder, method, rate, seed) for rate in comparison.rates]
-    records = [progress.train(training) for training in trainings]
+def _chosen(comparison: Comparison, trainings: Sequence[Training], records: Sequence[RunRecord]) -> tuple[Training, dict[str, Any]]:
+    """Of one method's rates the training that was chosen, and the search as it is recorded."""
     tries: Sequence[Try] = [try_of(training.learning_rate, record) for training, record in zip(trainings, records, strict=True)]
-    best, why = choose(method.name, tries)
-    say(f"{method.name}: learning rate {best.learning_rate:g} is chosen ({why})")
+    name = trainings[0].method.name
+    best, why = choose(name, tries)
+    say(f"{name}: learning rate {best.learning_rate:g} is chosen ({why})")
     shown = [_shown(comparison, training) for training in trainings]
     return trainings[tries.index(best)], search_record(best, why, list(zip(tries, records, shown, strict=True)))
+
+
+def _measured(comparison: Comparison, training: Training, before: dict[str, Any]) -> dict[str, Any]:
+    say(f"measuring {training.title} on the test prompts")
+    return seed_record(training, evaluate(training, before), _shown(comparison, training))
 
 
 def _must_not_diverge(training: Training, record: RunRecord) -> None:

@@ -42,13 +42,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``rates`` are tried with the first of ``seeds``; the others train with the chosen one. Everything lies in ``folder``."""
+    """``rates`` are tried with the first of ``seeds``; the others train with the chosen one. Everything lies in ``folder``.
+
+    ``jobs``: processes at once, which share the CPU's cores.
+    """
 
     methods: tuple[Method, ...]
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
     folder: Path
     overrides: tuple[str, ...] = ()
+    jobs: int = 1
 
 
 def load_comparison(
@@ -58,6 +62,7 @@ def load_comparison(
     seeds: Sequence[int] = DEFAULT_SEEDS,
     rates: Sequence[float] = DEFAULT_RATES,
     folder: Path = DEFAULT_FOLDER,
+    jobs: int = 1,
 ) -> Comparison:
     """Load the recipes, the same ``overrides`` on each, and refuse what could not be compared. Trains nothing, loads no weights.
 
@@ -68,6 +73,8 @@ def load_comparison(
         raise UserError(f"--rates {bad[0]:g}: must be above 0")
     if bad := [seed for seed in seeds if seed < 0]:
         raise UserError(f"--seeds {bad[0]}: must be 0 or more")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: must be 1 or more")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; name a folder")
     configs = [load_config(recipe, overrides) for recipe in recipes]
@@ -83,7 +90,7 @@ def load_comparison(
     check_equal(methods)
     # Asked here, and forgotten: a broken file of test prompts should not come up after an hour of training.
     load_prompts(methods[0].config.evaluation.prompts)  # type: ignore[arg-type]
-    return Comparison(tuple(methods), tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(rates)), folder, tuple(overrides))
+    return Comparison(tuple(methods), tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(rates)), folder, tuple(overrides), jobs)
 
 
 def check_equal(methods: Sequence[Method]) -> None:
