@@ -21,8 +21,8 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/repbend-fast train demo
 
-# Ten trainings and six test evaluations, about 50 minutes on two cores (docs/comparing.md).
-COMPARE ?= --rates 1e-3 3e-3 training.steps=40 validation.start=20
+# Ten trainings, two at a time, and six test evaluations (docs/comparing.md has the minutes).
+COMPARE ?= --jobs 2 --rates 1e-3 3e-3 training.steps=80 training.examples=1 validation.every=80 validation.start=0 validation.max_new_tokens=40
 
 compare: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/repbend-fast compare $(COMPARE)
