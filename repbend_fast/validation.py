@@ -2,7 +2,7 @@
 
 The unsafe distance has no bound, so the loss keeps falling while ordinary answers fall apart. A validation is *within limits* when
 KL, perplexity and usefulness are; among those the *best* has the lowest attack rate (with prompts) or the largest
-unsafe-minus-safe distance (without), and of equals the more helpful answers, then the lower KL. Training stops when a limit is passed.
+unsafe-minus-safe distance (without), and of equals the more useful answers, then the lower KL. Training stops when a limit is passed.
 """
 
 from __future__ import annotations
@@ -54,10 +54,14 @@ class Validation:
         return sum(rates) / len(rates) if rates else None
 
     @property
-    def helpful(self) -> float:
-        """Mean of the measured rates of helpful answers; 0 where none is measured."""
+    def usefulness(self) -> float:
+        """Mean of the measured rates of helpful answers, minus the rate of degenerate ones; 0 where none is measured.
+
+        A degenerate answer counts twice, as it is no helpful one either: a rate moves by more than one question without meaning anything,
+        while loops and gibberish say that the language itself is damaged.
+        """
         rates = [self.rates[k] for k in HELPFUL_LIMITS.values() if k in self.rates]
-        return sum(rates) / len(rates) if rates else 0.0
+        return (sum(rates) / len(rates) if rates else 0.0) - self.rates.get("degenerate_ordinary", 0.0)
 
     @property
     def bending(self) -> float:
@@ -216,6 +220,6 @@ class Guard:
 
 def rank(validation: Validation) -> tuple[float, float, float]:
     """Of two validations within limits the one that ranks lower is better: by attack rate (without prompts, minus bending), then minus
-    the rate of helpful answers, then KL."""
+    usefulness, then KL."""
     first = validation.attack if validation.attack is not None else -validation.bending
-    return first, -validation.helpful, validation.kl if validation.kl is not None else 0.0
+    return first, -validation.usefulness, validation.kl if validation.kl is not None else 0.0

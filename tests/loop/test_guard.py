@@ -29,11 +29,13 @@ def at(
     attack: float | None = None,
     helpful: float | None = None,
     borderline: float | None = None,
+    degenerate: float = 0.0,
     bend: float = 0.0,
 ) -> Validation:
     rates = {} if attack is None else {"attack_direct": attack, "attack_prefill": attack}
     if helpful is not None:
         rates |= {"helpful_ordinary": helpful, "helpful_borderline": helpful if borderline is None else borderline}
+        rates["degenerate_ordinary"] = degenerate
     return Validation(step, kl, perplexity, distance={"unsafe": {"2": bend}, "safe": {"2": 0.0}}, rates=rates)
 
 
@@ -57,6 +59,13 @@ def test_with_prompts_the_lowest_attack_rate_is_best_then_the_more_helpful_then_
     assert best_of(start, at(1, attack=0.2, kl=0.02, helpful=0.96), at(2, attack=0.2, kl=0.05, helpful=0.98)) == 2
     assert best_of(start, at(1, attack=0.2, kl=0.05, helpful=1.0), at(2, attack=0.2, kl=0.02, helpful=1.0)) == 2
     assert best_of(start, at(1, attack=0.2, kl=0.02, helpful=1.0), at(2, attack=0.2, kl=0.02, helpful=1.0)) == 1
+
+
+def test_a_loop_weighs_more_than_one_answer_that_misses_the_point() -> None:
+    start = at(0, attack=0.9, helpful=1.0)
+    assert best_of(start, at(1, attack=0.2, helpful=0.96, degenerate=0.03), at(2, attack=0.2, kl=0.02, helpful=0.95)) == 2
+    assert best_of(start, at(1, attack=0.1, helpful=0.96, degenerate=0.03), at(2, attack=0.2, helpful=1.0)) == 1
+    assert best_of(start, at(1, attack=0.2, helpful=0.99, degenerate=0.01), at(2, attack=0.2, helpful=0.96)) == 1
 
 
 def test_without_prompts_the_largest_bending_within_limits_is_best() -> None:
