@@ -69,7 +69,7 @@ def _why(chosen: Try, rest: Sequence[Try]) -> str:
     if not equal:
         return f"{found}: {first} of the rates"
     if all(rank(rival)[1] > rank(best)[1] for rival in equal):
-        return f"{found}: {first}, shared with another rate; more helpful, fewer degenerate answers"
+        return f"{found}: {first}, shared with another rate; more helpful, fewer degenerate ones"
     if all(rank(rival) > rank(best) for rival in equal):
         return f"{found}: {first}, shared with another rate; KL {_kl(best)} is the lower one"
     return f"{found}: {first}, KL {_kl(best)} shared with another rate too; the lower rate"

@@ -38,7 +38,7 @@ def test_equal_attack_rates_go_to_the_more_helpful() -> None:
     rate, why = chosen(tried(1e-3, 20, 0.2, kl=0.01, helpful=0.9), tried(2e-3, 20, 0.2, kl=0.05, helpful=0.95))
     assert rate == 2e-3
     assert (
-        why == "attack success 20.0% at step 20, within limits: the lowest, shared with another rate; more helpful, fewer degenerate answers"
+        why == "attack success 20.0% at step 20, within limits: the lowest, shared with another rate; more helpful, fewer degenerate ones"
     )
 
 
