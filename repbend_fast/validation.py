@@ -57,8 +57,8 @@ class Validation:
     def usefulness(self) -> float:
         """Mean of the measured rates of helpful answers, minus the rate of degenerate ones; 0 where none is measured.
 
-        A degenerate answer counts twice, as it is no helpful one either: a rate moves by more than one question without meaning anything,
-        while loops and gibberish say that the language itself is damaged.
+        A degenerate answer counts twice, being no helpful one either: a point missed by one more answer is noise, a loop says that the
+        language itself is damaged.
         """
         rates = [self.rates[k] for k in HELPFUL_LIMITS.values() if k in self.rates]
         return (sum(rates) / len(rates) if rates else 0.0) - self.rates.get("degenerate_ordinary", 0.0)
