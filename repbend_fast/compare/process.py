@@ -66,8 +66,13 @@ def run_each(jobs: int, work: Callable[[Item], Result], items: Sequence[Item]) -
     """
     if jobs == 1:
         return [work(item) for item in items]
-    with processes(jobs), ThreadPoolExecutor(jobs) as pool:
-        futures: list[Future[Result]] = [pool.submit(work, item) for item in items]
+
+    def begin(item: Item) -> Result:
+        running.raise_if_signalled()
+        return work(item)
+
+    with processes(jobs) as running, ThreadPoolExecutor(jobs) as pool:
+        futures: list[Future[Result]] = [pool.submit(begin, item) for item in items]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         if failed := next((future.exception() for future in futures if future in done and future.exception()), None):
             pool.shutdown(cancel_futures=True)
