@@ -1,9 +1,8 @@
 """The over-bending guard: held-out measurements during training, the best adapter by a stated rule, and when to stop.
 
 The unsafe distance has no bound, so the loss keeps falling while ordinary answers fall apart. A validation is *within limits* when
-KL, perplexity and usefulness are; among those the *best* has the lowest attack rate (with prompts; up to the target all are equal) or the
-largest unsafe-minus-safe distance (without), and of equals the more useful answers, then the lower KL. Training stops when a limit is
-passed.
+KL, perplexity and usefulness are; among those the *best* has the lowest attack rate (with prompts) or the largest
+unsafe-minus-safe distance (without), and of equals the more useful answers, then the lower KL. Training stops when a limit is passed.
 """
 
 from __future__ import annotations
@@ -163,7 +162,7 @@ class Guard:
         validation.over = list(self._passed_limits(validation))
         self.consecutive = self.consecutive + 1 if validation.over else 0
         self.at_target = self.at_target + 1 if self._is_at_target(validation) else 0
-        if not validation.over and (self.best is None or self._rank(validation) < self._rank(self.best)):
+        if not validation.over and (self.best is None or rank(validation) < rank(self.best)):
             validation.best = True
             self.best = validation
 
@@ -174,9 +173,6 @@ class Guard:
         if self.at_target >= self.limits.target_patience:
             return f"validation.target_attack={self.limits.target_attack:g} reached"
         return None
-
-    def _rank(self, validation: Validation) -> tuple[float, float, float]:
-        return rank(validation, self.limits.target_attack)
 
     def _is_at_target(self, validation: Validation) -> bool:
         target = self.limits.target_attack
@@ -222,9 +218,8 @@ class Guard:
         self.consecutive, self.at_target = state["consecutive"], state["at_target"]
 
 
-def rank(validation: Validation, target: float | None = None) -> tuple[float, float, float]:
+def rank(validation: Validation) -> tuple[float, float, float]:
     """Of two validations within limits the one that ranks lower is better: by attack rate (without prompts, minus bending), then minus
-    usefulness, then KL. Attack rates up to ``target`` are all as good: below it one more or less of some dozens is chance."""
-    rates = [max(0.0, rate - (target or 0.0)) for rate in validation.attacks]
-    first = sum(rates) / len(rates) if rates else -validation.bending
+    usefulness, then KL."""
+    first = validation.attack if validation.attack is not None else -validation.bending
     return first, -validation.usefulness, validation.kl if validation.kl is not None else 0.0

@@ -90,8 +90,8 @@ def _compare(comparison: Comparison) -> dict[str, Any]:
 
 def _chosen(comparison: Comparison, trainings: Sequence[Training], records: Sequence[RunRecord]) -> tuple[Training, dict[str, Any]]:
     """Of one method's rates the training that was chosen, and the search as it is recorded."""
-    name, target = trainings[0].method.name, trainings[0].method.config.validation.target_attack
-    tries: Sequence[Try] = [try_of(training.learning_rate, record, target) for training, record in zip(trainings, records, strict=True)]
+    tries: Sequence[Try] = [try_of(training.learning_rate, record) for training, record in zip(trainings, records, strict=True)]
+    name = trainings[0].method.name
     best, why = choose(name, tries)
     say(f"{name}: learning rate {best.learning_rate:g} is chosen ({why})")
     shown = [_shown(comparison, training) for training in trainings]

@@ -13,39 +13,31 @@ from repbend_fast.validation import Validation, rank
 
 @dataclass(frozen=True)
 class Try:
-    """One rate of the search. ``best`` is the kept validation of its run; None = ``broke_off``, the reason why training could not go on.
-
-    ``target``: ``validation.target_attack``, up to which attack rates are equal.
-    """
+    """One rate of the search. ``best`` is the kept validation of its run; None = ``broke_off``, the reason why training could not go on."""
 
     learning_rate: float
     best: Validation | None
     broke_off: str | None = None
-    target: float | None = None
 
     @property
     def bent(self) -> bool:
         """Whether an adapter of a later step than 0 stayed within limits."""
         return self.best is not None and self.best.step > 0
 
-    @property
-    def rank(self) -> tuple[float, ...]:
-        """The guard's rank of the kept validation; empty without one."""
-        return () if self.best is None else rank(self.best, self.target)
 
-
-def try_of(learning_rate: float, record: RunRecord, target: float | None = None) -> Try:
+def try_of(learning_rate: float, record: RunRecord) -> Try:
     """What the search reads of a run: its validations, nothing else."""
     reason = next((str(row["reason"]) for row in record.events if row.get("event") == "not_finite"), None)
     kept = [row for row in record.validations if row.get("best")]
     if reason is not None or not kept:
         return Try(learning_rate, None, reason or "no validation")
-    return Try(learning_rate, Validation.from_row(kept[-1]), target=target)
+    return Try(learning_rate, Validation.from_row(kept[-1]))
 
 
 def order(tried: Try) -> tuple[bool, bool, tuple[float, ...], float]:
     """Lower is better: rates that bent something within limits first, by the guard's rank of their best validation, then the lower rate."""
-    return tried.best is None, not tried.bent, tried.rank, tried.learning_rate
+    ranked = rank(tried.best) if tried.best is not None else ()
+    return tried.best is None, not tried.bent, ranked, tried.learning_rate
 
 
 def choose(name: str, tries: Sequence[Try]) -> tuple[Try, str]:
@@ -67,20 +59,18 @@ def _why(chosen: Try, rest: Sequence[Try]) -> str:
         return "no rate left step 0 within validation's limits, so the model is kept as it was; the lowest of the rates stands for it"
     what = f"attack success {best.attack:.1%}" if best.attack is not None else f"unsafe minus safe distance {best.bending:.4g}"
     found = f"{what} at step {best.step}, within limits"
-    rivals = [other for other in rest if other.bent]
+    rivals = [other.best for other in rest if other.bent and other.best is not None]
     if not rest:
         return f"the only rate; {found}"
     if not rivals:
         return f"{found}, where no other rate left step 0"
     first = "the lowest" if best.attack is not None else "the largest"
-    if best.attack is not None and chosen.target and chosen.rank[0] == 0:
-        first = f"at most the target of {chosen.target:g}"
-    equal = [rival.rank for rival in rivals if rival.rank[0] == chosen.rank[0]]
+    equal = [rival for rival in rivals if rank(rival)[0] == rank(best)[0]]
     if not equal:
-        return f"{found}: {first} of the rates" if first.startswith("the") else f"{found}: alone {first}"
-    if all(rival[1] > chosen.rank[1] for rival in equal):
+        return f"{found}: {first} of the rates"
+    if all(rank(rival)[1] > rank(best)[1] for rival in equal):
         return f"{found}: {first}, shared with another rate; more helpful, fewer degenerate ones"
-    if all(rival > chosen.rank for rival in equal):
+    if all(rank(rival) > rank(best) for rival in equal):
         return f"{found}: {first}, shared with another rate; KL {_kl(best)} is the lower one"
     return f"{found}: {first}, KL {_kl(best)} shared with another rate too; the lower rate"
 

@@ -68,13 +68,6 @@ def test_a_loop_weighs_more_than_one_answer_that_misses_the_point() -> None:
     assert best_of(start, at(1, attack=0.2, helpful=0.99, degenerate=0.01), at(2, attack=0.2, helpful=0.96)) == 1
 
 
-def test_attack_rates_up_to_the_target_are_equal() -> None:
-    start, few, none = at(0, attack=0.9, helpful=1.0), at(1, attack=0.04, helpful=0.98), at(2, attack=0.0, helpful=0.96)
-    assert judged(ValidationConfig(target_attack=0.05), start, few, none).best is few
-    assert judged(ValidationConfig(target_attack=0.03), start, few, none).best is none
-    assert judged(ValidationConfig(target_attack=0.0), start, few, none).best is none
-
-
 def test_without_prompts_the_largest_bending_within_limits_is_best() -> None:
     assert best_of(at(0), at(1, bend=2.0), at(2, bend=5.0), at(3, bend=4.0)) == 2
     assert best_of(at(0), at(1, bend=2.0), at(2, bend=5.0, kl=0.3)) == 1
