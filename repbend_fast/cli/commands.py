@@ -60,17 +60,13 @@ def compare(arguments: Namespace) -> int:
     """``compare``: the same command typed again goes on where it stopped."""
     from repbend_fast.compare import DEFAULT_RECIPES, load_comparison, run_compare
 
-    given = {"seeds": arguments.seeds, "rates": arguments.rates}
-    options: dict[str, Any] = {name: values for name, values in given.items() if values is not None}
+    options: dict[str, Any] = {name: value for name in ("seeds", "rates", "jobs") if (value := getattr(arguments, name)) is not None}
+    words = [*arguments.recipes, *([] if arguments.out is None else ["--out", arguments.out])]
+    for name, value in options.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if arguments.out is not None:
         options["folder"] = Path(arguments.out).expanduser()
-    if arguments.jobs is not None:
-        options["jobs"] = arguments.jobs
     comparison = load_comparison(arguments.recipes or DEFAULT_RECIPES, arguments.overrides, **options)
-    words = [*arguments.recipes, *([] if arguments.out is None else ["--out", arguments.out])]
-    words += [] if arguments.jobs is None else ["--jobs", str(arguments.jobs)]
-    for name, values in given.items():
-        words += [] if values is None else [f"--{name}", *map(str, values)]
     return run_compare(comparison, shlex.join(["repbend-fast", "compare", *words, *arguments.overrides]))
 
 
