@@ -21,7 +21,7 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/repbend-fast train demo
 
-# Ten trainings, two at a time, and six test evaluations (docs/comparing.md has the minutes).
+# Ten trainings, two at a time, and six test evaluations (docs/comparing.md).
 COMPARE ?= --jobs 2 --rates 1e-3 3e-3 training.steps=80 training.examples=1 validation.every=80 validation.start=0 validation.max_new_tokens=40
 
 compare: $(STAMP)
