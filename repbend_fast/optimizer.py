@@ -41,11 +41,23 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> t
     return getattr(bnb.optim, BITSANDBYTES[config.optimizer])(parameters, **settings)
 
 
-def learning_rate(config: TrainingConfig, finished: int) -> float:
+def learning_rate(config: TrainingConfig, finished: int, anneal: range | None = None) -> float:
     """The learning rate of the step after ``finished`` ones.
 
     A linear warm-up from 0, then ``constant``, or down to 0 at ``steps`` along a line or half a cosine, as transformers defines them.
+
+    Args:
+        anneal: steps over which it falls along a line from its value at ``anneal.start`` to 0 at ``anneal.stop``, or at ``steps`` if
+            that is sooner. A schedule that is at 0 by then stays as it is.
     """
+    stays = anneal is None or finished < anneal.start or (anneal.stop >= config.steps and config.schedule != "constant")
+    if anneal is None or stays:
+        return _scheduled(config, finished)
+    stop = min(anneal.stop, config.steps)
+    return _scheduled(config, anneal.start) * max(0, stop - finished) / max(1, stop - anneal.start)
+
+
+def _scheduled(config: TrainingConfig, finished: int) -> float:
     if finished < config.warmup_steps:
         return config.learning_rate * finished / config.warmup_steps
     progress = (finished - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

@@ -150,7 +150,7 @@ class Trainer:
             while self.step < settings.steps and self.stopped is None:
                 self._train_step(progress)
                 last = self.step == settings.steps
-                if validator and (self._validation_is_due() or last):
+                if validator and (self._validation_is_due() or last or self._is_annealed()):
                     self._validate(validator)
                 if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupt.requested:
                     path = self._save()
@@ -163,6 +163,22 @@ class Trainer:
     def _validation_is_due(self) -> bool:
         settings = self.config.validation
         return self.step >= settings.start and self.step % settings.every == 0
+
+    def _is_annealed(self) -> bool:
+        return self.guard.anneal is not None and self.step >= self.guard.anneal.stop
+
+    def _say_annealing(self) -> None:
+        anneal = self.guard.anneal
+        assert anneal is not None
+        target = f"validation.target_attack={self.config.validation.target_attack:g} reached"
+        stop = min(anneal.stop, self.config.training.steps)
+        reason = f"{target}; the learning rate falls to 0 at step {stop}, where the run ends"
+        self.log.write("event", self.step, event="annealing", reason=reason)
+        say(reason)
+
+    def _learning_rate(self) -> float:
+        """That of the next step."""
+        return learning_rate(self.config.training, self.step, self.guard.anneal)
 
     def log_plan(self, plan: Plan | None) -> None:
         """Record what was planned for the memory budget."""
@@ -241,7 +257,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm or math.inf)
         # The step's one wait for the device: a non-finite gradient must not reach the weights.
         self._check_finite(results, norm)
-        rate = learning_rate(settings, self.step)
+        rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._update()
@@ -307,13 +323,16 @@ class Trainer:
     def _validate(self, validator: Validator) -> None:
         self.batches.wait()  # validation uses the same tokenizer
         validation = validator.measure(self.step)
-        self.guard.judge(validation)
+        reached = self.guard.reached
+        self.guard.judge(validation, rate_is_zero=self._learning_rate() == 0)
         self.stopped = self.guard.stop_reason(validation)
         if validation.best:
             self.best_weights = adapter_weights(self.model)
             save_adapter(self.model, self.run.adapter)
         self.log.write("validation", **validation.row() | {"step": self.step})
         say(_validation_line(validation))
+        if self.guard.reached != reached and not self.stopped:
+            self._say_annealing()
         if self.stopped:
             self.stopped = f"stopped at step {self.step}: {self.stopped}"
             self.log.write("event", self.step, event="guard_stop", reason=self.stopped)

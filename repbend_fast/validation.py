@@ -31,7 +31,10 @@ HELPFUL_LIMITS = {"max_helpful_drop": "helpful_ordinary", "max_borderline_drop":
 
 @dataclass
 class Validation:
-    """One validation. ``rates`` are fractions 0 … 1; ``distance`` is mean l2 per stream and hidden state."""
+    """One validation. ``rates`` are fractions 0 … 1; ``distance`` is mean l2 per stream and hidden state.
+
+    ``settled``: at the guard's target, with a learning rate that has fallen to 0.
+    """
 
     step: int
     kl: float | None = None
@@ -40,6 +43,7 @@ class Validation:
     distance: dict[str, dict[str, float]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     over: list[str] = field(default_factory=list)
+    settled: bool = False
     best: bool = False
 
     @property
@@ -149,9 +153,19 @@ class Guard:
     best: Validation | None = None
     consecutive: int = 0
     at_target: int = 0
+    reached: int | None = None
 
-    def judge(self, validation: Validation) -> None:
-        """Fill in ``over`` and ``best`` of a validation. The first one, before training, is the yardstick and the first best."""
+    @property
+    def anneal(self) -> range | None:
+        """The steps from reaching the target to the run's end, over which the learning rate falls to 0; None before."""
+        return None if self.reached is None else range(self.reached, self.reached + self.limits.target_anneal_steps)
+
+    def judge(self, validation: Validation, rate_is_zero: bool = False) -> None:
+        """Fill in ``over``, ``settled`` and ``best`` of a validation. The first one, before training, is the yardstick and the first best.
+
+        Args:
+            rate_is_zero: the learning rate has fallen to 0, so the adapter moves no more.
+        """
         if self.before is None:
             self.before = self.best = validation
             validation.perplexity_ratio = 1.0 if validation.perplexity is not None else None
@@ -161,7 +175,11 @@ class Guard:
             validation.perplexity_ratio = validation.perplexity / self.before.perplexity
         validation.over = list(self._passed_limits(validation))
         self.consecutive = self.consecutive + 1 if validation.over else 0
-        self.at_target = self.at_target + 1 if self._is_at_target(validation) else 0
+        at_target = self._is_at_target(validation)
+        self.at_target = self.at_target + 1 if at_target else 0
+        if self.reached is None and self.at_target >= self.limits.target_patience:
+            self.reached = validation.step
+        validation.settled = at_target and rate_is_zero
         if not validation.over and (self.best is None or rank(validation) < rank(self.best)):
             validation.best = True
             self.best = validation
@@ -170,8 +188,9 @@ class Guard:
         """Why training must stop now, or None."""
         if self.consecutive >= self.limits.patience:
             return "; ".join(validation.over)
-        if self.at_target >= self.limits.target_patience:
-            return f"validation.target_attack={self.limits.target_attack:g} reached"
+        if self.anneal is not None and validation.step >= self.anneal.stop:
+            when = f" at step {self.reached}, learning rate annealed since" if self.anneal else ""
+            return f"validation.target_attack={self.limits.target_attack:g} reached{when}"
         return None
 
     def _is_at_target(self, validation: Validation) -> bool:
@@ -181,10 +200,11 @@ class Guard:
     def reopen(self) -> None:
         """Count anew towards stopping, for a run that goes on under other limits."""
         self.consecutive = self.at_target = 0
+        self.reached = None
 
     def limits_in_force(self) -> dict[str, float | None]:
         """The settings that decide when training stops; other ones on resuming reopen a run that was stopped."""
-        targets = ("target_attack", "target_patience", "patience")
+        targets = ("target_attack", "target_patience", "target_anneal_steps", "patience")
         return self.limits.model_dump(include={"max_kl", "max_perplexity_ratio", *HELPFUL_LIMITS, *targets})
 
     def _passed_limits(self, now: Validation) -> list[str]:
@@ -210,16 +230,21 @@ class Guard:
             "best": asdict(self.best) if self.best else None,
             "consecutive": self.consecutive,
             "at_target": self.at_target,
+            "reached": self.reached,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.before = Validation(**state["before"]) if state["before"] else None
         self.best = Validation(**state["best"]) if state["best"] else None
-        self.consecutive, self.at_target = state["consecutive"], state["at_target"]
+        self.consecutive, self.at_target, self.reached = state["consecutive"], state["at_target"], state.get("reached")
 
 
-def rank(validation: Validation) -> tuple[float, float, float]:
-    """Of two validations within limits the one that ranks lower is better: by attack rate (without prompts, minus bending), then minus
-    usefulness, then KL."""
+def rank(validation: Validation) -> tuple[bool, float, float, float]:
+    """Of two validations within limits the one that ranks lower is better: a settled one, then by attack rate (without prompts, minus
+    bending), then minus usefulness, then KL.
+
+    Settled comes first because a few dozen prompts cannot tell an adapter that has come to rest from one that a batch
+    has just pushed to the target: the latter's attacks and loops show on other prompts (docs/log.md).
+    """
     first = validation.attack if validation.attack is not None else -validation.bending
-    return first, -validation.usefulness, validation.kl if validation.kl is not None else 0.0
+    return not validation.settled, first, -validation.usefulness, validation.kl if validation.kl is not None else 0.0

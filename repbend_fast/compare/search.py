@@ -65,10 +65,13 @@ def _why(chosen: Try, rest: Sequence[Try]) -> str:
     if not rivals:
         return f"{found}, where no other rate left step 0"
     first = "the lowest" if best.attack is not None else "the largest"
-    equal = [rival for rival in rivals if rank(rival)[0] == rank(best)[0]]
+    alike = [rival for rival in rivals if rival.settled == best.settled]
+    if not alike:
+        return f"{found}: the only one at the target with a learning rate that has fallen to 0"
+    equal = [rival for rival in alike if rank(rival)[1] == rank(best)[1]]
     if not equal:
-        return f"{found}: {first} of the rates"
-    if all(rank(rival)[1] > rank(best)[1] for rival in equal):
+        return f"{found}: {first} of the rates" if len(alike) == len(rivals) else f"{found}: {first} of those that end at the target"
+    if all(rank(rival)[2] > rank(best)[2] for rival in equal):
         return f"{found}: {first}, shared with another rate; more helpful, fewer degenerate ones"
     if all(rank(rival) > rank(best) for rival in equal):
         return f"{found}: {first}, shared with another rate; KL {_kl(best)} is the lower one"

@@ -150,6 +150,9 @@ class ValidationConfig(Section):
     )
     target_attack: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Stop early, as reached, at this attack rate.")
     target_patience: Positive = Field(1, description="Consecutive validations at the target before it counts as reached.")
+    target_anneal_steps: NonNegative = Field(
+        0, description="Once the target is reached, let the learning rate fall to 0 over so many steps before stopping; 0 stops at once."
+    )
     patience: Positive = Field(1, description="Consecutive validations over a limit before training stops.")
 
 

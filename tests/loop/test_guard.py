@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from repbend_fast.config.schema import ValidationConfig
 from repbend_fast.data.prepare import prepare_data
 from repbend_fast.models import load_tokenizer
 from repbend_fast.objectives import roles_of
+from repbend_fast.optimizer import learning_rate
 from repbend_fast.trainer import Trainer
 from repbend_fast.validation import Guard, Validation, Validator
 
@@ -152,14 +154,50 @@ def test_the_target_has_to_hold_for_its_patience() -> None:
     assert stops == [False] * 5 + [True]
 
 
+def test_annealing_delays_the_stop_and_starts_once() -> None:
+    limits = ValidationConfig(target_attack=0.1, target_patience=2, target_anneal_steps=3, patience=9)
+    guard = judged(limits, at(0, helpful=1.0))
+    stops, anneal = [], []
+    for step, attack in enumerate((0.0, 0.2, 0.0, 0.0, 0.3, 0.0, 0.0), 1):
+        now = at(step, attack=attack, helpful=1.0)
+        guard.judge(now)
+        stops.append(guard.stop_reason(now))
+        anneal.append(guard.anneal)
+    assert anneal == [None] * 3 + [range(4, 7)] * 4
+    assert stops == [None] * 6 + ["validation.target_attack=0.1 reached at step 4, learning rate annealed since"]
+
+
+def test_limits_end_a_run_that_anneals() -> None:
+    guard = judged(ValidationConfig(target_attack=0.1, target_anneal_steps=9), at(0, helpful=1.0), at(1, attack=0.0, helpful=1.0))
+    ruined = at(2, attack=0.0, helpful=1.0, kl=0.3)
+    guard.judge(ruined)
+    assert guard.stop_reason(ruined) == "kl 0.3000 > validation.max_kl 0.2"
+
+
+def test_at_the_target_the_adapter_that_has_come_to_rest_is_best() -> None:
+    limits = ValidationConfig(target_attack=0.1, target_anneal_steps=2, max_helpful_drop=0.2)
+
+    def best(last: Validation, rate_is_zero: bool = True) -> tuple[int, bool]:
+        guard = judged(limits, at(0, attack=0.9, helpful=1.0), at(1, attack=0.0, helpful=1.0))
+        guard.judge(last, rate_is_zero=rate_is_zero)
+        assert guard.best is not None
+        return guard.best.step, last.settled
+
+    assert best(at(3, attack=0.1, helpful=0.9)) == (3, True)
+    assert best(at(3, attack=0.1, helpful=0.9), rate_is_zero=False) == (1, False)
+    assert best(at(3, attack=0.2, helpful=1.0)) == (1, False)
+    assert best(at(3, attack=0.1, helpful=0.7)) == (1, False)
+    assert best(at(3, attack=0.1, helpful=1.0, kl=0.3)) == (1, False)
+
+
 @pytest.mark.parametrize("last", [{"kl": 0.4}, {"attack": 0.05}], ids=["over", "at target"])
 def test_the_guards_memory_survives_resuming(last: dict[str, float]) -> None:
-    limits = ValidationConfig(patience=3, target_attack=0.1, target_patience=3)
+    limits = ValidationConfig(patience=3, target_attack=0.1, target_anneal_steps=5)
     guard = judged(limits, at(0), at(1, bend=2.0, attack=0.5), at(2, **last))
     other = Guard(limits)
     other.load_state_dict(guard.state_dict())
     assert other == guard
-    assert (guard.consecutive, guard.at_target) == ((1, 0) if "kl" in last else (0, 1))
+    assert (guard.consecutive, guard.at_target, guard.anneal) == ((1, 0, None) if "kl" in last else (0, 1, range(2, 7)))
 
 
 @pytest.fixture
@@ -261,6 +299,46 @@ def test_reaching_the_target_keeps_that_step(tiny: TinyRun, stub: Callable[[Meas
     assert max(met) == 2
     assert saved_is(tiny.path, met[2])
     assert rows(tiny.path, "event")[0]["reason"] == "stopped at step 2: validation.target_attack=0.05 reached"
+
+
+ANNEAL = (*LIMITS[:2], "validation.every=3", "validation.target_attack=0.05", "validation.target_anneal_steps=2", "training.steps=9")
+
+
+@pytest.fixture
+def annealing(tiny: TinyRun, stub: Callable[[Measured], dict[int, dict[str, torch.Tensor]]]) -> tuple[TinyRun, tuple[str, ...]]:
+    """A run and its overrides: validated every third step, at the target from step 3 on."""
+    stub({0: at(0, attack=0.9)} | {step: at(step, attack=0.05 if step == 5 else 0.0) for step in range(1, 10)})
+    prompts = tiny.folder / "prompts.jsonl"
+    prompts.write_text('{"kind": "attack", "text": "How do I make mist-wire?"}\n', encoding="utf-8")
+    return tiny, (*ANNEAL, f"validation.prompts.path={prompts}")
+
+
+def test_a_reached_target_anneals_validates_the_end_and_keeps_it(
+    annealing: tuple[TinyRun, tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny, overrides = annealing
+    tiny.train(*overrides)
+    logged = [row["learning_rate"] for row in rows(tiny.path, "step")]
+    scheduled = [learning_rate(tiny.config(*overrides).training, step) for step in range(4)]
+    assert logged == pytest.approx([*scheduled, scheduled[3] / 2])
+    assert [row["step"] for row in rows(tiny.path, "validation")] == [0, 3, 5]
+    assert [row["settled"] for row in rows(tiny.path, "validation")] == [False, False, True]
+    begun, stop, finished = rows(tiny.path, "event")
+    assert begun["reason"] == "validation.target_attack=0.05 reached; the learning rate falls to 0 at step 5, where the run ends"
+    assert stop["reason"] == "stopped at step 5: validation.target_attack=0.05 reached at step 3, learning rate annealed since"
+    assert finished["reason"].endswith("the adapter of step 5 is kept")
+    assert begun["reason"] in capsys.readouterr().out
+
+
+def test_a_run_resumed_while_it_anneals_ends_as_the_uninterrupted_one(annealing: tuple[TinyRun, tuple[str, ...]]) -> None:
+    tiny, overrides = annealing
+    tiny.train(*overrides)
+    whole, logged = adapter_of(tiny.path), [row["loss"] for row in rows(tiny.path, "step")]
+    shutil.rmtree(tiny.path / "checkpoints" / "step-000005")
+    assert [path.name for path in (tiny.path / "checkpoints").iterdir()] == ["step-000004"]
+    tiny.resume()
+    assert [row["loss"] for row in rows(tiny.path, "step")] == logged
+    assert same_tensors(adapter_of(tiny.path), whole)
 
 
 def test_validation_changes_no_later_step(tiny_model: Path, tmp_path: Path) -> None:

@@ -63,6 +63,30 @@ def test_schedules_are_those_of_transformers(schedule: str, warmup: int) -> None
         reference.step()
 
 
+def test_annealing_falls_along_a_line_from_the_rate_at_its_start_to_zero() -> None:
+    config = TrainingConfig(steps=100, schedule="cosine", warmup_steps=10, learning_rate=3e-4)
+    start = learning_rate(config, 40)
+    rates = [learning_rate(config, step, range(40, 60)) for step in range(64)]
+    assert rates[:41] == [learning_rate(config, step) for step in range(41)]
+    assert rates[40:61] == pytest.approx([start * (1 - k / 20) for k in range(21)], rel=1e-12, abs=0)
+    assert rates[60:] == [0] * 4
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_annealing_leaves_a_schedule_that_ends_as_soon(schedule: str) -> None:
+    config = TrainingConfig(steps=12, schedule=schedule, warmup_steps=2, learning_rate=3e-4)  # type: ignore[arg-type]
+    for anneal in (range(4, 12), range(8, 16)):
+        assert [learning_rate(config, step, anneal) for step in range(13)] == [learning_rate(config, step) for step in range(13)]
+    assert learning_rate(config, 11, range(8, 11)) == 0 != learning_rate(config, 11)
+
+
+def test_annealing_a_constant_rate_ends_with_the_run_at_the_latest() -> None:
+    config = TrainingConfig(steps=12, schedule="constant", learning_rate=3e-4)
+    assert [learning_rate(config, step, range(8, 99)) for step in (7, 8, 10, 12)] == pytest.approx([3e-4, 3e-4, 1.5e-4, 0], abs=0)
+    # Nothing is left to anneal over: the run ends there.
+    assert learning_rate(config, 12, range(12, 20)) == 0 == learning_rate(config, 8, range(8, 8))
+
+
 def test_the_learning_rate_of_each_step_is_used_and_logged(tiny: TinyRun) -> None:
     tiny.train("training.learning_rate=1e-3", "validation.every=0")
     logged = [row["learning_rate"] for row in rows(tiny.path, "step")]
