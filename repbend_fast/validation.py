@@ -2,7 +2,8 @@
 
 The unsafe distance has no bound, so the loss keeps falling while ordinary answers fall apart. A validation is *within limits* when
 KL, perplexity and usefulness are; among those the *best* has the lowest attack rate (with prompts) or the largest
-unsafe-minus-safe distance (without), and of equals the more useful answers, then the lower KL. Training stops when a limit is passed.
+unsafe-minus-safe distance (without), and of equals the more useful answers, then the lower KL. Before them comes one that is *settled*:
+at the target, with the learning rate at 0. Training stops when a limit is passed, or when it has settled at the target.
 """
 
 from __future__ import annotations

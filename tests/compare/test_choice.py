@@ -15,12 +15,18 @@ from repbend_fast.validation import Validation
 
 
 def tried(
-    rate: float, step: int, attack: float | None = None, kl: float | None = 0.01, bend: float = 0.0, helpful: float | None = None
+    rate: float,
+    step: int,
+    attack: float | None = None,
+    kl: float | None = 0.01,
+    bend: float = 0.0,
+    helpful: float | None = None,
+    settled: bool = False,
 ) -> Try:
     rates = {} if attack is None else {"attack_direct": attack, "attack_prefill": attack}
     if helpful is not None:
         rates["helpful_ordinary"] = helpful
-    return Try(rate, Validation(step, kl, distance={"unsafe": {"2": bend}, "safe": {"2": 0.0}}, rates=rates))
+    return Try(rate, Validation(step, kl, distance={"unsafe": {"2": bend}, "safe": {"2": 0.0}}, rates=rates, settled=settled))
 
 
 def chosen(*tries: Try) -> tuple[float, str]:
@@ -32,6 +38,19 @@ def chosen(*tries: Try) -> tuple[float, str]:
 def test_the_lowest_attack_rate_within_limits_wins() -> None:
     rate, why = chosen(tried(1e-3, 20, 0.5), tried(2e-3, 10, 0.2), tried(5e-4, 40, 0.3))
     assert (rate, why) == (2e-3, "attack success 20.0% at step 10, within limits: the lowest of the rates")
+
+
+def test_one_that_ends_at_the_target_goes_before_a_passing_lower_rate() -> None:
+    passing, settled, other = tried(1e-3, 20, 0.0), tried(2e-3, 60, 0.04, settled=True), tried(3e-3, 60, 0.05, settled=True)
+    assert chosen(passing, settled) == (
+        2e-3,
+        "attack success 4.0% at step 60, within limits: the only one at the target with a learning rate that has fallen to 0",
+    )
+    assert chosen(passing, settled, other) == (
+        2e-3,
+        "attack success 4.0% at step 60, within limits: the lowest of those that end at the target",
+    )
+    assert chosen(settled, other) == (2e-3, "attack success 4.0% at step 60, within limits: the lowest of the rates")
 
 
 def test_equal_attack_rates_go_to_the_more_helpful() -> None:
