@@ -16,6 +16,10 @@ def _published_mode(value: Any) -> Any:
 
 # The published code says `request_…` where its README says `prompt_…`.
 LossMode = Annotated[Literal["prompt_last", "prompt_all", "prompt_response", "response_all"], BeforeValidator(_published_mode)]
+AnswerMode = Annotated[
+    Literal["prompt_response", "response_all"],
+    Field(description="Rows of what is bent or forgotten: all, or the answers'. Prompts share a template, which the kept ones need too."),
+]
 Quirks = Annotated[bool, Field(description="Reproduce slips of the published code (docs/objectives.md).")]
 PaddedLength = Annotated[
     Positive | None, Field(description="With published_quirks: the length that every sequence is counted as; none = the batch's longest.")
@@ -110,6 +114,7 @@ class CircuitBreakerConfig(ObjectiveSection):
     coefficient: AboveZero = Field(10.0, description="a of c_r = a·t/(2T) and c_f = a·(1 − t/(2T)); published: 10 Llama-3, 5 Mistral.")
     layers: Annotated[list[Positive], Field(min_length=1)] = Field([10, 20], description="Hidden states that forget rows are rerouted at.")
     schedule_steps: Positive | None = Field(None, description="T of the schedule; none = training.steps.")
+    loss_mode: AnswerMode = "prompt_response"
     published_quirks: Quirks = False
     padded_length: PaddedLength = 1024
 
@@ -126,6 +131,7 @@ class RMUConfig(ObjectiveSection):
     coefficient: AboveZero = Field(6.5, description="c, the length of the fixed random direction.")
     retain: Weight = 1200.0
     direction_seed: NonNegative = Field(42, description="Seed of the fixed random direction u.")
+    loss_mode: AnswerMode = "prompt_response"
     published_quirks: Quirks = False
     padded_length: PaddedLength = None
 
@@ -159,7 +165,7 @@ class CRLConfig(WindowSection):
     kl: Weight = 0.7
     safe_margin: Weight = 2.0
     unsafe_margin: Weight = 3.0
-    loss_mode: Literal["prompt_response", "response_all"] = "response_all"
+    loss_mode: AnswerMode = "response_all"
 
     def errors(self) -> Iterator[str]:
         yield from super().errors()

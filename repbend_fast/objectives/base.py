@@ -187,6 +187,11 @@ def answer_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
     return tuple((s.prompt_length, len(s)) for s in sequences)
 
 
+def mode_rows(sequences: tuple[Sequence, ...], loss_mode: str) -> tuple[Span, ...]:
+    """The answers' positions with ``response_all``, else every position."""
+    return answer_rows(sequences) if loss_mode == "response_all" else all_rows(sequences)
+
+
 def predicting_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
     """The positions whose logits predict the answers' tokens; in a conversation without a prompt every token but the first."""
     return tuple((max(s.prompt_length - 1, 0), max(len(s) - 1, 0)) for s in sequences)

@@ -3,14 +3,14 @@
     L = c_r·mean ‖h − r‖₂ + c_f·mean relu(cos(h, r)),    c_r = a·t/(2T),  c_f = a·(1 − t/(2T)),  t = 1 … T
 
 The first mean runs over the rows of the retain stream and all hidden states, the second over the rows of the forget stream
-(prompt and answer) and ``layers``.
+(prompt and answer, or the answer alone with ``loss_mode: response_all``) and ``layers``.
 """
 
 from __future__ import annotations
 
 from repbend_fast.config.objectives import CircuitBreakerConfig
 from repbend_fast.data.records import Batch, Role
-from repbend_fast.objectives.base import Distance, Stream, all_rows, count, forget_sequences, l2_probe, padded_count
+from repbend_fast.objectives.base import Distance, Stream, all_rows, count, forget_sequences, l2_probe, mode_rows, padded_count
 from repbend_fast.objectives.checks import check_states
 
 
@@ -47,7 +47,7 @@ class CircuitBreaker:
 
     def _forget(self, batch: Batch, weight: float) -> Stream:
         sequences = forget_sequences(batch)
-        spans = all_rows(sequences)
+        spans = mode_rows(sequences, self.config.loss_mode)
         term = Distance("reroute", self.layers, spans, weight, count(spans) * len(self.layers), kind="relu_cosine")
         return Stream("forget", sequences, (term,))
 

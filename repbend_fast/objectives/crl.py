@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from repbend_fast.config.objectives import CRLConfig
 from repbend_fast.data.records import Batch, Role, Sequence
-from repbend_fast.objectives.base import HeadKL, Span, Stream, Triplet, Triplets, all_rows, answer_rows, count, forget_sequences, l2_probe
+from repbend_fast.objectives.base import HeadKL, Span, Stream, Triplet, Triplets, all_rows, count, forget_sequences, l2_probe, mode_rows
 from repbend_fast.objectives.checks import check_states
 
 
@@ -45,14 +45,11 @@ class CRL:
     def _safe_sequences(self, batch: Batch) -> tuple[Sequence, ...]:
         return (*batch.safe, *(pair.safe for pair in batch.pairs)) if self.config.safe else ()
 
-    def _rows(self, sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
-        return answer_rows(sequences) if self.config.loss_mode == "response_all" else all_rows(sequences)
-
     def _triplet(self, batch: Batch) -> Stream:
         config, safe, unsafe = self.config, self._safe_sequences(batch), forget_sequences(batch)
         nothing: Span = (0, 0)
-        safe_spans = (*self._rows(safe), *(nothing for _ in unsafe))
-        unsafe_spans = (*(nothing for _ in safe), *self._rows(unsafe))
+        safe_spans = (*mode_rows(safe, config.loss_mode), *(nothing for _ in unsafe))
+        unsafe_spans = (*(nothing for _ in safe), *mode_rows(unsafe, config.loss_mode))
         # The embeddings cannot be moved, but their constant triplets belong to the published value.
         layers = tuple(range(self.num_blocks + 1)) if config.alpha_mode == "all" else config.window
         kept = Triplet("safe", layers, safe_spans, config.safe, count(safe_spans) * len(layers), config.safe_margin)

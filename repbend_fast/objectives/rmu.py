@@ -2,14 +2,26 @@
 
     L = MSE(h_ℓ(forget), c·u) + a·MSE(h_ℓ(retain), r_ℓ(retain))
 
-u is a fixed unit vector drawn from U[0, 1)^D. Both means run over all rows and the width; no pass goes beyond hidden state ℓ.
+u is a fixed unit vector drawn from U[0, 1)^D. Both means run over all rows (of forget with ``loss_mode: response_all`` the answers')
+and the width; no pass goes beyond hidden state ℓ.
 """
 
 from __future__ import annotations
 
 from repbend_fast.config.objectives import RMUConfig
 from repbend_fast.data.records import Batch, Role, Sequence
-from repbend_fast.objectives.base import Direction, Distance, Stream, all_rows, count, forget_sequences, l2_probe, padded_count
+from repbend_fast.objectives.base import (
+    Direction,
+    Distance,
+    Span,
+    Stream,
+    all_rows,
+    count,
+    forget_sequences,
+    l2_probe,
+    mode_rows,
+    padded_count,
+)
 from repbend_fast.objectives.checks import check_states
 
 
@@ -33,17 +45,19 @@ class RMU:
     def streams(self, batch: Batch, step: int) -> list[Stream]:
         del step
         target = Direction(self.config.direction_seed, self.config.coefficient)
-        streams = [self._stream("forget", forget_sequences(batch), 1.0, target)]
+        forget = forget_sequences(batch)
+        streams = [self._stream("forget", forget, mode_rows(forget, self.config.loss_mode), 1.0, target)]
         if self.config.retain:
-            streams.append(self._stream("retain", batch.retain, self.config.retain, None))
+            streams.append(self._stream("retain", batch.retain, all_rows(batch.retain), self.config.retain, None))
         return streams
 
     def probes(self, batch: Batch) -> list[Stream]:
         layers = (self.config.layer,)
         return [*l2_probe("forget", forget_sequences(batch), layers), *l2_probe("retain", batch.retain, layers)]
 
-    def _stream(self, name: str, sequences: tuple[Sequence, ...], weight: float, target: Direction | None) -> Stream:
-        spans = all_rows(sequences)
+    def _stream(
+        self, name: str, sequences: tuple[Sequence, ...], spans: tuple[Span, ...], weight: float, target: Direction | None
+    ) -> Stream:
         rows = padded_count(sequences, self.config.padded_length) if self.config.published_quirks else count(spans)
         term = Distance(name, (self.config.layer,), spans, weight, rows, kind="mse", target=target)
         return Stream(name, sequences, (term,))

@@ -57,7 +57,8 @@ def circuit_breaker(model: Any, batch: Batch, config: CircuitBreakerConfig, step
     forget, retain = Passes(model, forget_of(batch)), Passes(model, list(batch.retain))
     progress = (step + 1) / (2 * steps)
     cosine = torch.cosine_similarity(forget.h[config.layers], forget.r[config.layers], dim=-1).relu()
-    reroute = (cosine * forget.real).sum() / (forget.real.sum() * len(config.layers))
+    rows = forget.answers() if config.loss_mode == "response_all" else forget.real
+    reroute = (cosine * rows).sum() / (rows.sum() * len(config.layers))
     distance = torch.linalg.vector_norm(retain.h - retain.r, dim=-1) * retain.real
     if config.published_quirks:
         kept = distance.sum() / (distance.shape[0] * distance.shape[1] * max(config.padded_length or 0, retain.width))
@@ -72,12 +73,13 @@ def rmu(model: Any, batch: Batch, config: RMUConfig) -> dict[str, Tensor]:
     drawn = torch.rand(forget.h.shape[-1], generator=torch.Generator().manual_seed(config.direction_seed)).double()
     control = (config.coefficient * drawn / drawn.norm()).to(forget.h)
 
-    def mse(passes: Passes, target: Tensor) -> Tensor:
-        squares = (passes.h[config.layer] - target).square().mean(-1) * passes.real
+    def mse(passes: Passes, rows: Tensor, target: Tensor) -> Tensor:
+        squares = (passes.h[config.layer] - target).square().mean(-1) * rows
         padded = passes.real.numel() if config.padded_length is None else len(passes.sequences) * config.padded_length
-        return squares.sum() / (padded if config.published_quirks else passes.real.sum())
+        return squares.sum() / (padded if config.published_quirks else rows.sum())
 
-    return {"forget": mse(forget, control), "retain": config.retain * mse(retain, retain.r[config.layer])}
+    forget_rows = forget.answers() if config.loss_mode == "response_all" else forget.real
+    return {"forget": mse(forget, forget_rows, control), "retain": config.retain * mse(retain, retain.real, retain.r[config.layer])}
 
 
 def npo(model: Any, batch: Batch, config: NPOConfig) -> dict[str, Tensor]:

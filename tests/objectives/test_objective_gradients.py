@@ -33,6 +33,8 @@ CASES = {
     **CONFIGS,
     "circuit_breaker published": CONFIGS["circuit_breaker"].model_copy(update={"published_quirks": True, "padded_length": 31}),
     "circuit_breaker last state": CircuitBreakerConfig(layers=[BLOCKS]),
+    "circuit_breaker answers": CONFIGS["circuit_breaker"].model_copy(update={"loss_mode": "response_all"}),
+    "rmu answers": CONFIGS["rmu"].model_copy(update={"loss_mode": "response_all"}),
     "rmu published": CONFIGS["rmu"].model_copy(update={"published_quirks": True}),
     "rmu published, padded": CONFIGS["rmu"].model_copy(update={"published_quirks": True, "padded_length": 40}),
     "rmu without retain": RMUConfig(layer=2, retain=0.0, direction_seed=5),

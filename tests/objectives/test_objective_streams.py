@@ -45,6 +45,15 @@ def test_circuit_breakers() -> None:
     assert _streams(quirky)["retain"].distances[0].denominator == 33 * 2 * 12
 
 
+@pytest.mark.parametrize(("config", "layers"), [(CircuitBreakerConfig, 2), (RMUConfig, 1)])
+def test_forgetting_answers_alone_keeps_all_rows_of_retain(config, layers) -> None:
+    streams = _streams(config(loss_mode="response_all"))
+    (forget,), (retain,) = streams["forget"].distances, streams["retain"].distances
+    assert forget.spans == tuple((p, p + a) for p, a in FORGET)
+    assert forget.denominator == layers * sum(a for _, a in FORGET)
+    assert retain.spans == tuple((0, n) for n in RETAIN)
+
+
 @pytest.mark.parametrize(
     ("step", "steps", "own", "progress"),
     [(0, 150, None, 1 / 300), (149, 150, None, 0.5), (9, 150, 10, 0.5), (99, 9, 10, 1)],
