@@ -50,8 +50,7 @@ def learning_rate(config: TrainingConfig, finished: int, anneal: range | None = 
         anneal: steps over which it falls along a line from its value at ``anneal.start`` to 0 at ``anneal.stop``, or at ``steps`` if
             that is sooner. A schedule that is at 0 by then stays as it is.
     """
-    stays = anneal is None or finished < anneal.start or (anneal.stop >= config.steps and config.schedule != "constant")
-    if anneal is None or stays:
+    if anneal is None or finished < anneal.start or (anneal.stop >= config.steps and config.schedule != "constant"):
         return _scheduled(config, finished)
     stop = min(anneal.stop, config.steps)
     return _scheduled(config, anneal.start) * max(0, stop - finished) / max(1, stop - anneal.start)

@@ -331,7 +331,7 @@ class Trainer:
             save_adapter(self.model, self.run.adapter)
         self.log.write("validation", **validation.row() | {"step": self.step})
         say(_validation_line(validation))
-        if self.guard.reached != reached and not self.stopped:
+        if self.guard.reached != reached and not self.stopped and self.step < self.config.training.steps:
             self._say_annealing()
         if self.stopped:
             self.stopped = f"stopped at step {self.step}: {self.stopped}"

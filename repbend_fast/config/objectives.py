@@ -18,7 +18,7 @@ def _published_mode(value: Any) -> Any:
 LossMode = Annotated[Literal["prompt_last", "prompt_all", "prompt_response", "response_all"], BeforeValidator(_published_mode)]
 AnswerMode = Annotated[
     Literal["prompt_response", "response_all"],
-    Field(description="Rows of what is bent or forgotten: all, or the answers'. Prompts share a template, which the kept ones need too."),
+    Field(description="Rows that the bending terms read: all, or the answers'. Prompts share a template, which ordinary ones need too."),
 ]
 Quirks = Annotated[bool, Field(description="Reproduce slips of the published code (docs/objectives.md).")]
 PaddedLength = Annotated[
