@@ -150,7 +150,7 @@ class Trainer:
             while self.step < settings.steps and self.stopped is None:
                 self._train_step(progress)
                 last = self.step == settings.steps
-                if validator and (self._validation_is_due() or last or self._is_annealed()):
+                if validator and (self._validation_is_due() or last or self.guard.is_annealed(self.step)):
                     self._validate(validator)
                 if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupt.requested:
                     path = self._save()
@@ -164,15 +164,9 @@ class Trainer:
         settings = self.config.validation
         return self.step >= settings.start and self.step % settings.every == 0
 
-    def _is_annealed(self) -> bool:
-        return self.guard.anneal is not None and self.step >= self.guard.anneal.stop
-
-    def _say_annealing(self) -> None:
-        anneal = self.guard.anneal
-        assert anneal is not None
-        target = f"validation.target_attack={self.config.validation.target_attack:g} reached"
+    def _say_annealing(self, anneal: range) -> None:
         stop = min(anneal.stop, self.config.training.steps)
-        reason = f"{target}; the learning rate falls to 0 at step {stop}, where the run ends"
+        reason = f"{self.guard.target_line}; the learning rate falls to 0 at step {stop}, where the run ends"
         self.log.write("event", self.step, event="annealing", reason=reason)
         say(reason)
 
@@ -323,7 +317,7 @@ class Trainer:
     def _validate(self, validator: Validator) -> None:
         self.batches.wait()  # validation uses the same tokenizer
         validation = validator.measure(self.step)
-        reached = self.guard.reached
+        was_annealing = self.guard.anneal is not None
         self.guard.judge(validation, rate_is_zero=self._learning_rate() == 0)
         self.stopped = self.guard.stop_reason(validation)
         if validation.best:
@@ -331,8 +325,8 @@ class Trainer:
             save_adapter(self.model, self.run.adapter)
         self.log.write("validation", **validation.row() | {"step": self.step})
         say(_validation_line(validation))
-        if self.guard.reached != reached and not self.stopped and self.step < self.config.training.steps:
-            self._say_annealing()
+        if self.guard.anneal and not was_annealing and not self.stopped and self.step < self.config.training.steps:
+            self._say_annealing(self.guard.anneal)
         if self.stopped:
             self.stopped = f"stopped at step {self.step}: {self.stopped}"
             self.log.write("event", self.step, event="guard_stop", reason=self.stopped)

@@ -161,6 +161,15 @@ class Guard:
         """The steps from reaching the target to the run's end, over which the learning rate falls to 0; None before."""
         return None if self.reached is None else range(self.reached, self.reached + self.limits.target_anneal_steps)
 
+    def is_annealed(self, step: int) -> bool:
+        """Whether the run, its target reached, has come to its end at ``step``."""
+        return self.anneal is not None and step >= self.anneal.stop
+
+    @property
+    def target_line(self) -> str:
+        """What is said of a target that is reached."""
+        return f"validation.target_attack={self.limits.target_attack:g} reached"
+
     def judge(self, validation: Validation, rate_is_zero: bool = False) -> None:
         """Fill in ``over``, ``settled`` and ``best`` of a validation. The first one, before training, is the yardstick and the first best.
 
@@ -189,9 +198,8 @@ class Guard:
         """Why training must stop now, or None."""
         if self.consecutive >= self.limits.patience:
             return "; ".join(validation.over)
-        if self.anneal is not None and validation.step >= self.anneal.stop:
-            when = f" at step {self.reached}, learning rate annealed since" if self.anneal else ""
-            return f"validation.target_attack={self.limits.target_attack:g} reached{when}"
+        if self.is_annealed(validation.step):
+            return self.target_line + (f" at step {self.reached}, learning rate annealed since" if self.anneal else "")
         return None
 
     def _is_at_target(self, validation: Validation) -> bool:

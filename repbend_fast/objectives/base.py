@@ -187,9 +187,20 @@ def answer_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
     return tuple((s.prompt_length, len(s)) for s in sequences)
 
 
+def select_rows(sequence: Sequence, loss_mode: str) -> Span:
+    """The positions of one sequence that ``loss_mode`` selects."""
+    prompt, total = sequence.prompt_length, len(sequence)
+    return {
+        "prompt_last": (prompt - 1, prompt),
+        "prompt_all": (0, prompt),
+        "prompt_response": (0, total),
+        "response_all": (prompt, total),
+    }[loss_mode]
+
+
 def mode_rows(sequences: tuple[Sequence, ...], loss_mode: str) -> tuple[Span, ...]:
-    """The answers' positions with ``response_all``, else every position."""
-    return answer_rows(sequences) if loss_mode == "response_all" else all_rows(sequences)
+    """``select_rows`` of each sequence."""
+    return tuple(select_rows(s, loss_mode) for s in sequences)
 
 
 def predicting_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:

@@ -13,20 +13,9 @@ from dataclasses import replace
 from repbend_fast.config.objectives import ObjectiveConfig
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.errors import UserError
-from repbend_fast.objectives.base import Distance, HeadKL, PairwiseCosine, Span, Stream
+from repbend_fast.objectives.base import Distance, HeadKL, PairwiseCosine, Span, Stream, select_rows
 
 PROMPT_MODES = ("prompt_last", "prompt_all")
-
-
-def select_rows(sequence: Sequence, loss_mode: str) -> Span:
-    """The positions of one sequence that ``loss_mode`` selects."""
-    prompt, total = sequence.prompt_length, len(sequence)
-    return {
-        "prompt_last": (prompt - 1, prompt),
-        "prompt_all": (0, prompt),
-        "prompt_response": (0, total),
-        "response_all": (prompt, total),
-    }[loss_mode]
 
 
 def required_roles(config: ObjectiveConfig) -> tuple[Role, ...]:

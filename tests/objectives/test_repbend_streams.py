@@ -9,7 +9,7 @@ from repbend_fast.config.schema import ObjectiveConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import OBJECTIVES, Stream, build_objective, roles_of
-from repbend_fast.objectives.repbend import select_rows
+from repbend_fast.objectives.base import select_rows
 
 BATCH = ragged_batch()
 BLOCKS = 6

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repbend_fast.config.schema import ObjectiveConfig
 from repbend_fast.data.records import Batch
-from repbend_fast.objectives.repbend import select_rows
+from repbend_fast.objectives.base import select_rows
 
 
 def _states(model: Any, sequences: list[Any]) -> Tensor:
