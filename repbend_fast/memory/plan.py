@@ -132,7 +132,10 @@ class Planner:
             if plan.total <= budget:
                 return plan
             within -= plan.total - budget
-        raise UserError(self._refusal(budget))
+        least = settle(self.smallest()[1], budget)
+        if least.total <= budget:
+            return least
+        raise UserError(self._refusal(budget, least))
 
     def smallest(self) -> tuple[int, Levers]:
         """The smallest budget that can be kept, by prediction, and the levers that keep it with the fewest departures."""
@@ -145,8 +148,20 @@ class Planner:
         return size, levers
 
     def _streams(self, count: int, length: int) -> list[Stream]:
-        needs_pairs = any(term.against is not None for s in self.expected[0] for term in s.distances)
-        return self.objective.streams(even_batch(count, length, self.limits, needs_pairs), 0)
+        """Each stream with ``count`` sequences of ``length`` tokens: halves of pairs where it compares them or reads nothing else."""
+        roles = set(self.objective.roles)
+        layouts = {True: "pair" in roles, False: "pair" not in roles or not roles <= {"pair", "retain"}}
+        found: dict[str, Stream] = {}
+        for pairs, possible in layouts.items():
+            if possible:
+                streams = self.objective.streams(even_batch(count, length, self.limits, pairs), 0)
+                found |= {s.name: s for s in streams if s.sequences and (pairs or s.name not in self.comparing)}
+        return [found[s.name] for s in self.expected[0]]
+
+    @cached_property
+    def comparing(self) -> set[str]:
+        """Streams that compare the halves of pairs."""
+        return {s.name for s in self.expected[0] if any(term.against is not None for term in s.distances)}
 
     def _free(self, name: str) -> bool:
         """Whether a lever is the planner's to choose."""
@@ -291,12 +306,11 @@ class Planner:
             return "compute: everything fits without recomputation or splitting"
         return f"memory ({' and '.join(spent)}); the {largest} stream is the largest"
 
-    def _refusal(self, budget: int) -> str:
-        size, levers = self.smallest()
-        unit, name = (10**7, "GB") if size >= GB else (10**4, "MB")
-        shown = f"{-(size // -unit) / 100:.2f}{name}"
+    def _refusal(self, budget: int, least: Plan) -> str:
+        unit, name = (10**7, "GB") if least.total >= GB else (10**4, "MB")
+        shown = f"{-(least.total // -unit) / 100:.2f}{name}"
         return (
-            f"memory.budget={show_bytes(budget)}: cannot be kept; the smallest that can is {shown}, with {show_levers(levers)} "
+            f"memory.budget={show_bytes(budget)}: cannot be kept; the smallest that can is {shown}, with {show_levers(least.levers)} "
             f"({show_bytes(self.standing.total)} of it stand for the whole run); raise it, lower data.max_prompt_tokens or "
             "data.max_answer_tokens, or set model.quantization=nf4 or training.optimizer=adamw_8bit"
         )

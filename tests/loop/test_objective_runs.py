@@ -1,25 +1,32 @@
-"""A whole run of each objective, and its resumption: to the bit, with weights that depend on the step."""
+"""Whole runs of each objective: in each precision with their resumption to the bit, and in the smallest budget."""
 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tiny_run import TinyRun, reproducible, rows, same_tensors
+from tiny_run import TinyRun, reproducible, rows, same_tensors, write_model
 
 from repbend_fast.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OBJECTIVES = {
+    "repbend": {"window_start": 2, "window_size": 2},
     "circuit_breaker": {"layers": [1, 2]},
     "rmu": {"layer": 2},
     "npo": {"retain_kl": 0.1, "retain_nll": 0.5},
     "crl": {"window_start": 2, "window_size": 2},
     "refuse_and_reroute:RefuseAndReroute": {"settings": {"layers": [2]}},
+}
+PRECISIONS = {
+    "float32": (),
+    "bfloat16": ("model.dtype=bfloat16",),
+    "nf4": ("model.dtype=bfloat16", "model.quantization=nf4"),
 }
 SHORT = ("training.steps=4", "training.checkpoint_every=2", "training.accumulation=1")
 
@@ -43,10 +50,13 @@ def last_adapter(run: TinyRun) -> dict[str, torch.Tensor]:
     return torch.load(run.path / "checkpoints" / "step-000004" / "state.pt", weights_only=True)["adapter"]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_run_and_its_resumption(name: str, with_objective, tmp_path: Path) -> None:
+def test_a_run_and_its_resumption(name: str, precision: str, with_objective, tmp_path: Path) -> None:
     run = with_objective(name)
-    assert run.train(*SHORT).exit_code == 0
+    # bitsandbytes quantises 64 weights of a row at a time.
+    model = (f"model.name={write_model(tmp_path / 'wide', width=64)}",) if precision == "nf4" else ()
+    assert run.train(*SHORT, *PRECISIONS[precision], *model).exit_code == 0
     steps = rows(run.path, "step")
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in steps)
@@ -62,6 +72,24 @@ def test_a_run_and_its_resumption(name: str, with_objective, tmp_path: Path) -> 
     assert run.resume().exit_code == 0
     assert reproducible(run.path) == reproducible(whole)
     assert same_tensors(last_adapter(run), trained)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_run_in_the_smallest_budget(name: str, with_objective) -> None:
+    run = with_objective(name)
+    with pytest.raises(UserError, match="smallest that can") as refused:
+        run.train(*SHORT, "memory.budget=10KB")
+    (smallest,) = re.findall(r"smallest that can is ([\d.]+ ?[KMG]?B)", str(refused.value))
+    assert run.train(*SHORT, f"memory.budget={smallest}").exit_code == 0
+    (event,) = [row for row in rows(run.path, "event") if row["event"] == "memory_plan"]
+    assert event["levers"]["checkpoint_blocks"] > 0
+    under_budget = rows(run.path, "step")
+    assert run.train(*SHORT).exit_code == 0
+    unlimited = rows(run.path, "step")
+    assert len(under_budget) == len(unlimited) == 4
+    # The first step alone: Adam makes steps of full size out of rounding where a gradient is 0, and runs part there.
+    for key in ("loss", "grad_norm"):
+        assert under_budget[0][key] == pytest.approx(unlimited[0][key], rel=1e-4, abs=1e-6)
 
 
 def test_circuit_breakers_terms_follow_the_schedule(with_objective) -> None:

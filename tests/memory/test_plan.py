@@ -63,6 +63,15 @@ def test_a_budget_below_the_smallest_is_refused_with_the_smallest(small: Planner
     assert small.plan(int(1.02 * size)).total <= 1.02 * size
 
 
+def test_streams_that_read_pairs_alone_are_planned_beside_those_that_read_none(tmp_path: Path) -> None:
+    """With prompts alone the safe stream reads no pair, and the pair term nothing else."""
+    planner = Planner(recipe(tmp_path, "objective.loss_mode=prompt_last", "objective.pair=1.0", "memory.checkpoint_blocks=0"), CPU)
+    assert {peak.name: peak.total > 0 for peak in planner.peaks} == {"safe": True, "unsafe": True, "retain": True}
+    (unsafe,) = [stream for stream in planner._streams(2, LONGEST) if stream.name == "unsafe"]
+    (pair,) = [term for term in unsafe.distances if term.name == "pair"]
+    assert sum(stop - start for start, stop in pair.spans) > 0
+
+
 def test_levers_set_by_hand_stay(tmp_path: Path) -> None:
     config = recipe(tmp_path, "memory.checkpoint_blocks=3", "memory.piece_tokens=200", "memory.kl_chunk_rows=16", "memory.packing=off")
     planner = Planner(config, CPU)
