@@ -136,7 +136,12 @@ def _build() -> argparse.ArgumentParser:
 
     evaluate = _command(groups, "eval", commands.evaluate, "measure a run's adapter, or a recipe's model as it is", overrides=True)
     evaluate.add_argument("target", metavar="RUN_OR_RECIPE", help="folder of a run, a shipped recipe, or a YAML file")
-    evaluate.add_argument("--out", metavar="FILE", help="where the JSON goes (default: the run's evaluation.json)")
+    evaluate.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where the JSON goes (default: the run's evaluation.json; with prompts or settings other than the run's both sides are "
+        "measured and go to evaluation-PROMPTS.json beside it; a run without prompts is asked the demo's; for a recipe no file)",
+    )
 
     _compare_command(groups)
     plan = _command(

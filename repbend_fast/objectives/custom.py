@@ -2,7 +2,7 @@
 
 The class is called as ``Class(settings, num_blocks, steps)`` and is an :class:`~repbend_fast.objectives.base.Objective`; its
 ``roles`` must be an attribute of the class, because data is read before the model. ``settings`` is the mapping
-``objective.settings`` as written. docs/objectives.md describes both, examples/my_objective.py is one.
+``objective.settings`` as written. docs/objectives.md describes both, examples/refuse_and_reroute.py is one.
 """
 
 from __future__ import annotations
