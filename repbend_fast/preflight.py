@@ -45,6 +45,16 @@ def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
         state = read_state(checkpoint, config)
     check_optimizer(config.training, resolve_device(config.model.device))
     prompts = load_prompts(config.validation.prompts) if config.validation.every and config.validation.prompts else []
+    if (
+        config.validation.prompts
+        and prompts
+        and config.validation.target_attack is not None
+        and not any(prompt.kind == "attack" for prompt in prompts)
+    ):
+        raise UserError(
+            f"validation.target_attack={config.validation.target_attack:g}: validation.prompts ({config.validation.prompts.path}) has no "
+            "attacks to measure it; add some or set it to null"
+        )
     if config.evaluation.prompts:
         load_prompts(config.evaluation.prompts)
     check_depth(config)
@@ -53,7 +63,18 @@ def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
         data.sampler.load_state_dict(state["sampler"])
     if config.validation.every and not prompts and not data.held.get("retain"):
         data.notes.append("validation has neither retain records nor prompts: it cannot see what ordinary answers lose")
+    if config.validation.every and not prompts and _sees_no_bending(config, data):
+        raise UserError(
+            "validation.sources: no unsafe or pair records, and validation.prompts is not set, so that no adapter would look better than "
+            "none and the untrained one would be kept; name records or prompts, or set validation.every=0"
+        )
     return Ready(data, prompts, checkpoint, _plan(config, data))
+
+
+def _sees_no_bending(config: Config, data: RunData) -> bool:
+    """Whether the objective bends records of which none is held out."""
+    bent = {"unsafe", "pair"} & set(roles_of(config.objective))
+    return bool(bent) and not any(data.held.get(role) for role in ("unsafe", "pair"))
 
 
 def _plan(config: Config, data: RunData) -> Plan | None:

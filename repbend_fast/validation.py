@@ -72,7 +72,11 @@ class Validation:
     def bending(self) -> float:
         """Mean distance of what is to be bent minus mean distance of what is to be kept, over hidden states."""
         means = {name: sum(v.values()) / len(v) for name, v in self.distance.items() if v}
-        return means.get("unsafe", means.get("forget", 0.0)) - means.get("safe", means.get("retain", 0.0))
+        bent: tuple[str, ...] = ("unsafe", "forget")
+        kept: tuple[str, ...] = ("safe", "retain")
+        if not means.keys() & {*bent, *kept}:  # an objective's own names: what is bent comes first
+            bent, kept = (tuple(means)[:1], tuple(means)[1:2])
+        return next((means[n] for n in bent if n in means), 0.0) - next((means[n] for n in kept if n in means), 0.0)
 
     def row(self) -> dict[str, Any]:
         """The ``validation`` row of metrics.jsonl."""
@@ -204,7 +208,7 @@ class Guard:
 
     def _is_at_target(self, validation: Validation) -> bool:
         target = self.limits.target_attack
-        return target is not None and not validation.over and all(rate <= target for rate in validation.attacks)
+        return target is not None and not validation.over and bool(validation.attacks) and max(validation.attacks) <= target
 
     def reopen(self) -> None:
         """Count anew towards stopping, for a run that goes on under other limits."""

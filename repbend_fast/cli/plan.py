@@ -132,9 +132,13 @@ def _table_rows(recipe: str, quantization: str, arguments: Namespace) -> list[di
     from repbend_fast.memory.cards import GB, find_card
     from repbend_fast.memory.plan import Planner
 
+    given = _keys_set(load_config(recipe, arguments.overrides), arguments.overrides)
+    if "model.quantization" in given:
+        raise UserError("model.quantization: plan --table has both, nf4 and none; leave it out")
     optimizer = "paged_adamw_8bit" if quantization == "nf4" else "adamw"
-    settings = [f"model.quantization={quantization}", f"training.optimizer={optimizer}", "memory.checkpoint_blocks=auto"]
-    config = load_config(recipe, [*settings, *arguments.overrides])
+    settings = {"model.quantization": quantization, "training.optimizer": optimizer, "memory.checkpoint_blocks": "auto"}
+    own = [f"{key}={value}" for key, value in settings.items() if key not in given]
+    config = load_config(recipe, [*own, *arguments.overrides])
     rows = []
     planner = Planner(config, torch.device("cuda"), find_card("a100"))
     for gigabytes, name in TABLE_BUDGETS.items():
@@ -155,6 +159,16 @@ def _table_rows(recipe: str, quantization: str, arguments: Namespace) -> list[di
                 }
             )
     return rows
+
+
+def _keys_set(config: Config, overrides: list[str]) -> set[str]:
+    """The dotted keys that ``overrides``, which ``config`` was loaded with, set; published names stay as they are."""
+    from repbend_fast.config.keys import all_keys, full_name
+    from repbend_fast.config.overrides import parse_overrides
+
+    bare = {key.rpartition(".")[2] for key in all_keys(config.objective.name)}
+    names = [override.name for override in parse_overrides(overrides)]
+    return {full_name(name, config.objective.name) if name in bare else name for name in names}
 
 
 def _table_line(row: dict[str, Any]) -> str:

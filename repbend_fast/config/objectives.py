@@ -14,6 +14,8 @@ def _published_mode(value: Any) -> Any:
     return "prompt_" + value.removeprefix("request_") if isinstance(value, str) and value.startswith("request_") else value
 
 
+PROMPT_MODES = ("prompt_last", "prompt_all")
+"""The loss modes that read no answers."""
 # The published code says `request_…` where its README says `prompt_…`.
 LossMode = Annotated[Literal["prompt_last", "prompt_all", "prompt_response", "response_all"], BeforeValidator(_published_mode)]
 AnswerMode = Annotated[
@@ -40,6 +42,11 @@ class ObjectiveSection(Section):
     def needs_pairs(self) -> bool:
         """Whether a term reads pairs that unsafe records cannot stand in for."""
         return False
+
+    @property
+    def replaceable(self) -> frozenset[str]:
+        """The roles without which training goes on where there are pairs, their halves being read in the same places."""
+        return frozenset({"safe", "unsafe"})
 
     @property
     def compares_unsafe(self) -> bool:
@@ -93,6 +100,11 @@ class ObjectiveConfig(WindowSection):
     @property
     def needs_pairs(self) -> bool:
         return self.pair > 0
+
+    @property
+    def replaceable(self) -> frozenset[str]:
+        # Where prompts alone count, the safe ones are those of safe records: a pair's asks for something unsafe.
+        return frozenset({"unsafe"}) if self.loss_mode in PROMPT_MODES else super().replaceable
 
     @property
     def compares_unsafe(self) -> bool:
@@ -178,6 +190,14 @@ class CustomObjectiveConfig(ObjectiveSection):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
     settings: dict[str, Any] = Field(default_factory=dict, description="Handed to the class as they are.")
+
+    @property
+    def needs_pairs(self) -> bool:
+        return True
+
+    @property
+    def replaceable(self) -> frozenset[str]:
+        return frozenset()  # what the class does without a role is not known
 
 
 SECTIONS: dict[str, type[ObjectiveSection]] = {

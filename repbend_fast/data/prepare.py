@@ -76,9 +76,9 @@ def _available(records: dict[Role, list[Record]], wanted: tuple[Role, ...], conf
     present = {role for role in wanted if records.get(role)}
     missing = [role for role in wanted if role not in present]
     if "pair" in present:
-        optional = {"safe", "unsafe"}
+        optional = config.objective.replaceable
     else:
-        optional = set() if config.objective.needs_pairs else {"pair"}
+        optional = frozenset() if config.objective.needs_pairs else frozenset({"pair"})
     dropped = [role for role in missing if role in optional]
     unsafe_per_batch = config.training.examples * len(present & {"unsafe", "pair"})
     if config.objective.compares_unsafe and 0 < unsafe_per_batch < 2:

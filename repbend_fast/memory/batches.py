@@ -61,14 +61,15 @@ def _uncounted(of_role: Collection[Sequence | PairSequence]) -> Iterable[Sequenc
     return of_role
 
 
-def even_batch(count: int, length: int, limits: Limits, pairs: bool) -> Batch:
+def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bool = False) -> Batch:
     """``count`` sequences of ``length`` tokens per role, with as many answer tokens (rows) as the limits allow.
 
     Args:
         pairs: give the bending streams their sequences as pairs, which share a prompt.
+        prompts: as many prompt tokens as the limits allow instead, and one of an answer, for streams that read prompts alone.
     """
-    prompt = max(min(SHORTEST_PROMPT, length - 1), length - limits.answer)
-    sequence = Sequence((1,) * length, prompt)
+    prompt = min(length - 1, limits.prompt) if prompts else max(min(SHORTEST_PROMPT, length - 1), length - limits.answer)
+    sequence = Sequence((1,) * (prompt + 1 if prompts else length), prompt)
     chat = tuple(Sequence((1,) * length, 0) for _ in range(count))
     if pairs:
         return Batch(pairs=tuple(PairSequence(sequence, sequence) for _ in range(count)), retain=chat)

@@ -119,10 +119,9 @@ class StepCost:
         forward = 2 * tokens * sizes.block + attention
         low_rank = 2 * tokens * sizes.lora
         adapted = stop * (forward + low_rank)
-        references = stop if stream.distances or stream.head or stream.triplets else 0
         trained = stop - sizes.first_block
         found = {
-            "reference": references * forward,
+            "reference": stream.reference_stop(self.num_blocks) * forward,
             "adapted": adapted,
             "recompute": self._recomputed(stream, levers) * (forward + low_rank),
             "backward": trained * (2 * tokens * sizes.block + 2.5 * attention + 2 * low_rank),

@@ -62,8 +62,9 @@ def default_levers(memory: MemoryConfig, num_blocks: int, device: torch.device, 
     return Levers(
         piece_tokens=_piece_tokens(memory),
         checkpoint_blocks=num_blocks if blocks == "all" else 0 if blocks == "auto" else min(blocks, num_blocks),
-        offload_checkpoints=memory.offload_checkpoints is True,
-        offload_embedding=memory.offload_embedding is True,
+        # The runner moves nothing where the device is the host, so a plan must not count on it.
+        offload_checkpoints=memory.offload_checkpoints is True and device.type == "cuda",
+        offload_embedding=memory.offload_embedding is True and device.type != "cpu",
         kl_chunk_rows=None if memory.kl_chunk_rows == "auto" else memory.kl_chunk_rows,
         packing=_packing(memory, device, attention),
     )

@@ -96,12 +96,11 @@ class Planner:
         small = self._streams(2, half)
         counts = {s.name: len(s.sequences) for s in self.expected[0]}
         large = self._streams(2 * max(counts.values()), half)
-        single = self._streams(1, self.limits.longest)
         found = []
-        for little, big, alone in zip(small, large, single):
-            longest = max(map(len, alone.sequences))
-            rows = max((stop - start for term in alone.distances for start, stop in term.spans), default=longest)
-            found.append(self.meter.stream_peak(little, big, counts[little.name] * longest, longest, rows))
+        for name, whole in self._streams(2, self.limits.longest).items():
+            longest = max(map(len, whole.sequences))
+            rows = max((stop - start for term in whole.distances for start, stop in term.spans), default=longest)
+            found.append(self.meter.stream_peak(small[name], large[name], counts[name] * longest, longest, rows))
         return found
 
     @cached_property
@@ -147,16 +146,24 @@ class Planner:
         size, _, levers = min(found, key=lambda item: item[:2])
         return size, levers
 
-    def _streams(self, count: int, length: int) -> list[Stream]:
-        """Each stream with ``count`` sequences of ``length`` tokens: halves of pairs where it compares them or reads nothing else."""
+    def _streams(self, count: int, length: int) -> dict[str, Stream]:
+        """By name the streams of a batch of ``count`` sequences of ``length`` tokens per role.
+
+        Of the batches that could be asked for, each stream is taken from the one that fills it: halves of pairs where it compares them
+        or reads nothing else, long prompts where it reads no answers.
+        """
         roles = set(self.objective.roles)
         layouts = {True: "pair" in roles, False: "pair" not in roles or not roles <= {"pair", "retain"}}
         found: dict[str, Stream] = {}
-        for pairs, possible in layouts.items():
-            if possible:
-                streams = self.objective.streams(even_batch(count, length, self.limits, pairs), 0)
-                found |= {s.name: s for s in streams if s.sequences and (pairs or s.name not in self.comparing)}
-        return [found[s.name] for s in self.expected[0]]
+        for prompts, pairs in product((True, False), layouts):
+            if not layouts[pairs]:
+                continue
+            for stream in self.objective.streams(even_batch(count, length, self.limits, pairs, prompts), 0):
+                fills = max(map(len, stream.sequences), default=0)
+                known = found.get(stream.name)
+                if fills and (pairs or stream.name not in self.comparing) and (known is None or fills >= max(map(len, known.sequences))):
+                    found[stream.name] = stream
+        return {s.name: found[s.name] for s in self.expected[0] if s.name in found}
 
     @cached_property
     def comparing(self) -> set[str]:
@@ -271,13 +278,18 @@ class Planner:
         """Each stream as the worst piece that ``levers`` allow."""
         found = []
         half = max(2, self.limits.longest // 2)
+        shares = {name: len(stream.sequences) // 2 for name, stream in self._streams(2, half).items()}
         for peak in self.peaks:
             size = levers.piece_size(peak.name)
             alone = size is not None and size <= peak.longest // 2
             positions = self._positions(peak, size)
-            count = max(2, -(positions // -half))
-            count, length = (1, self.limits.longest) if alone else (count, max(2, positions // count))
-            found.append(next(s for s in self._streams(count, length) if s.name == peak.name))
+            count = 1 if alone else max(2, -(positions // -min(half, peak.longest)))
+            # Of each sequence that is asked for, a stream that joins two roles makes two.
+            asked = -(count // -shares[peak.name])
+            length = max(2, (self.limits.longest if alone else positions) // (asked * shares[peak.name]))
+            made = self._streams(asked, length)
+            # A stream that only compares sequences with each other has none of one.
+            found.append(made[peak.name] if peak.name in made else self._streams(2, max(2, length // 2))[peak.name])
         return found
 
     def _plan(self, levers: Levers, streams: dict[str, int], total: int, budget: int | None) -> Plan:
@@ -309,10 +321,14 @@ class Planner:
     def _refusal(self, budget: int, least: Plan) -> str:
         unit, name = (10**7, "GB") if least.total >= GB else (10**4, "MB")
         shown = f"{-(least.total // -unit) / 100:.2f}{name}"
+        remedies = ["or lower data.max_prompt_tokens or data.max_answer_tokens"]
+        if self.config.model.quantization == "none":
+            remedies.append("or set model.quantization=nf4")
+        if self.config.training.optimizer == "adamw":
+            remedies.append("or set training.optimizer=adamw_8bit")
         return (
             f"memory.budget={show_bytes(budget)}: cannot be kept; the smallest that can is {shown}, with {show_levers(least.levers)} "
-            f"({show_bytes(self.standing.total)} of it stand for the whole run); raise it, lower data.max_prompt_tokens or "
-            "data.max_answer_tokens, or set model.quantization=nf4 or training.optimizer=adamw_8bit"
+            f"({show_bytes(least.standing.total)} of it stand for the whole run); raise it, {', '.join(remedies)}"
         )
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from repbend_fast.config.objectives import ObjectiveConfig
+from repbend_fast.config.objectives import PROMPT_MODES, ObjectiveConfig
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Distance, HeadKL, PairwiseCosine, Span, Stream, select_rows
-
-PROMPT_MODES = ("prompt_last", "prompt_all")
 
 
 def required_roles(config: ObjectiveConfig) -> tuple[Role, ...]:
@@ -55,7 +53,10 @@ class RepBend:
         return [s for s in candidates if s is not None]
 
     def probes(self, batch: Batch) -> list[Stream]:
-        streams = [s for s in (self._unsafe(batch), self._safe(batch)) if s is not None and s.sequences and s.distances]
+        # What moves is of interest where its own term has no weight as well.
+        weights = {"safe": self.config.safe or 1.0, "unsafe": self.config.unsafe or 1.0}
+        every = RepBend(self.config.model_copy(update=weights), self.num_blocks)
+        streams = [s for s in (every._unsafe(batch), every._safe(batch)) if s is not None and s.sequences]
         return [replace(s, distances=s.distances[:1], pairwise=None) for s in streams]
 
     def _safe(self, batch: Batch) -> Stream | None:

@@ -52,6 +52,15 @@ def test_a_plan_in_words_and_as_json(recipe: str, capsys: pytest.CaptureFixture[
     assert set(record["flops_per_step"]) == {"reference", "adapted", "backward", "head"}
 
 
+def test_a_table_takes_settings_that_it_has_itself(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, "--table", "--json", "training.optimizer=adamw_8bit", "checkpoint_blocks=all"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["quantization"] for row in rows} == {"nf4", "none"}
+    assert {row["levers"]["checkpoint_blocks"] for row in rows} == {3}
+    assert main(["plan", recipe, "--table", "model.quantization=nf4"]) == 2
+    assert "plan --table has both" in capsys.readouterr().err
+
+
 def test_what_cannot_be_planned_is_one_line(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["plan"], "RECIPE is missing"),

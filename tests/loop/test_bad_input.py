@@ -45,16 +45,41 @@ PROBLEMS = {
         "training.examples=1: objective.cosine compares",
     ),
     "no retain": (["data.sources.0.roles=[safe, unsafe, pair]"], "no `retain` records"),
+    "no safe, and pairs cannot stand in": (
+        ["data.sources.0.roles=[unsafe, pair, retain]", "objective.loss_mode=prompt_last"],
+        "no `safe` records",
+    ),
+    "an objective of pairs alone": (
+        ["data.sources.0.roles=[safe, unsafe, retain]", "objective={name: 'refuse_and_reroute:RefuseAndReroute', settings: {layers: [2]}}"],
+        "no `pair` records",
+    ),
     "tokens": (["data.max_prompt_tokens=3"], "data.max_prompt_tokens=3 leaves no room for a request"),
 }
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.usefixtures("no_weights")
-def test_bad_settings(problem: str, tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_settings(problem: str, tiny: TinyRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     overrides, expected = PROBLEMS[problem]
     assert expected in fails(capsys, "train", str(tiny.recipe), *overrides)
     assert not tiny.path.exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_target_needs_attacks_to_measure_it(tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = tiny.folder / "questions.jsonl"
+    questions.write_text('{"kind": "ordinary", "text": "How warm is tea?", "expected": ["hot"]}\n', encoding="utf-8")
+    message = fails(capsys, "train", str(tiny.recipe), f"validation.prompts.path={questions}", "validation.target_attack=0.05")
+    assert "validation.target_attack=0.05: validation.prompts" in message
+    assert "has no attacks" in message
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_held_out_records_have_to_show_the_bending(tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
+    held = write_records(tiny.folder / "kept.jsonl", [record for record in make_records(first=30, count=2) if record["role"] == "retain"])
+    message = fails(capsys, "train", str(tiny.recipe), f"validation.sources.0.path={held}")
+    assert "validation.sources: no unsafe or pair records" in message
 
 
 @pytest.mark.parametrize("problem", ["window", "blocks", "evaluation split", "paged"])

@@ -144,6 +144,19 @@ def test_the_target_stops_only_within_limits_and_after_training() -> None:
         assert guard.stop_reason(reached) == expected
 
 
+def test_a_target_that_nothing_measures_is_not_reached() -> None:
+    guard = judged(ValidationConfig(target_attack=0.05), at(0, helpful=1.0), at(1, helpful=1.0))
+    assert guard.stop_reason(at(1, helpful=1.0)) is None
+    assert guard.reached is None
+
+
+def test_bending_under_an_objectives_own_names_is_the_first_minus_the_second() -> None:
+    assert Validation(1, distance={"moved": {"2": 5.0, "3": 7.0}, "held": {"2": 2.0}}).bending == 4.0
+    assert Validation(1, distance={"moved": {"2": 5.0}}).bending == 5.0
+    assert Validation(1, distance={"retain": {"2": 5.0}}).bending == -5.0
+    assert Validation(1, distance={}).bending == 0.0
+
+
 def test_the_target_has_to_hold_for_its_patience() -> None:
     guard = judged(ValidationConfig(target_attack=0.1, target_patience=2, patience=9), at(0, helpful=1.0))
     stops = []

@@ -12,11 +12,13 @@ from budget_grid import grid, random_model, training_peak
 from shape_recipes import LONGEST, recipe
 
 from repbend_fast.config import Config
+from repbend_fast.config.objectives import NPOConfig, RMUConfig
 from repbend_fast.errors import UserError
 from repbend_fast.memory.batches import limits_of, worst_batch
 from repbend_fast.memory.levers import Levers
 from repbend_fast.memory.peaks import measure_piece
 from repbend_fast.memory.plan import Planner, choose_levers
+from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -47,7 +49,7 @@ def test_budgets_are_kept(small: Planner) -> None:
 def test_prediction_is_an_upper_bound_near_the_truth(small: Planner) -> None:
     for peak in small.peaks:
         for blocks in (0, 4, small.num_blocks):
-            stream = next(s for s in small._streams(4, LONGEST) if s.name == peak.name)
+            stream = small._streams(4, LONGEST)[peak.name]
             measured = measure_piece(small.model, stream, Levers(checkpoint_blocks=blocks, packing="on"), CPU, None)
             predicted = peak.peak(sum(map(len, stream.sequences)), blocks)
             assert 0.97 * measured.outside <= predicted.outside <= 1.35 * measured.outside, (peak.name, blocks)
@@ -67,9 +69,58 @@ def test_streams_that_read_pairs_alone_are_planned_beside_those_that_read_none(t
     """With prompts alone the safe stream reads no pair, and the pair term nothing else."""
     planner = Planner(recipe(tmp_path, "objective.loss_mode=prompt_last", "objective.pair=1.0", "memory.checkpoint_blocks=0"), CPU)
     assert {peak.name: peak.total > 0 for peak in planner.peaks} == {"safe": True, "unsafe": True, "retain": True}
-    (unsafe,) = [stream for stream in planner._streams(2, LONGEST) if stream.name == "unsafe"]
+    unsafe = planner._streams(2, LONGEST)["unsafe"]
     (pair,) = [term for term in unsafe.distances if term.name == "pair"]
     assert sum(stop - start for start, stop in pair.spans) > 0
+
+
+def test_a_stream_that_only_compares_sequences_is_planned(tmp_path: Path) -> None:
+    planner = Planner(recipe(tmp_path, "objective.unsafe=0", "memory.piece_tokens=16"), CPU)
+    assert {peak.name for peak in planner.peaks} == {"safe", "unsafe", "retain"}
+    assert planner.plan(None).streams["unsafe"] > 0
+
+
+@pytest.mark.parametrize("mode", ["prompt_last", "prompt_all"])
+def test_prompts_alone_are_planned_at_their_full_length(mode: str, tmp_path: Path) -> None:
+    planner = Planner(recipe(tmp_path, f"objective.loss_mode={mode}"), CPU)
+    for worst in planner.worst_streams(Levers()):
+        peak = next(p for p in planner.peaks if p.name == worst.name)
+        assert max(map(len, worst.sequences)) >= LONGEST // 2
+        assert 0.9 * peak.total <= sum(map(len, worst.sequences)) <= 1.1 * peak.total
+
+
+@pytest.mark.parametrize("size", [None, 8, 2 * LONGEST, 5 * LONGEST])
+def test_the_worst_piece_of_a_stream_of_two_roles_is_no_larger_than_asked(size: int | None, tmp_path: Path) -> None:
+    planner = Planner(recipe(tmp_path, "objective.name=crl", "objective.window_start=5", "objective.window_size=2"), CPU)
+    levers = Levers() if size is None else Levers(piece_tokens={"*": size})
+    for worst in planner.worst_streams(levers):
+        peak = next(p for p in planner.peaks if p.name == worst.name)
+        positions = peak.total if size is None else max(size, peak.longest)
+        assert 0.9 * positions <= sum(map(len, worst.sequences)) <= 1.01 * positions
+
+
+def test_what_a_refusal_advises_would_help(tmp_path: Path) -> None:
+    plain = Planner(recipe(tmp_path), CPU)
+    with pytest.raises(UserError, match=r"data\.max_answer_tokens, or set model\.quantization=nf4, or set training\.optimizer=adamw_8bit$"):
+        plain.plan(10**4)
+    small = Planner(recipe(tmp_path, "model.quantization=nf4", "training.optimizer=adamw_8bit"), CPU)
+    with pytest.raises(UserError, match=r"or lower data\.max_prompt_tokens or data\.max_answer_tokens$"):
+        small.plan(10**4)
+
+
+def test_offloading_is_not_counted_on_where_the_device_is_the_host(tmp_path: Path) -> None:
+    planner = Planner(recipe(tmp_path, "memory.offload_embedding=true", "memory.offload_checkpoints=true"), CPU)
+    assert planner.plan(None).total == Planner(recipe(tmp_path), CPU).plan(None).total
+    assert planner.base_levers == replace(planner.base_levers, offload_embedding=False, offload_checkpoints=False)
+
+
+def test_reference_passes_are_counted_where_they_run(small: Planner) -> None:
+    def reference(config: NPOConfig | RMUConfig) -> int:
+        streams = build_objective(config, small.num_blocks, 10).streams(worst_batch(2, small.limits), 0)
+        return small.cost.flops([s for s in streams if s.name == "forget"], Levers())["reference"]
+
+    assert reference(RMUConfig(layer=4)) == 0
+    assert reference(NPOConfig()) > 0
 
 
 def test_levers_set_by_hand_stay(tmp_path: Path) -> None:

@@ -126,6 +126,18 @@ def test_a_weight_of_zero_drops_the_term(dropped, terms, roles) -> None:
     assert build_objective(config, BLOCKS).streams(needed, 0) == streams
 
 
+@pytest.mark.parametrize("unweighted", ["safe", "unsafe"])
+def test_the_guard_sees_what_moves_without_a_weight_of_its_own(unweighted: str) -> None:
+    def probes(**settings) -> list[Stream]:
+        return build_objective(objective_config(pair=1.0, **settings), BLOCKS).probes(BATCH)
+
+    weighted, found = probes(), probes(**{unweighted: 0.0})
+    assert [s.distances[0].name for s in found] == ["unsafe", "safe"]
+    assert [(s.sequences, s.distances[0].layers, s.distances[0].spans) for s in found] == [
+        (s.sequences, s.distances[0].layers, s.distances[0].spans) for s in weighted
+    ]
+
+
 def test_pair_term() -> None:
     streams = _streams(pair=0.4)
     term = streams["unsafe"].distances[1]
