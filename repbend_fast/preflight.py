@@ -86,7 +86,7 @@ def _plan(config: Config, data: RunData) -> Plan | None:
 def check_depth(config: Config) -> None:
     """Compare window and LoRA blocks with the model's own configuration file.
 
-    A GGUF file has none that is quick to read, and an adapter's folder has none at all: those are checked when the model is there.
+    A GGUF file has none that is quick to read: it is checked when the model is there.
 
     Raises:
         UserError: a window or a block beyond the model's layers.
@@ -95,9 +95,9 @@ def check_depth(config: Config) -> None:
         return
     from transformers import AutoConfig
 
-    from repbend_fast.models.load import _hub_arguments, resolve_source
+    from repbend_fast.models.load import _hub_arguments, config_source
 
-    source = resolve_source(config.model)
+    source = config_source(config.model)
     try:
         blocks = AutoConfig.from_pretrained(source, **_hub_arguments(config.model)).get_text_config().num_hidden_layers
     except (OSError, ValueError, KeyError, AttributeError):

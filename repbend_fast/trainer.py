@@ -205,6 +205,11 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint, to the bit on the CPU."""
         state = load_checkpoint(checkpoint, self.config, self.model)
+        if self.config.validation.every and state.plain["guard"]["before"] is None:
+            raise UserError(
+                f"validation.every={self.config.validation.every}: validation cannot be switched on at --resume, since the model before "
+                "training was not measured; resume with validation.every=0"
+            )
         self.step = state.step
         self.stopped = state.plain["stopped"]
         self.guard.load_state_dict(state.plain["guard"])
@@ -215,6 +220,9 @@ class Trainer:
         load_moments(self.optimizer, state.tensors["optimizer"], self.config.training)
         self.scaler.load_state_dict(state.tensors["scaler"])
         self.best_weights = state.tensors["best"]
+        if not self.config.validation.every:
+            # Nothing measures the steps to come, so what was best so far is no reason to drop them.
+            self.best_weights = self.guard.best = None
         # What ran out of memory once would do so again, unless the levers were set anew.
         if state.plain.get("levers", {}).get("first") == self.first_levers.as_dict():
             self.runner.levers = Levers(**state.plain["levers"]["last"])

@@ -58,7 +58,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
     else:
         return
     needed = model.gguf_file or "config.json"
-    if not (folder / needed).is_file():
+    adapter = not model.gguf_file and (folder / "adapter_config.json").is_file()
+    if not adapter and not (folder / needed).is_file():
         yield f"model.name={model.name}: the folder holds no {needed}"
 
 

@@ -80,10 +80,10 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> int:
     if "before" not in content:
         objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
         fresh = attach_lora(base, config.lora, (objective.last_state,))
-        content["before"] = measure_model(config, _runner(fresh, config), data.encoder, chat)
+        content["before"] = measure_model(config, _runner(fresh, config, bool(chat)), data.encoder, chat)
         base = fresh.unload()
     if folder:
-        content["after"] = measure_model(config, _runner(_adapted(base, folder), config), data.encoder, chat)
+        content["after"] = measure_model(config, _runner(_adapted(base, folder), config, bool(chat)), data.encoder, chat)
     console.print(table(content["before"], content.get("after")))
     if path is not None:
         write_json(path, content)
@@ -107,12 +107,16 @@ def _adapted(base: Any, folder: RunFolder) -> Any:
         raise UserError(f"{folder.adapter}: not an adapter of this model ({reason[:200]}); resume the run to write it again") from error
 
 
-def _runner(model: Any, config: Config) -> StreamRunner:
+def _runner(model: Any, config: Config, uses_head: bool) -> StreamRunner:
     from repbend_fast.memory.levers import levers_of
+    from repbend_fast.models import check_head
     from repbend_fast.step import StreamRunner
 
     autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
-    return StreamRunner(model, levers_of(config.memory, model), autocast=autocast)
+    runner = StreamRunner(model, levers_of(config.memory, model), autocast=autocast, uses_head=uses_head)
+    if runner.head is not None:
+        check_head(model, runner.head)
+    return runner
 
 
 def _stored(path: Path) -> dict[str, Any]:

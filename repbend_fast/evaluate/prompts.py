@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterable[tuple[str, Row]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     try:
         for row in reader:
             # DictReader's line number is that of the row's last line: a quoted field may span several.
@@ -105,7 +106,7 @@ def _csv_rows(path: Path, text: str) -> Iterable[tuple[str, Row]]:
 
 def _json_rows(path: Path, text: str) -> Iterable[tuple[str, Row]]:
     if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would also break at U+2028 inside a string
             if line.strip():
                 yield f"{path}:{number}", _object(_parse(path, line, number), f"{path}:{number}")
         return

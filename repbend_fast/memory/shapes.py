@@ -17,7 +17,7 @@ from repbend_fast.config.schema import LoraSection, ModelConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import attach_lora
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.load import DTYPES, NF4_BLOCK, _hub_arguments, resolve_source
+from repbend_fast.models.load import DTYPES, NF4_BLOCK, _hub_arguments, config_source
 
 _LLAMA_3_8B = {
     "model_type": "llama",
@@ -55,8 +55,8 @@ def _model_shape(name: str, gguf_file: str | None, revision: str | None, trust_r
     from transformers import AutoConfig
 
     config = ModelConfig(name=name, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
-    source, arguments = resolve_source(config), _hub_arguments(config)
-    bundled = PUBLISHED_SHAPES.get(name)
+    source, arguments = config_source(config), _hub_arguments(config)
+    bundled = PUBLISHED_SHAPES.get(source)
     try:
         # A gated model's configuration is asked for over the network only where the table has none.
         return AutoConfig.from_pretrained(source, local_files_only=bundled is not None, **arguments), None

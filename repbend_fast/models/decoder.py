@@ -82,6 +82,12 @@ def find_decoder(model: nn.Module) -> Decoder:
     raise UserError(f"model type {causal.config.model_type}: no final norm was found in its decoder (looked for {', '.join(NORM_NAMES)})")
 
 
+WITHOUT_HEAD = (
+    "let nothing read logits: objective.kl=0 (npo always reads them), no evaluation.sources, and validation.every=0 or validation.sources "
+    "without retain records"
+)
+
+
 def find_head(model: nn.Module) -> Head:
     """The output head as a matrix.
 
@@ -93,11 +99,11 @@ def find_head(model: nn.Module) -> Head:
     linear = causal.get_output_embeddings()
     if type(linear) is not nn.Linear and not getattr(linear, "lives_on_host", False):
         raise UserError(
-            f"the output head is a {type(linear).__name__}, not a plain linear layer; take lm_head out of lora.target_modules "
-            "or set objective.kl=0"
+            f"the output head is a {type(linear).__name__}, not a plain linear layer; take lm_head out of lora.target_modules or "
+            f"{WITHOUT_HEAD}"
         )
     if linear.weight.requires_grad:
-        raise UserError("the output head is trainable; the shared-head KL needs it frozen: set objective.kl=0 or freeze it")
+        raise UserError(f"the output head is trainable; the shared-head KL needs it frozen: freeze it or {WITHOUT_HEAD}")
     softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
     return Head(linear.weight, linear.bias, softcap)
 
@@ -119,7 +125,7 @@ def check_head(model: nn.Module, head: Head) -> None:
     theirs = causal(input_ids=ids, use_cache=False).logits.float()
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item()):
         kind = causal.config.model_type
-        raise UserError(f"model type {kind} transforms its logits in a way that the shared-head KL does not know; set objective.kl=0")
+        raise UserError(f"model type {kind} transforms its logits in a way that the shared-head KL does not know; {WITHOUT_HEAD}")
 
 
 class _Block(nn.Module):

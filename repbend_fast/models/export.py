@@ -41,7 +41,7 @@ def export_merged(folder: Path, out: Path) -> Path:
 def _merged(config: Config, adapter: Path) -> Any:
     from peft import PeftModel
 
-    base: Any = load_model(config.model.model_copy(update={"quantization": "none", "device": "cpu"}))
+    base: Any = load_model(config.model.model_copy(update={"quantization": "none", "device": "cpu", "liger": False}))
     # A GGUF file leaves its own quantisation settings in the config; the merged weights are plain ones.
     if hasattr(base.config, "quantization_config"):
         del base.config.quantization_config

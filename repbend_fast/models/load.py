@@ -75,7 +75,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_source(config), **_hub_arguments(config))
+        source = resolve_source(config)
+        if not (Path(source) / "tokenizer_config.json").is_file():
+            source = config_source(config)
+        tokenizer = AutoTokenizer.from_pretrained(source, **_hub_arguments(config))
     except UserError:
         raise
     except Exception as error:
@@ -219,6 +222,16 @@ def _carries_adapter(source: str, config: ModelConfig) -> bool:
         return find_adapter_config_file(source, revision=config.revision) is not None
     except OSError:
         return False  # loading the model itself reports it
+
+
+def config_source(config: ModelConfig) -> str:
+    """Where the model's own configuration lies: folder or hub name, of the base where ``model.name`` is an adapter alone.
+
+    Raises:
+        UserError: no such folder, or an adapter that names no base.
+    """
+    source = resolve_source(config)
+    return _adapter_base(source, config) if _is_bare_adapter(source) else source
 
 
 def _adapter_base(adapter: str, config: ModelConfig) -> str:

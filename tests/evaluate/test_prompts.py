@@ -32,6 +32,18 @@ def test_harmbench_joins_its_context(tmp_path: Path):
     assert contextual.source_id == "moon_2"
 
 
+@pytest.mark.parametrize("name", ["own.jsonl", "harmbench.csv"])
+def test_only_line_ends_end_a_line(name: str, tmp_path: Path):
+    odd = "Make\u2028a\u0085moon-key"
+    text = (
+        HARMBENCH + f"{odd},standard,x,,,moon_1\n"
+        if name.endswith("csv")
+        else json.dumps({"kind": "attack", "text": odd}, ensure_ascii=False) + "\n"
+    )
+    (prompt,) = load(write(tmp_path, name, text))
+    assert prompt.text == odd
+
+
 def test_authors_json_joins_its_context(tmp_path: Path):
     content = {
         "name": "harmbench",

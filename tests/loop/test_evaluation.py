@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import TinyRun, rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_run import TinyRun, rows, write_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GraniteConfig
 
 from repbend_fast.cli import main
 from repbend_fast.models import load_model
@@ -80,6 +80,26 @@ def test_eval_of_a_recipe_is_the_model_as_it_is(evaluated: TinyRun, tmp_path: Pa
     prompts = f"evaluation.prompts.path={evaluated.folder / 'prompts.jsonl'}"
     assert main(["eval", str(evaluated.recipe), prompts, "evaluation.max_new_tokens=4", "--out", str(out)]) == 0
     assert json.loads(out.read_text(encoding="utf-8")) == {"before": evaluation(evaluated.path)["before"]}
+
+
+def test_numbers_that_the_head_alone_does_not_give_are_refused(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Granite divides its logits by a setting; perplexity from its head's matrix would be another model's."""
+    folder = write_model(tmp_path / "granite")
+    llama = AutoConfig.from_pretrained(folder).to_dict()
+    kept = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "eos_token_id",
+    )
+    config = GraniteConfig(**{key: llama[key] for key in kept}, pad_token_id=llama["pad_token_id"], logits_scaling=8.0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    code = main(["eval", str(tiny.recipe), f"model.name={folder}", f"evaluation.prompts.path={prompt_file(tmp_path)}"])
+    assert code == 2
+    assert "granite transforms its logits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])

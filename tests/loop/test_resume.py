@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 
 import pytest
+import torch
 from tiny_run import TinyRun, adapter_of, reproducible, rows, same_tensors, write_records
 from tiny_run import records as make_records
 
@@ -97,6 +98,29 @@ def test_more_steps_go_on_and_stay_in_the_runs_settings(whole: TinyRun, tiny: Ti
     assert not same_tensors(adapter_of(tiny.path), adapter_of(whole.path))
     assert tiny.resume().exit_code == 0
     assert len(rows(tiny.path, "step")) == 8
+
+
+def test_without_validation_from_here_on_the_last_adapter_is_kept(whole: TinyRun, tiny: TinyRun) -> None:
+    shutil.copytree(whole.path, tiny.path)
+    assert tiny.resume("training.steps=8", "validation.every=0").exit_code == 0
+    (last,) = tiny.path.glob("checkpoints/step-000008")
+    state = torch.load(last / "state.pt", weights_only=True)
+    assert same_tensors({name.replace(".default", ""): t for name, t in state["adapter"].items()}, adapter_of(tiny.path))
+
+
+def test_validation_cannot_begin_in_the_middle(tiny: TinyRun) -> None:
+    assert tiny.train("validation.every=0", "training.steps=2").exit_code == 0
+    with pytest.raises(UserError, match=r"validation\.every=2: validation cannot be switched on at --resume"):
+        tiny.resume("validation.every=2", "training.steps=4")
+    assert tiny.resume("training.steps=4").exit_code == 0
+
+
+def test_a_runs_own_adapter_can_be_the_model(whole: TinyRun, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repbend_fast.cli import main
+
+    for command in ("train", "plan"):
+        assert main([command, str(tiny.recipe), f"model.name={whole.path / 'adapter'}", "training.steps=2"]) == 0
+    assert rows(tiny.path, "validation")[0]["kl"] == 0.0
 
 
 def test_a_lower_learning_rate_is_taken_when_resuming(whole: TinyRun, tiny: TinyRun) -> None:

@@ -65,6 +65,15 @@ def test_merged_logits_equal_adapted_logits(base, tmp_path, quantization) -> Non
     assert AutoTokenizer.from_pretrained(out).chat_template == "{{ 'own' }}"
 
 
+def test_layers_of_liger_which_need_a_gpu_are_not_put_into_what_is_exported(base, tmp_path) -> None:
+    _run(base, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace("liger: auto", "liger: true").replace("device: cpu", "device: auto"), encoding="utf-8")
+    assert "liger: true" in config.read_text(encoding="utf-8")
+    assert (export_merged(tmp_path / "run", tmp_path / "merged") / "model.safetensors").is_file()
+
+
 def test_an_empty_folder_is_filled(base, tmp_path) -> None:
     _run(base, tmp_path / "run")
     (tmp_path / "out").mkdir()
