@@ -41,7 +41,7 @@ def markdown(record: Record) -> str:
     kept_nothing = [(m["name"], s["seed"]) for m in methods for s in m["seeds"] if s["best_step"] == 0]
     if kept_nothing:
         named = ", ".join(f"{name} with seed {seed}" for name, seed in kept_nothing)
-        lines += ["", f"No adapter of {named} stayed within validation's limits: the row is the model as it was."]
+        lines += ["", f"No adapter of {named} stayed within validation's limits: measured there is the model as it was."]
     return "\n".join(lines) + "\n"
 
 
