@@ -33,7 +33,6 @@ from repbend_fast.memory.plan import Plan, show_plan
 from repbend_fast.metrics import MetricsLog, ProgressLine, peak_memory_bytes, say
 from repbend_fast.models import (
     attach_lora,
-    check_head,
     find_decoder,
     load_model,
     trainable_parameters,
@@ -43,7 +42,7 @@ from repbend_fast.objectives import build_objective
 from repbend_fast.optimizer import build_optimizer, learning_rate, load_moments
 from repbend_fast.preflight import Ready, prepare_run
 from repbend_fast.runs import RunFolder, remove_leftovers, start_folder, write_text
-from repbend_fast.step import StreamResult, StreamRunner, dropout_seed
+from repbend_fast.step import StreamResult, checked_runner, dropout_seed
 from repbend_fast.validation import Guard, Validation, Validator
 
 INTERRUPTED = 130
@@ -120,14 +119,11 @@ class Trainer:
         base = load_model(config.model)
         self.objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
         self.model: Any = attach_lora(base, config.lora, (self.objective.last_state,))
-        autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
         levers = levers or levers_of(config.memory, self.model)
-        self.runner = StreamRunner(self.model, levers, autocast=autocast, uses_head=needs_head)
+        self.runner = checked_runner(self.model, config, levers, needs_head)
         self.runner.on_out_of_memory = self._say_out_of_memory
         self.first_levers = self.runner.levers
-        if self.runner.head is not None:
-            check_head(self.model, self.runner.head)
         self.parameters = trainable_parameters(self.model)
         self.optimizer = build_optimizer(self.parameters, config.training)
         # Half precision loses small gradients below its range; bfloat16 and float32 do not need this.

@@ -114,8 +114,8 @@ def _table(arguments: Namespace) -> int:
     rows = []
     recipes = (arguments.recipe,) if arguments.recipe else TABLE_RECIPES
     for recipe in recipes:
-        for quantization in ("nf4", "none"):
-            for row in _table_rows(recipe, quantization, arguments):
+        for config in [_table_config(recipe, quantization, arguments.overrides) for quantization in ("nf4", "none")]:
+            for row in _table_rows(config, arguments.card):
                 rows.append(row)
                 if not arguments.json:
                     print(_table_line(row), flush=True)
@@ -124,25 +124,17 @@ def _table(arguments: Namespace) -> int:
     return 0
 
 
-def _table_rows(recipe: str, quantization: str, arguments: Namespace) -> list[dict[str, Any]]:
+def _table_rows(config: Config, card: str | None) -> list[dict[str, Any]]:
     """Predictions: the run at full depth, which ``plan RECIPE`` adds, would take minutes for all of them."""
     import torch
 
-    from repbend_fast.config import load_config
     from repbend_fast.memory.cards import GB, find_card
     from repbend_fast.memory.plan import Planner
 
-    given = _keys_set(load_config(recipe, arguments.overrides), arguments.overrides)
-    if "model.quantization" in given:
-        raise UserError("model.quantization: plan --table has both, nf4 and none; leave it out")
-    optimizer = "paged_adamw_8bit" if quantization == "nf4" else "adamw"
-    settings = {"model.quantization": quantization, "training.optimizer": optimizer, "memory.checkpoint_blocks": "auto"}
-    own = [f"{key}={value}" for key, value in settings.items() if key not in given]
-    config = load_config(recipe, [*own, *arguments.overrides])
     rows = []
     planner = Planner(config, torch.device("cuda"), find_card("a100"))
     for gigabytes, name in TABLE_BUDGETS.items():
-        planner.use_card(find_card(arguments.card or name))
+        planner.use_card(find_card(card or name))
         try:
             rows.append(as_record(planner, planner.plan(gigabytes * GB, check=False)))
         except UserError:
@@ -150,7 +142,7 @@ def _table_rows(recipe: str, quantization: str, arguments: Namespace) -> list[di
             rows.append(
                 {
                     "model": config.model.name,
-                    "quantization": quantization,
+                    "quantization": config.model.quantization,
                     "card": planner.card.name,
                     "budget_bytes": gigabytes * GB,
                     "levers": None,
@@ -161,14 +153,16 @@ def _table_rows(recipe: str, quantization: str, arguments: Namespace) -> list[di
     return rows
 
 
-def _keys_set(config: Config, overrides: list[str]) -> set[str]:
-    """The dotted keys that ``overrides``, which ``config`` was loaded with, set; published names stay as they are."""
-    from repbend_fast.config.keys import all_keys, full_name
-    from repbend_fast.config.overrides import parse_overrides
+def _table_config(recipe: str, quantization: str, overrides: list[str]) -> Config:
+    """The recipe with the table's settings, which ``overrides`` may replace, all but the quantisation."""
+    from repbend_fast.config import load_config
 
-    bare = {key.rpartition(".")[2] for key in all_keys(config.objective.name)}
-    names = [override.name for override in parse_overrides(overrides)]
-    return {full_name(name, config.objective.name) if name in bare else name for name in names}
+    optimizer = "paged_adamw_8bit" if quantization == "nf4" else "adamw"
+    defaults = [f"model.quantization={quantization}", f"training.optimizer={optimizer}", "memory.checkpoint_blocks=auto"]
+    config = load_config(recipe, overrides, defaults=defaults)
+    if config.model.quantization != quantization:
+        raise UserError("model.quantization: plan --table has both, nf4 and none; leave it out")
+    return config
 
 
 def _table_line(row: dict[str, Any]) -> str:

@@ -28,13 +28,14 @@ def print_note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def load_config(recipe: str, overrides: Sequence[str] = (), *, note: Note = print_note) -> Config:
+def load_config(recipe: str, overrides: Sequence[str] = (), *, defaults: Sequence[str] = (), note: Note = print_note) -> Config:
     """Resolves and validates the configuration of a run. Reads no weights and no data.
 
     Args:
         recipe: Name of a shipped recipe, or path of a YAML file.
         overrides: ``key=value``, ``--name value`` or ``--name=value``. A key is dotted (``training.steps``), bare where that is
             unambiguous (``steps``), or a published argument name (``loss_alpha``). Values are YAML.
+        defaults: As ``overrides``, which win over them; they win over the recipe.
         note: Receives one line for each published argument that is accepted without effect.
 
     Raises:
@@ -44,6 +45,7 @@ def load_config(recipe: str, overrides: Sequence[str] = (), *, note: Note = prin
     path, name = find_recipe(recipe)
     settings = _Settings(note)
     settings.add_file(path, name, ())
+    settings.add_overrides(parse_overrides(defaults))
     settings.add_overrides(parse_overrides(overrides))
     try:
         return Config.model_validate(settings.tree)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
 from repbend_fast.config import load_config
@@ -109,14 +108,9 @@ def _adapted(base: Any, folder: RunFolder) -> Any:
 
 def _runner(model: Any, config: Config, uses_head: bool) -> StreamRunner:
     from repbend_fast.memory.levers import levers_of
-    from repbend_fast.models import check_head
-    from repbend_fast.step import StreamRunner
+    from repbend_fast.step import checked_runner
 
-    autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
-    runner = StreamRunner(model, levers_of(config.memory, model), autocast=autocast, uses_head=uses_head)
-    if runner.head is not None:
-        check_head(model, runner.head)
-    return runner
+    return checked_runner(model, config, levers_of(config.memory, model), uses_head)
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -153,11 +153,9 @@ class Planner:
         or reads nothing else, long prompts where it reads no answers.
         """
         roles = set(self.objective.roles)
-        layouts = {True: "pair" in roles, False: "pair" not in roles or not roles <= {"pair", "retain"}}
+        of_pairs = (False,) if "pair" not in roles else (True,) if roles <= {"pair", "retain"} else (True, False)
         found: dict[str, Stream] = {}
-        for prompts, pairs in product((True, False), layouts):
-            if not layouts[pairs]:
-                continue
+        for prompts, pairs in product((True, False), of_pairs):
             for stream in self.objective.streams(even_batch(count, length, self.limits, pairs, prompts), 0):
                 fills = max(map(len, stream.sequences), default=0)
                 known = found.get(stream.name)

@@ -2,6 +2,6 @@
 
 from repbend_fast.step.keys import dropout_seed
 from repbend_fast.step.meter import StreamResult
-from repbend_fast.step.runner import StreamRunner
+from repbend_fast.step.runner import StreamRunner, checked_runner
 
-__all__ = ["StreamResult", "StreamRunner", "dropout_seed"]
+__all__ = ["StreamResult", "StreamRunner", "checked_runner", "dropout_seed"]

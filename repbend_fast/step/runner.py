@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from repbend_fast.config import Config
 from repbend_fast.data.records import Sequence
 from repbend_fast.memory.levers import Levers
 from repbend_fast.memory.offload import offload_embedding
 from repbend_fast.memory.out_of_memory import Load, OutOfMemory, attempt, fresh_gradients, retreat
 from repbend_fast.models.adapters import trainable_parameters
-from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head
+from repbend_fast.models.decoder import Decoder, Head, check_head, find_decoder, find_head
 from repbend_fast.models.lora import lora_dropout, use_low_rank_forward
 from repbend_fast.objectives.base import PairwiseCosine, Stream, Triplets
 from repbend_fast.pieces import Layout, Piece, make_piece, split
@@ -193,3 +194,16 @@ class _Run:
     def keys(self, piece: Piece) -> Tensor | None:
         """The dropout keys of a piece's rows; None = no dropout."""
         return None if self.seed is None else row_keys(piece, self.seed, self.stream.name)
+
+
+def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) -> StreamRunner:
+    """The runner of a loaded model under the recipe's autocast, its head compared with the model's own logits.
+
+    Raises:
+        UserError: the head is no plain matrix, or the model's logits are not what it gives.
+    """
+    autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
+    runner = StreamRunner(model, levers, autocast=autocast, uses_head=uses_head)
+    if runner.head is not None:
+        check_head(model, runner.head)
+    return runner

@@ -11,6 +11,7 @@ import torch
 from tiny_run import TinyRun, adapter_of, reproducible, rows, same_tensors, write_records
 from tiny_run import records as make_records
 
+from repbend_fast.cli import main
 from repbend_fast.errors import UserError
 from repbend_fast.interrupt import Interrupt
 from repbend_fast.trainer import INTERRUPTED, Trainer
@@ -115,9 +116,7 @@ def test_validation_cannot_begin_in_the_middle(tiny: TinyRun) -> None:
     assert tiny.resume("training.steps=4").exit_code == 0
 
 
-def test_a_runs_own_adapter_can_be_the_model(whole: TinyRun, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    from repbend_fast.cli import main
-
+def test_a_runs_own_adapter_can_be_the_model(whole: TinyRun, tiny: TinyRun) -> None:
     for command in ("train", "plan"):
         assert main([command, str(tiny.recipe), f"model.name={whole.path / 'adapter'}", "training.steps=2"]) == 0
     assert rows(tiny.path, "validation")[0]["kl"] == 0.0
