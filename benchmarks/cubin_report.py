@@ -112,7 +112,7 @@ def _pairwise_cases(dtype: str) -> list[Case]:
 
 def _dropout_case(dtype: str) -> Case:
     pointer = f"*{dtype}"
-    types = {"x": pointer, "keys": "*i64", "out": pointer, "factor": "fp32"}
+    types = {"x": pointer, "keys": "*i32", "out": pointer, "factor": "fp32"}
     types |= dict.fromkeys(("start", "threshold", "count", "width", "x_inner", "x_outer_stride", "x_inner_stride"), "i32")
     constants = {"x_stride": 1, "ROWS": dropout.ROWS, "COLUMNS": dropout.COLUMNS}
     loose = frozenset({"start", "threshold", "count", "x_inner"})

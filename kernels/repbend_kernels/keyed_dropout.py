@@ -1,8 +1,8 @@
 """``keyed_dropout``: dropout whose mask is a function of a key per row and a seed per place, not of a random generator's state.
 
     r[n] = high 32 bits of splitmix64(keys[n])          c[d] = fmix32(fmix32(column_seed) + d·0x9E3779B9)
-    h[n, d] = ((r[n] ^ c[d])·0x7FEB352D ^ c'[d])·0x846CA68B       c' is c with its 16-bit halves exchanged
-    y[n, d] = x[n, d]/(1 − p) where h[n, d] < (1 − p)·2³² − 2³¹ as signed numbers, else 0
+    h[n, d] = ((r[n] ^ c[d])·0x7FEB352D ^ c'[d])·0x7B935975       c' is c with its 16-bit halves exchanged
+    y[n, d] = x[n, d]/(1 − p) where h[n, d] > 2³¹ − (1 − p)·2³² as signed numbers, else 0
     d loss/d x = the same mask and factor on d loss/d y
 
 All of it in 32-bit integers but the row's key, so every implementation draws the same mask to the bit. Rows and columns are mixed
@@ -14,6 +14,7 @@ No mask is stored: backward draws it again. Memory above the inputs: forward and
 Legend: N rows, D width.
 """
 
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -26,7 +27,12 @@ from .selection import resolve
 
 WEYL = 0x9E3779B9
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
+"""Factors of the finaliser that mixes columns."""
+LAST = 0x7B935975
+"""−SECOND: the factor that ends an element's hash."""
 _LOW = 0xFFFFFFFF
+CPU_ELEMENTS_PER_THREAD = 1 << 18
+"""Of a block of hashes, 1 MiB for each thread: on a CPU smaller ones lose more to their calls than they gain by staying in the cache."""
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 T = TypeVar("T", Tensor, list[Tensor])
@@ -73,13 +79,20 @@ def column_hashes(start: int, width: int, device: torch.device) -> Tensor:
     return mixed
 
 
-class _KeptBits:
-    """Blocks of the mask as integers of an element's size, all bits set where ``h < threshold``: one ``&`` then keeps or clears a float."""
+@lru_cache(maxsize=1024)
+def _column_patterns(start: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``(c, c')``, kept from step to step: a place's columns are always the same, 8 bytes each, and take twenty operations."""
+    columns = column_hashes(start, width, device)
+    return columns, (columns << 16) | (columns >> 16 & 0xFFFF)
 
-    def __init__(self, keys: Tensor, start: int, threshold: int, width: int, dtype: torch.dtype) -> None:
-        self.rows, self.columns = row_hashes(keys)[:, None], column_hashes(start, width, keys.device)
-        self.exchanged = (self.columns << 16) | (self.columns >> 16 & 0xFFFF)
-        self.threshold, self.dtype = threshold, INTEGERS[dtype.itemsize]
+
+class _Hashes:
+    """``h``, block by block, for the masks of N rows; and the pass that clears what a mask drops."""
+
+    def __init__(self, keys: Tensor, start: int, threshold: int, width: int) -> None:
+        self.rows = (keys if keys.dtype == torch.int32 else row_hashes(keys))[:, None]
+        self.columns, self.exchanged = _column_patterns(start, width, keys.device)
+        self.threshold = threshold
         self.hashes = torch.empty((0, width), dtype=torch.int32, device=keys.device)
 
     def read(self, first: int, last: int) -> Tensor:
@@ -89,10 +102,16 @@ class _KeptBits:
             self.hashes = self.hashes.new_empty((count, self.hashes.shape[1]))
         hashes = self.hashes[:count]
         torch.bitwise_xor(self.rows[first:last], self.columns, out=hashes)
-        hashes.mul_(FIRST).bitwise_xor_(self.exchanged).mul_(_signed(SECOND, 32))
-        # −1, every bit set, below the threshold, else 0. In place, without the buffer that a comparison into integers writes.
-        hashes.clamp_(self.threshold - 1, self.threshold).sub_(self.threshold)
-        return hashes if self.dtype == torch.int32 else hashes.to(self.dtype)
+        return hashes.mul_(FIRST).bitwise_xor_(self.exchanged).mul_(LAST)
+
+    def clear_dropped(self, x: Tensor, hashes: Tensor, out: Tensor) -> None:
+        """``out`` = x where h > threshold, else 0. The one pass compares and clears integers of an element's size: no float is read,
+        so a dropped NaN is 0 too."""
+        bits, into = x.view(INTEGERS[x.dtype.itemsize]), out.view(INTEGERS[x.dtype.itemsize])
+        if x.dtype.itemsize == 2:
+            into.copy_(torch.ops.aten.threshold_backward(bits.to(torch.int32), hashes, self.threshold))
+        else:
+            torch.ops.aten.threshold_backward.grad_input(bits, hashes.to(bits.dtype), self.threshold, grad_input=into)
 
 
 class KeyedMask:
@@ -101,7 +120,7 @@ class KeyedMask:
     On a CPU the keys are mixed once for all blocks and the scratch is used again; elsewhere each block is a call of the kernel.
 
     Args:
-        keys: int64 [N].
+        keys: int64 [N]; or int32 [N], their :func:`row_hashes`, which places that share rows need not take again.
         column_seed, p: as :func:`keyed_dropout` takes them, p > 0.
         width, dtype: those of the rows.
     """
@@ -109,33 +128,33 @@ class KeyedMask:
     def __init__(self, keys: Tensor, column_seed: int, p: float, width: int, dtype: torch.dtype) -> None:
         self.keys, self.arguments = keys, mask_arguments(column_seed, p)
         self.triton = resolve(None, torch.empty(0, dtype=dtype, device=keys.device)) == "triton"
-        self.kept = None if self.triton else _KeptBits(keys, *self.arguments, width, dtype)
+        self.hashes = None if self.triton else _Hashes(keys, *self.arguments, width)
 
     def apply(self, tensors: list[Tensor], outs: list[Tensor], first: int, last: int) -> None:
         """Each of ``outs`` = the tensor of ``tensors`` where kept, else 0; all [last − first, D], an out may be its tensor."""
-        if self.kept is None:
+        if self.hashes is None:
             from .triton_keyed_dropout import launch_into
 
             for x, out in zip(tensors, outs):
                 launch_into(out, x, self.keys[first:last], *self.arguments, 1.0)
             return
-        for start, stop in blocks(last - first, tensors[0].shape[-1], self.keys.device):
-            bits = self.kept.read(first + start, first + stop)
+        for start, stop in blocks(last - first, tensors[0].shape[-1], self.keys.device, CPU_ELEMENTS_PER_THREAD):
+            hashes = self.hashes.read(first + start, first + stop)
             for x, out in zip(tensors, outs):
-                torch.bitwise_and(x[start:stop].view(bits.dtype), bits, out=out[start:stop].view(bits.dtype))
+                self.hashes.clear_dropped(x[start:stop], hashes, out[start:stop])
 
 
 def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float) -> list[Tensor]:
     width, dtype, device = tensors[0].shape[-1], tensors[0].dtype, keys.device
     outs = [torch.empty(x.shape, dtype=dtype, device=device) for x in tensors]
     pairs = [(out.view(-1, width), RowReader(x)) for out, x in zip(outs, tensors)]
-    kept = _KeptBits(keys, start, threshold, width, dtype)
+    mask = _Hashes(keys, start, threshold, width)
     scale = torch.tensor(factor, dtype=checks.accumulate_dtype(dtype), device=device)
     for first, last in blocks(keys.numel(), width, device):
-        bits = kept.read(first, last)
+        hashes = mask.read(first, last)
         for out, source in pairs:
             block = out[first:last]
-            torch.bitwise_and(source.read(first, last).view(bits.dtype), bits, out=block.view(bits.dtype))
+            mask.clear_dropped(source.read(first, last), hashes, block)
             if factor != 1.0:
                 scale_into(block, block, scale)
     return outs
@@ -170,8 +189,8 @@ masked.register_autograd(_backward, setup_context=_setup)
 
 
 def mask_arguments(column_seed: int, p: float) -> tuple[int, int]:
-    """``(start, threshold)`` of the op: the mixed seed, and (1 − p)·2³² moved to signed numbers, one kept value at the least."""
-    return _signed(_fmix32(column_seed), 32), min(max(round((1 - p) * 2**32), 1), _LOW) - 2**31
+    """``(start, threshold)`` of the op: the mixed seed, and 2³¹ − (1 − p)·2³², inside the signed numbers."""
+    return _signed(_fmix32(column_seed), 32), 2**31 - min(max(round((1 - p) * 2**32), 1), _LOW)
 
 
 def keyed_dropout(x: T, keys: Tensor, column_seed: int, p: float, *, scaled: bool = True, implementation: str | None = None) -> T:

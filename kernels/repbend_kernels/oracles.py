@@ -123,9 +123,9 @@ def linear_log_prob_reference(
 
 
 def keyed_dropout_reference(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> Tensor:
-    """``factor·x`` where the element's hash, taken in 64-bit arithmetic, is below the threshold; [..., D].
+    """``factor·x`` where the element's hash, taken in 64-bit arithmetic, is above the threshold; [..., D].
 
-    ``start`` (the mixed column seed) and ``threshold`` ((1 − p)·2³² − 2³¹) are what the op gets.
+    ``start`` (the mixed column seed) and ``threshold`` (2³¹ − (1 − p)·2³²) are what the op gets.
     """
 
     def fold(value: Tensor, shift: int, factor: int, bits: int) -> Tensor:
@@ -139,6 +139,6 @@ def keyed_dropout_reference(x: Tensor, keys: Tensor, start: int, threshold: int,
     columns = (torch.arange(x.shape[-1], device=x.device) * 0x9E3779B9 + start) & 0xFFFFFFFF
     columns = fold(fold(fold(columns, 16, 0x7FEB352D, 32), 15, 0x846CA68B, 32), 16, 1, 32)
     exchanged = (columns << 16 | columns >> 16) & 0xFFFFFFFF
-    hashes = (((rows ^ columns) * 0x7FEB352D & 0xFFFFFFFF) ^ exchanged) * 0x846CA68B & 0xFFFFFFFF
-    kept = torch.where(hashes >= 2**31, hashes - 2**32, hashes) < threshold
+    hashes = (((rows ^ columns) * 0x7FEB352D & 0xFFFFFFFF) ^ exchanged) * 0x7B935975 & 0xFFFFFFFF
+    kept = torch.where(hashes >= 2**31, hashes - 2**32, hashes) > threshold
     return torch.where(kept, x.to(accumulate_dtype(x.dtype)) * factor, 0.0).to(x.dtype)

@@ -22,9 +22,9 @@ def count_rows(tensor: Tensor) -> int:
     return count
 
 
-def blocks(count: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """``(start, stop)`` over ``count`` rows, each block a fixed number of elements and at least one row."""
-    elements = CPU_ELEMENTS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else DEVICE_ELEMENTS
+def blocks(count: int, width: int, device: torch.device, per_thread: int = CPU_ELEMENTS_PER_THREAD) -> Iterator[tuple[int, int]]:
+    """``(start, stop)`` over ``count`` rows, each block a fixed number of elements (on a CPU ``per_thread``) and at least one row."""
+    elements = per_thread * torch.get_num_threads() if device.type == "cpu" else DEVICE_ELEMENTS
     step = max(1, elements // max(width, 1))
     for start in range(0, count, step):
         yield start, min(start + step, count)

@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .keyed_dropout import FIRST, SECOND, WEYL
+from .keyed_dropout import FIRST, LAST, SECOND, WEYL
 from .launch import addressable, on_device_of
 
 ROWS = 4
 COLUMNS = 1024
 WARPS = 4
 
-_FIRST, _SECOND, _WEYL = tl.constexpr(FIRST), tl.constexpr(SECOND), tl.constexpr(WEYL)
+_FIRST, _SECOND, _LAST, _WEYL = tl.constexpr(FIRST), tl.constexpr(SECOND), tl.constexpr(LAST), tl.constexpr(WEYL)
 
 
 @triton.jit
@@ -39,23 +39,27 @@ def keyed_dropout_kernel(
     x, keys, out, start, threshold, factor, count, width, x_inner, x_outer_stride, x_inner_stride, x_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = factor·x where h < threshold, else 0."""
+    """out = factor·x where h > threshold, else 0. ``keys`` are int64, or int32 where they are hashed already."""
     # int64 before any stride multiplication: rows times width passes 2³¹.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < count)[:, None] & (columns < width)[None, :]
     key = tl.load(keys + rows, mask=rows < count, other=0)
     column = column_hash(columns, start)
-    hashes = (row_hash(key)[:, None] ^ column[None, :]) * tl.full([], _FIRST, tl.uint32)
-    hashes = (hashes ^ ((column << 16) | (column >> 16))[None, :]) * tl.full([], _SECOND, tl.uint32)
+    if keys.dtype.element_ty == tl.int64:
+        row = row_hash(key)
+    else:
+        row = key.to(tl.uint32, bitcast=True)
+    hashes = (row[:, None] ^ column[None, :]) * tl.full([], _FIRST, tl.uint32)
+    hashes = (hashes ^ ((column << 16) | (column >> 16))[None, :]) * tl.full([], _LAST, tl.uint32)
     source = x + ((rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride)[:, None] + columns[None, :] * x_stride
     values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    kept = tl.where(hashes.to(tl.int32, bitcast=True) < threshold, values * factor, 0.0)
+    kept = tl.where(hashes.to(tl.int32, bitcast=True) > threshold, values * factor, 0.0)
     tl.store(out + rows[:, None] * width + columns[None, :], kept.to(out.dtype.element_ty), mask=inside)
 
 
 def launch_into(out: Tensor, x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> None:
-    """Writes ``out``, contiguous and of x's shape, which may be ``x``; ``keys`` int64 [N]."""
+    """Writes ``out``, contiguous and of x's shape, which may be ``x``; ``keys`` int64 [N], or int32 as ``row_hashes`` gives them."""
     count, width = keys.numel(), x.shape[-1]
     if count == 0:
         return

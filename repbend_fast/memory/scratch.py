@@ -55,16 +55,15 @@ def op_scratch(device: torch.device) -> dict[str, Scratch]:
         return int(count * inputs.element_size() + 2 * 4 * count // NF4_BLOCK)
 
     def low_rank(args: tuple[Any, ...]) -> int:
-        # Both ops take two [.., O] and [.., D] tensors first and A [r, D], B [O, r] after them. A chunk's rows are masked, in backward
-        # together with their gradient, into copies; 16-bit ones are widened on the way where the product is not the GPU's.
-        left, x, a, b = args[:4]
+        # Chunks of rows of x [N, D] are masked, in backward together with what is added to their gradient, into copies; a 16-bit one is
+        # widened on the way where the product is not the GPU's. A block of hashes in 32 bits beside them.
+        x, a = (args[0], args[1]) if len(args) == 5 else (args[1], args[2])
+        chunk = max(LEAST_ROWS, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // x.shape[-1])
+        rows = min(chunk, x.shape[0])
         wide = 4 if device.type != "cuda" else x.element_size()
-        width = max(x.shape[-1], left.shape[-1])
-        chunk = max(LEAST_ROWS, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // width)
-        rows = min(chunk, x.numel() // x.shape[-1])
-        return int(3 * rows * x.shape[-1] * wide + 2 * 4 * (a.numel() + b.numel()))
+        return int(rows * x.shape[-1] * (x.element_size() + 2 * wide) + min(block, 4 * rows * x.shape[-1]) + 2 * 4 * a.numel())
 
     in_blocks = ("bend_tap_forward", "bend_tap_backward", "add_rows", "row_distance_forward", "pairwise_similarity")
     scratch: dict[str, Scratch] = {f"repbend_kernels::{name}": rows_in_blocks for name in in_blocks}
-    scratch |= {f"repbend_fast::{name}": low_rank for name in ("add_low_rank_", "low_rank_gradients")}
+    scratch |= {f"repbend_fast::{name}": low_rank for name in ("low_rank_down", "add_low_rank_gradient_")}
     return scratch | {"bitsandbytes::gemm_4bit": dequantized}

@@ -1,10 +1,12 @@
 """LoRA's forward and backward with the least memory, and dropout whose masks follow keys of the rows.
 
 PEFT's layers keep their weights, names, saving, merging and switching off; only what ``forward`` does with the low-rank part is
-replaced. With m = keep · x (the keyed mask, without its factor) and f = s/(1 − p):
+replaced, by two autograd functions around the base layer, whatever that is. With m = keep · x (the keyed mask, without its factor)
+and f = s/(1 − p):
 
-    forward    P = m Aᵀ              [N, r], kept        result += f · P Bᵀ        in place: the base layer's output is fresh
-    backward   Q = f · G B           [N, r]              dB = f · Gᵀ P      dA = Qᵀ m      dx = keep · (Q A)
+    forward    P = m Aᵀ  [N, r]          y = W x          y += f · P Bᵀ                 in place: the base layer's output is fresh
+    backward   Q = f · G B  [N, r]       dB = f · Gᵀ P    dx = G W    dx += keep · (Q A)    dA = Qᵀ m
+                                                                 in place: the base layer's gradient is fresh
 
 Kept for backward: x by reference (q, k and v share one) and P. PEFT keeps x, the mask, the dropped x (in A's dtype, so in 32 bits for
 a 16-bit model), P, and makes up to four tensors of the output's size on the way.
@@ -12,18 +14,18 @@ a 16-bit model), P, and makes up to four tensors of the output's size on the way
 Products of 16-bit activations lose nothing of 32-bit adapter weights: on CUDA the weight enters the matrix product as the sum of two
 16-bit parts, elsewhere the rows are widened chunk by chunk. Rows are walked in chunks, so that what is masked never has x's size.
 
-Legend: N rows (tokens), D inputs, O outputs, r rank.
+Legend: N rows (tokens), D inputs, O outputs, r rank, G gradient of y.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
-from repbend_kernels.keyed_dropout import KeyedMask
+from repbend_kernels.keyed_dropout import KeyedMask, row_hashes
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
@@ -35,7 +37,7 @@ LEAST_ROWS = 64
 
 
 class DropoutKeys:
-    """What all adapted layers of a model share: the keys of the rows that the pass in progress runs, or None."""
+    """What all adapted layers of a model share: the hashed keys (int32 [N]) of the rows that the pass in progress runs, or None."""
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
@@ -43,6 +45,11 @@ class DropoutKeys:
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _in_own_dtypes(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off; entering it costs as much as a small operation, so only where it is on."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _parts(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -80,30 +87,28 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, factor: float) -> No
         out.copy_(torch.addmm(out.to(left.dtype), left, right.to(left.dtype), alpha=factor))
 
 
-def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out [n, m] = left [n, r] · right [r, m], rounded once to ``out``'s dtype; ``left`` has the accumulating dtype."""
-    if out.dtype == left.dtype:
-        torch.mm(left, right.to(left.dtype), out=out)
-    elif left.is_cuda:
-        torch.mm(*_low_rank_operands(left, right, out.dtype), out=out)
-    else:
-        out.copy_(left @ right.to(left.dtype))
+def _chunks(rows: Tensor) -> Iterator[tuple[int, int]]:
+    count, width = rows.shape
+    step = max(LEAST_ROWS, CHUNK_ELEMENTS["cpu" if rows.device.type == "cpu" else "other"] // width)
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
 
 
-def _chunks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    step = max(LEAST_ROWS, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // width)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+def _widened_chunks(rows: Tensor, acc: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Chunks where products widen ``rows`` [N, width], else all of them at once."""
+    if rows.is_cuda or rows.dtype == acc:
+        return iter([(0, rows.shape[0])])
+    return _chunks(rows)
 
 
-class _Masks:
-    """What dropout leaves of blocks of rows of x, and of their gradient: one mask for both, and a buffer that serves every block."""
+class _MaskedRows:
+    """What dropout leaves of chunks of rows of x, and the same mask on what goes back to them; a buffer serves every chunk."""
 
-    def __init__(self, x: Tensor, keys: Tensor | None, place: int, p: float) -> None:
-        self.mask = None if keys is None else KeyedMask(keys, place, p, x.shape[1], x.dtype)
+    def __init__(self, x: Tensor, hashes: Tensor | None, place: int, p: float) -> None:
+        self.mask = None if hashes is None else KeyedMask(hashes, place, p, x.shape[1], x.dtype)
         self.x, self.buffer = x, x.new_empty((0, x.shape[1]))
 
-    def rows(self, start: int, stop: int, inner: Tensor | None = None) -> Tensor:
+    def read(self, start: int, stop: int, inner: Tensor | None = None) -> Tensor:
         """Rows of x, masked; the next call overwrites them. ``inner``, of the same rows, is masked in place."""
         rows = self.x[start:stop]
         if self.mask is None:
@@ -114,104 +119,126 @@ class _Masks:
         self.mask.apply([rows] if inner is None else [rows, inner], [kept] if inner is None else [kept, inner], start, stop)
         return kept
 
-    def gradient(self, start: int, stop: int, inner: Tensor) -> None:
-        """``inner`` alone, in place."""
-        if self.mask is not None:
+    def add_gradient_(self, grad_rows: Tensor, start: int, stop: int, up: Tensor, a: Tensor, *, read: bool) -> Tensor | None:
+        """``grad_rows`` += keep · (Q A), Q being ``up``, rounded once where the device allows it; with ``read`` the rows of x, masked."""
+        if self.mask is None:
+            _add_product_(grad_rows, up, a, 1.0)
+            return self.read(start, stop) if read else None
+        if up.is_cuda and grad_rows.dtype != up.dtype:
+            inner = torch.mm(*_low_rank_operands(up, a, grad_rows.dtype))
+        else:
+            inner = up @ a.to(up.dtype)
+        kept = None
+        if read:
+            kept = self.read(start, stop, inner)
+        else:
             self.mask.apply([inner], [inner], start, stop)
+        grad_rows.add_(inner)
+        return kept
 
 
-def _add_rows_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
-    acc, flat = _accumulate_dtype(result.dtype), x.reshape(-1, x.shape[-1])
-    down = torch.empty((flat.shape[0], a.shape[0]), dtype=acc, device=x.device)
-    masks = _Masks(flat, keys, place, p)
-    with torch.autocast(x.device.type, enabled=False):
-        for start, stop in _chunks(flat.shape[0], max(flat.shape[1], result.shape[1]), x.device):
-            down[start:stop] = _product(masks.rows(start, stop).to(result.dtype), a.T, acc)
-            _add_product_(result[start:stop], down[start:stop], b.T, factor)
+def _down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tensor:
+    acc = _accumulate_dtype(x.dtype)
+    down = torch.empty((x.shape[0], a.shape[0]), dtype=acc, device=x.device)
+    rows = _MaskedRows(x, hashes, place, p)
+    with _in_own_dtypes(x.device.type):
+        for start, stop in _chunks(x):
+            down[start:stop] = _product(rows.read(start, stop), a.T, acc)
     return down
 
 
-@torch.library.custom_op("repbend_fast::add_low_rank_", mutates_args={"result"})
-def add_low_rank_(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
-    """``result`` [N, O] += f · P Bᵀ, in place; returns P [N, r] in float32 (float64 for float64). ``x`` is [..., D], ``keys`` [N]."""
-    return _add_rows_(result, x, a, b, keys, factor, place, p)
+def _add_up_(result: Tensor, down: Tensor, b: Tensor, factor: float) -> None:
+    with _in_own_dtypes(result.device.type):
+        for start, stop in _widened_chunks(result, down.dtype):
+            _add_product_(result[start:stop], down[start:stop], b.T, factor)
 
 
-@add_low_rank_.register_fake
-def _(result: Tensor, x: Tensor, a: Tensor, b: Tensor, keys: Tensor | None, factor: float, place: int, p: float) -> Tensor:
-    return result.new_empty((result.shape[0], a.shape[0]), dtype=_accumulate_dtype(result.dtype))
+@torch.library.custom_op("repbend_fast::low_rank_down", mutates_args=())
+def low_rank_down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tensor:
+    """P = (keep · x) Aᵀ, [N, r] in float32 (float64 for float64), of ``x`` [N, D]; ``hashes`` are the rows' hashed keys, int32 [N]."""
+    return _down(x, a, hashes, place, p)
 
 
-@torch.library.custom_op("repbend_fast::low_rank_gradients", mutates_args=())
-def low_rank_gradients(
-    grad: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    down: Tensor,
-    keys: Tensor | None,
-    factor: float,
-    place: int,
-    p: float,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Those gradients of x, A and B that ``needs`` asks for, in their dtypes; sums over rows run in ``down``'s dtype."""
-    acc, flat = down.dtype, x.reshape(-1, x.shape[-1])
-    grad_x = torch.empty(x.shape if needs[0] else (0, x.shape[-1]), dtype=x.dtype, device=x.device)
-    grad_a = torch.zeros((flat.shape[1], a.shape[0]), dtype=acc, device=x.device)
-    grad_b = torch.zeros(b.shape, dtype=acc, device=x.device)
-    grad_rows, masks = grad_x.view(-1, x.shape[-1]), _Masks(flat, keys, place, p)
-    with torch.autocast(x.device.type, enabled=False):
-        for start, stop in _chunks(flat.shape[0], max(flat.shape[1], grad.shape[1]), x.device):
-            rows = grad[start:stop]
-            if needs[2]:
-                grad_b += _product(rows.T, down[start:stop], acc)
-            if not (needs[0] or needs[1]):
-                continue
-            up = _product(rows, b, acc).mul_(factor)
-            inner = grad_rows[start:stop] if needs[0] else None
-            if inner is not None:
-                _product_into(inner, up, a)
-            if needs[1]:
-                grad_a += _product(masks.rows(start, stop, inner).to(grad.dtype).T, up, acc)
-            elif inner is not None:
-                masks.gradient(start, stop, inner)
-    results = (grad_x, grad_a.T.to(a.dtype), grad_b.mul_(factor).to(b.dtype))
-    return [result for result, needed in zip(results, needs) if needed]
+@low_rank_down.register_fake
+def _(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tensor:
+    return x.new_empty((x.shape[0], a.shape[0]), dtype=_accumulate_dtype(x.dtype))
 
 
-@low_rank_gradients.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    down: Tensor,
-    keys: Tensor | None,
-    factor: float,
-    place: int,
-    p: float,
-    needs: list[bool],
-) -> list[Tensor]:
-    return [like.new_empty(like.shape) for like, needed in zip((x, a, b), needs) if needed]
+@torch.library.custom_op("repbend_fast::add_low_rank_gradient_", mutates_args={"grad_x"})
+def add_low_rank_gradient_(
+    grad_x: Tensor, x: Tensor, a: Tensor, up: Tensor, hashes: Tensor | None, place: int, p: float, needs: list[bool]
+) -> Tensor:
+    """``grad_x`` [N, D] += keep · (Q A) in place and dA = Qᵀ (keep · x) in A's dtype, of them what ``needs`` asks for (dA else [0, D]).
+
+    ``up`` is Q [N, r] in float32 (float64 for float64), in which the sum over rows runs.
+    """
+    grad_a = torch.zeros((a.shape[0] if needs[1] else 0, a.shape[1]), dtype=up.dtype, device=x.device)
+    rows = _MaskedRows(x, hashes, place, p)
+    with _in_own_dtypes(x.device.type):
+        for start, stop in _chunks(x):
+            part = up[start:stop]
+            if needs[0]:
+                kept = rows.add_gradient_(grad_x[start:stop], start, stop, part, a, read=needs[1])
+            else:
+                kept = rows.read(start, stop)
+            if kept is not None:
+                grad_a += _product(kept.T, part, up.dtype).T
+    return grad_a.to(a.dtype)
 
 
-class _LowRank(torch.autograd.Function):
-    """``result`` [N, O] with f · (keep · x) Aᵀ Bᵀ added in place."""
+@add_low_rank_gradient_.register_fake
+def _(grad_x: Tensor, x: Tensor, a: Tensor, up: Tensor, hashes: Tensor | None, place: int, p: float, needs: list[bool]) -> Tensor:
+    return a.new_empty((a.shape[0] if needs[1] else 0, a.shape[1]))
+
+
+class _Down(torch.autograd.Function):
+    """``(x, P)``. The base layer reads the x that comes out, so that its gradient of x passes through here and takes the low-rank
+    part in, without a tensor and a sum of its own."""
 
     @staticmethod
-    def forward(ctx, result, x, a, b, keys, factor, place, p):
-        down = add_low_rank_(result, x, a, b, keys, factor, place, p)
+    def forward(ctx, x, a, hashes, place, p):
+        ctx.save_for_backward(x, a, hashes)
+        ctx.settings = place, p
+        ctx.set_materialize_grads(False)
+        return x, low_rank_down(x, a, hashes, place, p)
+
+    @staticmethod
+    def backward(ctx, grad_x, up):
+        x, a, hashes = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:2])
+        if up is None:
+            return grad_x, None, None, None, None
+        if grad_x is None:
+            grad_x = torch.zeros_like(x) if needs[0] else x.new_empty((0, x.shape[1]))
+        grad_a = add_low_rank_gradient_(grad_x, x, a, up, hashes, *ctx.settings, needs)
+        return grad_x if needs[0] else None, grad_a if needs[1] else None, None, None, None
+
+
+class _Up(torch.autograd.Function):
+    """``result`` [N, O] with f · P Bᵀ added in place."""
+
+    @staticmethod
+    def forward(ctx, result, down, b, factor):
+        _add_up_(result, down, b, factor)
         ctx.mark_dirty(result)
-        ctx.save_for_backward(x, a, b, down, keys)
-        ctx.settings = factor, place, p
+        ctx.save_for_backward(down, b)
+        ctx.factor = factor
         return result
 
     @staticmethod
     def backward(ctx, grad):
-        needs = list(ctx.needs_input_grad[1:4])
-        found = iter(low_rank_gradients(grad, *ctx.saved_tensors, *ctx.settings, needs))
-        return grad, *(next(found) if needed else None for needed in needs), None, None, None, None
+        down, b = ctx.saved_tensors
+        needs_up, needs_b = ctx.needs_input_grad[1:3]
+        up = torch.empty_like(down) if needs_up else None
+        grad_b = torch.zeros(b.shape, dtype=down.dtype, device=b.device) if needs_b else None
+        with _in_own_dtypes(grad.device.type):
+            for start, stop in _widened_chunks(grad, down.dtype):
+                rows = grad[start:stop]
+                if up is not None:
+                    torch.mul(_product(rows, b, down.dtype), ctx.factor, out=up[start:stop])
+                if grad_b is not None:
+                    grad_b += _product(rows.T, down[start:stop], down.dtype)
+        return grad, up, None if grad_b is None else grad_b.mul_(ctx.factor).to(b.dtype), None
 
 
 class LowRankForward(nn.Module):
@@ -226,27 +253,43 @@ class LowRankForward(nn.Module):
         if layer.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
         # Two dimensions: with three, a bias makes the output a view, and adding to it in place would copy its gradient.
-        result = layer.base_layer(x.reshape(-1, x.shape[-1]))
-        if not layer.disable_adapters:
-            for name in layer.active_adapters:
-                if name in layer.lora_A:
-                    result = self._add(result, x, name)
+        flat = x.reshape(-1, x.shape[-1])
+        names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+        downs = []
+        for name in names:
+            source, down = self._down(flat, name)
+            downs.append(down)
+            # Where x needs no gradient the base layer has none to make.
+            flat = source if x.requires_grad else flat
+        result = layer.base_layer(flat)
+        for name, down in zip(names, downs):
+            result = self._add_up(result, down, name)
         return result.view(*x.shape[:-1], result.shape[-1])
 
-    def _add(self, result: Tensor, x: Tensor, name: str) -> Tensor:
-        layer: Any = self
-        keys, p = self.dropout_keys.rows, getattr(layer.lora_dropout[name], "p", 0.0)
-        if p == 0:
-            keys = None
-        if keys is not None and keys.numel() != result.shape[0]:
-            raise ValueError(f"lora_dropout: keys for {keys.numel()} rows, but the pass has {result.shape[0]}")
-        factor = layer.scaling[name] / (1 - p) if keys is not None else layer.scaling[name]
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        if keys is None and not torch.is_grad_enabled():
+    def _dropout(self, name: str) -> tuple[Tensor | None, float]:
+        """The hashed keys of the rows, and p; None = no dropout."""
+        p = getattr(cast(Any, self).lora_dropout[name], "p", 0.0)
+        return None if p == 0 else self.dropout_keys.rows, p
+
+    def _down(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        hashes, p = self._dropout(name)
+        if hashes is not None and hashes.numel() != x.shape[0]:
+            raise ValueError(f"lora_dropout: keys for {hashes.numel()} rows, but the pass has {x.shape[0]}")
+        a = cast(Any, self).lora_A[name].weight
+        if hashes is None and not torch.is_grad_enabled():
             # Generating comes here for each token, where an op and an autograd function cost more than their work.
-            _add_rows_(result, x, a, b, None, float(factor), self.place, p)
+            return x, _down(x, a, None, self.place, p)
+        return _Down.apply(x, a, hashes, self.place, p)
+
+    def _add_up(self, result: Tensor, down: Tensor, name: str) -> Tensor:
+        layer: Any = self
+        hashes, p = self._dropout(name)
+        factor = float(layer.scaling[name] / (1 - p) if hashes is not None else layer.scaling[name])
+        b = layer.lora_B[name].weight
+        if not torch.is_grad_enabled():
+            _add_up_(result, down, b, factor)
             return result
-        return _LowRank.apply(result, x, a, b, keys, float(factor), self.place, p)
+        return _Up.apply(result, down, b, factor)
 
 
 @cache
@@ -296,7 +339,7 @@ def lora_dropout(model: nn.Module, keys: Tensor | None) -> Iterator[None]:
         yield
         return
     previous = shared.rows
-    shared.rows = None if keys is None else keys.reshape(-1)
+    shared.rows = None if keys is None else row_hashes(keys.reshape(-1))
     try:
         yield
     finally:

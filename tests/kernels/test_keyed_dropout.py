@@ -9,7 +9,7 @@ import torch
 from kernel_compare import TOLERANCE, assert_matches, spread, strided
 from repbend_kernels import implementation as use_implementation
 from repbend_kernels import keyed_dropout
-from repbend_kernels.keyed_dropout import KeyedMask
+from repbend_kernels.keyed_dropout import KeyedMask, row_hashes
 from repbend_kernels.oracles import keyed_dropout_reference
 from torch import Tensor
 
@@ -41,7 +41,7 @@ def hash_of(key: int, seed: int, column: int) -> int:
     row = mix((key + 0x9E3779B97F4A7C15) % 2**64, 64, [(30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)], 31) >> 32
     column = mix((mix(seed % 2**32, 32, steps, 16) + column * 0x9E3779B9) % 2**32, 32, steps, 16)
     value = (row ^ column) * 0x7FEB352D % 2**32
-    value = (value ^ (column >> 16 | column % 2**16 << 16)) * 0x846CA68B % 2**32
+    value = (value ^ (column >> 16 | column % 2**16 << 16)) * 0x7B935975 % 2**32
     return (value + 2**31) % 2**32  # signed order
 
 
@@ -49,8 +49,8 @@ def hash_of(key: int, seed: int, column: int) -> int:
 def test_the_mask_is_the_one_defined(implementation, device, seed) -> None:
     keys = [0, 1, -1, 2**63 - 1, -(2**63), 123456789]
     got = dropped(torch.tensor(keys, device=device), 37, seed, 0.4, implementation).tolist()
-    # Signed hashes are compared with (1 − p)·2³² − 2³¹, which orders all 2³² values as adding 2³¹ does.
-    assert got == [[float(hash_of(key, seed, column) >= round(0.6 * 2**32)) for column in range(37)] for key in keys]
+    # Signed hashes are compared with 2³¹ − (1 − p)·2³², which orders all 2³² values as adding 2³¹ does.
+    assert got == [[float(hash_of(key, seed, column) <= 2**32 - round(0.6 * 2**32)) for column in range(37)] for key in keys]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
@@ -90,12 +90,13 @@ def test_a_list_gets_one_mask(implementation, device) -> None:
     assert xs[0].grad is None or not xs[0].grad.any()
 
 
-def test_blocks_of_a_mask_are_those_of_the_op(implementation, device) -> None:
-    """What an op that walks rows itself uses: blocks of any sizes, in place or not, a source with gaps."""
+@pytest.mark.parametrize("hashed", [False, True], ids=["keys", "hashed"])
+def test_blocks_of_a_mask_are_those_of_the_op(implementation, device, hashed) -> None:
+    """What an op that walks rows itself uses: blocks of any sizes, in place or not, a source with gaps, keys hashed once for all."""
     keys, x = some_keys(50, device=device), spread((50, 70), torch.float32, device, 1)
     expected = keyed_dropout(x, keys, SEED, P, scaled=False, implementation=implementation)
     with use_implementation(implementation):
-        mask = KeyedMask(keys, SEED, P, 70, torch.float32)
+        mask = KeyedMask(row_hashes(keys) if hashed else keys, SEED, P, 70, torch.float32)
     source, out, other = strided(x, "sliced"), torch.empty_like(x), 2 * x
     for first, last in ((0, 20), (20, 21), (21, 50)):
         mask.apply([source[first:last], other[first:last]], [out[first:last], other[first:last]], first, last)
@@ -219,4 +220,4 @@ def test_wrong_lists() -> None:
 
 def test_the_oracle_takes_what_the_op_gets() -> None:
     ones = torch.ones(4, 9, dtype=torch.float64)
-    assert torch.equal(keyed_dropout_reference(ones, some_keys(4), 1, 2**31 - 1, 2.0), 2 * ones)
+    assert torch.equal(keyed_dropout_reference(ones, some_keys(4), 1, -(2**31), 2.0), 2 * ones)

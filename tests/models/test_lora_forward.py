@@ -231,6 +231,32 @@ def test_only_needed_gradients(frozen) -> None:
         assert_matches(value, full[name], tolerance=1e-6, name=name)
 
 
+class _Shared(nn.Module):
+    """x is read by two adapted layers and goes on beside them, as by q, k, v and a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(INNER, INNER), nn.Linear(INNER, INNER)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up_proj(x) * self.down_proj(x)
+
+
+def test_gradients_of_a_shared_input() -> None:
+    """The low-rank part goes into the base layer's gradient in place: nobody else's may change with it, nor a second backward."""
+    config = LoraConfig(r=4, target_modules=["up_proj", "down_proj"], lora_dropout=P, init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(_Shared().double(), config, autocast_adapter_dtype=False).eval()
+    expected = outcome(keyed_peft(model), inputs(torch.float64))
+    for name, value in outcome(ours(model), inputs(torch.float64), KEYS).items():
+        assert_matches(value, expected[name], tolerance=1e-9, name=name)
+    x, twice = inputs(torch.float64), ours(model)
+    with lora_dropout(twice, KEYS):
+        y = twice(x).sum()
+        first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 def test_at_the_start_the_output_is_the_base_s_to_the_bit(nf4) -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -268,9 +294,9 @@ def test_fake_tensors(dtype) -> None:
     with FakeTensorMode():
         x = torch.empty(1, rows, INNER, dtype=dtype, requires_grad=True)
         base, a, b = torch.empty(OUTER, INNER, dtype=dtype), torch.empty(8, INNER), torch.empty(OUTER, 8)
-        result = x.reshape(rows, INNER) @ base.T
-        keys = torch.empty(rows, dtype=torch.int64)
-        y = lora._LowRank.apply(result, x, a.requires_grad_(), b.requires_grad_(), keys, 1.5, 0, P)
+        hashes = torch.empty(rows, dtype=torch.int32)
+        source, down = lora._Down.apply(x.reshape(rows, INNER), a.requires_grad_(), hashes, 0, P)
+        y = lora._Up.apply(source @ base.T, down, b.requires_grad_(), 1.5)
         y.sum().backward()
     assert (y.shape, y.dtype) == ((rows, OUTER), dtype)
     for leaf in (x, a, b):
@@ -290,7 +316,7 @@ def test_compiled_without_a_graph_break() -> None:
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_what_is_kept_for_backward(dtype, nf4) -> None:
-    """x by reference and P; no mask, no copy, no output of its own."""
+    """x by reference, P and the rows' hashes; no mask, no copy, no output of its own."""
     model = ours(peft_model(dtype, nf4=nf4, adapter_dtype=torch.float32))
     layer = model.get_base_model().up_proj
     x, kept = inputs(dtype), []
@@ -298,11 +324,10 @@ def test_what_is_kept_for_backward(dtype, nf4) -> None:
         y = layer(x)
     rows = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if t.numel() >= ROWS and t.shape[0] in (2, ROWS)}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    keys = KEYS.untyped_storage().data_ptr()
-    new = {at: size for at, size in rows.items() if at not in weights | {keys, x.untyped_storage().data_ptr()}}
+    new = {at: size for at, size in rows.items() if at not in weights | {x.untyped_storage().data_ptr()}}
     assert x.untyped_storage().data_ptr() in rows
     assert y.untyped_storage().data_ptr() not in rows
-    assert sum(new.values()) == ROWS * 8 * 4  # P in float32
+    assert sorted(new.values()) == [ROWS * 4, ROWS * 8 * 4]  # int32 hashes, and P in float32
 
 
 def test_memory_is_below_peft_s() -> None:
@@ -324,8 +349,9 @@ def test_memory_is_below_peft_s() -> None:
         sizes[name] = peak_bytes(call, torch.device("cpu"))
     output, source = rows * OUTER * 2, rows * INNER * 2
     chunk = lora.CHUNK_ELEMENTS["cpu"] * 4
-    # Output, its gradient, two gradients of x (base and low rank), P, one chunk widened to float32 and one in 16 bits.
-    assert sizes["ours"] <= 2 * output + 2 * source + rows * 8 * 4 + 2.5 * chunk
+    # Output, its gradient, the gradient of x, P, Q and hashes; and of a chunk what is added to its gradient, x masked, and the hashes and
+    # the widened x that are compared.
+    assert sizes["ours"] <= 2 * output + source + rows * (2 * 8 * 4 + 4) + 4 * chunk
     assert sizes["ours"] < 0.7 * sizes["peft"]
 
 
