@@ -64,13 +64,13 @@ def _row_case(name: str, dtype: str, width: int, **constants: object) -> Case:
 
 
 def _distance_cases(dtype: str) -> list[Case]:
-    cases = []
+    tap = {"HAS_ROWS": True, "HAS_MASK": False, "HAS_PLACE": True, "STORE": rows.DIRECTION}
+    cases = [_row_case(f"bend_tap_forward[{kind}]", dtype, 4096, KIND=kind, **tap) for kind in ("mse", "relu_cosine")]
     for kind in ("l2", "cosine"):
-        tap = {"KIND": kind, "HAS_ROWS": True, "HAS_MASK": False, "HAS_PLACE": True, "STORE": rows.DIRECTION}
         window = {"KIND": kind, "HAS_ROWS": False, "HAS_MASK": True, "HAS_PLACE": False}
         cases += [
-            _row_case(f"bend_tap_forward[{kind}]", dtype, 4096, **tap),
-            _row_case(f"bend_tap_forward[{kind},wide]", dtype, 16384, **tap),
+            _row_case(f"bend_tap_forward[{kind}]", dtype, 4096, KIND=kind, **tap),
+            _row_case(f"bend_tap_forward[{kind},wide]", dtype, 16384, KIND=kind, **tap),
             _row_case(f"window_distance_forward[{kind}]", dtype, 4096, STORE=rows.NONE, **window),
             _row_case(f"window_distance_backward[{kind}]", dtype, 4096, STORE=rows.GRADIENT, **window),
         ]
@@ -110,13 +110,14 @@ def _pairwise_cases(dtype: str) -> list[Case]:
     ]
 
 
-def _dropout_case(dtype: str) -> Case:
+def _dropout_case(dtype: str, keys: str) -> Case:
     pointer = f"*{dtype}"
-    types = {"x": pointer, "keys": "*i32", "out": pointer, "factor": "fp32"}
+    types = {"x": pointer, "keys": keys, "out": pointer, "factor": "fp32"}
     types |= dict.fromkeys(("start", "threshold", "count", "width", "x_inner", "x_outer_stride", "x_inner_stride"), "i32")
     constants = {"x_stride": 1, "ROWS": dropout.ROWS, "COLUMNS": dropout.COLUMNS}
     loose = frozenset({"start", "threshold", "count", "x_inner"})
-    return Case("keyed_dropout", dropout.keyed_dropout_kernel, dtype, types, constants, dropout.WARPS, loose)
+    name = "keyed_dropout" if keys == "*i32" else "keyed_dropout[unhashed]"
+    return Case(name, dropout.keyed_dropout_kernel, dtype, types, constants, dropout.WARPS, loose)
 
 
 def _head_cases(dtype: str) -> list[Case]:
@@ -139,7 +140,8 @@ def all_cases(dtypes: tuple[str, ...] = DTYPES) -> list[Case]:
     """Every kernel in the dtypes it is used with, at widths of a 7B or 8B model."""
     cases = []
     for dtype in dtypes:
-        cases += [*_distance_cases(dtype), _add_rows_case(dtype), *_pairwise_cases(dtype), *_head_cases(dtype), _dropout_case(dtype)]
+        cases += [*_distance_cases(dtype), _add_rows_case(dtype), *_pairwise_cases(dtype), *_head_cases(dtype)]
+        cases += [_dropout_case(dtype, keys) for keys in ("*i32", "*i64")]
     return cases
 
 

@@ -126,6 +126,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(_damaged(path, f"no {Path(error.filename).name}")) from error
+    except PermissionError as error:
+        raise UserError(f"{path}: the checkpoint cannot be read ({error.strerror}); make its files readable") from error
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(_damaged(path, (str(error) or type(error).__name__).splitlines()[0])) from error
 

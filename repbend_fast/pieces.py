@@ -59,10 +59,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def make_piece(sequences: tuple[Sequence, ...], members: tuple[int, ...], layout: Layout, device: torch.device) -> Piece:
-    """Lay out ``members`` of ``sequences``. Padding repeats id 0: rows on the right of a sequence never influence it."""
+    """Lay out ``members`` of ``sequences``. Padding repeats id 0: rows on the right of a sequence never influence it.
+
+    Sequences of one length are not packed: there is no padding to save, and a mask over all of them costs attention its square.
+    """
     chosen = [sequences[m].ids for m in members]
     lengths = [len(ids) for ids in chosen]
-    if layout == "packed" and len(chosen) > 1:
+    if layout == "packed" and len(set(lengths)) > 1:
         ids = torch.tensor([token for sequence in chosen for token in sequence], dtype=torch.int64)[None]
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         offsets = tuple(sum(lengths[:i]) for i in range(len(lengths)))

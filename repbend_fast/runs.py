@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -15,6 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from repbend_fast.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 # "unexpected pos" is what torch's zip writer says when the disk takes less than it was given.
 _NO_SPACE = re.compile(r"no space left|os error 28|file write failed|inline_container.*unexpected pos", re.IGNORECASE)
@@ -59,6 +66,34 @@ class RunFolder:
         """Complete checkpoints, the oldest first."""
         found = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdecimal()]
         return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+@contextmanager
+def only_training(run: RunFolder) -> Iterator[None]:
+    """Hold the run's folder for this process: two trainings in one folder would write into each other's checkpoints and log.
+
+    The lock is a file of the machine's temporary folder, since the run's own may be renamed; other machines do not see it.
+
+    Raises:
+        UserError: another process trains in this folder.
+    """
+    if fcntl is None:
+        yield
+        return
+    name = hashlib.sha256(os.fsencode(run.path.resolve())).hexdigest()[:24]
+    with open(Path(tempfile.gettempdir()) / f"repbend-fast-{os.getuid()}-{name}.lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"{run.path}: another training is writing to this folder (process {file.read().strip() or 'unknown'}); wait for it, or "
+                "choose another output.folder"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from repbend_fast.models.load import DTYPES
 from repbend_fast.objectives import build_objective
 from repbend_fast.optimizer import build_optimizer, learning_rate, load_moments
 from repbend_fast.preflight import Ready, prepare_run
-from repbend_fast.runs import RunFolder, remove_leftovers, start_folder, write_text
+from repbend_fast.runs import RunFolder, only_training, remove_leftovers, start_folder, write_text
 from repbend_fast.step import StreamResult, checked_runner, dropout_seed
 from repbend_fast.validation import Guard, Validation, Validator
 
@@ -65,17 +65,18 @@ def train(config: Config, resume: Path | None = None) -> RunResult:
     run = RunFolder(resume if resume is not None else config.output.folder)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    ready = prepare_run(config, run, resume is not None)
-    for note in ready.data.notes:
-        say(note)
-    if ready.plan is not None:
-        say(show_plan(ready.plan))
-    try:
-        return _run(config, run, ready)
-    except KeyboardInterrupt:
-        if run.latest_checkpoint() is not None:
-            say(f"stopped; what was saved stays. {resume_line(run)}")
-        raise
+    with only_training(run):
+        ready = prepare_run(config, run, resume is not None)
+        for note in ready.data.notes:
+            say(note)
+        if ready.plan is not None:
+            say(show_plan(ready.plan))
+        try:
+            return _run(config, run, ready)
+        except KeyboardInterrupt:
+            if run.latest_checkpoint() is not None:
+                say(f"stopped; what was saved stays. {resume_line(run)}")
+            raise
 
 
 def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
@@ -217,8 +218,12 @@ class Trainer:
         self.scaler.load_state_dict(state.tensors["scaler"])
         self.best_weights = state.tensors["best"]
         if not self.config.validation.every:
-            # Nothing measures the steps to come, so what was best so far is no reason to drop them.
-            self.best_weights = self.guard.best = None
+            if self.stopped:
+                say(f"the guard {self.stopped}; validation is off from here on, so training goes on")
+                self.stopped = None
+            if self.step < self.config.training.steps:
+                # Nothing measures the steps to come, so what was best so far is no reason to drop them.
+                self.best_weights = self.guard.best = None
         # What ran out of memory once would do so again, unless the levers were set anew.
         if state.plain.get("levers", {}).get("first") == self.first_levers.as_dict():
             self.runner.levers = Levers(**state.plain["levers"]["last"])

@@ -4,6 +4,8 @@ The only check that reads values, the range of row and target indices, runs in d
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and results: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_own_dtypes(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, which an operation's body is run under like any other code. Entered only where it is on: that costs as much as a
+    small operation."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -89,11 +89,11 @@ def _column_patterns(start: int, width: int, device: torch.device) -> tuple[Tens
 class _Hashes:
     """``h``, block by block, for the masks of N rows; and the pass that clears what a mask drops."""
 
-    def __init__(self, keys: Tensor, start: int, threshold: int, width: int) -> None:
-        self.rows = (keys if keys.dtype == torch.int32 else row_hashes(keys))[:, None]
-        self.columns, self.exchanged = _column_patterns(start, width, keys.device)
+    def __init__(self, rows: Tensor, start: int, threshold: int, width: int) -> None:
+        self.rows = rows[:, None]
+        self.columns, self.exchanged = _column_patterns(start, width, rows.device)
         self.threshold = threshold
-        self.hashes = torch.empty((0, width), dtype=torch.int32, device=keys.device)
+        self.hashes = torch.empty((0, width), dtype=torch.int32, device=rows.device)
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows ``first … last-1``; the next call overwrites them."""
@@ -105,8 +105,8 @@ class _Hashes:
         return hashes.mul_(FIRST).bitwise_xor_(self.exchanged).mul_(LAST)
 
     def clear_dropped(self, x: Tensor, hashes: Tensor, out: Tensor) -> None:
-        """``out`` = x where h > threshold, else 0. The one pass compares and clears integers of an element's size: no float is read,
-        so a dropped NaN is 0 too."""
+        """``out`` = x where h > threshold, else 0. One pass compares and clears, 16-bit elements being widened for it. It sees integers:
+        no float is read, so a dropped NaN is 0 too."""
         bits, into = x.view(INTEGERS[x.dtype.itemsize]), out.view(INTEGERS[x.dtype.itemsize])
         if x.dtype.itemsize == 2:
             into.copy_(torch.ops.aten.threshold_backward(bits.to(torch.int32), hashes, self.threshold))
@@ -117,18 +117,26 @@ class _Hashes:
 class KeyedMask:
     """The masks of N rows of one place, applied block by block without the factor 1/(1−p), inside an op that walks rows itself.
 
-    On a CPU the keys are mixed once for all blocks and the scratch is used again; elsewhere each block is a call of the kernel.
+    In plain torch the keys are mixed once for all blocks and the scratch is used again; the kernel is launched once a block.
 
     Args:
-        keys: int64 [N]; or int32 [N], their :func:`row_hashes`, which places that share rows need not take again.
+        keys: int64 [N]; with ``hashed`` int32 [N], their :func:`row_hashes`, which places that share rows need not take again.
         column_seed, p: as :func:`keyed_dropout` takes them, p > 0.
         width, dtype: those of the rows.
+
+    Raises:
+        TypeError: keys of another dtype.
     """
 
-    def __init__(self, keys: Tensor, column_seed: int, p: float, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, keys: Tensor, column_seed: int, p: float, width: int, dtype: torch.dtype, *, hashed: bool = False) -> None:
+        expected = torch.int32 if hashed else torch.int64
+        if keys.dtype != expected:
+            raise TypeError(f"keys: expected an {str(expected).removeprefix('torch.')} tensor, got {keys.dtype}")
         self.keys, self.arguments = keys, mask_arguments(column_seed, p)
         self.triton = resolve(None, torch.empty(0, dtype=dtype, device=keys.device)) == "triton"
-        self.hashes = None if self.triton else _Hashes(keys, *self.arguments, width)
+        self.hashes = None if self.triton else _Hashes(keys if hashed else row_hashes(keys), *self.arguments, width)
+        # 16-bit rows are widened to the hashes' size, twice.
+        self.per_thread = CPU_ELEMENTS_PER_THREAD // (4 if dtype.itemsize == 2 else 1)
 
     def apply(self, tensors: list[Tensor], outs: list[Tensor], first: int, last: int) -> None:
         """Each of ``outs`` = the tensor of ``tensors`` where kept, else 0; all [last − first, D], an out may be its tensor."""
@@ -138,7 +146,7 @@ class KeyedMask:
             for x, out in zip(tensors, outs):
                 launch_into(out, x, self.keys[first:last], *self.arguments, 1.0)
             return
-        for start, stop in blocks(last - first, tensors[0].shape[-1], self.keys.device, CPU_ELEMENTS_PER_THREAD):
+        for start, stop in blocks(last - first, tensors[0].shape[-1], self.keys.device, self.per_thread):
             hashes = self.hashes.read(first + start, first + stop)
             for x, out in zip(tensors, outs):
                 self.hashes.clear_dropped(x[start:stop], hashes, out[start:stop])
@@ -148,7 +156,7 @@ def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int,
     width, dtype, device = tensors[0].shape[-1], tensors[0].dtype, keys.device
     outs = [torch.empty(x.shape, dtype=dtype, device=device) for x in tensors]
     pairs = [(out.view(-1, width), RowReader(x)) for out, x in zip(outs, tensors)]
-    mask = _Hashes(keys, start, threshold, width)
+    mask = _Hashes(row_hashes(keys), start, threshold, width)
     scale = torch.tensor(factor, dtype=checks.accumulate_dtype(dtype), device=device)
     for first, last in blocks(keys.numel(), width, device):
         hashes = mask.read(first, last)
@@ -197,7 +205,7 @@ def keyed_dropout(x: T, keys: Tensor, column_seed: int, p: float, *, scaled: boo
     """Dropout with the mask that ``(keys, column_seed)`` names: equal arguments drop equal elements, on every device and path.
 
     The mask of a row follows its key wherever the row lies, so a batch may be split, packed or repeated without another result.
-    Sources: splitmix64 (Steele et al. 2014) for keys; for elements a 32-bit finaliser of two multiplications and shifts.
+    Sources: splitmix64 (Steele et al. 2014) for keys, a 32-bit finaliser for columns; for elements its two multiplications.
 
     Args:
         x: [..., D] of any strides, or a list of such tensors of one shape and dtype, which get one mask. What is dropped becomes 0 even

@@ -84,20 +84,21 @@ def linear_kl_div_op(
     grad = torch.empty((count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device)
     rows = min(chunk_rows, count)
     student_buffer, teacher_buffer = torch.empty((2, rows, vocabulary), dtype=acc, device=hidden.device)
-    for start in range(0, count, max(rows, 1)):
-        stop = min(start + rows, count)
-        student, teacher = student_buffer[: stop - start], teacher_buffer[: stop - start]
-        logits_into(student, hidden[start:stop], weight, bias)
-        logits_into(teacher, reference[start:stop], reference_weight, reference_bias)
-        if implementation == "triton":
-            from .triton_linear_kl_div import launch_chunk
+    with checks.in_own_dtypes(hidden.device):
+        for start in range(0, count, max(rows, 1)):
+            stop = min(start + rows, count)
+            student, teacher = student_buffer[: stop - start], teacher_buffer[: stop - start]
+            logits_into(student, hidden[start:stop], weight, bias)
+            logits_into(teacher, reference[start:stop], reference_weight, reference_bias)
+            if implementation == "triton":
+                from .triton_linear_kl_div import launch_chunk
 
-            grad_logits = launch_chunk(student, teacher, losses[start:stop], temperature, softcap, need_grad, hidden.dtype)
-        else:
-            losses[start:stop] = _chunk_torch(student, teacher, temperature, softcap, need_grad)
-            grad_logits = student
-        if need_grad:
-            grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(grad_logits.dtype, temperature)
+                grad_logits = launch_chunk(student, teacher, losses[start:stop], temperature, softcap, need_grad, hidden.dtype)
+            else:
+                losses[start:stop] = _chunk_torch(student, teacher, temperature, softcap, need_grad)
+                grad_logits = student
+            if need_grad:
+                grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(grad_logits.dtype, temperature)
     return losses.sum() * temperature**2, grad
 
 

@@ -67,19 +67,20 @@ def linear_log_prob_op(
     grad = torch.empty((count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device)
     rows = min(chunk_rows, count)
     buffer = torch.empty((rows, weight.shape[0]), dtype=acc, device=hidden.device)
-    for start in range(0, count, max(rows, 1)):
-        stop = min(start + rows, count)
-        logits = buffer[: stop - start]
-        logits_into(logits, hidden[start:stop], weight, bias)
-        if implementation == "triton":
-            from .triton_linear_log_prob import launch_chunk
+    with checks.in_own_dtypes(hidden.device):
+        for start in range(0, count, max(rows, 1)):
+            stop = min(start + rows, count)
+            logits = buffer[: stop - start]
+            logits_into(logits, hidden[start:stop], weight, bias)
+            if implementation == "triton":
+                from .triton_linear_log_prob import launch_chunk
 
-            grad_logits = launch_chunk(logits, targets[start:stop], out[start:stop], temperature, softcap, need_grad, hidden.dtype)
-        else:
-            out[start:stop] = _chunk_torch(logits, targets[start:stop], temperature, softcap, need_grad)
-            grad_logits = logits
-        if need_grad:
-            grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(grad_logits.dtype, 1 / temperature)
+                grad_logits = launch_chunk(logits, targets[start:stop], out[start:stop], temperature, softcap, need_grad, hidden.dtype)
+            else:
+                out[start:stop] = _chunk_torch(logits, targets[start:stop], temperature, softcap, need_grad)
+                grad_logits = logits
+            if need_grad:
+                grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(grad_logits.dtype, 1 / temperature)
     return out, grad
 
 

@@ -38,6 +38,15 @@ def flat_view(tensor: Tensor) -> Tensor | None:
         return None
 
 
+def _unravelled(index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """``torch.unravel_index`` without the copies from the host that make it wait for a device."""
+    places = []
+    for size in reversed(shape):
+        places.append(index % size)
+        index = index // size
+    return tuple(reversed(places))
+
+
 class RowReader:
     """Blocks of rows of a [..., D] tensor, either all rows in order or those that ``rows`` names."""
 
@@ -54,7 +63,7 @@ class RowReader:
             index = self.rows[start:stop]
             if self.flat is not None:
                 return self.flat.index_select(0, index)
-        return self.tensor[torch.unravel_index(index, self.tensor.shape[:-1])]
+        return self.tensor[_unravelled(index, self.tensor.shape[:-1])]
 
 
 def scale_into(out: Tensor, source: Tensor, factor: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def launch_chunk(
     with on_device_of(logits):
         log_prob_kernel[(logits.shape[0],)](
             logits,
-            targets,
+            targets.contiguous(),
             out,
             grad,
             logits.shape[1],

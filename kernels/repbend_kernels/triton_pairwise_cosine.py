@@ -38,11 +38,14 @@ def unit_sum_kernel(states, inverse, summed, partial, batch, width, stride_l, st
     inside = columns < width
     total = tl.zeros([BLOCK], dtype=tl.float32)
     squares = tl.zeros([BLOCK], dtype=tl.float32)
+    # The pointer walks: b · stride_b may pass 2³¹ where the states are a view.
+    row = states + layer * stride_l + columns * stride_d
     for b in range(0, batch):
-        h = tl.load(states + layer * stride_l + b * stride_b + columns * stride_d, mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(row, mask=inside, other=0.0).to(tl.float32)
         unit = h * tl.load(inverse + layer * batch + b)
         total += unit
         squares += unit * unit
+        row += stride_b
     tl.store(summed + layer * width + columns, total, mask=inside)
     tl.store(partial + layer * tl.num_programs(1) + block, tl.sum(total * total - squares, 0))
 

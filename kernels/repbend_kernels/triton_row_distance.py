@@ -32,12 +32,14 @@ def _coefficients(s0, s1, s2, width, KIND: tl.constexpr):
     else:
         inverse_h = tl.where(s1 > 0, 1.0 / tl.sqrt(s1), 0.0)
         inverse_r = tl.where(s2 > 0, 1.0 / tl.sqrt(s2), 0.0)
-        cosine = tl.minimum(tl.maximum(s0 * inverse_h * inverse_r, -1.0), 1.0)
+        # A GPU's own maximum takes the number of a number and a NaN; a row with a NaN must not look near or far.
+        cosine = tl.maximum(s0 * inverse_h * inverse_r, -1.0, propagate_nan=tl.PropagateNan.ALL)
+        cosine = tl.minimum(cosine, 1.0, propagate_nan=tl.PropagateNan.ALL)
         if KIND == "cosine":
             distance = 1.0 - cosine
             sign = -1.0
         else:
-            distance = tl.maximum(cosine, 0.0)
+            distance = tl.maximum(cosine, 0.0, propagate_nan=tl.PropagateNan.ALL)
             sign = tl.where(cosine > 0, 1.0, 0.0)
         a = -sign * cosine * inverse_h * inverse_h
         b = sign * inverse_h * inverse_r
@@ -53,7 +55,8 @@ def _direction(h, r, a, b, KIND: tl.constexpr):
     return g
 
 
-@triton.jit
+# Counts of rows change with every batch: specialised on them, kernels would compile again in the middle of a run.
+@triton.jit(do_not_specialize=["count_n", "h_inner", "r_inner"])
 def row_distance_kernel(
     hidden,
     reference,
@@ -152,7 +155,7 @@ def row_distance_kernel(
                 tl.store(out + offsets, g.to(target.dtype.element_ty), mask=(offsets < width) & writable)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count_r", "g_inner"])
 def add_rows_kernel(
     grad,
     direction,
@@ -220,7 +223,7 @@ def _launch_rows(
             hidden,
             reference,
             unused if rows is None else rows.contiguous(),
-            unused if mask is None else mask.reshape(-1).view(torch.uint8),
+            unused if mask is None else mask.reshape(-1).contiguous().view(torch.uint8),
             unused if grad_rows is None else grad_rows,
             unused if distances is None else distances,
             unused if target is None else target,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from repbend_kernels.head import TILE_ELEMENTS, default_chunk_rows
+from repbend_kernels.keyed_dropout import CPU_ELEMENTS_PER_THREAD as HASHES_PER_THREAD
 from repbend_kernels.rows import CPU_ELEMENTS_PER_THREAD, DEVICE_ELEMENTS
 from torch import Tensor
 
@@ -54,16 +55,30 @@ def op_scratch(device: torch.device) -> dict[str, Scratch]:
         # The weight in the dtype of computation; its scales in float32, before and after their offset is added.
         return int(count * inputs.element_size() + 2 * 4 * count // NF4_BLOCK)
 
-    def low_rank(args: tuple[Any, ...]) -> int:
+    def chunk_rows(rows: Tensor) -> int:
+        elements = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
+        return min(max(LEAST_ROWS, elements // rows.shape[-1]), rows.shape[0])
+
+    def low_rank_down(args: tuple[Any, ...]) -> int:
         # Chunks of rows of x [N, D] are masked, in backward together with what is added to their gradient, into copies; a 16-bit one is
-        # widened on the way where the product is not the GPU's. A block of hashes in 32 bits beside them.
+        # widened on the way where the product is not the GPU's. In plain torch a block of 32-bit hashes lies beside them.
         x, a = (args[0], args[1]) if len(args) == 5 else (args[1], args[2])
-        chunk = max(LEAST_ROWS, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // x.shape[-1])
-        rows = min(chunk, x.shape[0])
+        chunk = chunk_rows(x) * x.shape[-1]
         wide = 4 if device.type != "cuda" else x.element_size()
-        return int(rows * x.shape[-1] * (x.element_size() + 2 * wide) + min(block, 4 * rows * x.shape[-1]) + 2 * 4 * a.numel())
+        hashes = 0 if device.type == "cuda" else 4 * min(HASHES_PER_THREAD * torch.get_num_threads(), chunk)
+        return int(chunk * (x.element_size() + 2 * wide) + hashes + 2 * 4 * a.numel())
+
+    def low_rank_up(args: tuple[Any, ...]) -> int:
+        # A product of 16-bit rows [n, O] with 32-bit ones: their parts side by side on CUDA, elsewhere the rows widened, twice.
+        rows, down, b = args[:3]
+        small = 4 * (down.numel() + 2 * b.numel())
+        if rows.element_size() >= 4:
+            return int(small)
+        width = 6 * down.shape[-1] if device.type == "cuda" else 8 * rows.shape[-1]
+        return int(small + chunk_rows(rows) * width)
 
     in_blocks = ("bend_tap_forward", "bend_tap_backward", "add_rows", "row_distance_forward", "pairwise_similarity")
     scratch: dict[str, Scratch] = {f"repbend_kernels::{name}": rows_in_blocks for name in in_blocks}
-    scratch |= {f"repbend_fast::{name}": low_rank for name in ("low_rank_down", "add_low_rank_gradient_")}
+    scratch |= {f"repbend_fast::{name}": low_rank_down for name in ("low_rank_down", "add_low_rank_gradient_")}
+    scratch |= {f"repbend_fast::{name}": low_rank_up for name in ("add_low_rank_up_", "low_rank_up_gradients")}
     return scratch | {"bitsandbytes::gemm_4bit": dequantized}

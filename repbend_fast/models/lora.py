@@ -8,11 +8,12 @@ and f = s/(1 − p):
     backward   Q = f · G B  [N, r]       dB = f · Gᵀ P    dx = G W    dx += keep · (Q A)    dA = Qᵀ m
                                                                  in place: the base layer's gradient is fresh
 
-Kept for backward: x by reference (q, k and v share one) and P. PEFT keeps x, the mask, the dropped x (in A's dtype, so in 32 bits for
-a 16-bit model), P, and makes up to four tensors of the output's size on the way.
+Kept for backward: x by reference (q, k and v share one), P, and the rows' hashed keys, which all layers share. PEFT keeps x, the
+mask, the dropped x (in A's dtype, so in 32 bits for a 16-bit model), P, and makes up to four tensors of the output's size on the way.
 
-Products of 16-bit activations lose nothing of 32-bit adapter weights: on CUDA the weight enters the matrix product as the sum of two
-16-bit parts, elsewhere the rows are widened chunk by chunk. Rows are walked in chunks, so that what is masked never has x's size.
+Products of bf16 activations lose nothing of 32-bit adapter weights: on CUDA the weight enters the matrix product as the sum of two
+16-bit parts (in float16 only what its range holds: parts below 6e-8 are lost), elsewhere the rows are widened chunk by chunk. Rows are
+walked in chunks, so that what is masked never has x's size.
 
 Legend: N rows (tokens), D inputs, O outputs, r rank, G gradient of y.
 """
@@ -20,11 +21,12 @@ Legend: N rows (tokens), D inputs, O outputs, r rank, G gradient of y.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
 import torch
+from repbend_kernels.checks import accumulate_dtype, in_own_dtypes
 from repbend_kernels.keyed_dropout import KeyedMask, row_hashes
 from torch import Tensor, nn
 
@@ -41,15 +43,6 @@ class DropoutKeys:
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
-
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _in_own_dtypes(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off; entering it costs as much as a small operation, so only where it is on."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _parts(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -94,18 +87,16 @@ def _chunks(rows: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, count)
 
 
-def _widened_chunks(rows: Tensor, acc: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Chunks where products widen ``rows`` [N, width], else all of them at once."""
-    if rows.is_cuda or rows.dtype == acc:
-        return iter([(0, rows.shape[0])])
-    return _chunks(rows)
+def _chunks_of_narrow(rows: Tensor, acc: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Chunks of 16-bit ``rows`` [N, width], whose products need operands of their own; others all at once."""
+    return iter([(0, rows.shape[0])]) if rows.dtype == acc else _chunks(rows)
 
 
 class _MaskedRows:
     """What dropout leaves of chunks of rows of x, and the same mask on what goes back to them; a buffer serves every chunk."""
 
     def __init__(self, x: Tensor, hashes: Tensor | None, place: int, p: float) -> None:
-        self.mask = None if hashes is None else KeyedMask(hashes, place, p, x.shape[1], x.dtype)
+        self.mask = None if hashes is None else KeyedMask(hashes, place, p, x.shape[1], x.dtype, hashed=True)
         self.x, self.buffer = x, x.new_empty((0, x.shape[1]))
 
     def read(self, start: int, stop: int, inner: Tensor | None = None) -> Tensor:
@@ -138,18 +129,18 @@ class _MaskedRows:
 
 
 def _down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tensor:
-    acc = _accumulate_dtype(x.dtype)
-    down = torch.empty((x.shape[0], a.shape[0]), dtype=acc, device=x.device)
+    acc = accumulate_dtype(x.dtype)
+    down = x.new_empty((x.shape[0], a.shape[0]), dtype=acc)
     rows = _MaskedRows(x, hashes, place, p)
-    with _in_own_dtypes(x.device.type):
+    with in_own_dtypes(x.device):
         for start, stop in _chunks(x):
             down[start:stop] = _product(rows.read(start, stop), a.T, acc)
     return down
 
 
 def _add_up_(result: Tensor, down: Tensor, b: Tensor, factor: float) -> None:
-    with _in_own_dtypes(result.device.type):
-        for start, stop in _widened_chunks(result, down.dtype):
+    with in_own_dtypes(result.device):
+        for start, stop in _chunks_of_narrow(result, down.dtype):
             _add_product_(result[start:stop], down[start:stop], b.T, factor)
 
 
@@ -161,7 +152,7 @@ def low_rank_down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: fl
 
 @low_rank_down.register_fake
 def _(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tensor:
-    return x.new_empty((x.shape[0], a.shape[0]), dtype=_accumulate_dtype(x.dtype))
+    return x.new_empty((x.shape[0], a.shape[0]), dtype=accumulate_dtype(x.dtype))
 
 
 @torch.library.custom_op("repbend_fast::add_low_rank_gradient_", mutates_args={"grad_x"})
@@ -174,7 +165,7 @@ def add_low_rank_gradient_(
     """
     grad_a = torch.zeros((a.shape[0] if needs[1] else 0, a.shape[1]), dtype=up.dtype, device=x.device)
     rows = _MaskedRows(x, hashes, place, p)
-    with _in_own_dtypes(x.device.type):
+    with in_own_dtypes(x.device):
         for start, stop in _chunks(x):
             part = up[start:stop]
             if needs[0]:
@@ -189,6 +180,33 @@ def add_low_rank_gradient_(
 @add_low_rank_gradient_.register_fake
 def _(grad_x: Tensor, x: Tensor, a: Tensor, up: Tensor, hashes: Tensor | None, place: int, p: float, needs: list[bool]) -> Tensor:
     return a.new_empty((a.shape[0] if needs[1] else 0, a.shape[1]))
+
+
+@torch.library.custom_op("repbend_fast::add_low_rank_up_", mutates_args={"result"})
+def add_low_rank_up_(result: Tensor, down: Tensor, b: Tensor, factor: float) -> None:
+    """``result`` [N, O] += f · P Bᵀ in place, P being ``down`` [N, r]."""
+    _add_up_(result, down, b, factor)
+
+
+@torch.library.custom_op("repbend_fast::low_rank_up_gradients", mutates_args=())
+def low_rank_up_gradients(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool]) -> list[Tensor]:
+    """Those of Q = f · G B [N, r] in P's dtype and dB = f · Gᵀ P in B's that ``needs`` asks for; the sum over rows runs in P's dtype."""
+    up = torch.empty_like(down)
+    grad_b = torch.zeros(b.shape, dtype=down.dtype, device=b.device)
+    with in_own_dtypes(grad.device):
+        for start, stop in _chunks_of_narrow(grad, down.dtype):
+            rows = grad[start:stop]
+            if needs[0]:
+                torch.mul(_product(rows, b, down.dtype), factor, out=up[start:stop])
+            if needs[1]:
+                grad_b += _product(rows.T, down[start:stop], down.dtype)
+    results = (up, grad_b.mul_(factor).to(b.dtype))
+    return [result for result, needed in zip(results, needs) if needed]
+
+
+@low_rank_up_gradients.register_fake
+def _(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool]) -> list[Tensor]:
+    return [like.new_empty(like.shape) for like, needed in zip((down, b), needs) if needed]
 
 
 class _Down(torch.autograd.Function):
@@ -219,7 +237,7 @@ class _Up(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, down, b, factor):
-        _add_up_(result, down, b, factor)
+        add_low_rank_up_(result, down, b, factor)
         ctx.mark_dirty(result)
         ctx.save_for_backward(down, b)
         ctx.factor = factor
@@ -227,18 +245,9 @@ class _Up(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        down, b = ctx.saved_tensors
-        needs_up, needs_b = ctx.needs_input_grad[1:3]
-        up = torch.empty_like(down) if needs_up else None
-        grad_b = torch.zeros(b.shape, dtype=down.dtype, device=b.device) if needs_b else None
-        with _in_own_dtypes(grad.device.type):
-            for start, stop in _widened_chunks(grad, down.dtype):
-                rows = grad[start:stop]
-                if up is not None:
-                    torch.mul(_product(rows, b, down.dtype), ctx.factor, out=up[start:stop])
-                if grad_b is not None:
-                    grad_b += _product(rows.T, down[start:stop], down.dtype)
-        return grad, up, None if grad_b is None else grad_b.mul_(ctx.factor).to(b.dtype), None
+        needs = list(ctx.needs_input_grad[1:3])
+        found = iter(low_rank_up_gradients(grad, *ctx.saved_tensors, ctx.factor, needs))
+        return grad, *(next(found) if needed else None for needed in needs), None
 
 
 class LowRankForward(nn.Module):
@@ -286,7 +295,7 @@ class LowRankForward(nn.Module):
         hashes, p = self._dropout(name)
         factor = float(layer.scaling[name] / (1 - p) if hashes is not None else layer.scaling[name])
         b = layer.lora_B[name].weight
-        if not torch.is_grad_enabled():
+        if hashes is None and not torch.is_grad_enabled():
             _add_up_(result, down, b, factor)
             return result
         return _Up.apply(result, down, b, factor)

@@ -25,9 +25,9 @@ GROUP_TITLES = {
 CAPTIONS = {
     "before_after": "Attack success should fall, usefulness should stay, degenerate answers should not appear.",
     "shares": "A safe model refuses attacks. Degenerate answers to ordinary questions are the mark of over-bending.",
-    "losses": "The unsafe term has no bound, so a falling loss alone says nothing; the validation below decides what is kept.",
-    "distances": "How far each hidden state has moved from the model as it was. The safe stream should stay dark.",
-    "validation": "Measured on held-out data while training. Training stops where a limit is passed, and the best adapter is kept.",
+    "losses": "Each term before its weight, and the weighted sum. A falling sum alone does not say that the model got safer.",
+    "distances": "What the terms compare at each hidden state. Where safe and unsafe answers have one each, the safe one should stay dark.",
+    "validation": "Measured on held-out data while training; dotted lines are limits. The best adapter within them is kept.",
 }
 OPEN_SAMPLES = 4
 DPI = 130
@@ -89,7 +89,7 @@ def _content(run: RunRecord, images: Mapping[str, str]) -> dict[str, Any]:
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """Short facts for the head of the page."""
-    out = [("objective", str(run.setting("objective", "name") or "repbend"))]
+    out = [("objective", str(run.setting("objective", "name") or ("repbend" if run.config else "unknown")))]
     if run.steps:
         out.append(("steps", str(run.steps[-1]["step"])))
     if run.best_step is not None:

@@ -34,6 +34,7 @@ TERM_TITLES = {
     "retain": "retain: kept at the reference",
     "nll": "NLL on retain conversations",
 }
+TRIPLET_TITLES = {"safe": "safe: triplet loss", "unsafe": "unsafe: triplet loss"}
 BEST_COLOR, STOP_COLOR, MUTED = "#2f9e44", "#c92a2a", "#6c757d"
 
 
@@ -78,13 +79,14 @@ def losses(run: RunRecord) -> Figure | None:
     shown = {name: points for name, points in series.items() if points[0] and (name == "loss" or any(points[1]))}
     if not shown:
         return None
+    titles = TERM_TITLES | (TRIPLET_TITLES if run.setting("objective", "name") == "crl" else {})
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(10, 2.5 * lines), layout="constrained")
     for place, (name, (steps, values)) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(lines, columns, place)
         axes.plot(steps, values, color=COLORS.get(name, COLORS["loss"]), linewidth=1.8, marker="o" if len(steps) == 1 else None)
-        style(axes, TERM_TITLES.get(name, name))
+        style(axes, titles.get(name, name))
         mark_steps(axes, run)
         if place == 1 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, frameon=False)
@@ -116,7 +118,8 @@ def distances(run: RunRecord) -> Figure | None:
         half = (steps[-1] - steps[0]) / max(1, len(steps) - 1) / 2 or 0.5
         extent = (steps[0] - half, steps[-1] + half, layers[0] - 0.5, layers[-1] + 0.5)
         image = axes.imshow(grid, aspect="auto", origin="lower", extent=extent, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
-        style(axes, f"{stream} stream: mean distance to the reference")
+        own = run.setting("objective", "name") in (None, "repbend")
+        style(axes, f"{stream} stream: {'mean distance to the reference' if own else 'value of its term'}")
         axes.set_ylabel("hidden state", fontsize=8, color=MUTED)
         axes.grid(False)
         if run.best_step is not None and extent[0] <= run.best_step <= extent[1]:

@@ -48,8 +48,9 @@ class RunRecord:
 
     @property
     def stop(self) -> Row | None:
-        """The event with which the guard ended training, if it did."""
-        return next((row for row in reversed(self.events) if row.get("event") == "guard_stop"), None)
+        """The event with which the guard ended training, if it did; not one after which a resumed run went on."""
+        last = self.steps[-1]["step"] if self.steps else 0
+        return next((row for row in reversed(self.events) if row.get("event") == "guard_stop" and row["step"] >= last), None)
 
     @property
     def status(self) -> tuple[str, str]:

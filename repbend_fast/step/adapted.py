@@ -10,7 +10,7 @@ from repbend_fast.memory.levers import Levers
 from repbend_fast.memory.offload import host_states
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.objectives.base import Direction, HeadKL, PairwiseCosine, Stream
-from repbend_fast.pieces import Piece
+from repbend_fast.pieces import Piece, to_device
 from repbend_fast.step.answers import answer_log_probs, answer_loss
 from repbend_fast.step.meter import Meter
 from repbend_fast.step.pairwise import PairwiseSums, last_prompt_spans, pairwise_share
@@ -112,7 +112,7 @@ class _Taps:
 def fixed_row(direction: Direction, hidden: Tensor) -> Tensor:
     """The row c·u that a term with a fixed target compares with, [1, D], the same on every device."""
     row = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(direction.seed), dtype=torch.float32).double()
-    return (row * (direction.length / torch.linalg.vector_norm(row)))[None].to(hidden)
+    return to_device((row * (direction.length / torch.linalg.vector_norm(row)))[None].to(hidden.dtype), hidden.device)
 
 
 def _cosine(term: PairwiseCosine, states: list[Tensor], count: int, sums: PairwiseSums | None, meter: Meter) -> Tensor:

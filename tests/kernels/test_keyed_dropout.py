@@ -96,7 +96,7 @@ def test_blocks_of_a_mask_are_those_of_the_op(implementation, device, hashed) ->
     keys, x = some_keys(50, device=device), spread((50, 70), torch.float32, device, 1)
     expected = keyed_dropout(x, keys, SEED, P, scaled=False, implementation=implementation)
     with use_implementation(implementation):
-        mask = KeyedMask(row_hashes(keys) if hashed else keys, SEED, P, 70, torch.float32)
+        mask = KeyedMask(row_hashes(keys) if hashed else keys, SEED, P, 70, torch.float32, hashed=hashed)
     source, out, other = strided(x, "sliced"), torch.empty_like(x), 2 * x
     for first, last in ((0, 20), (20, 21), (21, 50)):
         mask.apply([source[first:last], other[first:last]], [out[first:last], other[first:last]], first, last)
@@ -209,6 +209,12 @@ def test_no_two_rows_or_columns_are_alike(neighbours) -> None:
 def test_wrong_arguments(keys, p, error, message) -> None:
     with pytest.raises(error, match=message):
         keyed_dropout(torch.ones(3, 4), keys, SEED, p)
+
+
+def test_keys_are_not_taken_for_hashes() -> None:
+    for keys, hashed in ((torch.arange(3, dtype=torch.int32), False), (torch.arange(3), True)):
+        with pytest.raises(TypeError, match="keys: expected an int"):
+            KeyedMask(keys, SEED, P, 4, torch.float32, hashed=hashed)
 
 
 def test_wrong_lists() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from tiny_run import records as make_records
 from repbend_fast.cli import main
 from repbend_fast.errors import UserError
 from repbend_fast.interrupt import Interrupt
+from repbend_fast.runs import RunFolder, only_training
 from repbend_fast.trainer import INTERRUPTED, Trainer
 
 
@@ -107,6 +109,31 @@ def test_without_validation_from_here_on_the_last_adapter_is_kept(whole: TinyRun
     (last,) = tiny.path.glob("checkpoints/step-000008")
     state = torch.load(last / "state.pt", weights_only=True)
     assert same_tensors({name.replace(".default", ""): t for name, t in state["adapter"].items()}, adapter_of(tiny.path))
+
+
+def test_switching_validation_off_at_the_end_keeps_the_best_adapter(whole: TinyRun, tiny: TinyRun) -> None:
+    shutil.copytree(whole.path, tiny.path)
+    kept = adapter_of(whole.path)
+    assert tiny.resume("validation.every=0").exit_code == 0
+    assert same_tensors(adapter_of(tiny.path), kept)
+
+
+def test_a_stopped_run_goes_on_without_validation(tiny: TinyRun) -> None:
+    assert tiny.train("training.steps=6", "validation.max_kl=1e-12", "validation.patience=1").exit_code == 0
+    assert rows(tiny.path, "step")[-1]["step"] < 6
+    assert tiny.resume("validation.every=0").exit_code == 0
+    assert rows(tiny.path, "step")[-1]["step"] == 6
+
+
+def test_one_training_at_a_time_in_a_folder(tiny: TinyRun) -> None:
+    assert tiny.train("training.steps=2", "validation.every=0").exit_code == 0
+    before = sorted(path.name for path in tiny.path.parent.iterdir())
+    with only_training(RunFolder(tiny.path)):
+        for again in (tiny.train, tiny.resume):
+            with pytest.raises(UserError, match=rf"another training is writing to this folder \(process {os.getpid()}\)"):
+                again("training.steps=4", "validation.every=0")
+    assert sorted(path.name for path in tiny.path.parent.iterdir()) == before
+    assert tiny.resume("training.steps=4").exit_code == 0
 
 
 def test_validation_cannot_begin_in_the_middle(tiny: TinyRun) -> None:

@@ -215,9 +215,9 @@ def test_sixteen_bit_parts_hold_what_an_fp32_weight_holds() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["x", "A", "B", "A and B of one layer"])
-def test_only_needed_gradients(frozen) -> None:
-    model = ours(peft_model(torch.float32))
-    full = outcome(model, inputs(), KEYS)
+def test_only_needed_gradients(small_chunks, frozen) -> None:
+    plain = peft_model(torch.float32)
+    full, model = outcome(keyed_peft(plain), inputs()), ours(plain)
     for name, parameter in model.named_parameters():
         if (
             (frozen == "A" and "lora_A" in name)
@@ -255,6 +255,21 @@ def test_gradients_of_a_shared_input() -> None:
         y = twice(x).sum()
         first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["off", "dropout"])
+def test_two_active_adapters(small_chunks, dropout) -> None:
+    model = peft_model(torch.float64)
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["up_proj", "down_proj"], lora_dropout=P, init_lora_weights=False))
+    model.double().eval().base_model.set_adapter(["default", "other"])
+    keyed = keyed_peft(model)
+    for place, layer in enumerate(m for m in keyed.modules() if hasattr(m, "lora_dropout")):
+        layer.lora_dropout["other"] = _KeyedDropout(place)
+    expected = outcome(keyed if dropout else model, inputs(torch.float64))
+    got = outcome(ours(model), inputs(torch.float64), KEYS if dropout else None)
+    assert len(got) == len(expected) == 2 + 8
+    for name, value in expected.items():
+        assert_matches(got[name], value, tolerance=1e-13, name=name)
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])

@@ -172,8 +172,10 @@ def test_wrong_settings_of_a_baseline_fail(tmp_path, key, values) -> None:
 
 def test_objectives_that_do_not_exist_are_listed(tmp_path, capsys) -> None:
     folder = _baselines(tmp_path, "c0.npo.beta0.1.kl0.1", objective="other")
-    assert run_verify(folder) == 0
-    assert "not supported: c0.npo.beta0.1.kl0.1" in capsys.readouterr().out
+    assert run_verify(folder) == 1
+    out = capsys.readouterr().out
+    assert "not supported: c0.npo.beta0.1.kl0.1" in out
+    assert "nothing was checked" in out
     assert run_verify(folder, ["other"]) == 1
     assert run_verify(GOLDEN / "baselines", ["circuit_breaker", "npo"]) == 0
     assert run_verify(GOLDEN / "baselines", ["rmu"]) == 1
@@ -217,6 +219,47 @@ def test_a_malformed_trajectory_is_a_user_error(small, change) -> None:
     (small / "trajectory.json").write_text(json.dumps(trajectory | change))
     with pytest.raises(UserError, match=r"trajectory\.json"):
         verify_folder(small)
+
+
+def test_no_cases_are_no_success(small, capsys) -> None:
+    _edit(small, cases=[])
+    assert run_verify(small) == 1
+    assert "nothing was checked" in capsys.readouterr().out
+    trajectory = json.loads((GOLDEN / "repbend" / "trajectory.json").read_text())
+    (small / "trajectory.json").write_text(json.dumps(trajectory | {"steps": []}))
+    with pytest.raises(UserError, match="no steps"):
+        verify_folder(small)
+    (small / "trajectory.json").write_text(json.dumps(trajectory))
+    assert len(verify_folder(small).checks) == STEPS
+
+
+def test_a_check_of_the_norm_alone_says_so(small, capsys) -> None:
+    assert run_verify(small) == 0
+    assert "(norm)" not in capsys.readouterr().out
+    (small / f"grads.{COMBINED}.safetensors").unlink()
+    assert run_verify(small) == 0
+    assert "(norm)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [f"grads.{COMBINED}.safetensors", "adapter/adapter_model.safetensors"])
+def test_cut_tensors_are_a_user_error(small, name) -> None:
+    (small / name).write_bytes((small / name).read_bytes()[:100])
+    with pytest.raises(UserError, match=Path(name).name):
+        verify_folder(small)
+
+
+def test_a_term_without_a_value_fails_and_does_not_divide_by_zero(small) -> None:
+    """At B = 0 every distance is 0, where the record is not."""
+    path = small / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in load_file(path).items()}, path)
+    (check,) = verify_folder(small).checks
+    assert not check.passed
+
+
+def test_an_adapter_trained_with_dropout_is_verified_without(small) -> None:
+    path = small / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.3}))
+    assert verify_folder(small).passed
 
 
 def test_nan_never_passes() -> None:

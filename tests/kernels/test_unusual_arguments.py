@@ -1,0 +1,74 @@
+"""Arguments that are views with gaps, rows that are not finite, and autocast around an op: every implementation gives the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_compare import TOLERANCE, assert_matches, spread
+from repbend_kernels import bend_distance, linear_kl_div, linear_log_prob, pairwise_cosine, window_distance
+from torch import Tensor
+
+N, D, V = 12, 40, 70
+
+
+@pytest.mark.parametrize("cut", ["last", "every other", "one for all"])
+def test_masks_with_gaps(implementation, device, cut) -> None:
+    states, references = ([spread((2, N, D), torch.float32, device, 3 * side + i) for i in range(2)] for side in range(2))
+    whole = torch.arange(2 * 2 * N, device=device).view(2, 2 * N) % 3 == 0
+    mask = {
+        "last": whole[:, -N:],
+        "every other": whole[:, ::2],
+        "one for all": torch.ones((), dtype=torch.bool, device=device).expand(2, N),
+    }[cut]
+    got = window_distance(states, references, mask, implementation=implementation)
+    assert_matches(got, window_distance(states, references, mask.clone(), implementation="eager"), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("cut", ["column", "every other", "one for all"])
+def test_targets_with_gaps(implementation, device, cut) -> None:
+    hidden, weight = spread((N, D), torch.float32, device, 1), spread((V, D), torch.float32, device, 2)
+    ids = torch.arange(N * 3, device=device).view(N, 3) * 5 % V
+    targets = {"column": ids[:, 1], "every other": ids.flatten()[: 2 * N : 2], "one for all": ids[3, :1].expand(N)}[cut]
+    got = linear_log_prob(hidden, weight, targets, chunk_rows=5, implementation=implementation)
+    assert_matches(got, linear_log_prob(hidden, weight, targets.clone(), implementation="eager"), tolerance=1e-6)
+
+
+def test_states_that_are_a_column_of_a_larger_tensor(implementation, device) -> None:
+    states = spread((3, 5, 7, D), torch.float32, device, 1)[:, :, -1].requires_grad_()
+    got = pairwise_cosine(states, implementation=implementation)
+    (grad,) = torch.autograd.grad(got, states)
+    expected = pairwise_cosine(states, implementation="eager")
+    assert_matches(got, expected, tolerance=1e-6)
+    assert_matches(grad, torch.autograd.grad(expected, states)[0], tolerance=TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("side", ["hidden", "reference"])
+@pytest.mark.parametrize("kind", ["l2", "cosine", "relu_cosine", "mse"])
+@pytest.mark.parametrize("width", [D, 9000], ids=["narrow", "wide"])
+def test_a_row_with_a_nan_is_neither_near_nor_far(implementation, device, kind, side, width) -> None:
+    """A GPU's maximum of -1 and NaN is -1, which would make a broken row a distance of 2 or 0."""
+    rows = {"hidden": spread((4, width), torch.float32, device, 1), "reference": spread((4, width), torch.float32, device, 2)}
+    rows[side][1, 3] = float("nan")
+    distances = [
+        bend_distance(rows["hidden"][i : i + 1], rows["reference"][i : i + 1], kind=kind, implementation=implementation) for i in range(4)
+    ]
+    assert [bool(torch.isnan(distance)) for distance in distances] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("op", ["kl", "log prob"])
+def test_autocast_around_a_head_op_changes_nothing(implementation, device, op) -> None:
+    """The gradient is made in forward: in 16 bits it would be some tenths of a per cent off."""
+    hidden, other, weight = (spread(shape, torch.float32, device, i) for i, shape in enumerate([(N, D), (N, D), (V, D)]))
+    targets = torch.arange(N, device=device)
+
+    def gradient() -> Tensor:
+        leaf = hidden.detach().requires_grad_()
+        if op == "kl":
+            loss = linear_kl_div(leaf, other, weight, implementation=implementation)
+        else:
+            loss = linear_log_prob(leaf, weight, targets, implementation=implementation).sum()
+        return torch.autograd.grad(loss, leaf)[0]
+
+    plain = gradient()
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(gradient(), plain)
