@@ -82,7 +82,9 @@ def test_a_run_in_the_smallest_budget(name: str, with_objective) -> None:
     (smallest,) = re.findall(r"smallest that can is ([\d.]+ ?[KMG]?B)", str(refused.value))
     assert run.train(*SHORT, f"memory.budget={smallest}").exit_code == 0
     (event,) = [row for row in rows(run.path, "event") if row["event"] == "memory_plan"]
-    assert event["levers"]["checkpoint_blocks"] > 0
+    # RMU adapts so few matrices that recomputing a block of the tiny model need not save anything.
+    assert event["levers"]["piece_tokens"]
+    assert event["levers"]["checkpoint_blocks"] > 0 or name == "rmu"
     under_budget = rows(run.path, "step")
     assert run.train(*SHORT).exit_code == 0
     unlimited = rows(run.path, "step")
