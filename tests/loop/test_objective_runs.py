@@ -83,8 +83,7 @@ def test_a_run_in_the_smallest_budget(name: str, with_objective) -> None:
     assert run.train(*SHORT, f"memory.budget={smallest}").exit_code == 0
     (event,) = [row for row in rows(run.path, "event") if row["event"] == "memory_plan"]
     # RMU adapts so few matrices that recomputing a block of the tiny model need not save anything.
-    assert event["levers"]["piece_tokens"]
-    assert event["levers"]["checkpoint_blocks"] > 0 or name == "rmu"
+    assert event["levers"]["checkpoint_blocks"] > 0 or (name == "rmu" and event["levers"]["piece_tokens"])
     under_budget = rows(run.path, "step")
     assert run.train(*SHORT).exit_code == 0
     unlimited = rows(run.path, "step")
