@@ -8,6 +8,8 @@ from the folder; everything is computed by the product's own objective and step,
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,16 +124,22 @@ def _check_case(folder: Path, model: Any, case: Case, memory: MemoryConfig) -> C
     gradient = _gradient(model)
     recorded = folder / f"grads.{case.key}.safetensors"
     whole = recorded.is_file()
-    gradient_error = _gradient_error(gradient, _read_tensors(recorded)) if whole else _relative(_norm(gradient), case.grad_norm)
+    if whole:
+        from safetensors.torch import load_file
+
+        with _reading_tensors(recorded):
+            gradient_error = _gradient_error(gradient, load_file(recorded))
+    else:
+        gradient_error = _relative(_norm(gradient), case.grad_norm)
     return Check(case.key, case.loss, loss, _relative(loss, case.loss, scale), gradient_error, whole)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def _reading_tensors(path: Path) -> Iterator[None]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        yield
     except SafetensorError as error:
         raise UserError(f"{path}: damaged, or a pointer to a file that was not fetched ({error}); {FORM}") from error
 
@@ -176,11 +184,12 @@ def _loss_and_gradient(model: Any, case: Case, memory: MemoryConfig) -> tuple[fl
 def _load(folder: Path) -> Any:
     from peft import PeftModel
 
-    if not (folder / "adapter" / "adapter_model.safetensors").is_file():
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    if not weights.is_file():
         raise UserError(f"{folder}: no adapter/adapter_model.safetensors; {FORM}")
     base = load_model(ModelConfig(name=str((folder / "base_model").resolve()), dtype="float32", device="cpu"))
-    _read_tensors(folder / "adapter" / "adapter_model.safetensors")
-    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True).eval()
+    with _reading_tensors(weights):
+        model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True).eval()
     # Recorded values are of an evaluated model, whatever dropout its adapter was trained with.
     for layer in model.modules():
         for dropout in getattr(layer, "lora_dropout", {}).values():

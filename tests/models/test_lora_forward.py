@@ -366,7 +366,7 @@ def test_memory_is_below_peft_s() -> None:
     chunk = lora.CHUNK_ELEMENTS["cpu"] * 4
     # Output, its gradient, the gradient of x, P, Q and hashes; and of a chunk what is added to its gradient, x masked, and the hashes and
     # the widened x that are compared.
-    assert sizes["ours"] <= 2 * output + source + rows * (2 * 8 * 4 + 4) + 4 * chunk
+    assert sizes["ours"] <= 2 * output + source + rows * (2 * 8 * 4 + 4) + 3.5 * chunk
     assert sizes["ours"] < 0.7 * sizes["peft"]
 
 

@@ -156,18 +156,11 @@ def test_the_report_finds_missed_goals() -> None:
 
 
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("train_step_*.json"))
-KNOWN_MISSES = {
-    "train_step_cpu": [
-        "smollm2-135m-float32-b2-all-1024 ours: not 1.3 times faster with 0.333 of eager's memory",
-        "smollm2-135m-float32-b2-real ours fast: not 4.5 times faster with 0.250 of eager's memory",
-    ]
-}
-"""Goals that a record is known to miss; docs/performance.md says by how much. Reached or joined by another, this list is wrong."""
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_recorded_step_results_keep_their_goals(path: Path) -> None:
-    assert missed_step_goals(json.loads(path.read_text())) == KNOWN_MISSES.get(path.stem, [])
+    assert missed_step_goals(json.loads(path.read_text())) == []
 
 
 def test_a_side_that_disagrees_is_not_timed(monkeypatch) -> None:
