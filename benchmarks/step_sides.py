@@ -23,6 +23,7 @@ from repbend_fast.memory.levers import Levers, levers_of
 from repbend_fast.memory.plan import Planner
 from repbend_fast.models import attach_lora, find_decoder
 from repbend_fast.models.liger import find_replaceable, use_liger
+from repbend_fast.models.lora import use_peft_forward
 from repbend_fast.step import StreamRunner, dropout_seed
 
 Terms = dict[str, Tensor]
@@ -79,7 +80,7 @@ def sides_for(device: torch.device, smoke: bool) -> list[Side]:
 
 @contextmanager
 def adapted(case: Case, base: Any) -> Iterator[Any]:
-    """LoRA with the published settings around ``base``, in PEFT's own layers, with non-zero values; taken off again."""
+    """LoRA with the published settings around ``base``, with non-zero values; taken off again."""
     model = attach_lora(base, LORA, case.objective.window)
     fill_adapter(model)
     try:
@@ -91,8 +92,11 @@ def adapted(case: Case, base: Any) -> Iterator[Any]:
 
 @contextmanager
 def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepper]:
-    """The side on an ``adapted`` model without gradients, on CUDA with Liger's layers for all but ``eager``, and under its cap."""
-    kept = {module: module.__class__ for module in model.modules()}
+    """The side on an ``adapted`` model without gradients, on CUDA with Liger's layers for all but ``eager``, and under its cap.
+
+    Baselines run PEFT's own LoRA layers with their own dropout, ours what ``StreamRunner`` makes of them.
+    """
+    use_peft_forward(model)
     with _dropout(model, dropout), _liger_layers(model, side.name != "eager"), _capped(side, find_decoder(model).device):
         try:
             yield _ours(side, case, model) if side.ours else _baseline(side, case, model)
@@ -101,9 +105,6 @@ def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepp
             if model.is_gradient_checkpointing:
                 model.gradient_checkpointing_disable()
             model.eval()
-            for module, kind in kept.items():
-                if module.__class__ is not kind:  # our LoRA forward is a subclass of PEFT's
-                    module.__class__ = kind
 
 
 def _baseline(side: Side, case: Case, model: Any) -> Stepper:

@@ -30,6 +30,7 @@ from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.memory.levers import levers_of
 from repbend_fast.models import attach_lora, find_decoder
+from repbend_fast.models.lora import use_peft_forward
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner
 
@@ -57,6 +58,7 @@ def _config(blocks: int) -> CircuitBreakerConfig:
 def _side(name: str, model: Any, case: Case, config: CircuitBreakerConfig) -> Step:
     """The step of one side, set up on the model."""
     if name == "eager":
+        use_peft_forward(model)
         prepare_eager(model)
         return lambda batch: circuit_breaker_step(model, batch, config, PROGRESS, case.width)
     model.gradient_checkpointing_disable()

@@ -327,6 +327,13 @@ def use_low_rank_forward(model: nn.Module) -> None:
         layer.dropout_keys, layer.place = keys, place
 
 
+def use_peft_forward(model: nn.Module) -> None:
+    """Give the layers of :func:`use_low_rank_forward` PEFT's own forward and dropout back, in place."""
+    for module in model.modules():
+        if isinstance(module, LowRankForward):
+            module.__class__ = type(module).__bases__[1]
+
+
 @contextmanager
 def lora_dropout(model: nn.Module, keys: Tensor | None) -> Iterator[None]:
     """LoRA's dropout, and only LoRA's, for the passes inside, their backward included (recomputed blocks read the keys again).

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from repbend_fast.errors import UserError
 from repbend_fast.models import lora
-from repbend_fast.models.lora import LowRankForward, lora_dropout, use_low_rank_forward
+from repbend_fast.models.lora import LowRankForward, lora_dropout, use_low_rank_forward, use_peft_forward
 
 INNER, OUTER, ROWS = 64, 192, 24
 P = 0.3
@@ -412,3 +412,22 @@ def test_the_model_stays_a_peft_model(tmp_path) -> None:
     merged = model.merge_and_unload()
     assert type(merged.up_proj) is nn.Linear
     assert_matches(merged(inputs()), expected, tolerance=1e-5)
+
+
+def test_peft_s_forward_comes_back() -> None:
+    model = peft_model(torch.float32)
+    kinds = [type(module) for module in model.modules()]
+    twin = ours(model)
+    assert [type(module) for module in twin.modules()] != kinds
+    use_peft_forward(twin)
+    assert [type(module) for module in twin.modules()] == kinds
+    model.train()
+    twin.train()
+    torch.manual_seed(0)
+    expected = model(inputs())
+    torch.manual_seed(0)
+    assert torch.equal(twin(inputs()), expected)
+    assert not torch.equal(twin(inputs()), expected), "its dropout draws anew"
+    use_low_rank_forward(twin)
+    with lora_dropout(twin, KEYS):
+        assert not torch.equal(twin(inputs()), expected)

@@ -19,15 +19,16 @@ from baselines.peft_liger_step import peft_liger_step, prepare_peft_liger
 from kernel_compare import relative_l2
 from peft import PeftModel
 from safetensors.torch import load_file
-from step_cases import cases_for, load_base
+from step_cases import cases_for, gradient_of, load_base
 from step_measure import measure_case
 from step_record import missed_step_goals, ratios_of, step_table
-from step_sides import Side
+from step_sides import Side, adapted, set_up
 from torch import Tensor
 
 from repbend_fast.config.schema import ModelConfig, ObjectiveConfig
 from repbend_fast.golden import load_batch
 from repbend_fast.models import load_model
+from repbend_fast.models.lora import LowRankForward
 from repbend_fast.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 
 ROOT = Path(__file__).parents[2]
@@ -180,3 +181,26 @@ def test_a_side_that_disagrees_is_not_timed(monkeypatch) -> None:
     assert "not timed" in wrong.row()["failure"]
     assert eager.row()["seconds_median"] > 0
     assert ratios_of([eager.row(), wrong.row()]) == []
+
+
+@pytest.mark.parametrize("side", [Side("eager"), Side("peft+liger"), Side("ours", {})], ids=lambda s: s.name)
+def test_baselines_run_peft_s_own_layers_with_their_dropout(side: Side) -> None:
+    case = cases_for(torch.device("cpu"), smoke=True)[0]
+    base = load_base(case, torch.device("cpu"))
+    batch = case.batch(base.config.vocab_size)
+    with adapted(case, base) as model:
+        gradients = {}
+        for p in (0.0, 0.2):
+            for seed in (0, 1):
+                # Each time behind our own side, which puts its forward into the layers.
+                with set_up(Side("ours", {}), case, model, p), set_up(side, case, model, p) as stepper:
+                    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+                    assert layers
+                    assert all(isinstance(layer, LowRankForward) == side.ours for layer in layers)
+                    torch.manual_seed(seed)
+                    stepper.step(batch)
+                    gradients[p, seed] = gradient_of(model)
+    assert torch.equal(gradients[0.0, 0], gradients[0.0, 1])
+    assert relative_l2(gradients[0.2, 0], gradients[0.0, 0]) > 0.05
+    # Ours draws from its own seed, the same at each step of the benchmark.
+    assert torch.equal(gradients[0.2, 0], gradients[0.2, 1]) == side.ours
