@@ -22,6 +22,7 @@ from repbend_fast.memory.cards import CUDA_CONTEXT
 from repbend_fast.memory.levers import Levers, levers_of
 from repbend_fast.memory.plan import Planner
 from repbend_fast.models import attach_lora, find_decoder
+from repbend_fast.models.lean import use_full_layers
 from repbend_fast.models.liger import find_replaceable, use_liger
 from repbend_fast.models.lora import use_peft_forward
 from repbend_fast.step import StreamRunner, dropout_seed
@@ -96,7 +97,7 @@ def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepp
 
     Baselines run PEFT's own LoRA layers with their own dropout, ours what ``StreamRunner`` makes of them.
     """
-    use_peft_forward(model)
+    plain_layers(model)
     with _dropout(model, dropout), _liger_layers(model, side.name != "eager"), _capped(side, find_decoder(model).device):
         try:
             yield _ours(side, case, model) if side.ours else _baseline(side, case, model)
@@ -105,6 +106,13 @@ def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepp
             if model.is_gradient_checkpointing:
                 model.gradient_checkpointing_disable()
             model.eval()
+            plain_layers(model)
+
+
+def plain_layers(model: Any) -> None:
+    """Take off what ``StreamRunner`` binds: the forwards are PEFT's, and transformers' or Liger's, again."""
+    use_peft_forward(model)
+    use_full_layers(model)
 
 
 def _baseline(side: Side, case: Case, model: Any) -> Stepper:

@@ -23,6 +23,7 @@ from baselines.eager_step import prepare_eager
 from harness import RESULTS, Machine, hardware_slug, wait, write_record
 from measure import peak_bytes, relative_error
 from step_cases import LORA, Case, cases_for, fill_adapter, gradient_of, load_base, real_tokens
+from step_sides import plain_layers
 from torch import Tensor
 
 from repbend_fast.config.objectives import CircuitBreakerConfig
@@ -30,7 +31,6 @@ from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.memory.levers import levers_of
 from repbend_fast.models import attach_lora, find_decoder
-from repbend_fast.models.lora import use_peft_forward
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner
 
@@ -58,7 +58,7 @@ def _config(blocks: int) -> CircuitBreakerConfig:
 def _side(name: str, model: Any, case: Case, config: CircuitBreakerConfig) -> Step:
     """The step of one side, set up on the model."""
     if name == "eager":
-        use_peft_forward(model)
+        plain_layers(model)
         prepare_eager(model)
         return lambda batch: circuit_breaker_step(model, batch, config, PROGRESS, case.width)
     model.gradient_checkpointing_disable()

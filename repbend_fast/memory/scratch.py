@@ -14,6 +14,7 @@ from repbend_kernels.rows import CPU_ELEMENTS_PER_THREAD, DEVICE_ELEMENTS
 from torch import Tensor
 
 from repbend_fast.memory.tracker import Scratch
+from repbend_fast.models.block_ops import chunk_rows as block_chunk_rows
 from repbend_fast.models.load import NF4_BLOCK
 from repbend_fast.models.lora import CHUNK_ELEMENTS, LEAST_ROWS
 
@@ -77,8 +78,20 @@ def op_scratch(device: torch.device) -> dict[str, Scratch]:
         width = 6 * down.shape[-1] if device.type == "cuda" else 8 * rows.shape[-1]
         return int(small + chunk_rows(rows) * width)
 
+    def norm(args: tuple[Any, ...]) -> int:
+        # Of a chunk, in 32 bits: the row widened, normed and scaled, in backward the incoming gradient and a product too.
+        x = args[0] if len(args) == 4 else args[1]
+        return int(16 * min(block_chunk_rows(x), x.shape[0]) * x.shape[1])
+
+    def gated(args: tuple[Any, ...]) -> int:
+        # The activation of a chunk, in backward two such.
+        rows = args[0]
+        return int(2 * rows.element_size() * min(block_chunk_rows(rows), rows.shape[0]) * rows.shape[1])
+
     in_blocks = ("bend_tap_forward", "bend_tap_backward", "add_rows", "row_distance_forward", "pairwise_similarity")
     scratch: dict[str, Scratch] = {f"repbend_kernels::{name}": rows_in_blocks for name in in_blocks}
     scratch |= {f"repbend_fast::{name}": low_rank_down for name in ("low_rank_down", "add_low_rank_gradient_")}
     scratch |= {f"repbend_fast::{name}": low_rank_up for name in ("add_low_rank_up_", "low_rank_up_gradients")}
+    scratch |= {f"repbend_fast::{name}": norm for name in ("rms_norm", "rms_norm_gradient")}
+    scratch |= {f"repbend_fast::{name}": gated for name in ("gated_product", "gated_product_gradients")}
     return scratch | {"bitsandbytes::gemm_4bit": dequantized}

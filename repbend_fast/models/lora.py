@@ -8,7 +8,8 @@ and f = s/(1 − p):
     backward   Q = f · G B  [N, r]       dB = f · Gᵀ P    dx = G W    dx += keep · (Q A)    dA = Qᵀ m
                                                                  in place: the base layer's gradient is fresh
 
-Kept for backward: x by reference (q, k and v share one), P, and the rows' hashed keys, which all layers share. PEFT keeps x, the
+Kept for backward: x by reference (q, k and v share one) or, where ``models.recompute`` knows how it was made, what it was made of;
+P; and the rows' hashed keys, which all layers share. PEFT keeps x, the
 mask, the dropped x (in A's dtype, so in 32 bits for a 16-bit model), P, and makes up to four tensors of the output's size on the way.
 
 Products of bf16 activations lose nothing of 32-bit adapter weights: on CUDA the weight enters the matrix product as the sum of two
@@ -31,6 +32,7 @@ from repbend_kernels.keyed_dropout import KeyedMask, row_hashes
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
+from repbend_fast.models.recompute import Origin, origin_of
 
 # Elements of a chunk of rows. On a CPU smaller ones, which stay in a core's cache, are no faster (docs/log.md); on a GPU it
 # fills the device and is small beside a model. A matrix product of fewer rows than the least would read the adapter's weights too often.
@@ -214,22 +216,28 @@ class _Down(torch.autograd.Function):
     part in, without a tensor and a sum of its own."""
 
     @staticmethod
-    def forward(ctx, x, a, hashes, place, p):
-        ctx.save_for_backward(x, a, hashes)
+    def forward(ctx, x, a, hashes, place, p, origin=None):
+        ctx.recomputation = None
+        if origin is not None and any(ctx.needs_input_grad):
+            ctx.recomputation = origin.recomputation
+            ctx.recomputation.readers += 1
+        ctx.save_for_backward(a, hashes, *((x,) if ctx.recomputation is None else origin.inputs))
         ctx.settings = place, p
         ctx.set_materialize_grads(False)
         return x, low_rank_down(x, a, hashes, place, p)
 
     @staticmethod
     def backward(ctx, grad_x, up):
-        x, a, hashes = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
         if up is None:
-            return grad_x, None, None, None, None
+            return grad_x, None, None, None, None, None
+        a, hashes, *kept = ctx.saved_tensors
+        x = kept[0] if ctx.recomputation is None else ctx.recomputation.read(kept)
+        x = x.reshape(-1, x.shape[-1])
         if grad_x is None:
             grad_x = torch.zeros_like(x) if needs[0] else x.new_empty((0, x.shape[1]))
         grad_a = add_low_rank_gradient_(grad_x, x, a, up, hashes, *ctx.settings, needs)
-        return grad_x if needs[0] else None, grad_a if needs[1] else None, None, None, None
+        return grad_x if needs[0] else None, grad_a if needs[1] else None, None, None, None, None
 
 
 class _Up(torch.autograd.Function):
@@ -262,11 +270,11 @@ class LowRankForward(nn.Module):
         if layer.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
         # Two dimensions: with three, a bias makes the output a view, and adding to it in place would copy its gradient.
-        flat = x.reshape(-1, x.shape[-1])
+        flat, origin = x.reshape(-1, x.shape[-1]), origin_of(x)
         names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
         downs = []
         for name in names:
-            source, down = self._down(flat, name)
+            source, down = self._down(flat, name, origin)
             downs.append(down)
             # Where x needs no gradient the base layer has none to make.
             flat = source if x.requires_grad else flat
@@ -280,7 +288,7 @@ class LowRankForward(nn.Module):
         p = getattr(cast(Any, self).lora_dropout[name], "p", 0.0)
         return None if p == 0 else self.dropout_keys.rows, p
 
-    def _down(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    def _down(self, x: Tensor, name: str, origin: Origin | None) -> tuple[Tensor, Tensor]:
         hashes, p = self._dropout(name)
         if hashes is not None and hashes.numel() != x.shape[0]:
             raise ValueError(f"lora_dropout: keys for {hashes.numel()} rows, but the pass has {x.shape[0]}")
@@ -288,7 +296,7 @@ class LowRankForward(nn.Module):
         if hashes is None and not torch.is_grad_enabled():
             # Generating comes here for each token, where an op and an autograd function cost more than their work.
             return x, _down(x, a, None, self.place, p)
-        return _Down.apply(x, a, hashes, self.place, p)
+        return _Down.apply(x, a, hashes, self.place, p, origin)
 
     def _add_up(self, result: Tensor, down: Tensor, name: str) -> Tensor:
         layer: Any = self

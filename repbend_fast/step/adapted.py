@@ -13,7 +13,7 @@ from repbend_fast.objectives.base import Direction, HeadKL, PairwiseCosine, Stre
 from repbend_fast.pieces import Piece, to_device
 from repbend_fast.step.answers import answer_log_probs, answer_loss
 from repbend_fast.step.meter import Meter
-from repbend_fast.step.pairwise import PairwiseSums, last_prompt_spans, pairwise_share
+from repbend_fast.step.pairwise import PairwiseSums, last_prompt_spans, pairwise_share, sums_of
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.reference import ReferenceRows
 from repbend_fast.step.triplets import TripletSums, triplet_rows, triplet_tap
@@ -33,7 +33,8 @@ def adapted_pass(
 
     Args:
         reference: what the reference pass kept; used up, its buffers become gradient directions.
-        sums, triplet_sums: over the whole stream, where it is split and has a term that couples its sequences.
+        sums, triplet_sums: over the whole stream, where it is split and has a term that couples its sequences. ``sums`` may lack this
+            piece's own sequences, which are then added to it.
         meter: receives the piece's terms.
     """
     taps = _Taps(parts, stream, piece, reference, triplet_sums, meter)
@@ -50,7 +51,9 @@ def adapted_pass(
     losses = taps.losses
     if stream.pairwise:
         states = [taps.pairwise_states[layer] for layer in stream.pairwise.layers]
-        losses.append(_cosine(stream.pairwise, states, len(stream.sequences), sums, meter))
+        if sums is not None and sums.count < len(stream.sequences):
+            sums.add(sums_of(states))
+        losses.append(_cosine(stream.pairwise, states, sums, meter))
     if stream.head:
         assert reference.head is not None
         losses.append(_head_kl(parts, stream.head, taps.head_states[0], reference.head, levers, meter))
@@ -115,9 +118,9 @@ def fixed_row(direction: Direction, hidden: Tensor) -> Tensor:
     return to_device((row * (direction.length / torch.linalg.vector_norm(row)))[None].to(hidden.dtype), hidden.device)
 
 
-def _cosine(term: PairwiseCosine, states: list[Tensor], count: int, sums: PairwiseSums | None, meter: Meter) -> Tensor:
+def _cosine(term: PairwiseCosine, states: list[Tensor], sums: PairwiseSums | None, meter: Meter) -> Tensor:
     if sums is not None:
-        return pairwise_share(term, states, count, sums)
+        return pairwise_share(term, states, sums)
     value = pairwise_cosine(states)
     meter.add(term.name, value.detach())
     return value * term.weight

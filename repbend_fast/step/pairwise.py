@@ -1,4 +1,5 @@
-"""The pairwise cosine of a stream in pieces, exactly: its sums come from a first pass over the prompts, without a gradient."""
+"""The pairwise cosine of a stream in pieces, exactly: before the first piece is differentiated, the sums over the other pieces' prompts
+are taken without a gradient; its own states complete them."""
 
 from __future__ import annotations
 
@@ -27,19 +28,26 @@ def prompts_of(stream: Stream) -> tuple[Sequence, ...]:
 
 @dataclass
 class PairwiseSums:
-    """Sums over the unit states of a stream: ``units`` Σ ĥ [layers, D], ``squares`` Σ ‖ĥ‖² [layers]."""
+    """Sums over the unit states of ``count`` sequences of a stream: ``units`` Σ ĥ [layers, D], ``squares`` Σ ‖ĥ‖² [layers]."""
 
     units: Tensor
     squares: Tensor
+    count: int
 
-    def value(self, count: int) -> Tensor:
-        """The term over ``count`` sequences."""
-        pair_mean = (self.units.square().sum(-1) - self.squares) / (count * (count - 1))
+    def value(self) -> Tensor:
+        """The term over these sequences."""
+        pair_mean = (self.units.square().sum(-1) - self.squares) / (self.count * (self.count - 1))
         return (1 - pair_mean).mean()
 
-    def plus(self, other: PairwiseSums | None) -> PairwiseSums:
-        """Both together."""
-        return self if other is None else PairwiseSums(self.units + other.units, self.squares + other.squares)
+    def add(self, other: PairwiseSums) -> None:
+        """Take other sequences in."""
+        self.units, self.squares, self.count = self.units + other.units, self.squares + other.squares, self.count + other.count
+
+
+def sums_of(states: list[Tensor]) -> PairwiseSums:
+    """The sums of states [B, D] of each layer, without a gradient."""
+    units = unit_states([s.detach() for s in states])
+    return PairwiseSums(units.sum(1), units.square().sum((1, 2)), units.shape[1])
 
 
 @torch.no_grad()
@@ -55,8 +63,7 @@ def pairwise_sums(parts: ModelParts, term: PairwiseCosine, prompts: Piece) -> Pa
 
     with parts.autocasting():
         run_decoder(parts.decoder, prompts.input_ids, position_ids=prompts.position_ids, stop=max(term.layers), visit=visit)
-    units = unit_states([gathered[layer] for layer in term.layers])
-    return PairwiseSums(units.sum(1), units.square().sum((1, 2)))
+    return sums_of([gathered[layer] for layer in term.layers])
 
 
 def unit_states(states: list[Tensor]) -> Tensor:
@@ -65,10 +72,10 @@ def unit_states(states: list[Tensor]) -> Tensor:
     return torch.nn.functional.normalize(stacked if stacked.dtype == torch.float64 else stacked.float(), dim=-1)
 
 
-def pairwise_share(term: PairwiseCosine, states: list[Tensor], count: int, sums: PairwiseSums) -> Tensor:
+def pairwise_share(term: PairwiseCosine, states: list[Tensor], sums: PairwiseSums) -> Tensor:
     """A scalar whose gradient is that of the weighted term in this piece's ``states`` (one [B, D] per layer).
 
-    ∂C/∂ĥ_i = −2 s / (B (B − 1)) with s = Σ ĥ over the whole stream's ``count`` sequences, averaged over layers.
+    ∂C/∂ĥ_i = −2 s / (B (B − 1)) with s = Σ ĥ over the whole stream's B sequences, averaged over layers.
     """
     product = (unit_states(states) * sums.units[:, None, :]).sum()
-    return product * (-2.0 * term.weight / (count * (count - 1) * len(states)))
+    return product * (-2.0 * term.weight / (sums.count * (sums.count - 1) * len(states)))

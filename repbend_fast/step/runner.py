@@ -2,13 +2,13 @@
 
 Streams are additive, so finishing each before the next gives the same gradient with the largest stream's memory instead of
 the sum. Terms that couple the sequences of a stream (pairwise cosine, triplets) stay exact where it is split into pieces: their
-sums are taken in a first pass, and each piece then differentiates the exact derivative. A piece is atomic: one that runs out of
+sums are taken beforehand, and each piece then differentiates the exact derivative. A piece is atomic: one that runs out of
 memory leaves nothing behind and is done again in smaller ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from repbend_fast.memory.offload import offload_embedding
 from repbend_fast.memory.out_of_memory import Load, OutOfMemory, attempt, fresh_gradients, retreat
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.decoder import Decoder, Head, check_head, find_decoder, find_head
+from repbend_fast.models.lean import use_lean_layers
 from repbend_fast.models.lora import lora_dropout, use_low_rank_forward
 from repbend_fast.objectives.base import PairwiseCosine, Stream, Triplets
 from repbend_fast.pieces import Layout, Piece, make_piece, split
@@ -42,7 +43,8 @@ class StreamRunner:
     """Runs streams on one model: ``backward`` for training, ``measure`` for validation.
 
     Args:
-        model: PEFT model with the trained adapter; its LoRA layers get the keyed forward of ``models.lora``.
+        model: PEFT model with the trained adapter; its LoRA layers get the keyed forward of ``models.lora``, its norms and MLPs the
+            lean ones of ``models.lean``.
         levers: piece sizes, recomputation and chunks; none of them changes the gradient.
         autocast: dtype of autocast around both passes, or None.
         uses_head: whether any stream has a head term; the head is located, and its restrictions checked, only then.
@@ -54,6 +56,7 @@ class StreamRunner:
 
     def __init__(self, model: Any, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True) -> None:
         use_low_rank_forward(model)
+        use_lean_layers(model)
         self.levers = levers
         self.on_out_of_memory: Callable[[str, str], None] | None = None
         self.parameters = trainable_parameters(model)
@@ -115,12 +118,14 @@ class StreamRunner:
         for done in self._each_piece(run.stream, run.stream.sequences, lambda piece: self._piece(run, piece)):
             meter.merge(done)
         if run.sums and run.stream.pairwise:
-            meter.add(run.stream.pairwise.name, run.sums.value(len(run.stream.sequences)))
+            meter.add(run.stream.pairwise.name, run.sums.value())
         return meter.result()
 
-    def _each_piece(self, stream: Stream, sequences: tuple[Sequence, ...], work: Callable[[Piece], T]) -> Iterator[T]:
-        """``work`` on each piece of the sequences in turn. Where memory runs out, what is left is cut anew and goes on."""
-        waiting = split(sequences, self.levers.piece_size(stream.name), self.layout)
+    def _each_piece(
+        self, stream: Stream, sequences: tuple[Sequence, ...], work: Callable[[Piece], T], members: Iterable[int] | None = None
+    ) -> Iterator[T]:
+        """``work`` on each piece of the sequences, or of those ``members``, in turn. Where memory runs out, what is left is cut anew."""
+        waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, members)
         while waiting:
             piece = make_piece(sequences, waiting[0], self.layout, self.device)
             result = attempt(partial(work, piece), self.device)
@@ -134,31 +139,35 @@ class StreamRunner:
 
     def _piece(self, run: _Run, piece: Piece) -> Meter:
         stream, whole = run.stream, len(piece.members) == len(run.stream.sequences)
-        if stream.pairwise and not whole and run.sums is None:
-            run.sums = self._pairwise_sums(run, stream.pairwise)
+        sums = run.sums
+        if stream.pairwise and not whole and sums is None:
+            # The piece's own states complete them: no prompt of it runs twice.
+            sums = self._pairwise_sums(run, stream.pairwise, without=piece)
         if stream.triplets and not whole and run.triplet_sums is None:
             run.triplet_sums = self._triplet_sums(run, stream.triplets)
         meter = Meter(stream, self.device)
         meter.tokens = piece.tokens
         reference = reference_pass(self.parts, stream, piece, self.layout, self.levers.kl_chunk_rows)
         with lora_dropout(self.model, run.keys(piece)):
-            loss = adapted_pass(self.parts, stream, piece, reference, run.sums, self.levers, meter, run.triplet_sums)
+            loss = adapted_pass(self.parts, stream, piece, reference, sums, self.levers, meter, run.triplet_sums)
             if run.scale is not None and loss.requires_grad:
                 # Recomputed blocks run in here and draw their masks from the same keys.
                 with fresh_gradients(self.parameters):
                     (loss * run.scale).backward()
+        # Only now: a piece that ran out of memory is cut anew, and its parts are not in the sums.
+        run.sums = sums
         return meter
 
-    def _pairwise_sums(self, run: _Run, term: PairwiseCosine) -> PairwiseSums:
-        total: PairwiseSums | None = None
+    def _pairwise_sums(self, run: _Run, term: PairwiseCosine, without: Piece) -> PairwiseSums:
+        others = [member for member in range(len(run.stream.sequences)) if member not in without.members]
 
         def work(prompts: Piece) -> PairwiseSums:
             with lora_dropout(self.model, run.keys(prompts)):
                 return pairwise_sums(self.parts, term, prompts)
 
-        for sums in self._each_piece(run.stream, prompts_of(run.stream), work):
-            total = sums.plus(total)
-        assert total is not None
+        total, *rest = self._each_piece(run.stream, prompts_of(run.stream), work, others)
+        for sums in rest:
+            total.add(sums)
         return total
 
     def _triplet_sums(self, run: _Run, term: Triplets) -> dict[int, TripletSums]:

@@ -21,7 +21,7 @@ from repbend_fast.step import StreamResult, StreamRunner, adapted, pairwise, ref
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
 CONFIG = objective_config(pair=0.4)
-WHOLE, SPLIT = Levers(packing="on"), Levers({EVERY_STREAM: 30, "unsafe": 15}, packing="on")
+WHOLE, SPLIT = Levers(packing="on"), Levers({EVERY_STREAM: 30, "unsafe": 12}, packing="on")
 ERRORS: dict[str, Callable[[], Exception]] = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cpu": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"),

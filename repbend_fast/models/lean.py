@@ -1,0 +1,88 @@
+"""Norms and gated MLPs of one model that keep less for backward, with the values of the layers that they stand for.
+
+Only what the modules do with their inputs changes: the operations are Liger's where ``models.liger`` bound them, those of ``models.block_ops``
+elsewhere; what comes out can be computed again in backward (``models.recompute``). Of a block of a Llama with 32-bit states that leaves
+4 D + 2 I elements per token, keys and values apart, of 6 D + 4 I; D is the width of a hidden state, I the MLP's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from repbend_fast.models.block_ops import Activation, gated_product, rms_norm
+from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.liger import family_of, find_replaceable, uses_liger
+from repbend_fast.models.recompute import recomputable
+
+_MAKE, _BEFORE = "_lean_make", "_lean_forward_before"
+
+
+def use_lean_layers(model: nn.Module) -> None:
+    """Bind lean forwards to the norms and MLPs of the families in ``liger.FAMILIES``, in place; a second call changes nothing.
+
+    Parameters, submodules and classes stay; other families, derived classes and other activations are left alone.
+    """
+    found, family = find_replaceable(model), family_of(model)
+    if found is None or family is None:
+        return
+    body = find_decoder(model).body
+    for name in found.norms:
+        norm: Any = body.get_submodule(name)
+        eps = norm.eps if family.gemma else norm.variance_epsilon
+        _bind(norm, _norm_forward, partial(_own_norm, norm, eps, family.gemma))
+    activation: Activation = "gelu_tanh" if family.gemma else "silu"
+    for name in found.mlps:
+        mlp: Any = body.get_submodule(name)
+        make = _liger_product(activation) if uses_liger(mlp) else partial(gated_product, activation=activation)
+        _bind(mlp, _fused_mlp_forward if family.fused_gate else _mlp_forward, make)
+
+
+def use_full_layers(model: nn.Module) -> None:
+    """Give the modules of :func:`use_lean_layers` the forwards back that they had, in place."""
+    for module in model.modules():
+        before = module.__dict__.pop(_BEFORE, None)
+        if module.__dict__.pop(_MAKE, None) is None:
+            continue
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+def _bind(module: nn.Module, forward: Any, make: Any) -> None:
+    if _MAKE in module.__dict__:
+        return
+    before = module.__dict__.get("forward")
+    module.__dict__[_BEFORE] = before
+    # What Liger bound to a norm is the whole norm.
+    module.__dict__[_MAKE] = before if before is not None and forward is _norm_forward else make
+    module.__dict__["forward"] = MethodType(forward, module)
+
+
+def _own_norm(module: Any, eps: float, gemma: bool, hidden: Tensor) -> Tensor:
+    return rms_norm(hidden, module.weight, eps, gemma)
+
+
+def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
+    return recomputable(self._lean_make, hidden)
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(recomputable(self._lean_make, self.gate_proj(x), self.up_proj(x)))
+
+
+def _fused_mlp_forward(self: Any, x: Tensor) -> Tensor:
+    # Liger copies what is not contiguous: the halves and the whole would be kept.
+    gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, dim=-1))
+    return self.down_proj(recomputable(self._lean_make, gate, up))
+
+
+def _liger_product(activation: Activation) -> Any:
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    # Its backward writes into gate and up; down_proj's, which makes the product of them again, comes first.
+    return LigerSiLUMulFunction.apply if activation == "silu" else LigerGELUMulFunction.apply
