@@ -63,11 +63,13 @@ def op_scratch(device: torch.device) -> dict[str, Scratch]:
     def low_rank_down(args: tuple[Any, ...]) -> int:
         # Chunks of rows of x [N, D] are masked, in backward together with what is added to their gradient, into copies; a 16-bit one is
         # widened on the way where the product is not the GPU's. In plain torch a block of 32-bit hashes lies beside them.
-        x, a = (args[0], args[1]) if len(args) == 5 else (args[1], args[2])
+        x, a, keys = args[:3] if len(args) == 5 else (args[1], args[2], args[4])
         chunk = chunk_rows(x) * x.shape[-1]
         wide = 4 if device.type != "cuda" else x.element_size()
+        narrow = 2 * wide * chunk if x.element_size() < 4 else 0
         hashes = 0 if device.type == "cuda" else 4 * min(HASHES_PER_THREAD * torch.get_num_threads(), chunk)
-        return int(chunk * (x.element_size() + 2 * wide) + hashes + 2 * 4 * a.numel())
+        masked = chunk * (x.element_size() + 2 * wide) + hashes
+        return int((narrow if keys is None else masked) + 2 * 4 * a.numel())
 
     def low_rank_up(args: tuple[Any, ...]) -> int:
         # A product of 16-bit rows [n, O] with 32-bit ones: their parts side by side on CUDA, elsewhere the rows widened, twice.

@@ -9,6 +9,7 @@ from tiny_models import objective_config, ragged_batch, tiny_model, wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from repbend_fast.memory.levers import Levers
+from repbend_fast.memory.scratch import op_scratch
 from repbend_fast.memory.tracker import MemoryTracker, module_tensors, tensor_bytes
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
@@ -81,7 +82,7 @@ def test_a_step_peaks_where_the_allocator_says(checkpoint_blocks: int) -> None:
     model.zero_grad(set_to_none=True)
     recorded = peak_bytes(lambda: runner.backward(stream, dropout_seed=0), CPU)
     model.zero_grad(set_to_none=True)
-    tracker = MemoryTracker()
+    tracker = MemoryTracker(op_scratch(CPU))
     tracker.watch(module_tensors(model), "weights")
     with tracker:
         runner.backward(stream, dropout_seed=0)
