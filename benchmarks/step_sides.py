@@ -74,8 +74,8 @@ def sides_for(device: torch.device, smoke: bool) -> list[Side]:
         return baselines + [Side(f"ours {budget}", budget=budget) for budget in ("24GB", "12GB", "8GB")]
     return [
         *baselines,
-        Side("ours fast", {"piece_tokens": 896, "checkpoint_blocks": 0}),
-        Side("ours small", {"piece_tokens": 512, "checkpoint_blocks": 18}),
+        Side("ours fast", {"piece_tokens": 1536, "checkpoint_blocks": 0}),
+        Side("ours small", {"piece_tokens": 512, "checkpoint_blocks": 7}),
     ]
 
 

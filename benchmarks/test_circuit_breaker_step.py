@@ -42,8 +42,8 @@ FASTER, SMALLER = 2.0, 0.25
 SIDES: dict[str, dict[str, Any]] = {
     "eager": {},
     "ours": {},
-    "ours fast": {"piece_tokens": 768, "checkpoint_blocks": 0},
-    "ours small": {"piece_tokens": 512, "checkpoint_blocks": "all"},
+    "ours fast": {"piece_tokens": 1536, "checkpoint_blocks": 0},
+    "ours small": {"piece_tokens": 512, "checkpoint_blocks": 12},
 }
 """Our sides with their settings of ``memory``."""
 
