@@ -54,7 +54,7 @@ def recomputable(make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``make(*inputs)``, which knows its origin where there will be a backward.
 
     Args:
-        make: gives equal bits for equal inputs, under autocast or not, and keeps ``inputs`` for its own backward: otherwise nothing is saved.
+        make: gives equal bits for equal inputs, under autocast or not. Unless it keeps ``inputs`` for its own backward nothing is saved.
     """
     made = make(*inputs)
     if made.requires_grad:

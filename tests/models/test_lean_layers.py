@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches, spread
-from tiny_models import FAMILIES, flat, objective_config, run_step, tiny_model, wrap
+from tiny_models import BLOCKS, FAMILIES, flat, gradients, objective_config, ragged_batch, run_step, tiny_model, wrap
 from torch import Tensor
 from torch.nn import functional as F
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig
+from repbend_fast.memory.levers import Levers
 from repbend_fast.models import block_ops, find_decoder, liger, recompute
 from repbend_fast.models.lean import use_full_layers, use_lean_layers
 from repbend_fast.models.recompute import Recomputation, origin_of, recomputable
-from repbend_fast.step import runner
+from repbend_fast.objectives import build_objective
+from repbend_fast.step import StreamRunner, runner
 
 D, INNER, TOKENS = 64, 128, 12
 # One rounding to bfloat16 of the result, and of what is rounded on the way.
@@ -112,12 +114,19 @@ def test_gradients_of_a_step_are_those_of_the_model_s_own_layers(family, blocks,
         assert_matches(gradient[name], value, tolerance=2e-5, name=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_gradients_under_autocast_and_in_bfloat16_stay_close(dtype, monkeypatch) -> None:
-    _, gradient = run_step(wrap(tiny_model("llama", dtype)), CONFIG)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["bfloat16 model", "autocast"])
+def test_gradients_in_sixteen_bits_stay_close(autocast, monkeypatch) -> None:
+    def gradient() -> Tensor:
+        model = wrap(tiny_model(dtype=torch.float32 if autocast else torch.bfloat16))
+        objective = build_objective(CONFIG, BLOCKS)
+        step = StreamRunner(model, Levers(packing="on", checkpoint_blocks=2), autocast=autocast)
+        for stream in objective.streams(ragged_batch(), 0):
+            step.backward(stream, dropout_seed=0)
+        return flat(gradients(model))
+
+    lean = gradient()
     monkeypatch.setattr(runner, "use_lean_layers", lambda model: None)
-    _, expected = run_step(wrap(tiny_model("llama", dtype)), CONFIG)
-    assert_matches(flat(gradient), flat(expected), tolerance=0.1)
+    assert_matches(lean, gradient(), tolerance=0.1)
 
 
 def kept_by_a_block(model: Any) -> Counter[int]:
@@ -201,7 +210,6 @@ def test_the_own_layers_come_back() -> None:
     bound = {name for name, module in model.named_modules() if "forward" in module.__dict__}
     assert {name.rsplit(".", 1)[-1] for name in bound} == {"input_layernorm", "post_attention_layernorm", "norm", "mlp"}
     use_full_layers(model)
-    assert all(set(module.__dict__) == set(type(module)().__dict__) for module in model.modules() if isinstance(module, torch.nn.SiLU))
     assert not any("forward" in module.__dict__ or "_lean_make" in module.__dict__ for module in model.modules())
 
 
