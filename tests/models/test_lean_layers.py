@@ -130,9 +130,9 @@ def test_gradients_in_sixteen_bits_stay_close(autocast, monkeypatch) -> None:
 
 
 def kept_by_a_block(model: Any) -> Counter[int]:
-    """Elements per token of each storage that one block keeps for backward, weights and rotary tables apart."""
+    """Elements per token, of the model's size, of each storage that one block keeps for backward, weights and rotary tables apart."""
     decoder = find_decoder(model)
-    hidden = values(1, TOKENS, D, seed=7, dtype=torch.float32).requires_grad_()
+    hidden = values(1, TOKENS, D, seed=7, dtype=model.dtype).requires_grad_()
     positions = torch.arange(TOKENS)[None]
     rotary = decoder.body.rotary_emb(hidden, positions)
     apart = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *rotary)}
@@ -144,14 +144,16 @@ def kept_by_a_block(model: Any) -> Counter[int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         decoder.layers[1](hidden, position_embeddings=rotary, attention_mask=None).sum().backward()
-    return Counter(t.untyped_storage().nbytes() // 4 // TOKENS for at, t in kept.items() if at not in apart)
+    return Counter(t.untyped_storage().nbytes() // hidden.element_size() // TOKENS for at, t in kept.items() if at not in apart)
 
 
-def test_what_a_block_keeps() -> None:
-    """Block input, q, attention output, its sum with the input; gate and up. Not: two normed inputs, an activation, a product."""
-    model = wrap(tiny_model())
+@pytest.mark.parametrize(("dtype", "own"), [(torch.float32, (6, 4)), (torch.bfloat16, (4, 4 + 2))], ids=["float32", "bfloat16"])
+def test_what_a_block_keeps(dtype, own) -> None:
+    """Block input, q, attention output, its sum with the input; gate and up. Not: two normed inputs, an activation, a product, nor in
+    16 bits the norms' inputs widened, which have the size of the MLP's tensors here."""
+    model = wrap(tiny_model(dtype=dtype))
     before = kept_by_a_block(model)
-    assert (before[D], before[INNER]) == (6, 4)
+    assert (before[D], before[INNER]) == own
     use_lean_layers(model)
     after = kept_by_a_block(model)
     assert (after[D], after[INNER]) == (4, 2)
