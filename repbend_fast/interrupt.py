@@ -1,4 +1,4 @@
-"""Ctrl-C once finishes the step and saves; twice stops at once."""
+"""Ctrl-C, or a SIGTERM as schedulers and ``timeout`` send it, once finishes the step and saves; twice stops at once."""
 
 from __future__ import annotations
 
@@ -8,28 +8,36 @@ from typing import Any
 
 from repbend_fast.metrics import say
 
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
 
 class Interrupt:
-    """While entered, the first SIGINT only sets ``requested``; a second one raises ``KeyboardInterrupt``."""
+    """While entered, the first signal of ``SIGNALS`` only sets ``requested``; a second one raises ``KeyboardInterrupt``.
+
+    ``reason`` names the first one.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
+        self.reason = ""
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # not the main thread: the importer's own handling stays
-            self._previous = None
+        for number in SIGNALS:
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: the importer's own handling stays
+                break
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, previous in self._previous.items():
+            # None: a handler that was not set from Python, which Python cannot set again.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del frame
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.reason = True, SIGNALS[signal.Signals(number)]
         say("interrupted: saving after this step; press Ctrl-C again to stop at once")

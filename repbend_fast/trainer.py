@@ -50,7 +50,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where the run lies, and the process's exit code: 0, or 130 after Ctrl-C."""
+    """Where the run lies, and the process's exit code: 0, or 130 after Ctrl-C or SIGTERM."""
 
     folder: Path
     exit_code: int
@@ -152,7 +152,7 @@ class Trainer:
                 if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupt.requested:
                     path = self._save()
                     if interrupt.requested:
-                        self.log.write("event", self.step, event="interrupted", reason="Ctrl-C")
+                        self.log.write("event", self.step, event="interrupted", reason=interrupt.reason)
                         say(f"saved {path}\n{resume_line(self.run)}")
                         return True
         return False

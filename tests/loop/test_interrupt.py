@@ -1,4 +1,4 @@
-"""Ctrl-C on the real process: once saves and says how to go on, twice stops at once, and never a traceback."""
+"""Ctrl-C and SIGTERM on the real process: once saves and says how to go on, twice stops at once, and never a traceback."""
 
 from __future__ import annotations
 
@@ -60,13 +60,16 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} never came:\n{seen}\n{process.communicate()}")
 
 
-def test_once_saves_and_the_printed_line_goes_on(whole: TinyRun, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_once_saves_and_the_printed_line_goes_on(whole: TinyRun, tiny_model: Path, tmp_path: Path, number: signal.Signals) -> None:
     tiny = TinyRun(tiny_model, tmp_path / "with [a] space")
     process = start("train", str(tiny.recipe))
     read_until(process, "step 3/6")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
+    [event] = [row for row in rows(tiny.path, "event") if row["event"] == "interrupted"]
+    assert event["reason"] == {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
     assert "interrupted: saving after this step; press Ctrl-C again to stop at once\n" in out
     [line] = [line for line in out.splitlines() if line.startswith("resume with: ")]
     command = shlex.split(line.removeprefix("resume with: "))
