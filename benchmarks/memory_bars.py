@@ -34,6 +34,7 @@ from repbend_fast.memory.scratch import HEAD_OPS, op_scratch
 from repbend_fast.memory.shapes import shape_model
 from repbend_fast.memory.tracker import MemoryTracker, module_tensors
 from repbend_fast.models import trainable_parameters
+from repbend_fast.models.lora import use_peft_forward
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "memory_plan.json"
@@ -50,6 +51,7 @@ def eager_bar(recipe: str) -> dict[str, Any]:
     config = load_config(recipe)
     model = shape_model(config.model, config.lora, config.objective.window)
     vocabulary = model.get_output_embeddings().weight.shape[0]
+    use_peft_forward(model)
     prepare_eager(model)
     batch = published_batch(config.training.examples, limits_of(config), pairs=True, seed=0)
 

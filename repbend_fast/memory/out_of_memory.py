@@ -103,7 +103,8 @@ def retreat(levers: Levers, load: Load, num_blocks: int, device: torch.device) -
         UserError: nothing is left to give.
     """
     if load.sequences > 1:
-        size = max(1, load.positions // 2)
+        # A failure inside of another's work may have made pieces smaller than half of this one.
+        size = max(1, min(load.positions // 2, levers.piece_size(load.stream) or load.positions))
         return replace(levers, piece_tokens={**levers.piece_tokens, load.stream: size}), f"pieces of at most {size} tokens"
     if levers.checkpoint_blocks < num_blocks:
         return replace(levers, checkpoint_blocks=num_blocks), "all blocks recomputed in backward"

@@ -83,12 +83,12 @@ def op_scratch(device: torch.device) -> dict[str, Scratch]:
     def norm(args: tuple[Any, ...]) -> int:
         # Of a chunk, in 32 bits: the row widened, normed and scaled, in backward the incoming gradient and a product too.
         x = args[0] if len(args) == 4 else args[1]
-        return int(16 * min(block_chunk_rows(x), x.shape[0]) * x.shape[1])
+        return int(16 * min(block_chunk_rows(x, device), x.shape[0]) * x.shape[1])
 
     def gated(args: tuple[Any, ...]) -> int:
         # The activation of a chunk, in backward two such.
         rows = args[0]
-        return int(2 * rows.element_size() * min(block_chunk_rows(rows), rows.shape[0]) * rows.shape[1])
+        return int(2 * rows.element_size() * min(block_chunk_rows(rows, device), rows.shape[0]) * rows.shape[1])
 
     in_blocks = ("bend_tap_forward", "bend_tap_backward", "add_rows", "row_distance_forward", "pairwise_similarity")
     scratch: dict[str, Scratch] = {f"repbend_kernels::{name}": rows_in_blocks for name in in_blocks}

@@ -19,19 +19,25 @@ from torch.nn import functional as F
 
 Activation = Literal["silu", "gelu_tanh"]
 
-# Elements of a chunk of rows: per thread of a CPU, so that what is made on the way stays in its core's cache; elsewhere few launches.
+# Elements of a chunk of rows: per thread of a CPU, so that what is made on the way stays in its core's cache; elsewhere few launches
+# and little beside a model.
 CPU_CHUNK_ELEMENTS = 1 << 17
-DEVICE_CHUNK_ELEMENTS = 1 << 23
+DEVICE_CHUNK_ELEMENTS = 1 << 21
 
 
-def chunk_rows(rows: Tensor) -> int:
-    """How many rows of [N, width] are worked on at a time."""
-    elements = CPU_CHUNK_ELEMENTS * torch.get_num_threads() if rows.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+def chunk_rows(rows: Tensor, device: torch.device) -> int:
+    """How many rows of [N, width] are worked on at a time on ``device``."""
+    elements = CPU_CHUNK_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
     return max(1, elements // rows.shape[1])
 
 
+def _one_chunk(rows: Tensor) -> bool:
+    """Few rows without a gradient, as generating has them: an op and an autograd function would cost more than their work."""
+    return not torch.is_grad_enabled() and rows.shape[0] <= chunk_rows(rows, rows.device)
+
+
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    step = chunk_rows(rows)
+    step = chunk_rows(rows, rows.device)
     for start in range(0, rows.shape[0], step):
         yield slice(start, min(start + step, rows.shape[0]))
 
@@ -44,22 +50,21 @@ def _output_dtype(x: Tensor, weight: Tensor, gemma: bool) -> torch.dtype:
     return x.dtype if gemma else torch.promote_types(x.dtype, weight.dtype)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
-    out = x.new_empty(x.shape, dtype=_output_dtype(x, weight, gemma))
-    scales = x.new_empty((x.shape[0], 1), dtype=torch.float32)
-    with in_own_dtypes(x.device):
-        for rows in _chunks(x):
-            wide = x[rows].float()
-            scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-            scales[rows] = scale
-            out[rows] = _scaled(wide * scale, weight, x.dtype, gemma)
-    return out, scales
+def _row_scales(wide: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
 @torch.library.custom_op("repbend_fast::rms_norm", mutates_args=())
 def rms_norm_op(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
     """Output [N, D], and 1 / root mean square of each row, [N, 1] float32."""
-    return _rms_norm(x, weight, eps, gemma)
+    out = x.new_empty(x.shape, dtype=_output_dtype(x, weight, gemma))
+    scales = x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    with in_own_dtypes(x.device):
+        for rows in _chunks(x):
+            wide = x[rows].float()
+            scales[rows] = scale = _row_scales(wide, eps)
+            out[rows] = _scaled(wide * scale, weight, x.dtype, gemma)
+    return out, scales
 
 
 @rms_norm_op.register_fake
@@ -107,26 +112,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tens
         gemma: scale by 1 + weight in float32, as Gemma does; otherwise by weight after rounding to x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    # Generating comes here for each token, where an op and an autograd function cost more than their work.
-    out = _RmsNorm.apply(flat, weight, eps, gemma) if torch.is_grad_enabled() else _rms_norm(flat, weight, eps, gemma)[0]
-    return out.view(x.shape)
+    if not _one_chunk(flat):
+        return _RmsNorm.apply(flat, weight, eps, gemma).view(x.shape)
+    with in_own_dtypes(x.device):
+        wide = x.float()
+        return _scaled(wide * _row_scales(wide, eps), weight, x.dtype, gemma)
 
 
 def _activate(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
-def _gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+@torch.library.custom_op("repbend_fast::gated_product", mutates_args=())
+def gated_product_op(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) · up, [N, I]."""
     out = gate.new_empty(gate.shape)
     for rows in _chunks(out):
         torch.mul(_activate(gate[rows], activation), up[rows], out=out[rows])
     return out
-
-
-@torch.library.custom_op("repbend_fast::gated_product", mutates_args=())
-def gated_product_op(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate) · up, [N, I]."""
-    return _gated_product(gate, up, activation)
 
 
 @gated_product_op.register_fake
@@ -167,6 +170,7 @@ class _GatedProduct(torch.autograd.Function):
 
 def gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """act(gate) · up of two tensors [..., I] of one shape and dtype (SwiGLU and GeGLU, arXiv 2002.05202)."""
-    rows = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-    flat = _GatedProduct.apply(*rows, activation) if torch.is_grad_enabled() else _gated_product(*rows, activation)
-    return flat.view(gate.shape)
+    rows = gate.reshape(-1, gate.shape[-1])
+    if _one_chunk(rows):
+        return _activate(gate, activation) * up
+    return _GatedProduct.apply(rows, up.reshape(-1, up.shape[-1]), activation).view(gate.shape)

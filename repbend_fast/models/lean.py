@@ -8,7 +8,6 @@ leaves 4 D + 2 I elements per token, keys and values apart, of 6 D + 4 I; D is t
 from __future__ import annotations
 
 from functools import partial
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,8 +36,10 @@ def use_lean_layers(model: nn.Module) -> None:
     activation: Activation = "gelu_tanh" if family.gemma else "silu"
     for name in found.mlps:
         mlp: Any = body.get_submodule(name)
-        make = _liger_product(activation) if uses_liger(mlp) else partial(gated_product, activation=activation)
-        _bind(mlp, _fused_mlp_forward if family.fused_gate else _mlp_forward, make)
+        if uses_liger(mlp):
+            _bind(mlp, _liger_fused_mlp_forward if family.fused_gate else _mlp_forward, _liger_product(activation))
+        else:
+            _bind(mlp, _fused_mlp_forward if family.fused_gate else _mlp_forward, partial(gated_product, activation=activation))
 
 
 def use_full_layers(model: nn.Module) -> None:
@@ -59,10 +60,13 @@ def _bind(module: nn.Module, forward: Any, make: Any) -> None:
     module.__dict__[_BEFORE] = before
     # What Liger bound to a norm is the whole norm.
     module.__dict__[_MAKE] = before if before is not None and forward is _norm_forward else make
-    module.__dict__["forward"] = MethodType(forward, module)
+    # Not a bound method: pickle would look for it under its name in the class.
+    module.__dict__["forward"] = partial(forward, module)
 
 
 def _own_norm(module: Any, eps: float, gemma: bool, hidden: Tensor) -> Tensor:
+    if module.weight.requires_grad:  # some other training than this one
+        return type(module).forward(module, hidden)  # type: ignore[no-any-return]
     return rms_norm(hidden, module.weight, eps, gemma)
 
 
@@ -75,6 +79,10 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _fused_mlp_forward(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(recomputable(self._lean_make, *self.gate_up_proj(x).chunk(2, dim=-1)))
+
+
+def _liger_fused_mlp_forward(self: Any, x: Tensor) -> Tensor:
     # Liger copies what is not contiguous: the halves and the whole would be kept.
     gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, dim=-1))
     return self.down_proj(recomputable(self._lean_make, gate, up))

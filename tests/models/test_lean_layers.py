@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -213,6 +215,26 @@ def test_the_own_layers_come_back() -> None:
     assert {name.rsplit(".", 1)[-1] for name in bound} == {"input_layernorm", "post_attention_layernorm", "norm", "mlp"}
     use_full_layers(model)
     assert not any("forward" in module.__dict__ or "_lean_make" in module.__dict__ for module in model.modules())
+
+
+def test_trained_norms_keep_their_gradient() -> None:
+    own, lean = tiny_model(), tiny_model()
+    use_lean_layers(lean)
+    for model in (own, lean):
+        model.requires_grad_(True)
+        model(torch.arange(3, 12)[None]).logits.square().mean().backward()
+    for (name, expected), value in zip(own.named_parameters(), lean.parameters()):
+        assert_matches(value.grad, expected.grad, tolerance=1e-5, name=name)
+
+
+def test_a_bound_model_is_copied_and_pickled() -> None:
+    model, ids = tiny_model(), torch.arange(3, 12)[None]
+    expected = model(ids).logits
+    use_lean_layers(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(ids).logits, expected)
+        norm = find_decoder(twin).body.norm
+        assert norm.forward.args[0] is norm
 
 
 def test_liger_s_layers_come_back() -> None:
