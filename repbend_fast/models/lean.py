@@ -66,7 +66,7 @@ def _bind(module: nn.Module, forward: Any, make: Any) -> None:
 
 def _own_norm(module: Any, eps: float, gemma: bool, hidden: Tensor) -> Tensor:
     if module.weight.requires_grad:  # some other training than this one
-        return type(module).forward(module, hidden)  # type: ignore[no-any-return]
+        return type(module).forward(module, hidden)
     return rms_norm(hidden, module.weight, eps, gemma)
 
 

@@ -82,9 +82,14 @@ def _content(run: RunRecord, images: Mapping[str, str]) -> dict[str, Any]:
         "captions": CAPTIONS,
         "sample_groups": _sample_groups(run),
         "open_samples": OPEN_SAMPLES,
-        "events": [(row["step"], str(row.get("event", "")), str(row.get("reason", ""))) for row in run.events],
+        "events": [(row["step"], str(row.get("event", "")), str(row.get("reason", ""))) for row in run.events] + _complaints(run),
         "config_text": run.config_text,
     }
+
+
+def _complaints(run: RunRecord) -> list[tuple[int, str, str]]:
+    """What the report itself has to say, as rows of the events' table."""
+    return [(run.steps[-1]["step"] if run.steps else 0, "unreadable", run.unreadable)] if run.unreadable else []
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:

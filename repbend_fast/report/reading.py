@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.runs import RunFolder
 
 Row = dict[str, Any]
@@ -17,7 +17,10 @@ Row = dict[str, Any]
 
 @dataclass(slots=True)
 class RunRecord:
-    """The rows of ``metrics.jsonl`` by type, the evaluation's two sides, and the configuration as text and as a mapping."""
+    """The rows of ``metrics.jsonl`` by type, the evaluation's two sides, and the configuration as text and as a mapping.
+
+    ``unreadable``: why there is no evaluation though its file is there.
+    """
 
     folder: Path
     steps: list[Row] = field(default_factory=list)
@@ -26,6 +29,7 @@ class RunRecord:
     evaluation: Row = field(default_factory=dict)
     config_text: str = ""
     config: Row = field(default_factory=dict)
+    unreadable: str = ""
 
     @property
     def before(self) -> Row:
@@ -86,7 +90,8 @@ def read_run(folder: Path) -> RunRecord:
     record = RunRecord(folder)
     for row in _metric_rows(run.metrics):
         {"step": record.steps, "validation": record.validations, "event": record.events}.get(row["type"], []).append(row)
-    record.evaluation = _json_mapping(run.evaluation)
+    if run.evaluation.is_file():
+        record.evaluation, record.unreadable = _json_mapping(run.evaluation)
     if run.config.is_file():
         record.config_text = run.config.read_text(encoding="utf-8", errors="replace")
         record.config = _yaml_mapping(record.config_text)
@@ -106,11 +111,11 @@ def _metric_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _json_mapping(path: Path) -> Row:
+def _json_mapping(path: Path) -> tuple[Row, str]:
     try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+        return _mapping(json.loads(path.read_text(encoding="utf-8"))), ""
+    except (OSError, ValueError) as error:
+        return {}, f"{path.name} cannot be read ({one_line(error)}); repbend-fast eval makes it again"
 
 
 def _yaml_mapping(text: str) -> Row:

@@ -221,6 +221,19 @@ def test_torn_last_line_foreign_rows_and_missing_values_are_left_out(tmp_path: P
     checked(write_report(folder))
 
 
+def test_an_evaluation_that_cannot_be_read_is_named(complete: Path):
+    intact, _ = checked(write_report(complete))
+    assert "cannot be read" not in intact
+    path = complete / "evaluation.json"
+    path.write_text(path.read_text(encoding="utf-8")[:40], encoding="utf-8")
+    text, _ = checked(write_report(complete))
+    assert "evaluation.json cannot be read (" in text
+    assert "repbend-fast eval makes it again" in text
+    path.unlink()
+    text, _ = checked(write_report(complete))
+    assert "cannot be read" not in text
+
+
 def test_distance_grid_leaves_gaps_where_nothing_was_measured():
     rows = [
         {"step": 1, "distance_per_layer": {"unsafe": {"10": 1.0, "9": 2.0}}},
