@@ -54,7 +54,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     cases = [c for c in cases_for(DEVICE, option("--smoke")) if _selected(c.name, option("--cases"))]
     if "side" in metafunc.fixturenames:
-        metafunc.parametrize("side", _sides(metafunc.config), ids=lambda s: s.name, scope="module")
+        # Not of the module's scope, as the case is: pytest would take the cases in turn, and measure each anew for every side.
+        metafunc.parametrize("side", _sides(metafunc.config), ids=lambda s: s.name)
     else:
         # The published batch and lengths, as a user of a small card would train.
         cases = [c for c in cases if c.lengths == "real" and c.weights in ("nf4", "float32") and c.examples > 1]

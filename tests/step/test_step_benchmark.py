@@ -134,6 +134,17 @@ def test_the_benchmark_compares_measures_and_records(checked) -> None:
     assert trained["tokens_per_second"] > 0
 
 
+def test_each_case_is_measured_once() -> None:
+    """Tests of one case follow each other, so that its model is loaded and its sides are measured once."""
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_train_step.py", "--collect-only", "-q", "--smoke"]
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    ids = [line.rpartition("[")[2] for line in result.stdout.splitlines() if "::test_train_step[" in line]
+    cases = ["real" if name.endswith("real]") else "all-1024" for name in ids]
+    assert len(ids) == 2 * len(step_sides.sides_for(torch.device("cpu"), smoke=True)), result.stdout
+    assert cases == sorted(cases, key=cases.index), ids
+
+
 def row(side: str, seconds: float, memory: int, case: str = "smollm2-135m-float32-b2-real", **values: Any) -> dict[str, Any]:
     defaults = {"tokens_per_second": 1.0, "matrix_fraction": 0.5, "peak_bytes_total": 2 * memory, "loss_relative_error": 1e-6}
     made = {"case": case, "side": side, "seconds_median": seconds, "peak_bytes_above_model": memory, "gradient_relative_error": 1e-6}
