@@ -43,7 +43,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "eager": {},
     "ours": {},
     "ours fast": {"piece_tokens": 1536, "checkpoint_blocks": 0},
-    "ours small": {"piece_tokens": 512, "checkpoint_blocks": 12},
+    "ours small": {"piece_tokens": 512, "checkpoint_blocks": 18},
 }
 """Our sides with their settings of ``memory``."""
 
