@@ -22,10 +22,17 @@ def count_rows(tensor: Tensor) -> int:
     return count
 
 
-def blocks(count: int, width: int, device: torch.device, per_thread: int = CPU_ELEMENTS_PER_THREAD) -> Iterator[tuple[int, int]]:
-    """``(start, stop)`` over ``count`` rows, each block a fixed number of elements (on a CPU ``per_thread``) and at least one row."""
-    elements = per_thread * torch.get_num_threads() if device.type == "cpu" else DEVICE_ELEMENTS
-    step = max(1, elements // max(width, 1))
+def block_rows(width: int, device: torch.device, per_thread: int = CPU_ELEMENTS_PER_THREAD, per_device: int = DEVICE_ELEMENTS) -> int:
+    """Rows of one block: ``per_thread`` elements for each thread of a CPU, ``per_device`` elsewhere, and at least one row."""
+    elements = per_thread * torch.get_num_threads() if device.type == "cpu" else per_device
+    return max(1, elements // max(width, 1))
+
+
+def blocks(
+    count: int, width: int, device: torch.device, per_thread: int = CPU_ELEMENTS_PER_THREAD, per_device: int = DEVICE_ELEMENTS
+) -> Iterator[tuple[int, int]]:
+    """``(start, stop)`` over ``count`` rows, in blocks of ``block_rows``."""
+    step = block_rows(width, device, per_thread, per_device)
     for start in range(0, count, step):
         yield start, min(start + step, count)
 

@@ -10,10 +10,12 @@ Legend: N rows (tokens), D width of a hidden state, I width of the MLP.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import starmap
 from typing import Literal
 
 import torch
 from repbend_kernels.checks import in_own_dtypes
+from repbend_kernels.rows import block_rows, blocks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,8 +29,7 @@ DEVICE_CHUNK_ELEMENTS = 1 << 21
 
 def chunk_rows(rows: Tensor, device: torch.device) -> int:
     """How many rows of [N, width] are worked on at a time on ``device``."""
-    elements = CPU_CHUNK_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
-    return max(1, elements // rows.shape[1])
+    return block_rows(rows.shape[1], device, CPU_CHUNK_ELEMENTS, DEVICE_CHUNK_ELEMENTS)
 
 
 def _one_chunk(rows: Tensor) -> bool:
@@ -37,21 +38,20 @@ def _one_chunk(rows: Tensor) -> bool:
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    step = chunk_rows(rows, rows.device)
-    for start in range(0, rows.shape[0], step):
-        yield slice(start, min(start + step, rows.shape[0]))
-
-
-def _scaled(normed: Tensor, weight: Tensor, dtype: torch.dtype, gemma: bool) -> Tensor:
-    return (normed * (1.0 + weight.float())).to(dtype) if gemma else weight * normed.to(dtype)
+    count, width = rows.shape
+    return starmap(slice, blocks(count, width, rows.device, CPU_CHUNK_ELEMENTS, DEVICE_CHUNK_ELEMENTS))
 
 
 def _output_dtype(x: Tensor, weight: Tensor, gemma: bool) -> torch.dtype:
     return x.dtype if gemma else torch.promote_types(x.dtype, weight.dtype)
 
 
-def _row_scales(wide: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+def _norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
+    """Rows normed and scaled, and 1 / root mean square of each."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normed = wide * scale
+    return (normed * (1.0 + weight.float())).to(x.dtype) if gemma else weight * normed.to(x.dtype), scale
 
 
 @torch.library.custom_op("repbend_fast::rms_norm", mutates_args=())
@@ -61,9 +61,7 @@ def rms_norm_op(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Ten
     scales = x.new_empty((x.shape[0], 1), dtype=torch.float32)
     with in_own_dtypes(x.device):
         for rows in _chunks(x):
-            wide = x[rows].float()
-            scales[rows] = scale = _row_scales(wide, eps)
-            out[rows] = _scaled(wide * scale, weight, x.dtype, gemma)
+            out[rows], scales[rows] = _norm(x[rows], weight, eps, gemma)
     return out, scales
 
 
@@ -115,8 +113,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tens
     if not _one_chunk(flat):
         return _RmsNorm.apply(flat, weight, eps, gemma).view(x.shape)
     with in_own_dtypes(x.device):
-        wide = x.float()
-        return _scaled(wide * _row_scales(wide, eps), weight, x.dtype, gemma)
+        return _norm(x, weight, eps, gemma)[0]
 
 
 def _activate(gate: Tensor, activation: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repbend_fast.models.block_ops import Activation, gated_product, rms_norm
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.liger import family_of, find_replaceable, uses_liger
+from repbend_fast.models.liger import find_replaceable, uses_liger
 from repbend_fast.models.recompute import recomputable
 
 _MAKE, _BEFORE = "_lean_make", "_lean_forward_before"
@@ -25,14 +25,15 @@ def use_lean_layers(model: nn.Module) -> None:
 
     Parameters, submodules and classes stay; other families, derived classes and other activations are left alone.
     """
-    found, family = find_replaceable(model), family_of(model)
-    if found is None or family is None:
+    found = find_replaceable(model)
+    if found is None:
         return
-    body = find_decoder(model).body
+    body, family = find_decoder(model).body, found.family
     for name in found.norms:
         norm: Any = body.get_submodule(name)
         eps = norm.eps if family.gemma else norm.variance_epsilon
-        _bind(norm, _norm_forward, partial(_own_norm, norm, eps, family.gemma))
+        # A forward that Liger bound to a norm is the whole norm.
+        _bind(norm, _norm_forward, norm.__dict__.get("forward") or partial(_own_norm, norm, eps, family.gemma))
     activation: Activation = "gelu_tanh" if family.gemma else "silu"
     for name in found.mlps:
         mlp: Any = body.get_submodule(name)
@@ -45,23 +46,24 @@ def use_lean_layers(model: nn.Module) -> None:
 def use_full_layers(model: nn.Module) -> None:
     """Give the modules of :func:`use_lean_layers` the forwards back that they had, in place."""
     for module in model.modules():
-        before = module.__dict__.pop(_BEFORE, None)
-        if module.__dict__.pop(_MAKE, None) is None:
+        own = module.__dict__
+        if _MAKE not in own:
             continue
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
+        for attribute in (_MAKE, "forward"):
+            del own[attribute]
+        if _BEFORE in own:
+            own["forward"] = own.pop(_BEFORE)
 
 
 def _bind(module: nn.Module, forward: Any, make: Any) -> None:
-    if _MAKE in module.__dict__:
+    own = module.__dict__
+    if _MAKE in own:
         return
-    before = module.__dict__.get("forward")
-    module.__dict__[_BEFORE] = before
-    # What Liger bound to a norm is the whole norm.
-    module.__dict__[_MAKE] = before if before is not None and forward is _norm_forward else make
+    if "forward" in own:
+        own[_BEFORE] = own["forward"]
+    own[_MAKE] = make
     # Not a bound method: pickle would look for it under its name in the class.
-    module.__dict__["forward"] = partial(forward, module)
+    own["forward"] = partial(forward, module)
 
 
 def _own_norm(module: Any, eps: float, gemma: bool, hidden: Tensor) -> Tensor:

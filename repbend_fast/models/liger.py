@@ -54,6 +54,7 @@ FAMILIES = {
 class Replaceable:
     """Names, within the decoder, of the modules whose forward Liger's kernels take over."""
 
+    family: Family
     norms: list[str] = field(default_factory=list)
     mlps: list[str] = field(default_factory=list)
     attentions: list[str] = field(default_factory=list)
@@ -93,20 +94,16 @@ def check_liger(setting: Setting, device: torch.device) -> None:
         raise UserError(f"model.liger=true: {reason}; set model.liger=auto or false")
 
 
-def family_of(model: nn.Module) -> Family | None:
-    """The family of ``model``'s decoder, where it is one of ``FAMILIES``."""
-    return FAMILIES.get(_model_type(find_decoder(model).body))
-
-
 def find_replaceable(model: nn.Module) -> Replaceable | None:
     """The modules of ``model``'s decoder that Liger has a kernel for; None for a family that it is not used on.
 
     A class that merely derives from a family's own, or comes with the model's repository, may compute something else: it is left alone.
     """
-    body, family = find_decoder(model).body, family_of(model)
+    body = find_decoder(model).body
+    family = FAMILIES.get(_model_type(body))
     if family is None:
         return None
-    found = Replaceable()
+    found = Replaceable(family)
     for name, module in body.named_modules():
         kind = family.class_of(module)
         if kind == "RMSNorm":
@@ -131,10 +128,9 @@ def replace_modules(model: nn.Module) -> Replaceable:
     )
     from liger_kernel.transformers.swiglu import LigerPhi3SwiGLUMLP, LigerSwiGLUMLP
 
-    found, family = find_replaceable(model), family_of(model)
+    found = find_replaceable(model)
     assert found is not None
-    assert family is not None
-    body = find_decoder(model).body
+    body, family = find_decoder(model).body, found.family
     for name in found.norms:
         # Never in place: autograd may hand the same incoming gradient to another branch.
         offset, mode = (1.0, "gemma") if family.gemma else (0.0, "llama")
