@@ -14,10 +14,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from repbend_fast.errors import UserError
 from repbend_fast.models.packing import known_packing
+from repbend_fast.ranges import CHECKPOINTED
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
@@ -164,7 +166,8 @@ class _Block(nn.Module):
         return self._visit(self._index + 1, output)
 
     def _run(self, source: _Input, *args: Any, **kwargs: Any) -> Any:
-        return self.block(source.take(), *args, **kwargs)
+        with record_function(CHECKPOINTED):
+            return self.block(source.take(), *args, **kwargs)
 
 
 class OffloadedInputs(Protocol):

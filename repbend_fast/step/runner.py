@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
+from repbend_fast import ranges
 from repbend_fast.config import Config
 from repbend_fast.data.records import Sequence
 from repbend_fast.memory.levers import Levers
@@ -147,12 +149,14 @@ class StreamRunner:
             run.triplet_sums = self._triplet_sums(run, stream.triplets)
         meter = Meter(stream, self.device)
         meter.tokens = piece.tokens
-        reference = reference_pass(self.parts, stream, piece, self.layout, self.levers.kl_chunk_rows)
+        with record_function(ranges.REFERENCE):
+            reference = reference_pass(self.parts, stream, piece, self.layout, self.levers.kl_chunk_rows)
         with lora_dropout(self.model, run.keys(piece)):
-            loss = adapted_pass(self.parts, stream, piece, reference, sums, self.levers, meter, run.triplet_sums)
+            with record_function(ranges.ADAPTED):
+                loss = adapted_pass(self.parts, stream, piece, reference, sums, self.levers, meter, run.triplet_sums)
             if run.scale is not None and loss.requires_grad:
                 # Recomputed blocks run in here and draw their masks from the same keys.
-                with fresh_gradients(self.parameters):
+                with fresh_gradients(self.parameters), record_function(ranges.BACKWARD):
                     (loss * run.scale).backward()
         # Only now: a piece that ran out of memory is cut anew, and its parts are not in the sums.
         run.sums = sums
@@ -162,7 +166,7 @@ class StreamRunner:
         others = [member for member in range(len(run.stream.sequences)) if member not in without.members]
 
         def work(prompts: Piece) -> PairwiseSums:
-            with lora_dropout(self.model, run.keys(prompts)):
+            with lora_dropout(self.model, run.keys(prompts)), record_function(ranges.SUMS):
                 return pairwise_sums(self.parts, term, prompts)
 
         total, *rest = self._each_piece(run.stream, prompts_of(run.stream), work, others)
@@ -173,7 +177,7 @@ class StreamRunner:
     def _triplet_sums(self, run: _Run, term: Triplets) -> dict[int, TripletSums]:
         def work(piece: Piece, known: dict[int, TripletSums] | None = None) -> dict[int, TripletSums]:
             rows = reference_pass(self.parts, run.stream, piece, self.layout).triplets if known else None
-            with lora_dropout(self.model, run.keys(piece)):
+            with lora_dropout(self.model, run.keys(piece)), record_function(ranges.SUMS):
                 return triplet_sums(self.parts, term, piece, known, rows)
 
         everything = total_sums(self._each_piece(run.stream, run.stream.sequences, work))

@@ -1,0 +1,142 @@
+"""Adds up a ``torch.profiler`` trace by part of the step and kind of work: what ran, and in which range of ``repbend_fast.ranges``.
+
+On a CPU the time is each op's own; on a GPU it is each kernel's, under the op that launched it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.autograd import DeviceType
+
+from repbend_fast import ranges
+
+OPTIMIZER = "Optimizer.step#"
+OUTSIDE = "outside"
+KINDS = (
+    ("head", ("repbend_kernels::linear_",)),
+    ("LoRA", ("repbend_fast::low_rank", "repbend_fast::add_low_rank", "repbend_kernels::keyed_dropout")),
+    ("distances", ("repbend_kernels::",)),
+    ("norms and gates", ("repbend_fast::", "Liger", "aten::silu", "aten::rsqrt")),
+    ("dequantisation", ("bitsandbytes::dequantize", "kDequantize", "dequantize")),
+    (
+        "attention",
+        ("aten::scaled_dot_product", "aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "flash_"),
+    ),
+    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm", "sgemm", "gemm")),
+)
+OTHER = "the rest"
+WAITING = "Python and dispatch"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some time that was spent, in microseconds from the start of the trace.
+
+    Attributes:
+        start, duration: on the device that spent it; on a CPU ``duration`` is the op's own time, without the ops inside of it.
+        began: when the op that did it began on the host; None = unknown.
+        names: the op and what it lies in, outermost first, and on a GPU the kernel.
+    """
+
+    start: float
+    duration: float
+    began: float | None
+    names: tuple[str, ...]
+
+
+class Ranges:
+    """The marked parts of a trace. Ranges of one name do not overlap."""
+
+    def __init__(self, found: Iterable[tuple[str, float, float]]) -> None:
+        self._by_name: dict[str, tuple[list[float], list[float]]] = {}
+        for name, start, end in sorted(found, key=lambda r: r[1]):
+            starts, ends = self._by_name.setdefault(name, ([], []))
+            starts.append(start)
+            ends.append(end)
+
+    def part(self, time: float) -> str:
+        """The part of the step that is in progress on the host at ``time``."""
+        inside = {name for name in self._by_name if self._holds(name, time)}
+        if OPTIMIZER in inside:
+            return "optimizer"
+        if ranges.BACKWARD in inside:
+            return "recomputed blocks" if ranges.CHECKPOINTED in inside else "backward"
+        for name in (ranges.REFERENCE, ranges.SUMS, ranges.ADAPTED):
+            if name in inside:
+                return name.removeprefix("repbend: ")
+        return OUTSIDE
+
+    def _holds(self, name: str, time: float) -> bool:
+        starts, ends = self._by_name[name]
+        index = bisect_right(starts, time) - 1
+        return index >= 0 and time < ends[index]
+
+
+def kind_of(names: Sequence[str]) -> str:
+    """The kind of work, by the outermost name that says it."""
+    for name in names:
+        for kind, marks in KINDS:
+            if name.startswith(marks) or (kind == "matrix products" and "gemm" in name):
+                return kind
+    return WAITING if not names or names[-1].startswith(("repbend: ", OPTIMIZER)) else OTHER
+
+
+def add_up(slices: Iterable[Slice], marked: Ranges) -> dict[tuple[str, str], float]:
+    """Seconds per (part, kind). A kernel whose launch is unknown belongs to the part of the one before it."""
+    total: dict[tuple[str, str], float] = defaultdict(float)
+    part = OUTSIDE
+    for piece in sorted(slices, key=lambda s: s.start):
+        part = part if piece.began is None else marked.part(piece.began)
+        total[part, kind_of(piece.names)] += piece.duration / 1e6
+    return dict(total)
+
+
+def busy_seconds(slices: Iterable[Slice]) -> float:
+    """Seconds in which at least one of the slices ran; for kernels, whose streams overlap."""
+    busy, until = 0.0, float("-inf")
+    for piece in sorted(slices, key=lambda s: s.start):
+        end = piece.start + piece.duration
+        busy += max(0.0, end - max(piece.start, until))
+        until = max(until, end)
+    return busy / 1e6
+
+
+def read(profile: Any, cuda: bool) -> tuple[list[Slice], Ranges]:
+    """The slices and ranges of a finished ``torch.profiler.profile``."""
+    events = [event for event in profile.events() if event.device_type == DeviceType.CPU]
+    marks = []
+    for event in events:
+        name = OPTIMIZER if event.name.startswith(OPTIMIZER) else event.name
+        if name.startswith(("repbend: ", OPTIMIZER)):
+            marks.append((name, event.time_range.start, event.time_range.end))
+    if not cuda:
+        own = [Slice(e.time_range.start, e.self_cpu_time_total, e.time_range.start, _names(e)) for e in events if not _is_memory(e)]
+        return own, Ranges(marks)
+    launched = {event.id: event for event in events}
+    results = profile.profiler.kineto_results
+    slices = []
+    for kernel in results.events():
+        if kernel.device_type() != DeviceType.CUDA or kernel.is_user_annotation() or kernel.name().startswith(("repbend: ", OPTIMIZER)):
+            continue
+        op = launched.get(kernel.linked_correlation_id())
+        start = (kernel.start_ns() - results.trace_start_ns()) / 1e3
+        names = (*(_names(op) if op else ()), kernel.name())
+        slices.append(Slice(start, kernel.duration_ns() / 1e3, op.time_range.start if op else None, names))
+    return slices, Ranges(marks)
+
+
+def _is_memory(event: Any) -> bool:
+    return event.name == "[memory]"
+
+
+def _names(event: Any) -> tuple[str, ...]:
+    names: list[str] = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    return tuple(reversed(names))

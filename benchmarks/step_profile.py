@@ -1,0 +1,158 @@
+"""Where the time of a training step goes: seconds by part of the step and kind of work, from a torch.profiler trace.
+
+    python benchmarks/step_profile.py --cases real --sides "ours fast" --threads 2
+    python benchmarks/step_profile.py --cases llama3-8b-nf4-b4 --sides "ours,ours 8GB"      # on a GPU
+
+The cases and sides of ``test_train_step.py``, and an optimizer step. ``seconds`` is measured without the profiler, the rest with it.
+On a GPU a part's seconds are its kernels', and ``idle`` is what the step takes beyond the time in which any kernel runs.
+The record is ``benchmarks/results/step_profile_<hardware>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS, environment, hardware_slug, wait
+from profile_parts import add_up, busy_seconds, read
+from step_cases import LORA, Case, cases_for, load_base, real_tokens
+from step_sides import Side, adapted, set_up, sides_for
+
+from repbend_fast.config.schema import TrainingConfig
+from repbend_fast.models import find_decoder, trainable_parameters
+from repbend_fast.optimizer import build_optimizer
+
+Row = dict[str, Any]
+
+
+def profile_side(case: Case, model: Any, side: Side, rounds: int, optimizer: str) -> Row:
+    """One side's row: seconds of a plain step, and of a profiled one by (part, kind)."""
+    batch = case.batch(model.config.get_text_config().vocab_size)
+    device = find_decoder(model).device
+    kept = [p.detach().clone() for p in trainable_parameters(model)]
+    with set_up(side, case, model, LORA.dropout) as stepper:
+        updates = build_optimizer(trainable_parameters(model), TrainingConfig(optimizer=optimizer, examples=case.examples))
+
+        def step() -> None:
+            with torch.profiler.record_function("repbend: step"):  # so that time in Python between the parts has a name
+                stepper.step(batch)
+                updates.step()
+                updates.zero_grad(set_to_none=True)
+                wait(device)
+
+        step()  # kernels are compiled, memory asked for
+        seconds = statistics.median(_seconds(step) for _ in range(rounds))
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profile:
+            profiled = _seconds(step)
+    with torch.no_grad():
+        for parameter, value in zip(trainable_parameters(model), kept):
+            parameter.copy_(value)
+    slices, marked = read(profile, device.type == "cuda")
+    parts = add_up(slices, marked)
+    row: Row = {"case": case.name, "side": side.name, "optimizer": optimizer, "tokens": real_tokens(batch), "levers": stepper.levers}
+    row |= {"seconds": round(seconds, 5), "seconds_profiled": round(profiled, 5)}
+    if device.type == "cuda":
+        row["idle_seconds"] = round(max(0.0, seconds - busy_seconds(slices)), 5)
+    row["parts"] = [
+        {"part": part, "kind": kind, "seconds": round(spent, 6)}
+        for (part, kind), spent in sorted(parts.items(), key=lambda item: -item[1])
+        if spent >= 5e-7
+    ]
+    return row
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def accounted(row: Row) -> float:
+    """The share of the step's time that the parts and idling add up to: of the plain step on a GPU, of the profiled one on a CPU."""
+    named = sum(part["seconds"] for part in row["parts"])
+    return (named + row["idle_seconds"]) / row["seconds"] if "idle_seconds" in row else named / row["seconds_profiled"]
+
+
+def profile_table(record: dict[str, Any]) -> str:
+    """Parts as lines, kinds as columns, seconds; the last line and column are shares of all."""
+    lines = [f"{record['hardware']}, {record['threads']} CPU thread(s), torch {record['versions']['torch']}"]
+    for row in record["rows"]:
+        spent = {(p["part"], p["kind"]): p["seconds"] for p in row["parts"]}
+        idle = row.get("idle_seconds", 0.0)
+        whole = sum(spent.values()) + idle
+        kinds = sorted({kind for _, kind in spent}, key=lambda k: -_sum(spent, 1, k))
+        parts = sorted({part for part, _ in spent}, key=lambda p: -_sum(spent, 0, p))
+        lines += ["", f"{row['case']}, {row['side']}: {row['seconds']:.3f} s a step; {accounted(row):.0%} accounted for"]
+        lines.append(f"{'':36}" + "".join(f"{kind:>21}" for kind in kinds) + f"{'share':>8}")
+        for part in parts:
+            cells = "".join(f"{spent.get((part, kind), 0.0):21.4f}" for kind in kinds)
+            lines.append(f"{part:36}{cells}{_sum(spent, 0, part) / whole:8.1%}")
+        if idle:
+            lines.append(f"{'idle':36}" + " " * 21 * len(kinds) + f"{idle / whole:8.1%}")
+        lines.append(f"{'share':36}" + "".join(f"{_sum(spent, 1, kind) / whole:21.1%}" for kind in kinds))
+    return "\n".join(lines)
+
+
+def _sum(spent: dict[tuple[str, str], float], place: int, name: str) -> float:
+    return sum(seconds for key, seconds in spent.items() if key[place] == name)
+
+
+def write(path: Path, rows: list[Row]) -> dict[str, Any]:
+    """Adds the rows to the record, in the place of those of the same case and side."""
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    header = environment()
+    fresh = [row | {"commit": header["commit"], "date": header["date"]} for row in rows]
+    replaced = {_key(row) for row in rows}
+    record = header | {"rows": [row for row in kept if _key(row) not in replaced] + fresh}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["case"], row["side"], row["optimizer"]
+
+
+def main() -> int:
+    """Profiles, writes, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="real", help="comma-separated parts of case names")
+    parser.add_argument("--sides", default="ours", help="comma-separated sides")
+    parser.add_argument("--optimizer", default="adamw", help="training.optimizer")
+    parser.add_argument("--rounds", type=int, default=3, help="plain steps, of which the median counts")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model; a record only with --results")
+    parser.add_argument("--results", type=Path, default=None, help="file of the record")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = [c for c in cases_for(device, arguments.smoke) if any(part in c.name for part in arguments.cases.split(","))]
+    sides = [s for s in sides_for(device, arguments.smoke) if s.name in arguments.sides.split(",")]
+    if not cases or not sides:
+        known = ", ".join(c.name for c in cases_for(device, arguments.smoke)), ", ".join(s.name for s in sides_for(device, arguments.smoke))
+        parser.error(f"no such case or side; cases: {known[0]}; sides: {known[1]}")
+    rows = []
+    path = arguments.results or (None if arguments.smoke else RESULTS / f"step_profile_{hardware_slug()}.json")
+    for case in cases:
+        base = load_base(case, device)
+        with adapted(case, base) as model:
+            for side in sides:
+                rows.append(profile_side(case, model, side, arguments.rounds, arguments.optimizer))
+                print(profile_table(environment() | {"rows": rows[-1:]}), flush=True)
+                if path:
+                    write(path, rows[-1:])
+        del base
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
