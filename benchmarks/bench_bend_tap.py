@@ -9,12 +9,18 @@ from harness import Work
 from repbend_kernels import bend_tap
 from repbend_kernels.oracles import bend_tap_reference
 
+# Rows of the stream, how many of them are selected, width.
+SIZES = {
+    "smoke": [(64, 32, 32)],
+    "cpu": [(4096, 2048, 576)],
+    "cuda": [(16384, 16384, 4096)],
+    "sweep": [(rows, rows // share, width) for width in (2048, 4096, 5120) for rows, share in ((1024, 1), (4096, 1), (16384, 2))],
+}
 
-def sizes(device, smoke):
-    """Rows of the stream, of which every second one is selected on a CPU and all on a GPU; width; input sets."""
-    if smoke:
-        return 64, 32, 32, 1
-    return (16384, 16384, 4096, 4) if device.type == "cuda" else (4096, 2048, 576, 2)
+
+def input_sets(device, smoke):
+    """How many sets of inputs take turns, so that none is found in a cache."""
+    return 1 if smoke else 4 if device.type == "cuda" else 2
 
 
 def inputs(device, dtype, count, selected, width, seed):
@@ -46,9 +52,9 @@ CONTENDERS = {
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-def test_bend_tap(measured, device, dtype, smoke, contender) -> None:
-    count, selected, width, sets = sizes(device, smoke)
-    data = [inputs(device, dtype, count, selected, width, seed) for seed in range(sets)]
+def test_bend_tap(measured, device, dtype, smoke, size, contender) -> None:
+    count, selected, width = size
+    data = [inputs(device, dtype, count, selected, width, seed) for seed in range(input_sets(device, smoke))]
     hidden, reference, rows, incoming = data[0]
     exact = tap_call(hidden.double(), reference.double(), rows, incoming.double(), bend_tap_reference)()
     calls = [tap_call(*d, CONTENDERS[contender]) for d in data]
@@ -60,9 +66,9 @@ def test_bend_tap(measured, device, dtype, smoke, contender) -> None:
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_bend_tap_direction(measured, device, dtype, smoke, direction) -> None:
-    count, selected, width, sets = sizes(device, smoke)
-    data = [inputs(device, dtype, count, selected, width, seed) for seed in range(sets)]
+def test_bend_tap_direction(measured, device, dtype, smoke, size, direction) -> None:
+    count, selected, width = size
+    data = [inputs(device, dtype, count, selected, width, seed) for seed in range(input_sets(device, smoke))]
     calls, exact = [], None
     for hidden, reference, rows, incoming in data:
         leaf, weight = hidden.detach().requires_grad_(), torch.tensor(0.5 / selected, device=device)

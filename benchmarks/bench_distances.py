@@ -9,6 +9,27 @@ from harness import Work
 from repbend_kernels import bend_distance, pairwise_cosine, window_distance
 from repbend_kernels.oracles import bend_distance_reference, pairwise_cosine_reference, window_distance_reference
 
+SIZES = {
+    "test_bend_distance": {  # rows of the stream, width
+        "smoke": [(64, 32)],
+        "cpu": [(4096, 576)],
+        "cuda": [(16384, 4096)],
+        "sweep": [(16384, 2048), (4096, 4096), (16384, 5120)],
+    },
+    "test_window_distance": {  # layers, rows, width
+        "smoke": [(3, 64, 32)],
+        "cpu": [(33, 2048, 576)],
+        "cuda": [(11, 4096, 4096)],
+        "sweep": [(11, 4096, 2048), (33, 1024, 4096), (11, 4096, 5120)],
+    },
+    "test_pairwise_cosine": {  # layers, sequences, width
+        "smoke": [(2, 4, 32)],
+        "cpu": [(11, 32, 576)],
+        "cuda": [(11, 64, 4096)],
+        "sweep": [(11, 4, 4096), (11, 64, 2048), (11, 64, 5120)],
+    },
+}
+
 
 def loss_call(leaves, run):
     """Forward and backward of a scalar loss."""
@@ -31,8 +52,8 @@ ROW_CONTENDERS = {
 
 
 @pytest.mark.parametrize("contender", ROW_CONTENDERS)
-def test_bend_distance(measured, device, dtype, smoke, contender) -> None:
-    count, width = (64, 32) if smoke else (16384, 4096) if device.type == "cuda" else (4096, 576)
+def test_bend_distance(measured, device, dtype, size, contender) -> None:
+    count, width = size
     rows = torch.arange(0, count, 2, device=device)
     hidden, reference = normal((count, width), device, dtype, 1), normal((rows.numel(), width), device, dtype, 2)
     exact = loss_call([hidden.double().requires_grad_()], lambda h: bend_distance_reference(h, reference.double(), rows, "l2", "sum"))()
@@ -51,8 +72,8 @@ WINDOW_CONTENDERS = {
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("contender", WINDOW_CONTENDERS)
-def test_window_distance(measured, device, dtype, smoke, contender, direction) -> None:
-    layers, count, width = (3, 64, 32) if smoke else (11, 4096, 4096) if device.type == "cuda" else (33, 2048, 576)
+def test_window_distance(measured, device, dtype, size, contender, direction) -> None:
+    layers, count, width = size
     mask = torch.ones(1, count, dtype=torch.bool, device=device)
     mask[:, -count // 8 :] = False
     hiddens = [normal((1, count, width), device, dtype, seed).requires_grad_() for seed in range(layers)]
@@ -77,10 +98,9 @@ PAIR_CONTENDERS = {"ours": pairwise_cosine, "eager": published_pairwise_cosine}
 
 
 @pytest.mark.parametrize("contender", PAIR_CONTENDERS)
-def test_pairwise_cosine(measured, device, dtype, smoke, contender) -> None:
-    shape = (2, 4, 32) if smoke else (11, 64, 4096) if device.type == "cuda" else (11, 32, 576)
-    states = normal(shape, device, dtype, 1)
+def test_pairwise_cosine(measured, device, dtype, size, contender) -> None:
+    states = normal(size, device, dtype, 1)
     exact = loss_call([states.double().requires_grad_()], pairwise_cosine_reference)()
     call = loss_call([states.requires_grad_()], PAIR_CONTENDERS[contender])
     moved = states.numel() * states.element_size() * 5
-    measured(Work("pairwise_cosine", "x".join(map(str, shape)), contender, [call], exact, 3e-2, bytes_moved=moved))
+    measured(Work("pairwise_cosine", "x".join(map(str, size)), contender, [call], exact, 3e-2, bytes_moved=moved))

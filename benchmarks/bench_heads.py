@@ -13,16 +13,26 @@ from repbend_kernels.oracles import linear_kl_div_reference, linear_log_prob_ref
 TEMPERATURE = 2.0
 
 
-def sizes(device, smoke):
-    """Rows, width, vocabulary."""
-    if smoke:
-        return 16, 32, 200
-    return (2048, 4096, 128256) if device.type == "cuda" else (1024, 576, 49152)
+# Rows, width, vocabulary. Swept: Llama-2 and Mistral, Llama-3's rows and its 1B's width, Qwen2.5-7B, Gemma-2-2B, Phi-3-medium's width.
+SIZES = {
+    "smoke": [(16, 32, 200)],
+    "cpu": [(1024, 576, 49152)],
+    "cuda": [(2048, 4096, 128256)],
+    "sweep": [
+        (2048, 4096, 32000),
+        (512, 4096, 128256),
+        (8192, 4096, 128256),
+        (2048, 2048, 128256),
+        (2048, 3584, 152064),
+        (2048, 2304, 256000),
+        (2048, 5120, 32064),
+    ],
+}
 
 
-def model_head(device, dtype, smoke):
+def model_head(device, dtype, size):
     """States of a student and of a teacher close to it, as K sees them, and a head that gives logits of order 2."""
-    count, width, vocabulary = sizes(device, smoke)
+    count, width, vocabulary = size
     generator = torch.Generator(device=device).manual_seed(0)
     hidden = torch.randn(count, width, generator=generator, device=device, dtype=dtype)
     reference = hidden + 0.1 * torch.randn(count, width, generator=generator, device=device, dtype=dtype)
@@ -54,15 +64,15 @@ KL_CONTENDERS = {
 
 
 @pytest.fixture(scope="module")
-def kl_case(device, dtype, smoke):
-    hidden, reference, weight = model_head(device, dtype, smoke)
+def kl_case(device, dtype, size):
+    hidden, reference, weight = model_head(device, dtype, size)
     wide = weight.double()
     values, grad = exact_in_slices(hidden, lambda h, p: linear_kl_div_reference(h, reference[p].double(), wide, temperature=TEMPERATURE))
     return hidden, reference, weight, (torch.stack(values).sum(), [grad])
 
 
 @pytest.mark.parametrize("contender", KL_CONTENDERS)
-def test_linear_kl_div(measured, kl_case, device, smoke, contender) -> None:
+def test_linear_kl_div(measured, kl_case, size, contender) -> None:
     hidden, reference, weight, exact = kl_case
     leaf = hidden.detach().requires_grad_()
 
@@ -74,19 +84,19 @@ def test_linear_kl_div(measured, kl_case, device, smoke, contender) -> None:
         call()
     except Unavailable as reason:
         pytest.skip(str(reason))
-    count, width, vocabulary = sizes(device, smoke)
+    count, width, vocabulary = size
     flops = 3 * 2 * count * width * vocabulary
     # 16-bit logits, which the other contenders make, are up to a quarter off; only ours is held to a narrow bound.
     tolerance = 1.5e-2 if contender == "ours" else 0.5
     measured(Work("linear_kl_div", f"{count}x{width}x{vocabulary}", contender, [call], exact, tolerance, flops=flops))
 
 
-def test_three_matrix_products(measured, device, dtype, smoke, kl_case) -> None:
+def test_three_matrix_products(measured, device, dtype, size, kl_case) -> None:
     """The floor of ``linear_kl_div``: its three products, with float32 results, in the chunks that it takes."""
     from repbend_kernels.head import default_chunk_rows, hidden_gradient, logits_into
 
     hidden, reference, weight, _ = kl_case
-    count, width, vocabulary = sizes(device, smoke)
+    count, width, vocabulary = size
     rows = default_chunk_rows(count, vocabulary, device)
     buffers = torch.empty((2, rows, vocabulary), dtype=torch.float32, device=device)
     narrow = torch.zeros((rows, vocabulary), dtype=dtype, device=device)
@@ -114,8 +124,8 @@ LOG_PROB_CONTENDERS = {
 
 
 @pytest.fixture(scope="module")
-def log_prob_case(device, dtype, smoke):
-    hidden, _, weight = model_head(device, dtype, smoke)
+def log_prob_case(device, dtype, size):
+    hidden, _, weight = model_head(device, dtype, size)
     targets = torch.randint(weight.shape[0], (hidden.shape[0],), generator=torch.Generator().manual_seed(1)).to(device)
     wide = weight.double()
     values, grad = exact_in_slices(hidden, lambda h, p: linear_log_prob_reference(h, wide, targets[p]))
@@ -123,7 +133,7 @@ def log_prob_case(device, dtype, smoke):
 
 
 @pytest.mark.parametrize("contender", LOG_PROB_CONTENDERS)
-def test_linear_log_prob(measured, log_prob_case, device, smoke, contender) -> None:
+def test_linear_log_prob(measured, log_prob_case, size, contender) -> None:
     hidden, weight, targets, exact = log_prob_case
     leaf = hidden.detach().requires_grad_()
 
@@ -135,6 +145,6 @@ def test_linear_log_prob(measured, log_prob_case, device, smoke, contender) -> N
         call()
     except Unavailable as reason:
         pytest.skip(str(reason))
-    count, width, vocabulary = sizes(device, smoke)
+    count, width, vocabulary = size
     flops = 2 * 2 * count * width * vocabulary
     measured(Work("linear_log_prob", f"{count}x{width}x{vocabulary}", contender, [call], exact, 3e-2, flops=flops))

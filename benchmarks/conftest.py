@@ -1,6 +1,7 @@
 """What every op benchmark shares: sizes, the machine's own rates, and the record that becomes ``results/<hardware>.json``.
 
     pytest benchmarks --benchmark-only                     # the CPU set; on a GPU the GPU set
+    pytest benchmarks --benchmark-only --sweep             # on a GPU: the rows, widths and vocabularies that people use
     pytest benchmarks --benchmark-only --results FILE      # write the record elsewhere
     pytest benchmarks --benchmark-disable --smoke          # tiny sizes, nothing written: do the benchmarks still run?
 
@@ -11,6 +12,7 @@ fails instead of being timed.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from measure import peak_bytes, relative_error
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds ``--smoke``, ``--results`` and ``--threads``; ``--cases``, ``--sides`` and ``--rounds`` are the step benchmark's."""
     parser.addoption("--smoke", action="store_true", help="tiny sizes, one round, a record only with --results")
+    parser.addoption("--sweep", action="store_true", help="every size of a GPU's set, not the one that the goals are about")
     parser.addoption("--threads", type=int, default=1, help="CPU threads (default 1, where other work disturbs a time least)")
     parser.addoption("--results", type=Path, default=None, help="file of the record (default: benchmarks/results/<hardware>.json)")
     parser.addoption("--cases", default=None, help="step benchmark: comma-separated parts of case names (default: all but Mistral)")
@@ -37,10 +40,25 @@ def smoke(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--smoke"))
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives ``size`` the values of the module's ``SIZES``, or of the function's entry in it: ``smoke``, ``cpu``, ``cuda``, ``sweep``."""
+    if "size" not in metafunc.fixturenames:
+        return
+    option, sizes = metafunc.config.getoption, metafunc.module.SIZES
+    sizes = sizes.get(metafunc.function.__name__, sizes)
+    chosen = sizes["smoke" if option("--smoke") else DEVICE.type]
+    if option("--sweep") and DEVICE.type == "cuda" and not option("--smoke"):
+        chosen = [*chosen, *sizes.get("sweep", [])]
+    metafunc.parametrize("size", chosen, ids=lambda size: "x".join(map(str, size)), scope="module")
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE
 
 
 @pytest.fixture(scope="session")
@@ -102,16 +120,24 @@ def _keep_machine(machine: Machine, request: pytest.FixtureRequest) -> None:
     request.config.stash[MACHINE] = machine
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Opens the record and sets the number of CPU threads."""
+    """Opens the record and sets the number of CPU threads; SIGTERM, which a time limit sends, ends a run as Ctrl-C does, with its record."""
+    signal.signal(signal.SIGTERM, _interrupt)
     torch.set_num_threads(config.getoption("--threads"))
     config.stash[RECORD] = []
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Writes the record of a run that passed; rows of ops that this run left out stay as they were."""
+    """Writes what was measured, also where a contender failed or time ran out: on a lent machine there is no second run.
+
+    A run that passed replaces all rows of its ops, any other those that it has.
+    """
     rows, config = session.config.stash[RECORD], session.config
     path = config.getoption("--results")
-    if not rows or exitstatus != 0 or (config.getoption("--smoke") and not path):
+    if not rows or (config.getoption("--smoke") and not path):
         return
-    write_record(path or RESULTS / f"{hardware_slug()}.json", rows, config.stash[MACHINE])
+    write_record(path or RESULTS / f"{hardware_slug()}.json", rows, config.stash[MACHINE], whole=exitstatus == 0)

@@ -106,6 +106,7 @@ def environment() -> dict[str, Any]:
             versions[name] = "absent"
     return {
         "hardware": hardware_name(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": commit.stdout.strip() or "unknown",
@@ -113,12 +114,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_record(path: Path, rows: list[dict[str, Any]], machine: Machine) -> None:
-    """Writes the rows under a header; rows of ops that this run left out stay as they were."""
+def write_record(path: Path, rows: list[dict[str, Any]], machine: Machine, *, whole: bool) -> None:
+    """Writes the rows under a header, in the place of all rows of their ops or, if the run is not ``whole``, of the same contenders.
+
+    Rows of ops that this run left out stay as they were.
+    """
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return (row["op"],) if whole else (row["op"], row["case"], row["contender"])
+
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    ops = {row["op"] for row in rows}
+    replaced = {key(row) for row in rows}
     record = {**environment(), "copy_gb_per_s": round(machine.copy / 1e9, 2), "gemm_tflop_per_s": round(machine.matrix / 1e12, 3)}
     fresh = [{**row, "commit": record["commit"], "date": record["date"]} for row in rows]
-    record["rows"] = sorted([r for r in kept if r["op"] not in ops] + fresh, key=lambda r: (r["op"], r["case"]))
+    record["rows"] = sorted([r for r in kept if key(r) not in replaced] + fresh, key=lambda r: (r["op"], r["case"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

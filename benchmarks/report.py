@@ -57,9 +57,34 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+TAP_SHARE = 85
+"""Per cent of a device copy's bandwidth that ``bend_tap`` is to reach on a GPU, forward and backward."""
+PRODUCTS = 1.15
+"""Times the time of its three products that ``linear_kl_div`` may take on a GPU."""
+GPU_CASES = {"bend_tap": "16384x4096 16384 rows", "linear_kl_div": "2048x4096x128256"}
+
+
+def missed_gpu_goals(record: dict[str, Any]) -> list[str]:
+    """Goals on bandwidth and on the products' time, at the sizes that they name."""
+    rows = {(r["op"], r["case"], r["contender"]): r for r in record["rows"]}
+    missed = []
+    for direction in ("forward", "backward"):
+        row = rows.get(("bend_tap", f"{GPU_CASES['bend_tap']}, {direction}", "ours"))
+        if row and row["percent_of_copy"] < TAP_SHARE:
+            missed.append(f"bend_tap {direction}: {row['percent_of_copy']} % of a copy's bandwidth, the goal is {TAP_SHARE}")
+    case = GPU_CASES["linear_kl_div"]
+    ours, products = (rows.get(("linear_kl_div", case, contender)) for contender in ("ours", "its three products"))
+    if ours and products and ours["median_ms"] > PRODUCTS * products["median_ms"]:
+        missed.append(f"linear_kl_div: {ours['median_ms'] / products['median_ms']:.2f} times its three products, the goal is {PRODUCTS}")
+    for (op, found, contender), row in rows.items():
+        if ours and (op, found) == ("linear_kl_div", case) and contender not in ("ours", "its three products"):
+            missed += [f"linear_kl_div: {key} above {contender}'s" for key in ("median_ms", "peak_bytes") if ours[key] > row[key]]
+    return missed
+
+
 def missed_goals(record: dict[str, Any]) -> list[str]:
     """Goals on memory, time and error of the distance and the KL, checked where the record has their rows."""
-    missed = []
+    missed = missed_gpu_goals(record) if record.get("device") == "cuda" else []
     for op, contender, share in (("window_distance", "ours, consume_references", 10), ("linear_kl_div", "ours", 8)):
         for row in (r for r in record["rows"] if r["op"] == op and r["contender"] == contender):
             eager = baseline(record["rows"], row)
