@@ -11,6 +11,7 @@ from repbend_kernels import linear_kl_div, linear_log_prob
 from repbend_kernels.oracles import linear_kl_div_reference, linear_log_prob_reference
 
 TEMPERATURE = 2.0
+PRODUCTS = "its three products"
 
 
 # Rows, width, vocabulary. Swept: Llama-2 and Mistral, Llama-3's rows and its 1B's width, Qwen2.5-7B, Gemma-2-2B, Phi-3-medium's width.
@@ -91,13 +92,14 @@ def test_linear_kl_div(measured, kl_case, size, contender) -> None:
     measured(Work("linear_kl_div", f"{count}x{width}x{vocabulary}", contender, [call], exact, tolerance, flops=flops))
 
 
-def test_three_matrix_products(measured, device, dtype, size, kl_case) -> None:
-    """The floor of ``linear_kl_div``: its three products, with float32 results, in the chunks that it takes."""
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+def test_three_matrix_products(measured, device, dtype, size, kl_case, chunked) -> None:
+    """The floor of ``linear_kl_div``: its three products, with float32 results, in the chunks that it takes and all at once."""
     from repbend_kernels.head import default_chunk_rows, hidden_gradient, logits_into
 
     hidden, reference, weight, _ = kl_case
     count, width, vocabulary = size
-    rows = default_chunk_rows(count, vocabulary, device)
+    rows = default_chunk_rows(count, vocabulary, device) if chunked else count
     buffers = torch.empty((2, rows, vocabulary), dtype=torch.float32, device=device)
     narrow = torch.zeros((rows, vocabulary), dtype=dtype, device=device)
     narrow.normal_()
@@ -110,7 +112,8 @@ def test_three_matrix_products(measured, device, dtype, size, kl_case) -> None:
             out = hidden_gradient(narrow[:size], weight, torch.float32)
         return out[0, 0] * 0, []
 
-    work = Work("linear_kl_div", f"{count}x{width}x{vocabulary}", "its three products", [call], (torch.zeros(()), []), 0.0)
+    name = PRODUCTS if chunked else f"{PRODUCTS}, whole"
+    work = Work("linear_kl_div", f"{count}x{width}x{vocabulary}", name, [call], (torch.zeros(()), []), 0.0)
     work.flops = 3 * 2 * count * width * vocabulary
     measured(work)
 

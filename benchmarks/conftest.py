@@ -95,8 +95,12 @@ def measured(
         row["peak_bytes"] = peak_bytes(work.calls[0], device)
         row["returned_bytes"] = returned
 
+        calls = work.calls
+        if device.type == "cuda" and not smoke and median_seconds(calls[0], device, 3) < SHORT:
+            calls = calls * -(-CALLS_ON_A_GPU // len(calls))
+
         def timed() -> None:
-            for call in work.calls:
+            for call in calls:
                 call()
             wait(device)
 
@@ -104,13 +108,16 @@ def measured(
         benchmark.extra_info.update(row)
         benchmark.pedantic(timed, rounds=1 if smoke else 20 if device.type == "cuda" else 5, warmup_rounds=0 if smoke else 1)
         if benchmark.stats is not None:
-            row |= rates(benchmark.stats.stats, work, machine)
+            row |= rates(benchmark.stats.stats, work, machine, len(calls))
             request.config.stash[RECORD].append(row)
         return row
 
     return measure
 
 
+SHORT, CALLS_ON_A_GPU = 5e-3, 16
+"""Calls of a round where one takes less than ``SHORT`` seconds: the host's time before the first kernel, and after the last, is spread
+over them."""
 RECORD = pytest.StashKey[list]()
 MACHINE = pytest.StashKey[Machine]()
 
@@ -125,7 +132,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Opens the record and sets the number of CPU threads; SIGTERM, which a time limit sends, ends a run as Ctrl-C does, with its record."""
+    """Opens the record and sets the number of CPU threads. A time limit's SIGTERM ends a run as Ctrl-C does, with its record."""
     signal.signal(signal.SIGTERM, _interrupt)
     torch.set_num_threads(config.getoption("--threads"))
     config.stash[RECORD] = []

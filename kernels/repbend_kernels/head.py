@@ -16,13 +16,25 @@ from . import checks
 CHUNK_BYTES = {"cuda": 256 << 20, "other": 16 << 20}
 # Weight elements cast to float32 at a time where the GEMM cannot take 16-bit operands to a float32 result.
 TILE_ELEMENTS = 1 << 21
+# A GPU's matrix product works on tiles of so many rows; a part of a tile costs a whole one.
+TILE_ROWS = {"cuda": 128, "other": 16}
+# Rows of logits begin at multiples of so many elements, so that a 16-bit gradient packed into them is aligned for the GEMM back,
+# whatever the vocabulary is.
+ROW_ALIGNMENT = 16
 
 
 def default_chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
-    """Rows per chunk: as many as fit ``CHUNK_BYTES``, a multiple of 16 where possible, at least 16, at most ``rows``."""
-    limit = CHUNK_BYTES["cuda" if device.type == "cuda" else "other"]
-    fitting = max(16, limit // (4 * vocabulary) // 16 * 16)
+    """Rows per chunk: as many as fit ``CHUNK_BYTES`` in whole tiles (``TILE_ROWS``), at least one tile, at most ``rows``."""
+    kind = "cuda" if device.type == "cuda" else "other"
+    tile = TILE_ROWS[kind]
+    fitting = max(tile, CHUNK_BYTES[kind] // (4 * vocabulary) // tile * tile)
     return max(1, min(rows, fitting))
+
+
+def logit_buffers(count: int, rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """``count`` tensors [rows, V] for logits, unfilled; see ``ROW_ALIGNMENT``."""
+    width = -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return [buffer[:, :vocabulary] for buffer in torch.empty((count, rows, width), dtype=dtype, device=device)]
 
 
 def logit_gradient_scale(dtype: torch.dtype, largest: float) -> float:

@@ -157,7 +157,7 @@ def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int,
     outs = [torch.empty(x.shape, dtype=dtype, device=device) for x in tensors]
     pairs = [(out.view(-1, width), RowReader(x)) for out, x in zip(outs, tensors)]
     mask = _Hashes(row_hashes(keys), start, threshold, width)
-    scale = torch.tensor(factor, dtype=checks.accumulate_dtype(dtype), device=device)
+    scale = torch.full((), factor, dtype=checks.accumulate_dtype(dtype), device=device)  # made there: a copy would wait for the GPU
     for first, last in blocks(keys.numel(), width, device):
         hashes = mask.read(first, last)
         for out, source in pairs:

@@ -27,6 +27,7 @@ from .head import (
     default_chunk_rows,
     hidden_gradient,
     log_softmax_,
+    logit_buffers,
     logit_gradient_scale,
     logits_into,
     stored_gradient_dtype,
@@ -83,7 +84,7 @@ def linear_kl_div_op(
     losses = torch.empty(count, dtype=acc, device=hidden.device)
     grad = torch.empty((count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device)
     rows = min(chunk_rows, count)
-    student_buffer, teacher_buffer = torch.empty((2, rows, vocabulary), dtype=acc, device=hidden.device)
+    student_buffer, teacher_buffer = logit_buffers(2, rows, vocabulary, acc, hidden.device)
     with checks.in_own_dtypes(hidden.device):
         for start in range(0, count, max(rows, 1)):
             stop = min(start + rows, count)

@@ -24,6 +24,7 @@ from .head import (
     default_chunk_rows,
     hidden_gradient,
     log_softmax_,
+    logit_buffers,
     logit_gradient_scale,
     logits_into,
     stored_gradient_dtype,
@@ -66,7 +67,7 @@ def linear_log_prob_op(
     out = torch.empty(count, dtype=acc, device=hidden.device)
     grad = torch.empty((count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device)
     rows = min(chunk_rows, count)
-    buffer = torch.empty((rows, weight.shape[0]), dtype=acc, device=hidden.device)
+    (buffer,) = logit_buffers(1, rows, weight.shape[0], acc, hidden.device)
     with checks.in_own_dtypes(hidden.device):
         for start in range(0, count, max(rows, 1)):
             stop = min(start + rows, count)

@@ -34,7 +34,7 @@ def column_hash(column, start):
 
 
 # Each place has a start, each batch a count of rows of its own: specialised on their values, some would compile the kernel again.
-@triton.jit(do_not_specialize=["start", "threshold", "count", "x_inner"])
+@triton.jit(do_not_specialize=["start", "threshold", "count", "x_inner"], do_not_specialize_on_alignment=["keys"])
 def keyed_dropout_kernel(
     x, keys, out, start, threshold, factor, count, width, x_inner, x_outer_stride, x_inner_stride, x_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -1,8 +1,7 @@
 """Triton kernel of ``linear_kl_div``: loss and gradient of one chunk of logits, read twice, the gradient left in their memory.
 
 Pass 1 takes both soft-max statistics; pass 2 the loss and T(q − p)·slope. A float32 gradient replaces the student's logits. A 16-bit
-one, which the GEMM back needs, is packed into the teacher's rows from the left: what it overwrites has been read by then, and a
-barrier per block keeps fast warps from overtaking slow ones.
+one, which the GEMM back needs, is packed into the teacher's rows from the left, where ``packing_barrier`` says what has been read.
 """
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from .head import logit_gradient_scale
 from .launch import on_device_of
-from .triton_softmax import LOWEST, capped, lane_merge, lane_update
+from .triton_parts import LOWEST, STAGES, capped, lane_merge, lane_update, packing_barrier
 
 BLOCK = 2048
 WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["losses"])
 def kl_div_kernel(
     student,
     teacher,
@@ -39,11 +38,12 @@ def kl_div_kernel(
     z_row = student + row * row_stride
     r_row = teacher + row * row_stride
     columns = tl.arange(0, BLOCK)
+    DEPTH: tl.constexpr = 1 if HAS_CAP else STAGES
     max_q = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     max_p = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     sum_q = tl.zeros([BLOCK], dtype=tl.float32)
     sum_p = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, vocabulary, BLOCK):
+    for start in tl.range(0, vocabulary, BLOCK, num_stages=DEPTH):
         offsets = start + columns
         inside = offsets < vocabulary
         z = capped(tl.load(z_row + offsets, mask=inside, other=0.0), softcap, HAS_CAP) * inverse_temperature
@@ -55,6 +55,7 @@ def kl_div_kernel(
     log_q, log_p = tl.log(total_q), tl.log(total_p)
     inverse_q, inverse_p = 1.0 / total_q, 1.0 / total_p
     loss = tl.zeros([BLOCK], dtype=tl.float32)
+    written = -1
     for start in range(0, vocabulary, BLOCK):
         offsets = start + columns
         inside = offsets < vocabulary
@@ -65,14 +66,18 @@ def kl_div_kernel(
         p = tl.exp(r) * inverse_p
         x = (z - log_q) - (r - log_p)
         series = p * x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x * (1.0 / 720.0)))))
-        loss += tl.where(inside, tl.where(tl.abs(x) < 0.25, series, q - p - p * x), 0.0)
+        # A GPU fuses q − p with the products before it, so that equal distributions would differ by a rounding: near x = 0 the
+        # difference is taken from x, which is exactly 0 there.
+        near = tl.abs(x) < 0.25
+        difference = tl.where(near, p * x + series, q - p)
+        loss += tl.where(inside, tl.where(near, series, difference - p * x), 0.0)
         if HAS_GRAD:
-            g = (q - p) * grad_factor
+            g = difference * grad_factor
             if HAS_CAP:
                 ratio = capped_z / softcap
                 g *= 1.0 - ratio * ratio
             if PACKED:
-                tl.debug_barrier()
+                written = packing_barrier(start // BLOCK, written)
             tl.store(grad + row * grad_stride + offsets, g.to(grad.dtype.element_ty), mask=inside)
     tl.store(losses + row, tl.sum(loss, 0))
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .head import logit_gradient_scale
 from .launch import on_device_of
-from .triton_softmax import LOWEST, capped, lane_merge, lane_update
+from .triton_parts import LOWEST, STAGES, capped, lane_merge, lane_update, packing_barrier
 
 BLOCK = 4096
 WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets", "out"])
 def log_prob_kernel(
     logits,
     targets,
@@ -37,9 +37,10 @@ def log_prob_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_row = logits + row * row_stride
     columns = tl.arange(0, BLOCK)
+    DEPTH: tl.constexpr = 1 if HAS_CAP else STAGES
     maximum = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, vocabulary, BLOCK):
+    for start in tl.range(0, vocabulary, BLOCK, num_stages=DEPTH):
         offsets = start + columns
         inside = offsets < vocabulary
         z = capped(tl.load(z_row + offsets, mask=inside, other=0.0), softcap, HAS_CAP) * inverse_temperature
@@ -53,6 +54,7 @@ def log_prob_kernel(
         inverse = 1.0 / sum_exp
         # The target's logit has to be read by every warp before one of them writes there.
         tl.debug_barrier()
+        written = -1
         for start in range(0, vocabulary, BLOCK):
             offsets = start + columns
             inside = offsets < vocabulary
@@ -63,7 +65,7 @@ def log_prob_kernel(
                 ratio = z / softcap
                 g *= 1.0 - ratio * ratio
             if PACKED:
-                tl.debug_barrier()
+                written = packing_barrier(start // BLOCK, written)
             tl.store(grad + row * grad_stride + offsets, g.to(grad.dtype.element_ty), mask=inside)
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device_of, size_rule
+from .triton_parts import inverse_root
 
 COLUMNS = 1024
 WALK = 4096
@@ -26,7 +27,7 @@ def inverse_length_kernel(states, inverse, batch, width, stride_l, stride_b, str
         h = tl.load(row + offsets * stride_d, mask=offsets < width, other=0.0).to(tl.float32)
         squares += h * h
     total = tl.sum(squares, 0)
-    tl.store(inverse + program, tl.where(total > 0, 1.0 / tl.sqrt(total), 0.0))
+    tl.store(inverse + program, inverse_root(total))
 
 
 @triton.jit

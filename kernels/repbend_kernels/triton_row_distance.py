@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .launch import RowAddress, addressable, on_device_of, size_rule
 from .rows import count_rows
+from .triton_parts import inverse_root
 
 WHOLE_ROW = 8192
 NONE, DIRECTION, GRADIENT = 0, 1, 2
@@ -22,7 +23,7 @@ NONE, DIRECTION, GRADIENT = 0, 1, 2
 def _coefficients(s0, s1, s2, width, KIND: tl.constexpr):
     """From the row's sums: ``(distance, a, b)`` with direction a·(h−r) for l2 and mse, a·h + b·r for the cosines."""
     if KIND == "l2":
-        distance = tl.sqrt(s0)
+        distance = tl.sqrt_rn(s0)
         a = tl.where(distance > 0, 1.0 / distance, 0.0)
         b = 0.0
     elif KIND == "mse":
@@ -30,8 +31,8 @@ def _coefficients(s0, s1, s2, width, KIND: tl.constexpr):
         a = 2.0 / width
         b = 0.0
     else:
-        inverse_h = tl.where(s1 > 0, 1.0 / tl.sqrt(s1), 0.0)
-        inverse_r = tl.where(s2 > 0, 1.0 / tl.sqrt(s2), 0.0)
+        inverse_h = inverse_root(s1)
+        inverse_r = inverse_root(s2)
         # A GPU's own maximum takes the number of a number and a NaN; a row with a NaN must not look near or far.
         cosine = tl.maximum(s0 * inverse_h * inverse_r, -1.0, propagate_nan=tl.PropagateNan.ALL)
         cosine = tl.minimum(cosine, 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -55,8 +56,12 @@ def _direction(h, r, a, b, KIND: tl.constexpr):
     return g
 
 
-# Counts of rows change with every batch: specialised on them, kernels would compile again in the middle of a run.
-@triton.jit(do_not_specialize=["count_n", "h_inner", "r_inner"])
+# Counts of rows and where a row's scalars begin change with every batch: specialised on them, kernels would compile again in the
+# middle of a run.
+@triton.jit(
+    do_not_specialize=["count_n", "h_inner", "r_inner"],
+    do_not_specialize_on_alignment=["rows", "mask", "grad_rows", "distances", "place"],
+)
 def row_distance_kernel(
     hidden,
     reference,
@@ -155,7 +160,7 @@ def row_distance_kernel(
                 tl.store(out + offsets, g.to(target.dtype.element_ty), mask=(offsets < width) & writable)
 
 
-@triton.jit(do_not_specialize=["count_r", "g_inner"])
+@triton.jit(do_not_specialize=["count_r", "g_inner"], do_not_specialize_on_alignment=["rows", "place", "scale"])
 def add_rows_kernel(
     grad,
     direction,
@@ -180,16 +185,17 @@ def add_rows_kernel(
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
+    value = tl.zeros([BLOCK], dtype=tl.float32)
+    if HAS_GRAD:
+        # Asked for before the two loads that find the direction's row, which have to wait for each other.
+        row = grad + (n // g_inner) * g_outer_stride + (n % g_inner) * g_inner_stride
+        value = tl.load(row + columns * g_stride, mask=inside, other=0.0).to(tl.float32)
     i = tl.load(place + n).to(tl.int64)
     selected = (i >= 0) & (i < count_r)
     selected = selected & (tl.load(rows + i, mask=selected, other=-1) == n)
     factor = tl.load(scale).to(tl.float32)
-    value = tl.load(direction + i * width + columns, mask=inside & selected, other=0.0).to(tl.float32) * factor
-    if HAS_GRAD:
-        row = grad + (n // g_inner) * g_outer_stride + (n % g_inner) * g_inner_stride
-        value = tl.load(row + columns * g_stride, mask=inside, other=0.0).to(tl.float32) + tl.where(selected, value, 0.0)
-    else:
-        value = tl.where(selected, value, 0.0)
+    added = tl.load(direction + i * width + columns, mask=inside & selected, other=0.0).to(tl.float32) * factor
+    value += tl.where(selected, added, 0.0)
     tl.store(out + n * width + columns, value.to(out.dtype.element_ty), mask=inside)
 
 

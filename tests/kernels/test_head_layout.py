@@ -1,0 +1,45 @@
+"""How the head ops lay out a chunk of logits: whole tiles of rows, aligned rows, and a gradient packed over what has been read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from repbend_kernels.head import CHUNK_BYTES, TILE_ROWS, default_chunk_rows, logit_buffers
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("vocabulary", [32000, 49152, 128256, 152064, 256000, 10_000_000])
+def test_a_chunk_is_whole_tiles_within_its_bytes(device: str, vocabulary: int) -> None:
+    tile, limit = (table["cuda" if device == "cuda" else "other"] for table in (TILE_ROWS, CHUNK_BYTES))
+    rows = default_chunk_rows(1 << 20, vocabulary, torch.device(device))
+    assert rows % tile == 0
+    assert rows == tile or 4 * rows * vocabulary <= limit < 4 * (rows + tile) * vocabulary
+    assert default_chunk_rows(5, vocabulary, torch.device(device)) == 5
+    assert default_chunk_rows(0, vocabulary, torch.device(device)) == 1
+
+
+@pytest.mark.parametrize("vocabulary", [128256, 32001, 7])
+def test_rows_of_a_packed_gradient_are_aligned(vocabulary: int) -> None:
+    """cuBLAS' fast kernels need rows at multiples of 16 bytes, whatever the vocabulary is."""
+    for buffer in logit_buffers(2, 3, vocabulary, torch.float32, torch.device("cpu")):
+        packed = buffer.view(torch.bfloat16)[:, :vocabulary]
+        assert packed.shape == buffer.shape == (3, vocabulary)
+        for rows in (buffer, packed):
+            assert rows.stride(0) * rows.element_size() % 16 == 0
+            assert rows.stride(1) == 1
+        assert packed[2].data_ptr() == buffer[2].data_ptr()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 63, 125])
+def test_nothing_is_packed_over_what_a_slow_warp_has_not_read(monkeypatch, blocks: int) -> None:
+    """16-bit block k ends at float32 element (k + 1)/2 · block: all float32 blocks that begin before it must have been read by everyone."""
+    parts = pytest.importorskip("repbend_kernels.triton_parts", reason="the kernels need Triton")
+    barriers: list[int] = []
+    written = -1
+    for block in range(blocks):
+        monkeypatch.setattr(parts.tl, "debug_barrier", lambda block=block: barriers.append(block))
+        written = parts.packing_barrier.fn(block, written)
+        last_overwritten = -(-(block + 1) // 2) - 1
+        assert last_overwritten <= barriers[-1]
+        assert block <= written
+    assert len(barriers) <= max(1, blocks.bit_length())
