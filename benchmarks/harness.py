@@ -96,11 +96,19 @@ def hardware_slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") if torch.cuda.is_available() else "cpu"
 
 
+def commit() -> str:
+    """The checkout's commit; where there is no git or no repository, ``COMMIT`` of the environment, else ``unknown``."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return found or os.environ.get("COMMIT") or "unknown"
+
+
 def environment() -> dict[str, Any]:
     """Hardware, versions, commit and date of a record."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "liger_kernel"):
+    for name in ("triton", "transformers", "peft", "bitsandbytes", "liger_kernel"):
         try:
             versions[name] = metadata.version(name.replace("_", "-"))
         except metadata.PackageNotFoundError:
@@ -110,7 +118,7 @@ def environment() -> dict[str, Any]:
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

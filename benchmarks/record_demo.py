@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness import commit
+
 from repbend_fast.cli.environment import environment
 from repbend_fast.evaluate.rates import KEYS
 
@@ -51,11 +53,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("overrides", nargs="*", help="key=value, as for `repbend-fast train`")
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     for seed in arguments.seeds:
         found = run_seed(seed, arguments.folder / f"seed-{seed}", arguments.overrides)
-        seeds = sorted([*_others(arguments.out, commit, arguments.overrides, seed), found], key=lambda each: each["seed"])
-        record = {"commit": commit, "environment": environment(), "overrides": arguments.overrides, "seeds": seeds}
+        seeds = sorted([*_others(arguments.out, commit(), arguments.overrides, seed), found], key=lambda each: each["seed"])
+        record = {"commit": commit(), "environment": environment(), "overrides": arguments.overrides, "seeds": seeds}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

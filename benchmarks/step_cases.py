@@ -22,7 +22,7 @@ from repbend_fast.memory.flops import StepCost, matrices
 from repbend_fast.memory.levers import Levers
 from repbend_fast.memory.shapes import model_shape
 from repbend_fast.models import find_decoder, load_model, trainable_parameters
-from repbend_fast.models.load import DTYPES, quantize_nf4
+from repbend_fast.models.load import DTYPES, quantize_nf4, settle_device
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.base import Stream
 
@@ -169,6 +169,7 @@ def load_base(case: Case, device: torch.device) -> Any:
         return load_model(case.config(device).model.model_copy(update={"liger": False}))
     from transformers import AutoModelForCausalLM
 
+    settle_device(device)
     shape, _ = model_shape(case.config(device).model)
     torch.manual_seed(0)
     with device:

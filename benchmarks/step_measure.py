@@ -15,7 +15,7 @@ import torch
 from harness import wait
 from measure import peak_bytes, relative_error
 from step_cases import LORA, Case, gradient_of, needed_flops, real_tokens
-from step_sides import Side, adapted, set_up
+from step_sides import NotPlanned, Side, Stepper, adapted, set_up
 from torch import Tensor
 
 from repbend_fast.data.records import Batch
@@ -29,6 +29,8 @@ percent off on either side (DESIGN section 4); a zero, sign-flipped or shifted g
 
 
 OUT_OF_MEMORY = "out of memory"
+NOT_PLANNED = "not planned"
+"""How failures begin that are answers: the card, or the budget, is too small."""
 
 
 class Disagrees(AssertionError):
@@ -54,6 +56,12 @@ class Measured:
     flops: int = 0
     matrix: float = math.nan
     levers: dict[str, Any] = field(default_factory=dict)
+    retreats: list[str] = field(default_factory=list)
+
+    def note(self, stepper: Stepper) -> None:
+        """Take the levers as they are after a step: running out of memory moves them."""
+        self.recomputed, self.levers = stepper.recomputed, stepper.levers
+        self.retreats += [words for words in stepper.retreats if words not in self.retreats]
 
     def row(self) -> dict[str, Any]:
         """The record's row."""
@@ -75,6 +83,7 @@ class Measured:
             "compared_with": self.compared_with,
             "terms": {name: _short(value) for name, value in self.terms.items()},
             "levers": self.levers,
+            "retreats": self.retreats,
         }
 
 
@@ -110,8 +119,12 @@ def _guarded(measured: Measured, call: Callable[[], None]) -> None:
         call()
     except torch.OutOfMemoryError:
         measured.failure = OUT_OF_MEMORY
+    except NotPlanned as error:
+        measured.failure = f"{NOT_PLANNED}: {error}"
     except (Disagrees, UserError) as error:
         measured.failure = str(error)
+    except Exception as error:  # a baseline that breaks must not take the other sides' numbers with it
+        measured.failure = f"{type(error).__name__}: {error}"
     if measured.failure and torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -122,9 +135,9 @@ def _compare(case: Case, model: Any, sides: Sequence[Side], batch: Batch, found:
 
     def compare(side: Side, measured: Measured) -> None:
         with set_up(side, case, model, dropout=0.0) as stepper:
-            measured.recomputed, measured.levers = stepper.recomputed, stepper.levers
             terms = {name: value.detach().cpu() for name, value in stepper.step(batch).items()}
             gradient = gradient_of(model)
+            measured.note(stepper)
         measured.terms = {name: float(value) for name, value in terms.items()}
         if not expected:
             expected.append((side.name, terms, gradient))
@@ -151,12 +164,14 @@ def _time(side: Side, case: Case, model: Any, batch: Batch, measured: Measured) 
         stepper.step(batch)
         wait(device)
         measured.seconds.append(time.perf_counter() - start)
+        measured.note(stepper)
 
 
 def _remember_peak(side: Side, case: Case, model: Any, batch: Batch, measured: Measured) -> None:
     with set_up(side, case, model, LORA.dropout) as stepper:
         gc.collect()  # what is freed while it runs must be the step's own
         measured.peak_bytes = peak_bytes(lambda: stepper.step(batch), find_decoder(model).device)
+        measured.note(stepper)
 
 
 def train_within(case: Case, base: Any, budget: str, steps: int) -> dict[str, Any]:
@@ -183,9 +198,11 @@ def train_within(case: Case, base: Any, budget: str, steps: int) -> dict[str, An
         assert all(bool(torch.isfinite(p).all()) for p in trainable_parameters(model)), "training diverged"
         if device.type == "cuda":
             row["peak_bytes_allocated"] = torch.cuda.max_memory_allocated(device)
+            row["peak_bytes_reserved"] = torch.cuda.max_memory_reserved(device)
         tokens = sum(map(real_tokens, batches[1:]))
     timed = sum(seconds[1:])
-    return row | {"seconds": round(timed, 4), "tokens_per_second": round(tokens / timed, 1), "levers": stepper.levers}
+    row |= {"seconds": round(timed, 4), "tokens_per_second": round(tokens / timed, 1)}
+    return row | {"levers": stepper.levers, "retreats": stepper.retreats}
 
 
 def _short(value: float) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
+from repbend_fast.errors import UserError
 from repbend_fast.memory.budget import parse_budget
 from repbend_fast.memory.cards import CUDA_CONTEXT
 from repbend_fast.memory.levers import Levers, levers_of
@@ -57,14 +58,32 @@ def budgets_for(device: torch.device, smoke: bool) -> list[str]:
     return [SMOKE_BUDGET] if smoke else ["8GB"] if device.type == "cuda" else []
 
 
+class NotPlanned(Exception):
+    """The planner refuses the side's budget."""
+
+
 @dataclass
 class Stepper:
-    """A side set up on ``model``: ``step(batch)`` adds the gradient to its adapter and returns the unweighted terms."""
+    """A side set up on ``model``: ``step(batch)`` adds the gradient to its adapter and returns the unweighted terms.
+
+    ``blocks`` are recomputed by a baseline; ours has a ``runner``. ``retreats``: what running out of memory has changed.
+    """
 
     model: Any
     step: Callable[[Batch], Terms]
-    recomputed: int
-    levers: dict[str, Any] = field(default_factory=dict)
+    blocks: int = 0
+    runner: StreamRunner | None = None
+    retreats: list[str] = field(default_factory=list)
+
+    @property
+    def recomputed(self) -> int:
+        """Blocks that are recomputed, as things stand."""
+        return self.runner.levers.checkpoint_blocks if self.runner else self.blocks
+
+    @property
+    def levers(self) -> dict[str, Any]:
+        """The levers in force; none for a baseline."""
+        return self.runner.levers.as_dict() if self.runner else {}
 
 
 def sides_for(device: torch.device, smoke: bool) -> list[Side]:
@@ -134,7 +153,9 @@ def _ours(side: Side, case: Case, model: Any) -> Stepper:
             terms |= runner.backward(stream, dropout_seed=dropout_seed(0, 0, 0)).terms
         return terms
 
-    return Stepper(model, step, levers.checkpoint_blocks, levers.as_dict())
+    stepper = Stepper(model, step, runner=runner)
+    runner.on_out_of_memory = lambda change, _: stepper.retreats.append(change)
+    return stepper
 
 
 def _set_by_hand(side: Side, case: Case, model: Any) -> Levers:
@@ -152,7 +173,10 @@ def _planner(case: Case, device: torch.device) -> Planner:
 @cache
 def _planned(case: Case, budget: str) -> Levers:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _planner(case, device).plan(parse_budget(budget)).levers
+    try:
+        return _planner(case, device).plan(parse_budget(budget)).levers
+    except UserError as error:
+        raise NotPlanned(str(error)) from error
 
 
 @contextmanager

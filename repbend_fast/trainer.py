@@ -258,7 +258,7 @@ class Trainer:
             results += [self.runner.backward(stream, scale, dropout_seed=seed) for stream in streams]
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm or math.inf)
-        # The step's one wait for the device: a non-finite gradient must not reach the weights.
+        # The step's one wait for the device (bitsandbytes' optimizers add theirs): a non-finite gradient must not reach the weights.
         self._check_finite(results, norm)
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:

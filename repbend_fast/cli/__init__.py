@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     debug = os.environ.get("REPBEND_DEBUG", "") not in ("", "0")
     hush()
+    _use_growing_segments()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         code = int(arguments.handler(arguments))
@@ -47,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or not any(_is_no_space(link) for link in _chain(error)):
             raise
         return _fail("no space left on the disk that is written to; what was saved before is intact: free some space, then resume")
+
+
+def _use_growing_segments() -> None:
+    """Let torch's CUDA allocator grow its segments: every batch has other lengths, and fixed segments fragment. A user's settings stay."""
+    if sys.platform == "linux" and not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _fail(message: str) -> int:

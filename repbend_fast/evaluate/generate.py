@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
 
 from repbend_fast.data.records import Message
+from repbend_fast.errors import UserError
 from repbend_fast.evaluate.prompts import Prompt
+from repbend_fast.memory.out_of_memory import OutOfMemory, attempt
 from repbend_fast.models.decoder import find_decoder
 
 
@@ -32,6 +35,10 @@ def generate_answers(
     ``prefills``: how each answer is made to begin, one for each prompt; empty = all of them free.
 
     ``model`` is a transformers causal LM or a peft model around one; its training mode and generation settings are as before afterwards.
+    A batch that does not fit into memory is halved, and those after it have no more prompts.
+
+    Raises:
+        UserError: there is no memory for a single prompt.
     """
     encoded = [encoder.prompt_ids(p.conversation(), prefill) for p, prefill in zip(prompts, prefills or [""] * len(prompts), strict=True)]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
@@ -39,12 +46,27 @@ def generate_answers(
     # LoRA lives inside the modules, so the wrapped model generates with it; peft's own `generate` would put back its settings.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with _evaluating(base), _greedy(base, encoder.tokenizer, max_new_tokens):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            texts = _generate_batch(base, encoder.tokenizer, [encoded[i] for i in chosen])
+        done = 0
+        while done < len(order):
+            chosen = order[done : done + batch_size]
+            batch = [encoded[i] for i in chosen]
+            texts = attempt(partial(_generate_batch, base, encoder.tokenizer, batch), find_decoder(base).device)
+            if isinstance(texts, OutOfMemory):
+                batch_size = _smaller(len(chosen), len(batch[-1]), texts)
+                continue
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
+            done += len(chosen)
     return answers
+
+
+def _smaller(prompts: int, tokens: int, failure: OutOfMemory) -> int:
+    if prompts == 1:
+        raise UserError(
+            f"out of memory while an answer to a prompt of {tokens} tokens was generated ({failure.reason}); shorten the prompts, lower "
+            "max_new_tokens or set model.quantization=nf4"
+        )
+    return prompts // 2
 
 
 @contextmanager

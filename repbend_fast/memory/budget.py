@@ -10,14 +10,15 @@ import torch
 
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError
-from repbend_fast.memory.cards import CUDA_CONTEXT, FRAGMENTATION, GB, GIB, free_memory
+from repbend_fast.memory.cards import BARE_CONTEXT, CUDA_CONTEXT, FRAGMENTATION, GB, GIB, free_memory
 from repbend_fast.memory.tracker import module_tensors, tensor_bytes
 from repbend_fast.models.adapters import trainable_parameters
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "KIB": 2**10, "MIB": 2**20, "GIB": GIB}
 
-# bitsandbytes keeps the states of smaller parameters in 32 bits, and one scale for this many 8-bit values.
+# bitsandbytes keeps the states of smaller parameters in 32 bits, one scale for this many 8-bit values, and pages larger parameters only.
 LEAST_8BIT, BLOCK_8BIT = 4096, 256
+LEAST_PAGED = 100_000
 
 
 def parse_budget(text: str) -> int | None:
@@ -41,7 +42,10 @@ def budget_bytes(text: str | None, device: torch.device) -> int | None:
     if text is None:
         return None
     size = parse_budget(text)
-    return free_memory(device) if size is None else size
+    if size is not None:
+        return size
+    # The context stands in every plan, and has left what is free already.
+    return free_memory(device) + (BARE_CONTEXT if device.type == "cuda" else 0)
 
 
 def show_bytes(size: float) -> str:
@@ -103,11 +107,15 @@ def taken(stays: Standing, peak: int, device: torch.device) -> int:
 
 
 def _optimizer_bytes(sizes: list[int], adapter: int, optimizer: str) -> int:
-    if optimizer.startswith("paged"):
-        return 0  # in host memory, which the driver pages in for the step
-    if optimizer == "adamw_8bit":
-        return sum(8 * n if n < LEAST_8BIT else 2 * n + 2 * 4 * -(n // -BLOCK_8BIT) for n in sizes)
-    return 2 * adapter
+    if optimizer == "adamw":
+        return 2 * adapter
+    # What is paged lies in host memory, and the driver brings it in for the step.
+    stays = [0 if optimizer.startswith("paged") and n >= LEAST_PAGED else n for n in sizes]
+    if not optimizer.endswith("8bit"):
+        return 8 * sum(stays)
+    narrow = [n >= LEAST_8BIT for n in sizes]
+    scales = sum(2 * 4 * -(n // -BLOCK_8BIT) for n, is_narrow in zip(sizes, narrow) if is_narrow)
+    return scales + sum((2 if is_narrow else 8) * n for n, is_narrow in zip(stays, narrow))
 
 
 def _moment_bytes(trained: list[Any], adapter: int, optimizer: str, device: torch.device) -> int:

@@ -23,6 +23,9 @@ EFFICIENCY = 0.55
 CUDA_CONTEXT = 600 * 2**20
 """Bytes that a process holds on a CUDA device outside of torch's allocator: context, loaded kernels, cuBLAS workspaces. An assumption."""
 
+BARE_CONTEXT = 200 * 2**20
+"""Bytes of those that are gone as soon as a process has asked a CUDA device how much is free. An assumption, on the low side."""
+
 FRAGMENTATION = 0.05
 """Share of the step's own peak (not of the weights) that the caching allocator is taken to lose to fragmentation."""
 

@@ -36,7 +36,15 @@ class HostStates:
         self.device = device
         self._streams = device.type == "cuda" and torch.cuda.is_available()
         self._kept: dict[int, _Kept] = {}
-        self._under_way: deque[torch.cuda.Event] = deque()
+        # A state stays referenced until the device has been told to wait for its copy. ``record_stream`` would hold it until the host
+        # sees the copy done, and the host runs blocks ahead.
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def __del__(self) -> None:
+        # After an error a copy may still be on its way into memory that is given back now.
+        for kept in self._kept.values():
+            if kept.sent is not None and kept.arrived is not None:
+                torch.cuda.current_stream(self.device).wait_event(kept.arrived)
 
     def put(self, index: int, hidden: Tensor) -> None:
         """Copy the input of block ``index``; the caller may drop it at once."""
@@ -49,15 +57,20 @@ class HostStates:
         stream, current = _side_stream(self.device), torch.cuda.current_stream(self.device)
         if len(self._under_way) == 2:
             # Without this the device would hold every state that the link has not taken yet.
-            current.wait_event(self._under_way.popleft())
+            self._let_go()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             kept.host.copy_(hidden, non_blocking=True)
-        hidden.record_stream(stream)
-        self._under_way.append(stream.record_event())
+        self._under_way.append((hidden, stream.record_event()))
+
+    def _let_go(self) -> None:
+        _, event = self._under_way.popleft()
+        torch.cuda.current_stream(self.device).wait_event(event)
 
     def get(self, index: int) -> Tensor:
         """The input of block ``index`` on the device, a leaf; the one of the block before is sent for as well."""
+        while self._under_way:
+            self._let_go()
         kept = self._kept[index]
         self._send(kept)
         if index - 1 in self._kept:
@@ -80,7 +93,6 @@ class HostStates:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             kept.sent.copy_(kept.host, non_blocking=True)
-        kept.sent.record_stream(stream)
         kept.arrived = stream.record_event()
 
 

@@ -19,7 +19,17 @@ from repbend_fast.memory.levers import Levers
 T = TypeVar("T")
 
 # torch raises its OutOfMemoryError for its own CUDA allocator only; these are other allocators' words.
-WORDS = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "[CUDA]: out of memory")
+WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "[CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    # Backward's own thread makes its handle when the card is at its fullest.
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+)
 
 
 @dataclass(frozen=True)

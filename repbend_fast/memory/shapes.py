@@ -17,7 +17,7 @@ from repbend_fast.config.schema import LoraSection, ModelConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import attach_lora
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.load import DTYPES, NF4_BLOCK, _hub_arguments, config_source
+from repbend_fast.models.load import DTYPES, NF4_BLOCK, _hub_arguments, config_source, keep_attention_cap
 
 _LLAMA_3_8B = {
     "model_type": "llama",
@@ -88,6 +88,7 @@ def shape_model(config: ModelConfig, lora: LoraSection, window: tuple[int, ...],
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **arguments)
         except (ValueError, ImportError) as error:
             raise UserError(f"model.name={config.name}: cannot be planned ({one_line(error)})") from error
+    keep_attention_cap(model, config)
     model.requires_grad_(False).eval()
     decoder = find_decoder(model)
     if blocks is not None:

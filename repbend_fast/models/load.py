@@ -35,6 +35,31 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def settle_device(device: torch.device) -> None:
+    """What a CUDA device needs once before a model runs on it; nothing elsewhere."""
+    if device.type != "cuda":
+        return
+    if device.index is not None:
+        torch.cuda.set_device(device)  # some kernels of other packages launch on the current device, whatever their tensors'
+    # torch prefers cuDNN's attention on Hopper and Blackwell. It plans anew for every length, which costs seconds a step with ragged
+    # batches, and differently where no backward follows: the reference and the adapted pass would differ at B = 0.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def keep_attention_cap(model: Any, config: ModelConfig) -> None:
+    """Choose the attention that applies a soft-cap to its logits (Gemma-2); transformers' SDPA leaves it out, in some versions by default.
+
+    Raises:
+        UserError: SDPA was asked for.
+    """
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) is None or text._attn_implementation != "sdpa":
+        return
+    if config.attention == "sdpa":
+        raise UserError(f"model.attention=sdpa: {text.model_type} caps its attention logits, which SDPA leaves out; use auto or eager")
+    model.set_attn_implementation("eager")
+
+
 def resolve_source(config: ModelConfig) -> str:
     """The folder or hub name behind ``model.name``; ``package:NAME`` is the folder of an installed package."""
     name = config.name
@@ -97,9 +122,11 @@ def load_model(config: ModelConfig) -> nn.Module:
     """The causal LM on its device: eval mode, all parameters frozen, its own adapter (if any) merged.
 
     Raises:
-        UserError: missing folder, no safetensors weights, unknown architecture, device not there, NF4 not available.
+        UserError: missing folder, no safetensors weights, unknown architecture, device not there, NF4 not available, an attention
+            implementation that leaves out what the model needs.
     """
     device = resolve_device(config.device)
+    settle_device(device)
     check_liger(config.liger, device)
     source = resolve_source(config)
     adapters = [config.adapter] if config.adapter else []
@@ -108,6 +135,7 @@ def load_model(config: ModelConfig) -> nn.Module:
         source = _adapter_base(source, config)
     direct_nf4 = config.quantization == "nf4" and not config.gguf_file and not adapters and not _carries_adapter(source, config)
     model = _from_pretrained(source, config, device, direct_nf4)
+    keep_attention_cap(model, config)
     _merge_injected(model)
     for adapter in adapters:
         model = _merge_adapter(model, adapter)

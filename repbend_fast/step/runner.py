@@ -27,6 +27,7 @@ from repbend_fast.memory.out_of_memory import Load, OutOfMemory, attempt, fresh_
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.decoder import Decoder, Head, check_head, find_decoder, find_head
 from repbend_fast.models.lean import use_lean_layers
+from repbend_fast.models.load import settle_device
 from repbend_fast.models.lora import lora_dropout, use_low_rank_forward
 from repbend_fast.objectives.base import PairwiseCosine, Stream, Triplets
 from repbend_fast.pieces import Layout, Piece, make_piece, split
@@ -57,6 +58,7 @@ class StreamRunner:
     """
 
     def __init__(self, model: Any, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True) -> None:
+        settle_device(find_decoder(model).device)
         use_low_rank_forward(model)
         use_lean_layers(model)
         self.levers = levers

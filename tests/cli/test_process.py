@@ -40,3 +40,17 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_allocator_s_segments_grow_unless_the_user_says_otherwise() -> None:
+    probe = "import os; from repbend_fast.cli import main; main(['recipes', 'ls']); print('conf', os.environ.get('PYTORCH_ALLOC_CONF'))"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH_")}
+
+    def setting(**given: str) -> str:
+        command = [sys.executable, "-c", probe]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env={**env, **given})
+        return done.stdout.splitlines()[-1]
+
+    assert setting() == ("conf expandable_segments:True" if sys.platform == "linux" else "conf None")
+    assert setting(PYTORCH_ALLOC_CONF="max_split_size_mb:64") == "conf max_split_size_mb:64"
+    assert setting(PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64") == "conf None"

@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from repbend_fast.errors import UserError
+from repbend_fast.evaluate import generate
 from repbend_fast.evaluate.generate import end_tokens, generate_answers
 from repbend_fast.evaluate.prompts import Prompt
 
@@ -80,6 +82,31 @@ def test_equals_greedy_by_hand_in_the_order_of_the_prompts(model, batch_size: in
     want = [greedy_by_hand(model, encoder.prompt_ids(p.conversation()), 9) for p in PROMPTS]
     assert got == want
     assert len(set(want)) > 2, "the test needs answers that differ"
+
+
+def test_a_batch_without_memory_is_halved(model, monkeypatch):
+    """Every answer comes out as in small batches, and nothing is asked in a size that failed before."""
+    encoder, real, sizes = StubEncoder(), generate._generate_batch, []
+
+    def with_room_for_two(base, tokenizer, encoded):
+        sizes.append(len(encoded))
+        if len(encoded) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(base, tokenizer, encoded)
+
+    want = generate_answers(model, encoder, PROMPTS, max_new_tokens=9, batch_size=2)
+    monkeypatch.setattr(generate, "_generate_batch", with_room_for_two)
+    assert generate_answers(model, encoder, PROMPTS, max_new_tokens=9, batch_size=5) == want
+    assert sizes == [5, 2, 2, 1]
+
+
+def test_no_memory_for_one_prompt_is_said(model, monkeypatch):
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(generate, "_generate_batch", never)
+    with pytest.raises(UserError, match=r"prompt of 2 tokens.*2\.00 GiB.*max_new_tokens"):
+        generate_answers(model, StubEncoder(), PROMPTS, batch_size=4)
 
 
 def test_prefill_starts_the_answer_and_is_not_returned(model):

@@ -34,6 +34,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("implementation", values, scope="session")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU every test here that takes a ``device`` runs on it, so it is one of the ``gpu`` tests."""
+    if INTERPRETING or not torch.cuda.is_available():
+        return
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the tensors lie."""

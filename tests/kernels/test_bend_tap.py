@@ -45,6 +45,9 @@ def test_loss_and_gradient(implementation, device, kind, shape, dtype) -> None:
     loss, grad = run(bend_tap, hidden, reference.clone(), rows, kind, 0.75, implementation=implementation)
     assert loss.dtype == torch.float32
     assert_matches(loss, expected_loss, tolerance=3e-6, name="loss")
+    if size[-1] == 1 and "cosine" in kind:
+        # Vectors of width 1 are parallel: the tap's own gradient is 0, and rounding is measured against 1/‖h‖.
+        grad, expected_grad = grad * hidden, expected_grad * hidden.double()
     assert_matches(grad, expected_grad, tolerance=TOLERANCE[dtype], name="gradient")
 
 

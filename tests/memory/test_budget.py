@@ -9,8 +9,9 @@ import torch
 from shape_recipes import recipe
 
 from repbend_fast.errors import UserError
-from repbend_fast.memory.budget import Standing, parse_budget, standing, taken
-from repbend_fast.memory.cards import CARDS, find_card
+from repbend_fast.memory import budget
+from repbend_fast.memory.budget import Standing, _optimizer_bytes, budget_bytes, parse_budget, standing, taken
+from repbend_fast.memory.cards import BARE_CONTEXT, CARDS, CUDA_CONTEXT, find_card
 from repbend_fast.memory.shapes import shape_model
 from repbend_fast.models import trainable_parameters
 
@@ -42,6 +43,24 @@ def test_standing_counts_two_moments_of_float32_and_one_byte_each_of_8bit(tmp_pa
     assert parts.optimizer == pytest.approx(8 * small + (2 + 8 / 256) * large, rel=0.02)
     config.training.optimizer = "adamw"
     assert standing(model, config, CPU).optimizer == 8 * sum(numbers)
+
+
+def test_paged_moments_of_small_parameters_and_all_scales_stay_on_the_device() -> None:
+    """bitsandbytes pages parameters of at least 100 000 elements (``Optimizer8bit.get_state_buffer``), and no scales."""
+    sizes = [1000, 50_000, 99_999, 100_000, 1_000_000]
+    assert _optimizer_bytes(sizes, 4 * sum(sizes), "paged_adamw") == 8 * (1000 + 50_000 + 99_999)
+    scales = 8 * sum(-(n // -256) for n in sizes[1:])
+    assert _optimizer_bytes(sizes, 4 * sum(sizes), "paged_adamw_8bit") == 8 * 1000 + 2 * (50_000 + 99_999) + scales
+    assert _optimizer_bytes(sizes, 4 * sum(sizes), "adamw_8bit") == 8 * 1000 + 2 * sum(sizes[1:]) + scales
+
+
+def test_auto_counts_the_context_once(monkeypatch) -> None:
+    """What is free on a GPU is so after the context was made, and every plan has the context in it."""
+    monkeypatch.setattr(budget, "free_memory", lambda device: 7 * 10**9)
+    assert budget_bytes("auto", CUDA) == 7 * 10**9 + BARE_CONTEXT
+    assert BARE_CONTEXT < CUDA_CONTEXT
+    assert budget_bytes("auto", CPU) == 7 * 10**9
+    assert budget_bytes("8GB", CUDA) == 8 * 10**9
 
 
 def test_taken_has_a_reserve_on_cuda_only() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models import load_model, load_tokenizer, quantize_nf4, reference_model, resolve_device
+from repbend_fast.models.load import keep_attention_cap, settle_device
 
 IDS = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(5))
 CPU = torch.device("cpu")
@@ -293,6 +294,47 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_gpu_is_settled_before_a_model_runs_on_it(monkeypatch, name) -> None:
+    """Its index is made current, and cuDNN's attention, which plans the reference and the adapted pass apart, is off."""
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device.index))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    settle_device(CPU)
+    assert calls == []
+    settle_device(torch.device(name))
+    assert calls == ([False] if name == "cuda" else [1, False])
+
+
+def _gemma2() -> Any:
+    model = tiny_model("gemma2")
+    model.config.attn_logit_softcapping = 0.05
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.05
+    return model
+
+
+def _with_sdpa(model: Any) -> Any:
+    """As transformers loads Gemma-2 in the versions that take its SDPA for complete."""
+    model.config._attn_implementation = "sdpa"
+    return model
+
+
+def test_attention_logits_keep_their_cap() -> None:
+    capped = _gemma2()
+    capped.set_attn_implementation("eager")
+    expected = _logits(capped)
+    automatic = ModelConfig(name="any")
+    model = _with_sdpa(_gemma2())
+    keep_attention_cap(model, automatic)
+    assert relative_l2(_logits(model), expected) < 1e-6
+    with pytest.raises(UserError, match=r"model\.attention=sdpa: gemma2.*eager"):
+        keep_attention_cap(_with_sdpa(model), ModelConfig(name="any", attention="sdpa"))
+    uncapped = _with_sdpa(tiny_model("llama"))
+    keep_attention_cap(uncapped, automatic)
+    assert uncapped.config._attn_implementation == "sdpa"
 
 
 def test_tokenizer_and_chat_template(tokenizer_folder, tmp_path) -> None:

@@ -280,6 +280,13 @@ def test_nothing_left() -> None:
 
 def test_what_counts_as_out_of_memory() -> None:
     assert all(is_out_of_memory(error()) for error in ERRORS.values())
+    for words in (
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "driver error: out of memory",
+    ):
+        assert is_out_of_memory(RuntimeError(f"CUDA {words}"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm(handle)`"))
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
     result = attempt(lambda: 1 // 0 if False else 7, CPU)

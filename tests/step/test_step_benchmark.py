@@ -106,11 +106,30 @@ def checked(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
 def test_the_gpu_script_runs_every_stage_without_a_gpu(checked) -> None:
     result, folder = checked
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    for name in ("tests", "ops", "step"):
+    for name in ("tests", "ops", "step", "profile"):
         assert re.search(rf"^{name} +rc 0,", result.stdout, re.MULTILINE), result.stdout[-2000:]
         assert (folder / f"gpu_check_{name}.log").stat().st_size > 0
     assert {row["op"] for row in json.loads((folder / "cpu.json").read_text())["rows"]} == {"pairwise_cosine", "window_distance"}
     assert "peft+liger" in result.stdout
+
+
+def test_the_gpu_script_names_an_unknown_stage_before_it_starts() -> None:
+    command = ["bash", "benchmarks/gpu_check.sh", "--cpu", "--stages", "ops,stpe"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: no stage stpe\n")
+
+
+def test_the_gpu_script_does_not_pass_without_what_it_is_asked_to_run(tmp_path) -> None:
+    """A dependency that is missing is an error, unless the ops alone were asked for."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['bitsandbytes'] = None\n")
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    command = ["bash", "benchmarks/gpu_check.sh", "--cpu", "--stages", "step", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "bitsandbytes" in result.stderr
+    assert "OPS_ONLY=1" in result.stderr
+    result = subprocess.run(command, cwd=ROOT, env={**env, "OPS_ONLY": "1"}, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, "skipped: OPS_ONLY" in result.stdout) == (0, True)
 
 
 def test_the_benchmark_compares_measures_and_records(checked) -> None:
@@ -182,6 +201,45 @@ RECORDS = sorted((ROOT / "benchmarks" / "results").glob("train_step_*.json"))
 def test_recorded_step_results_keep_their_goals_or_are_said_not_to(path: Path) -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert [line for line in missed_step_goals(json.loads(path.read_text())) if line not in text] == []
+
+
+def test_a_side_that_breaks_leaves_the_others_their_numbers(monkeypatch) -> None:
+    def broken(model, batch, config):
+        raise ValueError("a kernel of another package")
+
+    def refused(case, budget):
+        raise step_sides.NotPlanned(f"memory.budget={budget} cannot be kept")
+
+    monkeypatch.setattr(step_sides, "peft_liger_step", broken)
+    monkeypatch.setattr(step_sides, "_planned", refused)
+    case = cases_for(torch.device("cpu"), smoke=True)[0]
+    sides = [Side("eager"), Side("peft+liger"), Side("ours 8GB", budget="8GB"), Side("ours", {})]
+    eager, other, capped, ours = measure_case(case, load_base(case, torch.device("cpu")), sides, rounds=1, matrix=1e9)
+    assert other.failure == "ValueError: a kernel of another package"
+    assert capped.failure == "not planned: memory.budget=8GB cannot be kept"
+    assert not eager.failure
+    assert not ours.failure
+    assert ours.row()["peak_bytes_above_model"] > 0
+
+
+def test_levers_are_recorded_as_they_ended(monkeypatch) -> None:
+    """Where memory runs out the row names the levers that ran, and what gave way."""
+    real, calls = torch.Tensor.backward, []
+
+    def backward(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) % 40 == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *args, **kwargs)
+
+    case = cases_for(torch.device("cpu"), smoke=True)[0]
+    base = load_base(case, torch.device("cpu"))
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    (ours,) = measure_case(case, base, [Side("ours", {"piece_tokens": 1536})], rounds=1, matrix=1e9)
+    assert not ours.failure
+    assert ours.retreats
+    assert ours.row()["levers"] != {}
+    assert ours.row()["retreats"] == ours.retreats
 
 
 def test_a_side_that_disagrees_is_not_timed(monkeypatch) -> None:
