@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from repbend_kernels.keyed_dropout import row_hashes
 from tiny_models import BLOCKS, FAMILIES, VOCABULARY, objective_config, run_step, tiny_model, wrap
 
@@ -127,6 +128,29 @@ def test_the_reference_leaves_the_adapter_as_it_was() -> None:
     assert [name for name, p in model.named_parameters() if p.requires_grad] == before
     assert torch.is_grad_enabled()
     assert not model.get_base_model().model.layers[0].mlp.down_proj.disable_adapters
+
+
+def test_the_reference_is_what_peft_s_own_switch_gives() -> None:
+    """Also with trained copies of whole modules, with a layer that was off before, and with a part of the adapter frozen."""
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.add_(1.0)
+        on = model(input_ids=IDS, use_cache=False).logits
+        with model.disable_adapter():
+            expected = model(input_ids=IDS, use_cache=False).logits
+    layers = model.get_base_model().model.layers
+    layers[0].mlp.down_proj.lora_A["default"].weight.requires_grad_(False)
+    layers[1].mlp.down_proj._disable_adapters = True
+    before = [name for name, p in model.named_parameters() if p.requires_grad]
+    with reference_model(model):
+        got = model(input_ids=IDS, use_cache=False).logits
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == before
+    assert torch.equal(got, expected)
+    assert not torch.allclose(on, expected, atol=0.1)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == before
+    assert layers[1].mlp.down_proj.disable_adapters
+    assert not layers[0].mlp.down_proj.disable_adapters
 
 
 def test_dropout_is_restored() -> None:
