@@ -109,7 +109,7 @@ done
 
 echo "== results"
 for record in $(for name in ${STAGES//,/ }; do echo "${RECORDS[$name]:-}"; done | sort -u); do
-    [[ -f $record && $record != *step_profile* ]] && "$PYTHON" benchmarks/report.py "$record"
+    [[ -f $record ]] && "$PYTHON" benchmarks/report.py "$record"
 done
 failed=0
 for name in ${STAGES//,/ }; do

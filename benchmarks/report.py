@@ -1,4 +1,4 @@
-"""Draws a record of the op benchmarks, the step's or the demo's: a table; for the ops bars as a PNG where matplotlib is there.
+"""Draws a record of the op benchmarks, the step's, its profile's or the demo's: a table; for the ops bars as a PNG with matplotlib.
 
     python benchmarks/report.py [benchmarks/results/cpu.json] [--png FILE]
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from demo_record import demo_table, missed_demo_goals
+from profile_parts import profile_table
 from step_record import missed_step_goals, step_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -123,6 +124,15 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def kind_of(record: dict[str, Any]) -> str:
+    """What made the record: ``ops``, ``step``, ``profile`` or ``demo``."""
+    if "ratios" in record:
+        return "step"
+    if "seeds" in record:
+        return "demo"
+    return "profile" if any("parts" in row for row in record["rows"]) else "ops"
+
+
 def main() -> int:
     """Prints the table; draws where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,13 +142,14 @@ def main() -> int:
     if not arguments.record.exists():
         parser.error(f"{arguments.record}: no such record; make one with `make bench`")
     record = json.loads(arguments.record.read_text())
-    kind = "step" if "ratios" in record else "demo" if "seeds" in record else "ops"
+    kind = kind_of(record)
     if kind != "ops" and arguments.png:
         parser.error("--png draws records of the ops")
-    print({"step": step_table, "demo": demo_table, "ops": table}[kind](record))
+    print({"step": step_table, "profile": profile_table, "demo": demo_table, "ops": table}[kind](record))
     if arguments.png:
         draw(record, arguments.png)
-    missed = {"step": missed_step_goals, "demo": missed_demo_goals, "ops": missed_goals}[kind](record)
+    goals = {"step": missed_step_goals, "demo": missed_demo_goals, "ops": missed_goals}
+    missed = goals[kind](record) if kind in goals else []
     for line in missed:
         print(f"missed: {line}")
     return 1 if missed else 0

@@ -20,15 +20,13 @@ from typing import Any
 
 import torch
 from harness import RESULTS, environment, hardware_slug, wait
-from profile_parts import add_up, busy_seconds, read
+from profile_parts import Row, add_up, busy_seconds, profile_table, read
 from step_cases import LORA, Case, cases_for, load_base, real_tokens
 from step_sides import Side, adapted, set_up, sides_for
 
 from repbend_fast.config.schema import TrainingConfig
 from repbend_fast.models import find_decoder, trainable_parameters
 from repbend_fast.optimizer import build_optimizer
-
-Row = dict[str, Any]
 
 
 def profile_side(case: Case, model: Any, side: Side, rounds: int, optimizer: str) -> Row:
@@ -74,36 +72,6 @@ def _seconds(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def accounted(row: Row) -> float:
-    """The share of the step's time that the parts and idling add up to: of the plain step on a GPU, of the profiled one on a CPU."""
-    named = sum(part["seconds"] for part in row["parts"])
-    return (named + row["idle_seconds"]) / row["seconds"] if "idle_seconds" in row else named / row["seconds_profiled"]
-
-
-def profile_table(record: dict[str, Any]) -> str:
-    """Parts as lines, kinds as columns, seconds; the last line and column are shares of all."""
-    lines = [f"{record['hardware']}, {record['threads']} CPU thread(s), torch {record['versions']['torch']}"]
-    for row in record["rows"]:
-        spent = {(p["part"], p["kind"]): p["seconds"] for p in row["parts"]}
-        idle = row.get("idle_seconds", 0.0)
-        whole = sum(spent.values()) + idle
-        kinds = sorted({kind for _, kind in spent}, key=lambda k: -_sum(spent, 1, k))
-        parts = sorted({part for part, _ in spent}, key=lambda p: -_sum(spent, 0, p))
-        lines += ["", f"{row['case']}, {row['side']}: {row['seconds']:.3f} s a step; {accounted(row):.0%} accounted for"]
-        lines.append(f"{'':36}" + "".join(f"{kind:>21}" for kind in kinds) + f"{'share':>8}")
-        for part in parts:
-            cells = "".join(f"{spent.get((part, kind), 0.0):21.4f}" for kind in kinds)
-            lines.append(f"{part:36}{cells}{_sum(spent, 0, part) / whole:8.1%}")
-        if idle:
-            lines.append(f"{'idle':36}" + " " * 21 * len(kinds) + f"{idle / whole:8.1%}")
-        lines.append(f"{'share':36}" + "".join(f"{_sum(spent, 1, kind) / whole:21.1%}" for kind in kinds))
-    return "\n".join(lines)
-
-
-def _sum(spent: dict[tuple[str, str], float], place: int, name: str) -> float:
-    return sum(seconds for key, seconds in spent.items() if key[place] == name)
 
 
 def write(path: Path, rows: list[Row]) -> dict[str, Any]:

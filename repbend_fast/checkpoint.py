@@ -82,7 +82,12 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     """Settings that shape what a checkpoint holds, by key: a run cannot go on with others."""
     lora = {f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()}
     model = {f"model.{key}": getattr(config.model, key) for key in ("dtype", "quantization", "double_quantization")}
-    return lora | model | {"training.optimizer": config.training.optimizer}
+    fixed = lora | model | {"training.optimizer": config.training.optimizer, "objective.name": config.objective.name}
+    if config.validation.every:
+        # The validation before training, which the others are compared with, was measured on these.
+        settings = config.validation.model_dump(mode="json", include={"prompts", "max_new_tokens", "sources", "holdout"})
+        fixed |= {f"validation.{key}": value for key, value in settings.items()}
+    return fixed
 
 
 def read_state(path: Path, config: Config) -> dict[str, Any]:
@@ -98,9 +103,10 @@ def read_state(path: Path, config: Config) -> dict[str, Any]:
     if missing := {"step", "sampler", "guard", "stopped", "settings", "limits"} - plain.keys():
         raise UserError(_damaged(path, f"state.json has no {', '.join(sorted(missing))}"))
     for key, own in fixed_settings(config).items():
-        written = plain["settings"].get(key)
+        written = plain["settings"].get(key, own)  # one of a run without validation has no settings of it
         if written != own:
-            raise UserError(f"cannot resume: {key}={own}, but the checkpoint was written with {written}; set it back")
+            remedy = "set it back, or validation.every=0" if key.startswith("validation.") else "set it back"
+            raise UserError(f"cannot resume: {key}={own}, but the checkpoint was written with {written}; {remedy}")
     return plain
 
 

@@ -124,12 +124,17 @@ def _raise_disk_error(what: str, path: Path, error: OSError) -> NoReturn:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     with saving(path.name, path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(temporary, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

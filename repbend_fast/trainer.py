@@ -25,7 +25,7 @@ from repbend_fast.config import Config, resolved_yaml
 from repbend_fast.data.prefetch import PreparedBatches
 from repbend_fast.data.prepare import RunData
 from repbend_fast.errors import UserError
-from repbend_fast.evaluate.command import evaluate_sides
+from repbend_fast.evaluate.command import drop_stale, evaluate_sides
 from repbend_fast.interrupt import Interrupt
 from repbend_fast.memory.levers import Levers, levers_of
 from repbend_fast.memory.out_of_memory import is_out_of_memory, optimizer_out_of_memory
@@ -228,6 +228,7 @@ class Trainer:
         if state.plain.get("levers", {}).get("first") == self.first_levers.as_dict():
             self.runner.levers = Levers(**state.plain["levers"]["last"])
         remove_leftovers(self.run)
+        drop_stale(self.run, self.config)
         # Settings given with --resume belong to the run from here on, also when it is resumed again.
         write_text(self.run.config, resolved_yaml(self.config))
         self.log = MetricsLog(self.run.metrics, last_step=self.step)

@@ -15,7 +15,7 @@ from repbend_fast.compare.training import Training, evaluate, measure_before, st
 from repbend_fast.errors import UserError
 from repbend_fast.metrics import console, say
 from repbend_fast.report.reading import RunRecord
-from repbend_fast.runs import saving, write_json, write_text
+from repbend_fast.runs import RunFolder, only_training, write_bytes, write_json, write_text
 from repbend_fast.trainer import INTERRUPTED
 
 
@@ -45,18 +45,18 @@ def run_compare(comparison: Comparison, again: str) -> int:
     Returns: 0, or 130 after Ctrl-C.
 
     Raises:
-        UserError: a run failed; what was finished before stays and is used again.
+        UserError: a run failed, or another comparison is at work in the folder; what was finished before stays and is used again.
     """
     try:
-        record = _compare(comparison)
+        with only_training(RunFolder(comparison.folder)):
+            record = _compare(comparison)
     except KeyboardInterrupt:
         say(f"stopped; what is finished is kept. go on with: {again}")
         return INTERRUPTED
     folder = comparison.folder
     write_json(folder / "compare.json", record)
     write_text(folder / "compare.md", tables.markdown(record))
-    with saving("the picture", folder / "compare.png"):
-        (folder / "compare.png").write_bytes(picture.png(record))
+    write_bytes(folder / "compare.png", picture.png(record))
     console.print(tables.terminal(record, console.width))
     for method in record["methods"]:
         say(tables.chosen_line(record, method))

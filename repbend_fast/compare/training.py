@@ -148,6 +148,7 @@ def evaluate(training: Training, before: dict[str, Any]) -> RunRecord:
     if not (as_wanted and record.after and record.before == before):
         # An earlier `after` must not be taken for this one, should the evaluation be interrupted.
         write_json(training.run.evaluation, {"before": before})
+        write_text(training.run.config, resolved_yaml(config))  # the settings that this `before` was measured with
         file = training.folder.with_name(f"{training.folder.name}.test.yaml")
         write_text(file, resolved_yaml(config))
         code = process.run_command(["train", str(file), "--resume", str(training.folder)], training.log)

@@ -17,6 +17,7 @@ from repbend_fast.evaluate.prompts import load_prompts
 from repbend_fast.evaluate.rates import table
 from repbend_fast.evaluate.run import run_evaluation
 from repbend_fast.metrics import console, say
+from repbend_fast.models import reference_model
 from repbend_fast.runs import RunFolder, write_json
 
 if TYPE_CHECKING:
@@ -27,15 +28,29 @@ if TYPE_CHECKING:
 def evaluate_sides(run: RunFolder, config: Config, runner: StreamRunner, data: RunData, side: str, **extra: Any) -> None:
     """Measure the model as it is now and store it as ``side`` (``before`` or ``after``) of the run's ``evaluation.json``.
 
-    Does nothing without ``evaluation.prompts``. ``after`` prints the table of both sides.
+    Does nothing without ``evaluation.prompts``. ``after`` prints the table of both sides, and measures the model without its adapter
+    where there is no ``before``.
     """
     if config.evaluation.prompts is None:
         return
     content = _stored(run.evaluation) if side == "after" else {}
+    if side == "after" and "before" not in content:
+        with reference_model(runner.model):
+            content["before"] = measure_model(config, runner, data.encoder, data.chat)
     content[side] = measure_model(config, runner, data.encoder, data.chat)
     write_json(run.evaluation, content | extra)
     if side == "after":
         console.print(table(content.get("before"), content["after"]))
+
+
+def drop_stale(run: RunFolder, config: Config) -> None:
+    """Take out of ``evaluation.json`` what a resumed run cannot keep: ``after``, and ``before`` if it was measured with other settings."""
+    stored = _stored(run.evaluation)
+    if not stored:
+        return
+    same = _measured(load_config(str(run.config))) == _measured(config)
+    kept = {"before": stored["before"]} if same and "before" in stored else {}
+    write_json(run.evaluation, kept)
 
 
 def measure_model(config: Config, runner: StreamRunner, encoder: ChatEncoder, chat: list[Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from repbend_fast.evaluate.rates import KEYS, LOWER_IS_BETTER, RATE_KEYS, TITLES, format_value
 from repbend_fast.report.plots import FIGURES
 from repbend_fast.report.reading import Row, RunRecord, read_run
-from repbend_fast.runs import saving, write_text
+from repbend_fast.runs import write_bytes, write_text
 
 GROUP_TITLES = {
     "attack_direct": "Attack requests, asked directly",
@@ -62,9 +62,7 @@ def _figures(run: RunRecord) -> dict[str, bytes]:
 
 def _image(path: Path, data: bytes) -> str:
     """Store a PNG beside the report and return it as a data URI."""
-    with saving(path.name, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+    write_bytes(path, data)
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny_comparison import InProcess, TinyComparison
 from tiny_run import adapter_of, rows, same_tensors
 
 from repbend_fast.cli import main
+from repbend_fast.compare.command import run_compare
+from repbend_fast.errors import UserError
+from repbend_fast.runs import RunFolder, only_training
 from repbend_fast.trainer import Trainer
 
 RATES = ("--rates", "1e-2", "3e-2")
@@ -139,3 +145,11 @@ def test_a_failed_run_is_one_line_and_nothing_is_lost(
     in_process.before = lambda arguments: None
     assert tiny.compare(*RATES, recipes=[tiny.bend]) == 0
     assert in_process.take()[0] == "train bend/seed-0/lr-3e-02"
+
+
+def test_one_comparison_at_a_time_in_a_folder(tmp_path) -> None:
+    comparison: Any = SimpleNamespace(folder=tmp_path)
+    writing = rf"another training is writing to this folder \(process {os.getpid()}\)"
+    with only_training(RunFolder(tmp_path)), pytest.raises(UserError, match=writing):
+        run_compare(comparison, "again")
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Granit
 
 from repbend_fast.cli import main
 from repbend_fast.models import load_model
+from repbend_fast.trainer import Trainer
 
 PROMPTS = [
     {"kind": "attack", "text": "How do I make mist-wire?", "item": "mist-wire"},
@@ -73,6 +74,36 @@ def test_eval_on_other_prompts_measures_both_sides_and_stores_them_apart(copied:
     stored = json.loads((copied / "evaluation-other.json").read_text(encoding="utf-8"))
     assert stored["before"]["counts"] == stored["after"]["counts"] == {"ordinary": 1}
     assert (stored["before"]["kl"], stored["after"]["kl"]) == (0.0, before["after"]["kl"])
+
+
+def test_resuming_with_other_prompts_measures_both_sides_on_them(evaluated: TinyRun, copied: Path, tmp_path: Path) -> None:
+    """What was measured before training on the first prompts is no comparison for the others."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"kind": "ordinary", "text": "Count to three."}) + "\n", encoding="utf-8")
+    run = TinyRun(evaluated.model, tmp_path)
+    shutil.copytree(copied, run.path)
+    assert run.resume(f"evaluation.prompts.path={other}").exit_code == 0
+    stored, first = evaluation(run.path), evaluation(evaluated.path)
+    assert stored["before"]["counts"] == stored["after"]["counts"] == {"ordinary": 1}
+    for side in ("before", "after"):
+        assert (stored[side]["kl"], stored[side]["perplexity"]) == (first[side]["kl"], first[side]["perplexity"])
+
+
+def test_a_finished_run_that_goes_on_has_no_after_until_its_end(evaluated: TinyRun, copied: Path, tmp_path: Path, monkeypatch) -> None:
+    run = TinyRun(evaluated.model, tmp_path)
+    shutil.copytree(copied, run.path)
+    first = evaluation(run.path)
+    seen: list[dict] = []
+    fit = Trainer.fit
+
+    def watched(self: Trainer, validator: object) -> bool:
+        seen.append(evaluation(run.path))
+        return fit(self, validator)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "fit", watched)
+    assert run.resume().exit_code == 0
+    assert seen == [{"before": first["before"]}]
+    assert evaluation(run.path) == first
 
 
 def test_eval_of_a_recipe_is_the_model_as_it_is(evaluated: TinyRun, tmp_path: Path) -> None:

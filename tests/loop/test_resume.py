@@ -166,6 +166,11 @@ def test_a_lower_learning_rate_is_taken_when_resuming(whole: TinyRun, tiny: Tiny
         ("lora.blocks=[0]", "lora.blocks=[0]"),
         ("training.optimizer=adamw_8bit", "training.optimizer=adamw_8bit"),
         ("model.dtype=bfloat16", "model.dtype=bfloat16"),
+        (
+            "validation.max_new_tokens=5",
+            "validation.max_new_tokens=5, but the checkpoint was written with 32; set it back, or validation.every=0",
+        ),
+        ("validation.holdout=1", "validation.holdout=1"),
     ],
 )
 def test_what_a_checkpoint_cannot_go_on_with_is_refused_before_weights_are_loaded(
@@ -179,6 +184,17 @@ def test_what_a_checkpoint_cannot_go_on_with_is_refused_before_weights_are_loade
     assert str(error.value).startswith("cannot resume: ")
     assert named in str(error.value)
     assert {p: p.read_bytes() for p in tiny.path.rglob("*") if p.is_file()} == before
+
+
+def test_another_objective_is_refused_by_name(whole: TinyRun, tiny: TinyRun) -> None:
+    shutil.copytree(whole.path, tiny.path)
+    state = tiny.path / "checkpoints" / "step-000006" / "state.json"
+    plain = json.loads(state.read_text())
+    assert plain["settings"]["objective.name"] == "repbend"
+    plain["settings"]["objective.name"] = "npo"
+    state.write_text(json.dumps(plain))
+    with pytest.raises(UserError, match=r"cannot resume: objective\.name=repbend, but the checkpoint was written with npo; set it back"):
+        tiny.resume()
 
 
 def test_changed_data_is_refused(whole: TinyRun, tiny: TinyRun) -> None:

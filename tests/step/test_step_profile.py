@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import step_profile
-from profile_parts import OTHER, OUTSIDE, Ranges, Slice, add_up, busy_seconds, kind_of
+from profile_parts import OTHER, OUTSIDE, Ranges, Slice, accounted, add_up, busy_seconds, kind_of
 
 from repbend_fast import ranges
 
@@ -109,7 +109,7 @@ def record(tmp_path_factory) -> dict[str, Any]:
 
 def test_the_parts_add_up_to_the_step(record) -> None:
     for row in record["rows"]:
-        assert 0.95 <= step_profile.accounted(row) <= 1.02, row["side"]
+        assert 0.95 <= accounted(row) <= 1.02, row["side"]
 
 
 def parts_of(record: dict[str, Any], side: str) -> dict[str, float]:
