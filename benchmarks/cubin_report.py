@@ -151,7 +151,8 @@ def digest(case: Case) -> str:
     """Changes when the kernel, or a function or constant it may use, changes; a recorded row with another digest is stale."""
     functions = {n: v for n, v in sys.modules[case.kernel.fn.__module__].__dict__.items() if isinstance(v, triton.JITFunction)}
     text = "".join(functions[name].src for name in sorted(functions))
-    constants = {n: v.value for n, v in sys.modules[case.kernel.fn.__module__].__dict__.items() if isinstance(v, triton.language.constexpr)}
+    modules = {sys.modules[function.fn.__module__] for function in functions.values()}
+    constants = {n: v.value for module in modules for n, v in vars(module).items() if isinstance(v, triton.language.constexpr)}
     text += str(sorted(constants.items()))
     return hashlib.sha256(f"{text}{case.types}{case.constants}{case.warps}".encode()).hexdigest()[:12]
 

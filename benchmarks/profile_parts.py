@@ -5,6 +5,7 @@ On a CPU the time is each op's own; on a GPU it is each kernel's, under the op t
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ KINDS = (
     ),
     ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm", "sgemm", "gemm")),
 )
+RUNTIME = re.compile(r"cuda|cu[A-Z]|hip")
 OTHER = "the rest"
 WAITING = "Python and dispatch"
 
@@ -120,13 +122,15 @@ def read(profile: Any, cuda: bool) -> tuple[list[Slice], Ranges]:
     if not cuda:
         own = [Slice(e.time_range.start, e.self_cpu_time_total, e.time_range.start, _names(e)) for e in events if not _is_memory(e)]
         return own, Ranges(marks)
-    launched = {event.id: event for event in events}
     results = profile.profiler.kineto_results
+    # Calls of the CUDA runtime are events of the CPU too, with numbers of their own that are also those of ops.
+    ops = {event.id: event for event in events if not RUNTIME.match(event.name)}
     slices = []
     for kernel in results.events():
         if kernel.device_type() != DeviceType.CUDA or kernel.is_user_annotation() or kernel.name().startswith(("repbend: ", OPTIMIZER)):
             continue
-        op = launched.get(kernel.linked_correlation_id())
+        link = kernel.linked_correlation_id()
+        op = ops.get(link) if link > 0 else None
         start = (kernel.start_ns() - results.trace_start_ns()) / 1e3
         names = (*(_names(op) if op else ()), kernel.name())
         slices.append(Slice(start, kernel.duration_ns() / 1e3, op.time_range.start if op else None, names))
@@ -155,6 +159,9 @@ def profile_table(record: dict[str, Any]) -> str:
     """Parts as lines, kinds as columns, seconds; the last line and column are shares of all."""
     lines = [f"{record['hardware']}, {record['threads']} CPU thread(s), torch {record['versions']['torch']}"]
     for row in record["rows"]:
+        if "failure" in row:
+            lines += ["", f"{row['case']}, {row['side']}: {row['failure']}"]
+            continue
         spent = {(p["part"], p["kind"]): p["seconds"] for p in row["parts"]}
         idle = row.get("idle_seconds", 0.0)
         whole = sum(spent.values()) + idle

@@ -1,4 +1,4 @@
-"""Measures one case of the step benchmark: agreement, interleaved rounds, then memory; and the rows that come of it."""
+"""Measures one case of the step benchmark: agreement, memory, then interleaved rounds; and the rows that come of it."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Measured:
     def row(self) -> dict[str, Any]:
         """The record's row."""
         row: dict[str, Any] = {"case": self.case, "side": self.side, "tokens": self.tokens}
-        if self.failure:
-            return row | {"failure": self.failure, "levers": self.levers}
+        if self.failure or not self.seconds:
+            return row | {"failure": self.failure or "not timed: the run was interrupted", "levers": self.levers}
         seconds = statistics.median(self.seconds)
         return row | {
             "seconds_median": round(seconds, 5),
@@ -87,28 +87,31 @@ class Measured:
         }
 
 
-def measure_case(case: Case, base: Any, sides: Sequence[Side], rounds: int, matrix: float) -> list[Measured]:
-    """Every side on the same batch: gradients compared with dropout off, then ``rounds`` of one step of each side in turn and one
-    round for memory, with the published dropout.
+def measure_case(
+    case: Case, base: Any, sides: Sequence[Side], rounds: int, matrix: float, found: list[Measured] | None = None
+) -> list[Measured]:
+    """Every side on the same batch: gradients compared with dropout off, then with the published dropout one step of each for memory and
+    ``rounds`` of one step of each in turn for time.
 
     A side that runs out of memory, disagrees or cannot keep its budget has the reason in ``failure``.
 
     Args:
         matrix: the machine's measured rate in FLOP/s, of which ``matrix_fraction`` is a share.
+        found: an empty list to fill, for a caller that wants what there is when the run is interrupted.
     """
     batch = case.batch(base.config.get_text_config().vocab_size)
-    found = [Measured(case.name, side.name, real_tokens(batch)) for side in sides]
+    found = [] if found is None else found
+    found += [Measured(case.name, side.name, real_tokens(batch), matrix=matrix) for side in sides]
     with adapted(case, base) as model:
-        model_bytes = tensor_bytes(module_tensors(model))
+        for measured in found:
+            measured.model_bytes = tensor_bytes(module_tensors(model))
         _compare(case, model, sides, batch, found)
+        for side, measured in zip(sides, found):
+            _guarded(measured, partial(_remember_peak, side, case, model, batch, measured))
         for _ in range(rounds):
             for side, measured in zip(sides, found):
                 _guarded(measured, partial(_time, side, case, model, batch, measured))
-        for side, measured in zip(sides, found):
-            _guarded(measured, partial(_remember_peak, side, case, model, batch, measured))
-            measured.model_bytes = model_bytes
-            measured.flops = needed_flops(case, model, batch, measured.recomputed)
-            measured.matrix = matrix
+                measured.flops = needed_flops(case, model, batch, measured.recomputed)
     return found
 
 

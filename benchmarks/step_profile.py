@@ -11,9 +11,11 @@ The record is ``benchmarks/results/step_profile_<hardware>.json``.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from harness import RESULTS, environment, hardware_slug, wait
 from profile_parts import Row, add_up, busy_seconds, profile_table, read
 from step_cases import LORA, Case, cases_for, load_base, real_tokens
-from step_sides import Side, adapted, set_up, sides_for
+from step_sides import NotPlanned, Side, adapted, set_up, sides_for
 
 from repbend_fast.config.schema import TrainingConfig
 from repbend_fast.models import find_decoder, trainable_parameters
@@ -68,6 +70,19 @@ def profile_side(case: Case, model: Any, side: Side, rounds: int, optimizer: str
     return row
 
 
+def _guarded(case: Case, model: Any, side: Side, rounds: int, optimizer: str) -> Row:
+    """The side's row, with its ``failure`` where it does not fit: the other sides' profiles are wanted all the same."""
+    try:
+        return profile_side(case, model, side, rounds, optimizer)
+    except (torch.OutOfMemoryError, NotPlanned) as error:
+        traceback.clear_frames(error.__traceback__)
+        failure = str(error).splitlines()[0]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"case": case.name, "side": side.name, "optimizer": optimizer, "failure": failure}
+
+
 def _seconds(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()
@@ -104,9 +119,10 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = [c for c in cases_for(device, arguments.smoke) if any(part in c.name for part in arguments.cases.split(","))]
-    sides = [s for s in sides_for(device, arguments.smoke) if s.name in arguments.sides.split(",")]
+    known_sides = {s.name: s for s in sides_for(device, arguments.smoke)}
+    sides = [known_sides[name] for name in arguments.sides.split(",") if name in known_sides]
     if not cases or not sides:
-        known = ", ".join(c.name for c in cases_for(device, arguments.smoke)), ", ".join(s.name for s in sides_for(device, arguments.smoke))
+        known = ", ".join(c.name for c in cases_for(device, arguments.smoke)), ", ".join(known_sides)
         parser.error(f"no such case or side; cases: {known[0]}; sides: {known[1]}")
     rows = []
     path = arguments.results or (None if arguments.smoke else RESULTS / f"step_profile_{hardware_slug()}.json")
@@ -114,7 +130,7 @@ def main() -> int:
         base = load_base(case, device)
         with adapted(case, base) as model:
             for side in sides:
-                rows.append(profile_side(case, model, side, arguments.rounds, arguments.optimizer))
+                rows.append(_guarded(case, model, side, arguments.rounds, arguments.optimizer))
                 print(profile_table(environment() | {"rows": rows[-1:]}), flush=True)
                 if path:
                     write(path, rows[-1:])

@@ -6,7 +6,7 @@
 
 A step is the losses and the gradient of one micro-batch; the optimizer is not part of it. All sides use the same frozen model,
 adapter values and batch. With dropout off their terms and gradients are compared with the first side's; a side that disagrees
-is not timed. Then, with the published dropout, each round runs one step of every side in turn; a last round measures memory.
+is not timed. Then, with the published dropout, one step of every side measures memory, and each round runs one of every side in turn.
 pytest-benchmark cannot interleave, so it is given the recorded rounds to report: its clock here replays them.
 
 The record is ``benchmarks/results/train_step_<hardware>.json``.
@@ -107,8 +107,11 @@ def record(request: pytest.FixtureRequest, machine: Machine, smoke: bool) -> Ite
 def measured(case: Case, base: Any, record: StepRecord, machine: Machine, request: pytest.FixtureRequest) -> dict[str, Measured]:
     """All sides of one case."""
     rounds = 1 if request.config.getoption("--smoke") else request.config.getoption("--rounds")
-    found = measure_case(case, base, _sides(request.config), rounds, machine.matrix)
-    record.rows += [measured.row() for measured in found]
+    found: list[Measured] = []
+    try:
+        measure_case(case, base, _sides(request.config), rounds, machine.matrix, found)
+    finally:  # also where a time limit ends the run
+        record.rows += [measured.row() for measured in found]
     return {measured.side: measured for measured in found}
 
 

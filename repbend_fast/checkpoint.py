@@ -78,6 +78,10 @@ def save_checkpoint(run: RunFolder, state: TrainingState, model: Any, keep: int)
     return path
 
 
+YARDSTICK = "validation."
+"""How the settings begin that say what the validation before training was measured on."""
+
+
 def fixed_settings(config: Config) -> dict[str, Any]:
     """Settings that shape what a checkpoint holds, by key: a run cannot go on with others."""
     lora = {f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()}
@@ -86,7 +90,8 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     if config.validation.every:
         # The validation before training, which the others are compared with, was measured on these.
         settings = config.validation.model_dump(mode="json", include={"prompts", "max_new_tokens", "sources", "holdout"})
-        fixed |= {f"validation.{key}": value for key, value in settings.items()}
+        settings["holdout"] = None if settings["sources"] else settings["holdout"]
+        fixed |= {f"{YARDSTICK}{key}": value for key, value in settings.items()}
     return fixed
 
 
@@ -105,7 +110,9 @@ def read_state(path: Path, config: Config) -> dict[str, Any]:
     for key, own in fixed_settings(config).items():
         written = plain["settings"].get(key, own)  # one of a run without validation has no settings of it
         if written != own:
-            remedy = "set it back, or validation.every=0" if key.startswith("validation.") else "set it back"
+            # Without sources the held-out records would become training data, with which the sampler cannot go on.
+            off = key.startswith(YARDSTICK) and config.validation.sources
+            remedy = "set it back, or validation.every=0" if off else "set it back"
             raise UserError(f"cannot resume: {key}={own}, but the checkpoint was written with {written}; {remedy}")
     return plain
 

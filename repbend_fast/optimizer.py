@@ -69,19 +69,23 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any], config
 
     Betas, eps and weight decay stay the configuration's, as the learning rate does: a user who resumes with others gets them.
     """
-    optimizer.load_state_dict(saved)
     if config.optimizer.startswith("paged"):
-        _page_again(optimizer)
+        _load_paged(optimizer, saved)
+    else:
+        optimizer.load_state_dict(saved)
     for group in optimizer.param_groups:
         group.update(_settings(config))
 
 
-def _page_again(optimizer: Any) -> None:
-    """Move large moments to the paged memory that they were in: bitsandbytes loads all of them as ordinary tensors of the device."""
+def _load_paged(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Put large moments into paged memory again: bitsandbytes itself would load all of them as ordinary tensors of the device."""
+    optimizer.load_state_dict(saved, move_to_device=False)
     for parameter, state in optimizer.state.items():
-        for name in ("state1", "state2"):
-            if name in state and not getattr(state[name], "is_paged", False):
-                state[name] = optimizer.get_state_buffer(parameter, dtype=state[name].dtype).copy_(state[name])
+        for name, value in state.items():
+            if name in ("state1", "state2"):
+                state[name] = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+            elif isinstance(value, torch.Tensor):
+                state[name] = value.to(parameter.device)
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from repbend_fast.evaluate.prompts import Prompt, load_prompts
 from repbend_fast.memory.batches import limits_of_sets
 from repbend_fast.memory.plan import Plan, plan_of
 from repbend_fast.models import load_tokenizer
-from repbend_fast.models.load import resolve_device
+from repbend_fast.models.load import check_attention, resolve_device
 from repbend_fast.objectives import build_objective, roles_of
 from repbend_fast.optimizer import check_optimizer
 from repbend_fast.runs import RunFolder, check_folder
@@ -84,12 +84,12 @@ def _plan(config: Config, data: RunData) -> Plan | None:
 
 
 def check_depth(config: Config) -> None:
-    """Compare window and LoRA blocks with the model's own configuration file.
+    """Compare window, LoRA blocks and attention with the model's own configuration file.
 
     A GGUF file has none that is quick to read: it is checked when the model is there.
 
     Raises:
-        UserError: a window or a block beyond the model's layers.
+        UserError: a window or a block beyond the model's layers, an attention that leaves out what the model needs.
     """
     if config.model.gguf_file:
         return
@@ -99,9 +99,11 @@ def check_depth(config: Config) -> None:
 
     source = config_source(config.model)
     try:
-        blocks = AutoConfig.from_pretrained(source, **_hub_arguments(config.model)).get_text_config().num_hidden_layers
+        shape = AutoConfig.from_pretrained(source, **_hub_arguments(config.model)).get_text_config()
+        blocks = shape.num_hidden_layers
     except (OSError, ValueError, KeyError, AttributeError):
         return  # loading the model says what is wrong with it
+    check_attention(shape, config.model)
     build_objective(config.objective, blocks, config.training.steps)
     if isinstance(config.lora.blocks, list) and max(config.lora.blocks) >= blocks:
         raise UserError(f"lora.blocks={config.lora.blocks}: the model has blocks 0 … {blocks - 1}")

@@ -69,7 +69,7 @@ class RunFolder:
 
 
 @contextmanager
-def only_training(run: RunFolder) -> Iterator[None]:
+def only_training(run: RunFolder, what: str = "training", remedy: str = "choose another output.folder") -> Iterator[None]:
     """Hold the run's folder for this process: two trainings in one folder would write into each other's checkpoints and log.
 
     The lock is a file of the machine's temporary folder, since the run's own may be renamed; other machines do not see it.
@@ -87,8 +87,8 @@ def only_training(run: RunFolder) -> Iterator[None]:
         except OSError as error:
             file.seek(0)
             raise UserError(
-                f"{run.path}: another training is writing to this folder (process {file.read().strip() or 'unknown'}); wait for it, or "
-                "choose another output.folder"
+                f"{run.path}: another {what} is writing to this folder (process {file.read().strip() or 'unknown'}); "
+                f"wait for it, or {remedy}"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from repbend_fast.checkpoint import (
+    YARDSTICK,
     TrainingState,
     adapter_weights,
     fixed_settings,
@@ -133,6 +134,7 @@ class Trainer:
         # The scaler makes its state when it first scales something, which here is each stream's own loss in the runner.
         self.scaler.scale(torch.zeros((), device=self.runner.device))
         self.guard = Guard(config.validation)
+        self.yardstick: dict[str, Any] = {}
         self.best_weights: dict[str, Tensor] | None = None
         self.step = 0
         self.stopped: str | None = None
@@ -210,6 +212,8 @@ class Trainer:
         self.step = state.step
         self.stopped = state.plain["stopped"]
         self.guard.load_state_dict(state.plain["guard"])
+        # With validation off for a while, what it was measured on before stays to be compared with.
+        self.yardstick = {key: value for key, value in state.plain["settings"].items() if key.startswith(YARDSTICK)}
         if self.stopped and state.plain["limits"] != self.guard.limits_in_force():
             say(f"the guard {self.stopped}; its limits have changed, so training goes on")
             self.stopped = None
@@ -240,7 +244,7 @@ class Trainer:
             "sampler": self.batches.state_dict(),
             "guard": self.guard.state_dict(),
             "stopped": self.stopped,
-            "settings": fixed_settings(self.config),
+            "settings": fixed_settings(self.config) | self.yardstick,
             "limits": self.guard.limits_in_force(),
             "levers": {"first": self.first_levers.as_dict(), "last": self.runner.levers.as_dict()},
         }

@@ -17,6 +17,19 @@ BLOCK = 2048
 WARPS = 8
 
 
+@triton.jit
+def _term(q, p, x):
+    """``(p·φ(x), q − p)``, x = log q − log p: near x = 0 both by φ's series.
+
+    There q − p − p·x cancels, and a GPU fuses q − p with the products that made q and p, so that equal distributions would differ by
+    a rounding; x is exactly 0 for them.
+    """
+    series = p * x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x * (1.0 / 720.0)))))
+    near = tl.abs(x) < 0.25
+    difference = tl.where(near, p * x + series, q - p)
+    return tl.where(near, series, difference - p * x), difference
+
+
 @triton.jit(do_not_specialize_on_alignment=["losses"])
 def kl_div_kernel(
     student,
@@ -64,13 +77,8 @@ def kl_div_kernel(
         r = capped(tl.load(r_row + offsets, mask=inside, other=0.0), softcap, HAS_CAP) * inverse_temperature - top_p
         q = tl.exp(z) * inverse_q
         p = tl.exp(r) * inverse_p
-        x = (z - log_q) - (r - log_p)
-        series = p * x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x * (1.0 / 720.0)))))
-        # A GPU fuses q − p with the products before it, so that equal distributions would differ by a rounding: near x = 0 the
-        # difference is taken from x, which is exactly 0 there.
-        near = tl.abs(x) < 0.25
-        difference = tl.where(near, p * x + series, q - p)
-        loss += tl.where(inside, tl.where(near, series, difference - p * x), 0.0)
+        term, difference = _term(q, p, (z - log_q) - (r - log_p))
+        loss += tl.where(inside, term, 0.0)
         if HAS_GRAD:
             g = difference * grad_factor
             if HAS_CAP:

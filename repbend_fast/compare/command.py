@@ -47,16 +47,16 @@ def run_compare(comparison: Comparison, again: str) -> int:
     Raises:
         UserError: a run failed, or another comparison is at work in the folder; what was finished before stays and is used again.
     """
-    try:
-        with only_training(RunFolder(comparison.folder)):
+    with only_training(RunFolder(comparison.folder), "comparison", "name another folder with --out"):
+        try:
             record = _compare(comparison)
-    except KeyboardInterrupt:
-        say(f"stopped; what is finished is kept. go on with: {again}")
-        return INTERRUPTED
-    folder = comparison.folder
-    write_json(folder / "compare.json", record)
-    write_text(folder / "compare.md", tables.markdown(record))
-    write_bytes(folder / "compare.png", picture.png(record))
+        except KeyboardInterrupt:
+            say(f"stopped; what is finished is kept. go on with: {again}")
+            return INTERRUPTED
+        folder = comparison.folder
+        write_json(folder / "compare.json", record)
+        write_text(folder / "compare.md", tables.markdown(record))
+        write_bytes(folder / "compare.png", picture.png(record))
     console.print(tables.terminal(record, console.width))
     for method in record["methods"]:
         say(tables.chosen_line(record, method))

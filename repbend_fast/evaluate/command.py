@@ -37,6 +37,7 @@ def evaluate_sides(run: RunFolder, config: Config, runner: StreamRunner, data: R
     if side == "after" and "before" not in content:
         with reference_model(runner.model):
             content["before"] = measure_model(config, runner, data.encoder, data.chat)
+        write_json(run.evaluation, content)
     content[side] = measure_model(config, runner, data.encoder, data.chat)
     write_json(run.evaluation, content | extra)
     if side == "after":
@@ -48,7 +49,10 @@ def drop_stale(run: RunFolder, config: Config) -> None:
     stored = _stored(run.evaluation)
     if not stored:
         return
-    same = _measured(load_config(str(run.config))) == _measured(config)
+    try:
+        same = _measured(load_config(str(run.config))) == _measured(config)
+    except UserError:
+        same = False  # an older version's, or gone
     kept = {"before": stored["before"]} if same and "before" in stored else {}
     write_json(run.evaluation, kept)
 

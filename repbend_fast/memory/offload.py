@@ -41,7 +41,9 @@ class HostStates:
         self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def __del__(self) -> None:
-        # After an error a copy may still be on its way into memory that is given back now.
+        # After an error copies may still be on their way out of or into memory that is given back now.
+        while self._under_way:
+            self._let_go()
         for kept in self._kept.values():
             if kept.sent is not None and kept.arrived is not None:
                 torch.cuda.current_stream(self.device).wait_event(kept.arrived)

@@ -99,8 +99,8 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 def reference_model(model: Any) -> Iterator[None]:
     """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits.
 
-    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's ``requires_grad`` twice,
-    which took a fifth of a small step's time on the host (docs/log.md).
+    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's ``requires_grad`` twice
+    (docs/log.md has what that costs).
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

@@ -53,11 +53,15 @@ def keep_attention_cap(model: Any, config: ModelConfig) -> None:
         UserError: SDPA was asked for.
     """
     text = model.config.get_text_config()
-    if getattr(text, "attn_logit_softcapping", None) is None or text._attn_implementation != "sdpa":
-        return
-    if config.attention == "sdpa":
-        raise UserError(f"model.attention=sdpa: {text.model_type} caps its attention logits, which SDPA leaves out; use auto or eager")
-    model.set_attn_implementation("eager")
+    check_attention(text, config)
+    if getattr(text, "attn_logit_softcapping", None) is not None and text._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
+def check_attention(shape: Any, config: ModelConfig) -> None:
+    """Refuse SDPA for a model whose (text) configuration ``shape`` has an attention soft-cap."""
+    if config.attention == "sdpa" and getattr(shape, "attn_logit_softcapping", None) is not None:
+        raise UserError(f"model.attention=sdpa: {shape.model_type} caps its attention logits, which SDPA leaves out; use auto or eager")
 
 
 def resolve_source(config: ModelConfig) -> str:

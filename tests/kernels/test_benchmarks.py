@@ -45,6 +45,25 @@ def test_a_wrong_contender_is_not_timed(tmp_path) -> None:
     assert "not timed" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("module", "contender", "outcome"),
+    [("baselines.distances", "published_pairwise_cosine", "1 skipped"), ("repbend_kernels", "pairwise_cosine", "1 failed")],
+)
+def test_a_baseline_without_room_is_skipped_and_ours_is_not(tmp_path, module: str, contender: str, outcome: str) -> None:
+    text = (
+        f"import torch, {module}\n"
+        "def no_room(*arguments):\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9.00 GiB.')\n"
+        f"{module}.{contender} = no_room\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(text)
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "kernels"), str(ROOT / "benchmarks")])
+    result = bench("--benchmark-disable", "-k", "pairwise", PYTHONPATH=path)
+    assert outcome in result.stdout, result.stdout[-3000:]
+    assert "1 passed" in result.stdout
+    assert "Tried to allocate 9.00 GiB" in result.stdout
+
+
 def test_peak_counts_what_is_held_at_one_time(device) -> None:
     def held_together() -> torch.Tensor:
         return torch.zeros(1000, device=device) + torch.ones(1000, device=device)

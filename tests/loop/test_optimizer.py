@@ -17,12 +17,18 @@ class Paging(torch.optim.Optimizer):
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         super().__init__(parameters, {"lr": 1.0})
         self.handed_out: list[Tensor] = []
+        self.expects_paging = True
 
     def get_state_buffer(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         buffer = torch.zeros(parameter.shape, dtype=dtype)
         buffer.is_paged = parameter.numel() >= 100  # type: ignore[attr-defined]
         self.handed_out.append(buffer)
         return buffer
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """As bitsandbytes', which moves to the device unless it is told not to."""
+        assert not move_to_device or not self.expects_paging
+        super().load_state_dict(state_dict)
 
     def step(self, closure: Any = None) -> None:
         """Not called here."""
@@ -51,6 +57,7 @@ def test_loaded_moments_are_paged_again() -> None:
 def test_other_optimizers_keep_what_they_loaded() -> None:
     parameter = torch.nn.Parameter(torch.zeros(200))
     optimizer = Paging([parameter])
+    optimizer.expects_paging = False
     saved = {"state": {0: {"state1": torch.ones(200)}}, "param_groups": [{"lr": 0.5, "params": [0]}]}
     load_moments(optimizer, saved, TrainingConfig(optimizer="adamw_8bit"))
     assert optimizer.handed_out == []

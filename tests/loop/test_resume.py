@@ -170,7 +170,7 @@ def test_a_lower_learning_rate_is_taken_when_resuming(whole: TinyRun, tiny: Tiny
             "validation.max_new_tokens=5",
             "validation.max_new_tokens=5, but the checkpoint was written with 32; set it back, or validation.every=0",
         ),
-        ("validation.holdout=1", "validation.holdout=1"),
+        ("validation.sources=[]", "validation.sources=[]"),
     ],
 )
 def test_what_a_checkpoint_cannot_go_on_with_is_refused_before_weights_are_loaded(
@@ -184,6 +184,15 @@ def test_what_a_checkpoint_cannot_go_on_with_is_refused_before_weights_are_loade
     assert str(error.value).startswith("cannot resume: ")
     assert named in str(error.value)
     assert {p: p.read_bytes() for p in tiny.path.rglob("*") if p.is_file()} == before
+
+
+def test_validation_that_paused_goes_on_with_what_it_was_measured_on(whole: TinyRun, tiny: TinyRun) -> None:
+    shutil.copytree(whole.path, tiny.path)
+    assert tiny.resume("training.steps=8", "validation.every=0", "validation.max_new_tokens=5").exit_code == 0
+    with pytest.raises(UserError, match=r"validation\.max_new_tokens=5, but the checkpoint was written with 32"):
+        tiny.resume("training.steps=10", "validation.every=2")
+    assert tiny.resume("training.steps=10", "validation.every=2", "validation.max_new_tokens=32").exit_code == 0
+    assert rows(tiny.path, "validation")[-1]["step"] == 10
 
 
 def test_another_objective_is_refused_by_name(whole: TinyRun, tiny: TinyRun) -> None:

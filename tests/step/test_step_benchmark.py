@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import step_measure
 import step_sides
 import torch
 from baselines.batches import weighted_sum, weights
@@ -220,6 +221,26 @@ def test_a_side_that_breaks_leaves_the_others_their_numbers(monkeypatch) -> None
     assert not eager.failure
     assert not ours.failure
     assert ours.row()["peak_bytes_above_model"] > 0
+
+
+def test_an_interrupted_case_keeps_the_rounds_that_were_run(monkeypatch) -> None:
+    real, timed = step_measure._time, []
+
+    def stopping(side, *arguments):
+        timed.append(side.name)
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        real(side, *arguments)
+
+    monkeypatch.setattr(step_measure, "_time", stopping)
+    case, found = cases_for(torch.device("cpu"), smoke=True)[0], []
+    with pytest.raises(KeyboardInterrupt):
+        measure_case(case, load_base(case, torch.device("cpu")), [Side("eager"), Side("ours", {})], rounds=2, matrix=1e9, found=found)
+    eager, ours = (measured.row() for measured in found)
+    assert eager["seconds_median"] > 0
+    assert eager["peak_bytes_above_model"] > 0
+    assert eager["matrix_fraction"] > 0
+    assert ours["failure"] == "not timed: the run was interrupted"
 
 
 def test_levers_are_recorded_as_they_ended(monkeypatch) -> None:

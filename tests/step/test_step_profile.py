@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import step_profile
-from profile_parts import OTHER, OUTSIDE, Ranges, Slice, accounted, add_up, busy_seconds, kind_of
+from profile_parts import OTHER, OUTSIDE, Ranges, Slice, accounted, add_up, busy_seconds, kind_of, read
+from torch.autograd import DeviceType
 
 from repbend_fast import ranges
 
@@ -79,6 +81,52 @@ def test_kernels_count_where_they_were_launched_not_where_they_run() -> None:
         ("reference pass", OTHER): pytest.approx(2e-6),
         ("backward", "matrix products"): pytest.approx(8e-6),
     }
+
+
+class FakeKernel:
+    """What kineto says of a kernel."""
+
+    def __init__(self, name: str, link: int, start: int, annotation: bool = False) -> None:
+        self._given = {
+            "name": name,
+            "linked_correlation_id": link,
+            "start_ns": start,
+            "duration_ns": 1000,
+            "is_user_annotation": annotation,
+        }
+
+    def device_type(self) -> DeviceType:
+        return DeviceType.CUDA
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: self._given[name]
+
+
+def cpu_event(name: str, number: int, start: float, end: float, parent: Any = None) -> Any:
+    span = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(name=name, id=number, time_range=span, cpu_parent=parent, device_type=DeviceType.CPU)
+
+
+def test_a_kernel_belongs_to_the_op_that_launched_it() -> None:
+    """Calls of the CUDA runtime have numbers of their own, which are those of ops too; a kernel without a link is nobody's."""
+    outer = cpu_event("repbend_fast::low_rank_down", 7, 1.0, 4.0)
+    events = [
+        cpu_event(ranges.ADAPTED, 1, 0.0, 10.0),
+        outer,
+        cpu_event("aten::mm", 8, 2.0, 3.0, parent=outer),
+        cpu_event("cudaLaunchKernel", 8, 20.0, 21.0),
+        cpu_event("cuLaunchKernelEx", 7, 22.0, 23.0),
+        cpu_event("aten::add", 0, 24.0, 25.0),
+    ]
+    kernels = [FakeKernel("gemm", 8, 30_000), FakeKernel("unknown", 0, 40_000), FakeKernel("a range", 8, 30_000, annotation=True)]
+    results = SimpleNamespace(events=lambda: kernels, trace_start_ns=lambda: 0)
+    profile = SimpleNamespace(events=lambda: events, profiler=SimpleNamespace(kineto_results=results))
+    slices, marked = read(profile, cuda=True)
+    assert slices == [
+        Slice(30.0, 1.0, 2.0, ("repbend_fast::low_rank_down", "aten::mm", "gemm")),
+        Slice(40.0, 1.0, None, ("unknown",)),
+    ]
+    assert add_up(slices, marked) == {("adapted pass", "LoRA"): pytest.approx(1e-6), ("adapted pass", OTHER): pytest.approx(1e-6)}
 
 
 def test_overlapping_streams_are_busy_once() -> None:
