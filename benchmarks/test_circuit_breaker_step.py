@@ -135,7 +135,7 @@ def test_circuit_breaker_step(request: pytest.FixtureRequest, machine: Machine, 
     path: Path | None = request.config.getoption("--results")
     if path or not smoke:
         rows = [{"op": "circuit_breaker_step", "case": f"{case.name}-{side}", **values} for side, values in found.items()]
-        write_record(path or RESULTS / f"circuit_breaker_step_{hardware_slug()}.json", rows, machine)
+        write_record(path or RESULTS / f"circuit_breaker_step_{hardware_slug()}.json", rows, machine, whole=True)
     if not smoke:
         reached = {side: (v["times_faster"], v["memory_share"]) for side, v in found.items()}
         assert any(faster >= FASTER and share <= SMALLER for faster, share in reached.values()), reached
