@@ -106,10 +106,10 @@ def test_three_matrix_products(measured, device, dtype, size, kl_case, chunked) 
 
     def call():
         for start in range(0, count, rows):
-            size = min(rows, count - start)
-            logits_into(buffers[0][:size], hidden[start : start + size], weight, None)
-            logits_into(buffers[1][:size], reference[start : start + size], weight, None)
-            out = hidden_gradient(narrow[:size], weight, torch.float32)
+            stop = min(start + rows, count)
+            logits_into(buffers[0][: stop - start], hidden[start:stop], weight, None)
+            logits_into(buffers[1][: stop - start], reference[start:stop], weight, None)
+            out = hidden_gradient(narrow[: stop - start], weight, torch.float32)
         return out[0, 0] * 0, []
 
     name = PRODUCTS if chunked else f"{PRODUCTS}, whole"

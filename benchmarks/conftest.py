@@ -156,7 +156,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Writes what was measured, also where a contender failed or time ran out: on a lent machine there is no second run.
+    """Writes what was measured, also where a contender failed or time ran out: there may be no second run.
 
     A run that passed replaces all rows of its ops, any other those that it has.
     """

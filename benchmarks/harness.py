@@ -123,6 +123,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def merged(
+    kept: list[dict[str, Any]], fresh: list[dict[str, Any]], header: dict[str, Any], key: Callable[[dict[str, Any]], object]
+) -> list[dict[str, Any]]:
+    """``fresh``, stamped with the header's commit and date, in the place of the rows of ``kept`` that have a ``key`` of theirs."""
+    replaced = {key(row) for row in fresh}
+    stamped = [row | {"commit": header["commit"], "date": header["date"]} for row in fresh]
+    return [row for row in kept if key(row) not in replaced] + stamped
+
+
 def write_record(path: Path, rows: list[dict[str, Any]], machine: Machine, *, whole: bool) -> None:
     """Writes the rows under a header, in the place of all rows of their ops or, if the run is not ``whole``, of the same contenders.
 
@@ -133,9 +142,7 @@ def write_record(path: Path, rows: list[dict[str, Any]], machine: Machine, *, wh
         return (row["op"],) if whole else (row["op"], row["case"], row["contender"])
 
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    replaced = {key(row) for row in rows}
     record = {**environment(), "copy_gb_per_s": round(machine.copy / 1e9, 2), "gemm_tflop_per_s": round(machine.matrix / 1e12, 3)}
-    fresh = [{**row, "commit": record["commit"], "date": record["date"]} for row in rows]
-    record["rows"] = sorted([r for r in kept if key(r) not in replaced] + fresh, key=lambda r: (r["op"], r["case"]))
+    record["rows"] = sorted(merged(kept, rows, record, key), key=lambda r: (r["op"], r["case"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

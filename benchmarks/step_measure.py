@@ -103,15 +103,17 @@ def measure_case(
     found = [] if found is None else found
     found += [Measured(case.name, side.name, real_tokens(batch), matrix=matrix) for side in sides]
     with adapted(case, base) as model:
-        for measured in found:
-            measured.model_bytes = tensor_bytes(module_tensors(model))
+        model_bytes = tensor_bytes(module_tensors(model))
         _compare(case, model, sides, batch, found)
         for side, measured in zip(sides, found):
             _guarded(measured, partial(_remember_peak, side, case, model, batch, measured))
-        for _ in range(rounds):
-            for side, measured in zip(sides, found):
-                _guarded(measured, partial(_time, side, case, model, batch, measured))
-                measured.flops = needed_flops(case, model, batch, measured.recomputed)
+        try:
+            for _ in range(rounds):
+                for side, measured in zip(sides, found):
+                    _guarded(measured, partial(_time, side, case, model, batch, measured))
+        finally:
+            for measured in found:
+                measured.model_bytes, measured.flops = model_bytes, needed_flops(case, model, batch, measured.recomputed)
     return found
 
 

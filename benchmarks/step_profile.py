@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, environment, hardware_slug, wait
+from harness import RESULTS, environment, hardware_slug, merged, wait
 from profile_parts import Row, add_up, busy_seconds, profile_table, read
 from step_cases import LORA, Case, cases_for, load_base, real_tokens
 from step_sides import NotPlanned, Side, adapted, set_up, sides_for
@@ -93,9 +93,7 @@ def write(path: Path, rows: list[Row]) -> dict[str, Any]:
     """Adds the rows to the record, in the place of those of the same case and side."""
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     header = environment()
-    fresh = [row | {"commit": header["commit"], "date": header["date"]} for row in rows]
-    replaced = {_key(row) for row in rows}
-    record = header | {"rows": [row for row in kept if _key(row) not in replaced] + fresh}
+    record = header | {"rows": merged(kept, rows, header, _key)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return record

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import Machine, environment
+from harness import Machine, environment, merged
 
 Row = dict[str, Any]
 
@@ -35,9 +35,7 @@ class StepRecord:
 
 
 def _merged(kept: list[Row], fresh: list[Row], header: Row) -> list[Row]:
-    cases = {row["case"] for row in fresh}
-    stamped = [row | {"commit": header["commit"], "date": header["date"]} for row in fresh]
-    return sorted([row for row in kept if row["case"] not in cases] + stamped, key=lambda row: row["case"])
+    return sorted(merged(kept, fresh, header, lambda row: row["case"]), key=lambda row: row["case"])
 
 
 def ratios_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

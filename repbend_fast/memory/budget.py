@@ -109,13 +109,15 @@ def taken(stays: Standing, peak: int, device: torch.device) -> int:
 def _optimizer_bytes(sizes: list[int], adapter: int, optimizer: str) -> int:
     if optimizer == "adamw":
         return 2 * adapter
-    # What is paged lies in host memory, and the driver brings it in for the step.
-    stays = [0 if optimizer.startswith("paged") and n >= LEAST_PAGED else n for n in sizes]
-    if not optimizer.endswith("8bit"):
-        return 8 * sum(stays)
-    narrow = [n >= LEAST_8BIT for n in sizes]
-    scales = sum(2 * 4 * -(n // -BLOCK_8BIT) for n, is_narrow in zip(sizes, narrow) if is_narrow)
-    return scales + sum((2 if is_narrow else 8) * n for n, is_narrow in zip(stays, narrow))
+    total = 0
+    for n in sizes:
+        narrow = optimizer.endswith("8bit") and n >= LEAST_8BIT
+        # What is paged lies in host memory, and the driver brings it in for the step; scales are not.
+        if not (optimizer.startswith("paged") and n >= LEAST_PAGED):
+            total += (2 if narrow else 8) * n
+        if narrow:
+            total += 2 * 4 * -(n // -BLOCK_8BIT)
+    return total
 
 
 def _moment_bytes(trained: list[Any], adapter: int, optimizer: str, device: torch.device) -> int:

@@ -41,8 +41,8 @@ def settle_device(device: torch.device) -> None:
         return
     if device.index is not None:
         torch.cuda.set_device(device)  # some kernels of other packages launch on the current device, whatever their tensors'
-    # torch prefers cuDNN's attention on Hopper and Blackwell. It plans anew for every length, which costs seconds a step with ragged
-    # batches, and differently where no backward follows: the reference and the adapted pass would differ at B = 0.
+    # torch prefers cuDNN's attention on Hopper and Blackwell. It plans anew for every length, and ragged batches have
+    # many, and differently where no backward follows: the reference and the adapted pass would differ at B = 0.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

@@ -58,13 +58,13 @@ class StreamRunner:
     """
 
     def __init__(self, model: Any, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True) -> None:
-        settle_device(find_decoder(model).device)
+        decoder = find_decoder(model)
+        settle_device(decoder.device)
         use_low_rank_forward(model)
         use_lean_layers(model)
         self.levers = levers
         self.on_out_of_memory: Callable[[str, str], None] | None = None
         self.parameters = trainable_parameters(model)
-        decoder = find_decoder(model)
         # On the CPU everything is in host memory as it is.
         if levers.offload_embedding and decoder.device.type != "cpu":
             offload_embedding(model)
