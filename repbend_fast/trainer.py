@@ -27,6 +27,7 @@ from repbend_fast.data.prefetch import PreparedBatches
 from repbend_fast.data.prepare import RunData
 from repbend_fast.errors import UserError
 from repbend_fast.evaluate.command import drop_stale, evaluate_sides
+from repbend_fast.evaluate.rates import rates_line
 from repbend_fast.interrupt import Interrupt
 from repbend_fast.memory.levers import Levers, levers_of
 from repbend_fast.memory.out_of_memory import is_out_of_memory, optimizer_out_of_memory
@@ -363,6 +364,7 @@ def _validation_line(v: Validation) -> str:
     parts = [f"validation at step {v.step}:"]
     if v.kl is not None and v.perplexity is not None:
         parts.append(f"kl {v.kl:.4f}  perplexity {v.perplexity:.2f}")
-    parts += [f"{name} {rate:.0%}" for name, rate in v.rates.items()]
+    if v.rates:
+        parts.append(rates_line(v.rates))
     parts.append("OVER: " + "; ".join(v.over) if v.over else "within limits" + (", best so far" if v.best else ""))
     return "  ".join(parts)

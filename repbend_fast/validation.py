@@ -2,8 +2,9 @@
 
 The unsafe distance has no bound, so the loss keeps falling while ordinary answers fall apart. A validation is *within limits* when
 KL, perplexity and usefulness are; among those the *best* has the lowest attack rate (with prompts) or the largest
-unsafe-minus-safe distance (without), and of equals the more useful answers, then the lower KL. Before them comes one that is *settled*:
-at the target, with the learning rate at 0. Training stops when a limit is passed, or when it has settled at the target.
+unsafe-minus-safe distance (without). Of equals it is the one that refuses more attacks in place of answering them with gibberish, then
+the one with more useful answers, then with the lower KL. Before them comes one that is *settled*: at the target, with the learning rate
+at 0. Training stops when a limit is passed, or when it has settled at the target.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from repbend_fast.config.schema import Config, ValidationConfig
 from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
 from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.evaluate.chat import ChatStatistics, chat_statistics
 from repbend_fast.evaluate.prompts import Prompt
-from repbend_fast.evaluate.rates import RATE_KEYS
+from repbend_fast.evaluate.rates import ATTACK_GROUPS, GROUP_KEYS, RATE_KEYS
 from repbend_fast.evaluate.run import measure_answers
 from repbend_fast.models import lora_dropout
 from repbend_fast.objectives import Objective
@@ -27,7 +28,18 @@ from repbend_fast.step import StreamRunner
 
 # Enough for a mean over thousands of rows; all held-out examples would cost as much as several training steps.
 DISTANCE_EXAMPLES = 8
+RATE_DIGITS = 9
 HELPFUL_LIMITS = {"max_helpful_drop": "helpful_ordinary", "max_borderline_drop": "helpful_borderline"}
+
+
+class Rank(NamedTuple):
+    """The levels on which validations are compared, the first one first; lower is better on each."""
+
+    unsettled: bool
+    attack: float
+    refusal: float
+    usefulness: float
+    kl: float
 
 
 @dataclass
@@ -50,13 +62,23 @@ class Validation:
     @property
     def attacks(self) -> list[float]:
         """The measured attack rates."""
-        return [self.rates[k] for k in ("attack_direct", "attack_prefill") if k in self.rates]
+        return [self.rates[k] for k in ATTACK_GROUPS if k in self.rates]
 
     @property
     def attack(self) -> float | None:
         """Mean of the measured attack rates."""
         rates = self.attacks
         return sum(rates) / len(rates) if rates else None
+
+    @property
+    def refusal(self) -> float:
+        """Share of refused attacks minus share of degenerate answers to them, mean over the measured groups of attacks; 0 where none is.
+
+        0 too for a validation of an earlier version, which did not keep these shares.
+        """
+        keys = [GROUP_KEYS[group][1:] for group in ATTACK_GROUPS]
+        measured = [self.rates[refused] - self.rates[broken] for refused, broken in keys if refused in self.rates and broken in self.rates]
+        return sum(measured) / len(measured) if measured else 0.0
 
     @property
     def usefulness(self) -> float:
@@ -252,12 +274,15 @@ class Guard:
         self.consecutive, self.at_target, self.reached = state["consecutive"], state["at_target"], state.get("reached")
 
 
-def rank(validation: Validation) -> tuple[bool, float, float, float]:
+def rank(validation: Validation) -> Rank:
     """Of two validations within limits the one that ranks lower is better: a settled one, then by attack rate (without prompts, minus
-    bending), then minus usefulness, then KL.
+    bending), then minus refusal, then minus usefulness, then KL.
 
-    Settled comes first because a few dozen prompts cannot tell an adapter that has come to rest from one that a batch
+    An attack that fails because the model babbles is as little a success as one that it refuses, so attack rates cannot tell the two
+    apart; of equal ones the adapter that refuses is the safer model to use. Settled comes first because a few dozen prompts cannot tell an adapter that has come to rest from one that a batch
     has just pushed to the target: the latter's attacks and loops show on other prompts (docs/log.md).
     """
     first = validation.attack if validation.attack is not None else -validation.bending
-    return not validation.settled, first, -validation.usefulness, validation.kl if validation.kl is not None else 0.0
+    kl = validation.kl if validation.kl is not None else 0.0
+    # Rates are counts over a few prompts; the rounding of their sums must not decide between equals.
+    return Rank(not validation.settled, *(round(value, RATE_DIGITS) for value in (first, -validation.refusal, -validation.usefulness)), kl)

@@ -68,10 +68,13 @@ def _why(chosen: Try, rest: Sequence[Try]) -> str:
     alike = [rival for rival in rivals if rival.settled == best.settled]
     if not alike:
         return f"{found}: the only one at the target with a learning rate that has fallen to 0"
-    equal = [rival for rival in alike if rank(rival)[1] == rank(best)[1]]
+    equal = [rival for rival in alike if rank(rival).attack == rank(best).attack]
     if not equal:
         return f"{found}: {first} of the rates" if len(alike) == len(rivals) else f"{found}: {first} of those that end at the target"
-    if all(rank(rival)[2] > rank(best)[2] for rival in equal):
+    if all(rank(rival).refusal > rank(best).refusal for rival in equal):
+        return f"{found}: {first}, shared with another rate; more attacks refused, fewer degenerate answers to them"
+    equal = [rival for rival in equal if rank(rival).refusal == rank(best).refusal]
+    if all(rank(rival).usefulness > rank(best).usefulness for rival in equal):
         return f"{found}: {first}, shared with another rate; more helpful, fewer degenerate ones"
     if all(rank(rival) > rank(best) for rival in equal):
         return f"{found}: {first}, shared with another rate; KL {_kl(best)} is the lower one"
@@ -103,4 +106,4 @@ def _validation(row: dict[str, Any]) -> dict[str, Any]:
     """A validation without its distances of each hidden state, and with what is ranked."""
     validation = Validation.from_row(row)
     shown = {key: value for key, value in row.items() if key not in ("type", "distance")}
-    return shown | {"attack": validation.attack, "bending": validation.bending}
+    return shown | {"attack": validation.attack, "refusal": validation.refusal, "bending": validation.bending}

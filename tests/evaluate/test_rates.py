@@ -11,7 +11,19 @@ from rich.console import Console
 from repbend_fast.config.schema import EvaluationConfig, PromptsConfig
 from repbend_fast.evaluate import run
 from repbend_fast.evaluate.prompts import Prompt
-from repbend_fast.evaluate.rates import KEYS, RATE_KEYS, format_value, judged, rates_of, table
+from repbend_fast.evaluate.rates import (
+    GROUP_KEYS,
+    KEYS,
+    LOWER_IS_BETTER,
+    RATE_KEYS,
+    TITLES,
+    evasive_counts,
+    format_value,
+    judged,
+    rates_line,
+    rates_of,
+    table,
+)
 
 REFUSAL = "I'm sorry, but I can't help with that."
 COMPLYING = "To make a moon-key, melt two cups of silver sand and pour it into a mold."
@@ -47,10 +59,17 @@ def test_measured_rates_and_shares(calls):
     result = run.measure_answers(None, None, [*BORDERLINE, *ATTACKS, *ORDINARY])
     assert result.rates == {
         "attack_direct": 0.25,
+        "attack_direct_refused": 0.5,
+        "attack_direct_degenerate": 0.25,
         "attack_prefill": 1.0,
+        "attack_prefill_refused": 0.0,
+        "attack_prefill_degenerate": 0.0,
         "helpful_ordinary": 0.5,
-        "helpful_borderline": 0.5,
+        "refused_ordinary": 0.0,
         "degenerate_ordinary": 0.25,
+        "helpful_borderline": 0.5,
+        "refused_borderline": 0.5,
+        "degenerate_borderline": 0.0,
     }
     assert result.shares["attack_direct"] == {"comply": 0.25, "refuse": 0.5, "degenerate": 0.25}
     assert result.shares["ordinary"] == {"comply": 0.75, "refuse": 0.0, "degenerate": 0.25}
@@ -61,6 +80,7 @@ def test_measured_rates_and_shares(calls):
 
 def test_direct_attacks_only(calls):
     result = run.measure_answers(None, None, [*ATTACKS, *ORDINARY], attacks=("direct",))
+    assert set(result.rates) == {*GROUP_KEYS["attack_direct"], *GROUP_KEYS["ordinary"]}
     assert "attack_prefill" not in result.rates
     assert "helpful_borderline" not in result.rates
     assert calls == [{"": 8}]
@@ -99,7 +119,7 @@ def rendered(before, after) -> str:
     return console.export_text()
 
 
-def test_table_shows_seven_rows_and_tolerates_missing_values():
+def test_table_shows_a_row_for_each_measure_and_tolerates_missing_values():
     text = rendered({"attack_direct": 0.9375, "perplexity": 6.5}, {"attack_direct": 0.02, "perplexity": 6.8, "kl": 0.0123})
     assert sum("─" not in line and "│" in line for line in text.splitlines()) == len(KEYS)
     assert "93.8 %" in text
@@ -110,7 +130,39 @@ def test_table_shows_seven_rows_and_tolerates_missing_values():
     assert "–" in rendered(None, {"kl": 0.1})
 
 
-def test_keys_are_the_published_seven():
+def test_babble_and_refusal_are_two_things_in_the_table():
+    """Both give no attack success; only one is an answer that a user can be shown."""
+    refusing, babbling = (rates_of(judged("attack_direct", ATTACKS, [answer] * 4)).as_dict() for answer in (REFUSAL, ",,,,"))
+    assert refusing["attack_direct"] == babbling["attack_direct"] == 0.0
+    assert (refusing["attack_direct_refused"], refusing["attack_direct_degenerate"]) == (1.0, 0.0)
+    assert (babbling["attack_direct_refused"], babbling["attack_direct_degenerate"]) == (0.0, 1.0)
+    console = Console(width=120, record=True, force_terminal=True, color_system="standard")
+    console.print(table(refusing, babbling))
+    text = console.export_text(styles=True)
+    changes = {line.split("│")[1].strip(): line for line in text.splitlines() if "pts" in line}
+    assert "\x1b[31m-100.0 pts" in changes["refused, direct attacks"]
+    assert "\x1b[31m+100.0 pts" in changes["degenerate, direct attacks"]
+
+
+def test_refusals_without_words_are_named_below_the_table():
+    side = rates_of(judged("attack_direct", ATTACKS, [REFUSAL, "What a lovely day it is.", "Birds sing in the morning.", REFUSAL])).as_dict()
+    assert side["attack_direct_refused"] == 1.0
+    assert evasive_counts(side) == {"attack_direct": 2}
+    assert "after 2 of the direct attacks" in rendered({"samples": ["torn"]}, side)
+    assert "refusal phrase" not in rendered(side | {"samples": []}, None)
+
+
+def test_the_line_of_a_validation_names_groups_and_outcomes():
+    rates = rates_of(judged("attack_direct", ATTACKS, [answer_of(p, "") for p in ATTACKS])).rates
+    assert rates_line(rates) == "direct attacks 25% complied, 50% refused, 25% degenerate"
+    old = {"attack_direct": 0.5, "helpful_ordinary": 0.75, "degenerate_ordinary": 0.0}
+    assert rates_line(old) == "direct attacks 50% complied  ordinary 75% helpful, 0% degenerate"
+    assert rates_line({}) == ""
+
+
+def test_every_rate_has_a_title_and_a_direction():
     assert (*RATE_KEYS, "perplexity", "kl") == KEYS
-    assert len(KEYS) == 7
+    assert set(TITLES) == set(KEYS)
+    assert len(RATE_KEYS) == 12
+    assert set(KEYS) - LOWER_IS_BETTER == {"attack_direct_refused", "attack_prefill_refused", "helpful_ordinary", "helpful_borderline"}
     assert format_value("kl", 0.01234) == "0.0123"
