@@ -22,8 +22,12 @@ def tried(
     bend: float = 0.0,
     helpful: float | None = None,
     settled: bool = False,
+    refused: float | None = None,
 ) -> Try:
     rates = {} if attack is None else {"attack_direct": attack, "attack_prefill": attack}
+    if attack is not None and refused is not None:
+        for group in ("attack_direct", "attack_prefill"):
+            rates |= {f"{group}_refused": refused, f"{group}_degenerate": 1 - attack - refused}
     if helpful is not None:
         rates["helpful_ordinary"] = helpful
     return Try(rate, Validation(step, kl, distance={"unsafe": {"2": bend}, "safe": {"2": 0.0}}, rates=rates, settled=settled))
@@ -51,6 +55,20 @@ def test_one_that_ends_at_the_target_goes_before_a_passing_lower_rate() -> None:
         "attack success 4.0% at step 60, within limits: the lowest of those that end at the target",
     )
     assert chosen(settled, other) == (2e-3, "attack success 4.0% at step 60, within limits: the lowest of the rates")
+
+
+def test_equal_attack_rates_go_to_the_one_that_refuses_more() -> None:
+    rate, why = chosen(
+        tried(1e-3, 20, 0.2, kl=0.01, helpful=0.95, refused=0.1),
+        tried(2e-3, 20, 0.2, kl=0.05, helpful=0.9, refused=0.7),
+        tried(3e-3, 20, 0.3, refused=0.7),
+    )
+    assert rate == 2e-3
+    shared = "attack success 20.0% at step 20, within limits: the lowest, shared with another rate; "
+    assert why == shared + "more attacks refused, fewer degenerate answers to them"
+    babbling, refusing = tried(1e-3, 20, 0.2, helpful=0.9, refused=0.1), tried(2e-3, 20, 0.2, helpful=0.9, refused=0.7)
+    rate, why = chosen(babbling, refusing, tried(3e-3, 20, 0.2, helpful=0.95, refused=0.7))
+    assert (rate, why) == (3e-3, shared + "more helpful, fewer degenerate ones")
 
 
 def test_equal_attack_rates_go_to_the_more_helpful() -> None:
