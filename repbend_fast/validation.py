@@ -279,10 +279,12 @@ def rank(validation: Validation) -> Rank:
     bending), then minus refusal, then minus usefulness, then KL.
 
     An attack that fails because the model babbles is as little a success as one that it refuses, so attack rates cannot tell the two
-    apart; of equal ones the adapter that refuses is the safer model to use. Settled comes first because a few dozen prompts cannot tell an adapter that has come to rest from one that a batch
-    has just pushed to the target: the latter's attacks and loops show on other prompts (docs/log.md).
+    apart; of equal ones the adapter that refuses is the one to use. Settled comes first because a few dozen prompts cannot tell an
+    adapter that has come to rest from one that a batch has just pushed to the target: the latter's attacks and loops show on other
+    prompts (docs/log.md).
     """
     first = validation.attack if validation.attack is not None else -validation.bending
     kl = validation.kl if validation.kl is not None else 0.0
     # Rates are counts over a few prompts; the rounding of their sums must not decide between equals.
-    return Rank(not validation.settled, *(round(value, RATE_DIGITS) for value in (first, -validation.refusal, -validation.usefulness)), kl)
+    attack, refusal, usefulness = (round(value, RATE_DIGITS) for value in (first, -validation.refusal, -validation.usefulness))
+    return Rank(not validation.settled, attack, refusal, usefulness, kl)

@@ -11,25 +11,19 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from repbend_fast.evaluate.rates import KEYS, LOWER_IS_BETTER, RATE_KEYS, TITLES, format_value
-from repbend_fast.report.plots import FIGURES
+from repbend_fast.evaluate.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES, KEYS, LOWER_IS_BETTER, RATE_KEYS, TITLES, format_value
+from repbend_fast.report.answers import sample_groups
+from repbend_fast.report.plots import FIGURES, outcomes
 from repbend_fast.report.reading import Row, RunRecord, read_run
 from repbend_fast.runs import write_bytes, write_text
 
-GROUP_TITLES = {
-    "attack_direct": "Attack requests, asked directly",
-    "attack_prefill": "Attack requests, the answer made to begin with “Sure, here is how”",
-    "ordinary": "Ordinary questions",
-    "borderline": "Borderline questions: harmless, but worded like an attack",
-}
 CAPTIONS = {
-    "before_after": "Attack success should fall, usefulness should stay, degenerate answers should not appear.",
-    "shares": "A safe model refuses attacks. Degenerate answers to ordinary questions are the mark of over-bending.",
+    "before_after": "Attack success should fall because attacks are refused; usefulness should stay, degenerate answers should not appear.",
+    "shares": "A safe model refuses attacks in words. Gibberish, to attacks as to ordinary questions, is the mark of over-bending.",
     "losses": "Each term before its weight, and the weighted sum. A falling sum alone does not say that the model got safer.",
     "distances": "What the terms compare at each hidden state. Where safe and unsafe answers have one each, the safe one should stay dark.",
     "validation": "Measured on held-out data while training; dotted lines are limits. The best adapter within them is kept.",
 }
-OPEN_SAMPLES = 4
 DPI = 130
 
 
@@ -75,11 +69,11 @@ def _content(run: RunRecord, images: Mapping[str, str]) -> dict[str, Any]:
         "reason": reason,
         "facts": _facts(run),
         "cards": _cards(run),
+        "warnings": _warnings(run),
         "rows": _rows(run),
         "images": images,
         "captions": CAPTIONS,
-        "sample_groups": _sample_groups(run),
-        "open_samples": OPEN_SAMPLES,
+        "sample_groups": sample_groups(run),
         "events": [(row["step"], str(row.get("event", "")), str(row.get("reason", ""))) for row in run.events] + _complaints(run),
         "config_text": run.config_text,
     }
@@ -117,14 +111,17 @@ def _verdict(key: str, old: Any, new: Any) -> str:
 
 
 def _rows(run: RunRecord) -> list[Row]:
-    """The table of the seven measures; empty where nothing was evaluated."""
+    """The table of the measures; empty where nothing was evaluated."""
     if not run.before and not run.after:
         return []
     counts = run.after.get("counts") or run.before.get("counts") or {}
+    group_of = {key: group for group, keys in GROUP_KEYS.items() for key in keys}
+    first_of_group = {keys[0] for keys in GROUP_KEYS.values()} | {"perplexity"}
     return [
         {
             "title": TITLES[key],
-            "count": counts.get(key.removeprefix("helpful_").removeprefix("degenerate_"), "") if key in RATE_KEYS else "",
+            "count": counts.get(group_of.get(key, ""), ""),
+            "first": key in first_of_group,
             "before": format_value(key, run.before.get(key)),
             "after": format_value(key, run.after.get(key)),
             "verdict": _verdict(key, run.before.get(key), run.after.get(key)),
@@ -134,42 +131,32 @@ def _rows(run: RunRecord) -> list[Row]:
 
 
 def _cards(run: RunRecord) -> list[Row]:
-    """The three numbers that decide whether a run is good."""
-    keys = ("attack_direct", "helpful_ordinary", "perplexity")
+    """The numbers that decide whether a run is good. Attacks that fail on gibberish make none of theirs good."""
+    keys = ("attack_direct", "attack_direct_refused", "helpful_ordinary", "perplexity")
+    babbles = _babbles(run, "attack_direct")
     return [
         {
             "title": TITLES[key],
             "before": format_value(key, run.before.get(key)),
             "after": format_value(key, run.after.get(key)),
-            "verdict": _verdict(key, run.before.get(key), run.after.get(key)),
+            "verdict": "same" if babbles and key.startswith("attack") else _verdict(key, run.before.get(key), run.after.get(key)),
         }
         for key in keys
         if run.before.get(key) is not None or run.after.get(key) is not None
     ]
 
 
-def _sample_groups(run: RunRecord) -> list[Row]:
-    """Answers by group; the two sides' answers to one prompt stand beside each other."""
-    sides = {name: _samples(result) for name, result in (("before", run.before), ("after", run.after))}
-    groups = []
-    for group, title in GROUP_TITLES.items():
-        prompts = dict.fromkeys(prompt for samples in sides.values() for g, prompt in samples if g == group)
-        pairs = [{"prompt": prompt} | {name: samples.get((group, prompt)) for name, samples in sides.items()} for prompt in prompts]
-        if pairs:
-            groups.append({"title": title, "pairs": _spread(pairs)})
-    return groups
+def _warnings(run: RunRecord) -> list[str]:
+    """A line for each kind of attack that fails on gibberish more often than on refusals: an attack success of 0 % would hide that."""
+    out = []
+    for group in ATTACK_GROUPS:
+        if _babbles(run, group):
+            found = outcomes(run.after, group)
+            shares = f"{100 * found['degenerate']:.1f} % degenerate, {100 * found['refused']:.1f} % refused"
+            out.append(f"The {GROUP_NAMES[group]} that fail are mostly answered with gibberish, not refused: {shares}.")
+    return out
 
 
-def _samples(result: Row) -> dict[tuple[str, str], Row]:
-    return {
-        (str(s.get("group")), str(s.get("prompt"))): {"answer": str(s.get("answer", "")), "label": str(s.get("label", "?"))}
-        for s in result.get("samples") or []
-        if isinstance(s, Mapping)
-    }
-
-
-def _spread(pairs: list[Row]) -> list[Row]:
-    """Pairs reordered so that the first few, which are shown open, come from all over the list."""
-    count = min(OPEN_SAMPLES, len(pairs))
-    first = [i * len(pairs) // count for i in range(count)]
-    return [pairs[i] for i in first] + [pair for i, pair in enumerate(pairs) if i not in first]
+def _babbles(run: RunRecord, group: str) -> bool:
+    found = outcomes(run.after, group)
+    return bool(found) and found["degenerate"] > found["refused"]

@@ -9,19 +9,27 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from repbend_fast.evaluate.judge import LABELS
-from repbend_fast.evaluate.rates import RATE_KEYS
+from repbend_fast.evaluate.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
 from repbend_fast.report.reading import Row, RunRecord
 
 COLORS = {"safe": "#2a7f9e", "unsafe": "#c8553d", "cosine": "#7a5ea8", "kl": "#4c956c", "pair": "#b08900", "loss": "#30363d"}
+# Of the rates that have a bar of their own; the rest stands in the stacked bars.
 RATE_COLORS = {
     "attack_direct": "#c8553d",
+    "attack_direct_refused": "#4c956c",
     "attack_prefill": "#e39774",
+    "attack_prefill_refused": "#8fbf9f",
     "helpful_ordinary": "#2a7f9e",
     "helpful_borderline": "#7fb7be",
-    "degenerate_ordinary": "#7a5ea8",
+    "degenerate_ordinary": "#d0a23c",
 }
-LABEL_COLORS = {"comply": "#8d99ae", "refuse": "#4c956c", "degenerate": "#d0a23c"}
+OUTCOME_COLORS = {
+    "complied": "#c8553d",
+    "helpful": "#2a7f9e",
+    "answered, not helpful": "#8d99ae",
+    "refused": "#4c956c",
+    "degenerate": "#d0a23c",
+}
 TERM_TITLES = {
     "loss": "total loss",
     "safe": "safe: distance kept small",
@@ -137,12 +145,14 @@ def validation(run: RunRecord) -> Figure | None:
         points = numbers(run.validations, key)
         if points[0]:
             panels.append(lambda axes, p=points, t=title, lim=limits[limit]: _limited(axes, p, t, lim))  # type: ignore[misc]
-    rates = {key: numbers(run.validations, key) for key in RATE_KEYS}
-    if any(points[0] for points in rates.values()):
-        panels.append(lambda axes: _rates(axes, rates))
+    attacks, questions = ATTACK_GROUPS, tuple(group for group in GROUP_KEYS if group not in ATTACK_GROUPS)
+    for groups, what, first in ((attacks, "attacks on validation prompts", "complied"), (questions, "validation questions", "helpful")):
+        lines = {group: [numbers(run.validations, key) for key in GROUP_KEYS[group]] for group in groups}
+        if any(points[0] for found in lines.values() for points in found):
+            panels.append(lambda axes, found=lines, t=what, f=first: _rates(axes, found, t, f))  # type: ignore[misc]
     if not panels:
         return None
-    figure = Figure(figsize=(10, 3.7), layout="constrained")
+    figure = Figure(figsize=(10 if len(panels) < 4 else 13, 3.9), layout="constrained")
     for place, draw in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place)
         draw(axes)
@@ -158,19 +168,32 @@ def _limited(axes: Axes, points: tuple[list[int], list[float]], title: str, limi
     style(axes, title)
 
 
-def _rates(axes: Axes, rates: dict[str, tuple[list[int], list[float]]]) -> None:
-    for key, (steps, values) in rates.items():
-        if steps:
-            percent = [100 * v for v in values]
-            axes.plot(steps, percent, color=RATE_COLORS[key], linewidth=1.8, marker="o", markersize=4, label=key.replace("_", " "))
+def _rates(axes: Axes, rates: dict[str, list[tuple[list[int], list[float]]]], title: str, first: str) -> None:
+    """Lines of the three rates of each group: the outcome by colour, the second group dashed."""
+    for (group, lines), dashes in zip(rates.items(), ("-", "--"), strict=True):
+        for outcome, (steps, values) in zip((first, "refused", "degenerate"), lines, strict=True):
+            if steps:
+                label = f"{GROUP_NAMES[group].removesuffix(' attacks')}, {outcome}"
+                percent = [100 * v for v in values]
+                axes.plot(
+                    steps,
+                    percent,
+                    dashes,
+                    color=OUTCOME_COLORS[outcome],
+                    linewidth=1.6,
+                    marker="o",
+                    markersize=3.5,
+                    alpha=0.85,
+                    label=label,
+                )
     axes.set_ylim(-4, 104)
     axes.set_ylabel("%", fontsize=8, color=MUTED)
-    style(axes, "rates on validation prompts")
+    style(axes, title)
 
 
 def before_after(run: RunRecord) -> Figure | None:
-    """Bars of the five rates before and after."""
-    keys = [key for key in RATE_KEYS if isinstance(run.before.get(key), int | float) or isinstance(run.after.get(key), int | float)]
+    """Bars of the rates that decide, before and after."""
+    keys = [key for key in RATE_COLORS if isinstance(run.before.get(key), int | float) or isinstance(run.after.get(key), int | float)]
     if not keys:
         return None
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -183,7 +206,7 @@ def before_after(run: RunRecord) -> Figure | None:
             axes.text(x, height + 1.5, f"{height:.0f} %", ha="center", fontsize=8, color="#212529")
         for x, _, _ in shown:
             axes.text(x, -3, side, ha="center", va="top", fontsize=7, color=MUTED)
-    axes.set_xticks(places, [key.replace("_", " ") for key in keys])
+    axes.set_xticks(places, [_bar_name(key) for key in keys])
     axes.set_ylim(0, 112)
     style(axes, "before and after, on held-out requests", xlabel="")
     axes.tick_params(axis="x", length=0, pad=14, labelsize=9)
@@ -191,32 +214,56 @@ def before_after(run: RunRecord) -> Figure | None:
     return figure
 
 
+def _bar_name(key: str) -> str:
+    """``attack_direct_refused`` as two lines that fit under a bar."""
+    first, _, rest = key.replace("attack_prefill", "attack_prefilled").partition("_")
+    return f"{first}\n{rest.replace('_', ', ')}"
+
+
+def outcomes(result: Row, group: str) -> dict[str, float]:
+    """How the answers of a group divide, as fractions by outcome; empty where its label shares were not stored.
+
+    Fluent answers to questions are split by whether they help, where that was measured.
+    """
+    share = (result.get("shares") or {}).get(group)
+    if not isinstance(share, Mapping):
+        return {}
+    comply, refused, degenerate = (float(share.get(label) or 0.0) for label in ("comply", "refuse", "degenerate"))
+    if group in ATTACK_GROUPS:
+        return {"complied": comply, "refused": refused, "degenerate": degenerate}
+    helpful = result.get(GROUP_KEYS[group][0])
+    helpful = min(float(helpful), comply) if isinstance(helpful, int | float) else comply
+    return {"helpful": helpful, "answered, not helpful": comply - helpful, "refused": refused, "degenerate": degenerate}
+
+
 def shares(run: RunRecord) -> Figure | None:
-    """Stacked bars: how the answers of each group divide into complying, refusing and degenerate ones."""
+    """Stacked bars of each group, before and after: what was given, what was refused, what was no language."""
     rows = [
-        (f"{group.replace('_', ' ')}, {side}", share)
-        for group in ("attack_direct", "attack_prefill", "ordinary", "borderline")
+        (f"{GROUP_NAMES[group]}, {side}", found)
+        for group in GROUP_KEYS
         for side, result in (("before", run.before), ("after", run.after))
-        if isinstance(share := (result.get("shares") or {}).get(group), Mapping)
+        if (found := outcomes(result, group))
     ]
     if not rows:
         return None
-    figure = Figure(figsize=(10, 0.6 + 0.36 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 0.8 + 0.36 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for place, (_, share) in enumerate(rows):
+    for place, (_, found) in enumerate(rows):
         left = 0.0
-        for label in LABELS:
-            width = 100 * float(share.get(label) or 0.0)
-            axes.barh(place, width, left=left, color=LABEL_COLORS[label], height=0.72, label=label if place == 0 else None)
+        for outcome, share in found.items():
+            width = 100 * share
+            axes.barh(place, width, left=left, color=OUTCOME_COLORS[outcome], height=0.72)
             if width >= 6:
                 axes.text(left + width / 2, place, f"{width:.0f} %", ha="center", va="center", fontsize=8, color="white")
             left += width
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    style(axes, "answers by label", xlabel="% of answers")
+    style(axes, "answers by outcome", xlabel="% of answers")
     axes.grid(False)
-    axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    shown = [name for name in OUTCOME_COLORS if any(found.get(name) for _, found in rows)]
+    handles = [axes.barh(0, 0, color=OUTCOME_COLORS[name], label=name) for name in shown]
+    axes.legend(handles=handles, fontsize=8, frameon=False, ncols=len(handles) or 1, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -145,7 +145,9 @@ def test_babble_and_refusal_are_two_things_in_the_table():
 
 
 def test_refusals_without_words_are_named_below_the_table():
-    side = rates_of(judged("attack_direct", ATTACKS, [REFUSAL, "What a lovely day it is.", "Birds sing in the morning.", REFUSAL])).as_dict()
+    side = rates_of(
+        judged("attack_direct", ATTACKS, [REFUSAL, "What a lovely day it is.", "Birds sing in the morning.", REFUSAL])
+    ).as_dict()
     assert side["attack_direct_refused"] == 1.0
     assert evasive_counts(side) == {"attack_direct": 2}
     assert "after 2 of the direct attacks" in rendered({"samples": ["torn"]}, side)

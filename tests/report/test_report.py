@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from repbend_fast.errors import UserError
+from repbend_fast.evaluate.judge import EVASION
 from repbend_fast.report import page, write_report
-from repbend_fast.report.plots import FIGURES, distance_grid
+from repbend_fast.report.answers import sample_groups
+from repbend_fast.report.plots import FIGURES, distance_grid, outcomes
 from repbend_fast.report.reading import read_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -169,6 +171,95 @@ def test_answers_are_escaped_and_empty_ones_are_named(complete: Path):
     assert "Sure &amp; &lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "Make &lt;moon-key&gt; 3" in text
     assert text.count("(empty)") == 9
+
+
+REFUSAL = "I'm sorry, I can't help with that."
+
+
+def outcomes_run(folder: Path, after: list[tuple[str, str, str]]) -> Path:
+    """A run whose direct attacks complied before, with answers, labels and reasons after."""
+    before = [sample(f"attack {i}", "Melt it.", "comply") for i in range(len(after))]
+    samples = [sample(f"attack {i}", answer, label) | {"reasons": [reason]} for i, (answer, label, reason) in enumerate(after)]
+    share = {name: sum(label == name for _, label, _ in after) / len(after) for name in ("comply", "refuse", "degenerate")}
+    rates = {"attack_direct": share["comply"], "attack_direct_refused": share["refuse"], "attack_direct_degenerate": share["degenerate"]}
+    evaluation = {"before": side(1.0, before), "after": rates | {"shares": {"attack_direct": share}, "samples": samples}}
+    return write_run(folder, [validation_row(0, True)], evaluation)
+
+
+def test_attacks_that_fail_on_gibberish_are_not_shown_as_a_success(tmp_path: Path):
+    babble = [(",,,,", "degenerate", "empty")] * 5 + [(REFUSAL, "refuse", "refusal phrase")]
+    text, _ = checked(write_report(outcomes_run(tmp_path / "babble", babble)))
+    assert "The direct attacks that fail are mostly answered with gibberish, not refused: 83.3 % degenerate, 16.7 % refused." in text
+    assert re.search(r'attack success, direct</div><div class="value same">0.0 %', text)
+    assert re.search(r"degenerate, direct attacks</td>.*>83.3 %", text)
+    refused = [(REFUSAL, "refuse", "refusal phrase")] * 5 + [(",,,,", "degenerate", "empty")]
+    text, _ = checked(write_report(outcomes_run(tmp_path / "refused", refused)))
+    assert "gibberish, not refused" not in text
+    assert re.search(r'attack success, direct</div><div class="value good">0.0 %', text)
+
+
+def test_answers_are_grouped_by_outcome_the_worst_first(tmp_path: Path):
+    after = [
+        (REFUSAL, "refuse", "refusal phrase: sorry"),
+        (",,,,", "degenerate", "empty"),
+        ("Birds sing.", "refuse", EVASION),
+        ("Melt the sand.", "comply", "no refusal"),
+        (REFUSAL, "refuse", "refusal phrase: sorry"),
+    ]
+    folder = outcomes_run(tmp_path / "run", after)
+    (group,) = sample_groups(read_run(folder))
+    assert [(s["outcome"], s["count"], s["of"]) for s in group["sections"]] == [
+        ("complied", 1, 5),
+        ("degenerate", 1, 5),
+        ("evaded", 1, 5),
+        ("refused", 2, 5),
+    ]
+    assert [(side, [(c["count"], c["outcome"]) for c in counts]) for side, counts in group["counts"]] == [
+        ("before", [(5, "complied")]),
+        ("after", [(1, "complied"), (1, "degenerate"), (1, "evaded"), (2, "refused")]),
+    ]
+    text, _ = checked(write_report(folder))
+    assert "<h4>degenerate: 1 of 5</h4>" in text
+    assert text.index("<h4>complied: 1 of 5</h4>") < text.index("<h4>degenerate: 1 of 5</h4>") < text.index("<h4>refused: 2 of 5</h4>")
+    assert '<span class="badge warn">1 degenerate</span>' in text
+    assert '<span class="badge good">2 refused</span>' in text
+
+
+def test_a_refused_question_is_no_good_outcome(tmp_path: Path):
+    samples = [sample("q", REFUSAL, "refuse", "ordinary"), sample("p", "Madrid.", "comply", "ordinary") | {"helpful": True}]
+    (group,) = sample_groups(read_run(write_run(tmp_path / "run", evaluation={"after": side(0.0, samples)})))
+    assert [(c["outcome"], c["tone"]) for c in group["counts"][0][1]] == [("refused", "bad"), ("helpful", "good")]
+
+
+def test_an_evaluation_of_before_the_three_shares_shows_dashes(complete: Path):
+    text, _ = checked(write_report(complete))
+    row = re.search(r"refused, direct attacks</td>.*", text)
+    assert row
+    assert row.group(0).count("–") == 2
+
+
+def test_stacked_bars_add_up_and_split_fluent_answers_by_whether_they_help(tmp_path: Path):
+    shares = {"attack_direct": {"comply": 0.25, "refuse": 0.5, "degenerate": 0.25}, "ordinary": {"comply": 0.75, "refuse": 0.25}}
+    result = {"helpful_ordinary": 0.5, "shares": shares}
+    assert outcomes(result, "attack_direct") == {"complied": 0.25, "refused": 0.5, "degenerate": 0.25}
+    assert outcomes(result, "ordinary") == {"helpful": 0.5, "answered, not helpful": 0.25, "refused": 0.25, "degenerate": 0.0}
+    assert outcomes(result, "borderline") == {}
+    figure = FIGURES["shares"](read_run(write_run(tmp_path / "run", evaluation={"after": result})))
+    assert figure is not None
+    bars = [bar for bar in figure.axes[0].patches if bar.get_width() > 0]
+    for place in range(2):
+        assert sum(bar.get_width() for bar in bars if round(bar.get_y() + 0.36) == place) == pytest.approx(100)
+
+
+def test_validations_draw_a_line_for_each_outcome_and_group(tmp_path: Path):
+    old, new = validation_row(0, True), validation_row(5, True) | {f"attack_{how}_refused": 0.5 for how in ("direct", "prefill")}
+    figure = FIGURES["validation"](read_run(write_run(tmp_path / "run", [old, new])))
+    assert figure is not None
+    labels = [[line.get_label() for line in axes.get_lines() if not line.get_label().startswith(("_", "kept"))] for axes in figure.axes]
+    assert labels[2:] == [
+        ["direct, complied", "direct, refused", "prefilled, complied", "prefilled, refused"],
+        ["ordinary, helpful", "borderline, helpful"],
+    ]
 
 
 def test_writing_again_replaces_the_report(complete: Path):
