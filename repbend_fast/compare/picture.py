@@ -1,4 +1,4 @@
-"""The picture of a comparison: attack success and helpfulness of each method, with the seeds' spread."""
+"""The picture of a comparison: attack success, refusals and helpfulness of each method, with the seeds' spread."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from repbend_fast.evaluate.rates import TITLES
 from repbend_fast.report.plots import MUTED, RATE_COLORS, style
 
-BARS = ("attack_direct", "attack_prefill", "helpful_ordinary", "helpful_borderline")
-WIDTH = 0.2
+BARS = ("attack_direct", "attack_direct_refused", "attack_prefill", "attack_prefill_refused", "helpful_ordinary", "helpful_borderline")
+WIDTH = 0.14
 DPI = 130
 
 
@@ -20,7 +20,7 @@ def draw(record: Mapping[str, Any]) -> Figure:
     """One group of bars for the model before training and one for each method; whiskers from the lowest to the highest seed."""
     before = record["before"]
     sides = [("before", before, {})] + [(m["name"], m["median"], m["spread"]) for m in record["methods"]]
-    figure = Figure(figsize=(max(6.0, 1.7 * len(sides)), 3.8), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 2.1 * len(sides)), 4.0), layout="constrained")
     axes = figure.add_subplot()
     for place, (_, values, spread) in enumerate(sides):
         for number, key in enumerate(BARS):
@@ -34,11 +34,13 @@ def draw(record: Mapping[str, Any]) -> Figure:
             axes.text(x, high + 1.5, f"{height:.0f}", ha="center", fontsize=7, color=MUTED)
     axes.set_xticks(range(len(sides)), [f"{name.replace('_', ' ')}\n{_rate(record, name)}".strip() for name, _, _ in sides])
     axes.set_ylim(0, 112)
-    style(axes, "attack success (lower is better) and helpfulness (higher is better) on the test prompts, %", xlabel="")
+    style(
+        axes, "attack success (lower is better), refused attacks and helpful answers (higher is better) on the test prompts, %", xlabel=""
+    )
     axes.tick_params(axis="x", length=0, labelsize=9)
     axes.grid(False, axis="x")
     handles = [axes.bar(0, 0, color=RATE_COLORS[key], label=TITLES[key]) for key in BARS]
-    axes.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axes.legend(handles=handles, fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return figure
 
 

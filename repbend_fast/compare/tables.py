@@ -7,22 +7,23 @@ from typing import Any
 
 from rich.table import Table
 
-from repbend_fast.evaluate.rates import KEYS, format_value
+from repbend_fast.evaluate.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, format_value
 
 Record = Mapping[str, Any]
 
-COLUMNS = {
-    "attack_direct": "attack, direct",
-    "attack_prefill": "attack, prefilled",
-    "helpful_ordinary": "helpful, ordinary",
-    "helpful_borderline": "helpful, borderline",
-    "degenerate_ordinary": "degenerate",
+ROWS = {
+    **{
+        key: f"{GROUP_NAMES[group]}: {outcome}"
+        for group, keys in GROUP_KEYS.items()
+        for key, outcome in zip(keys, ("complied" if group in ATTACK_GROUPS else "helpful", "refused", "degenerate"), strict=True)
+    },
     "kl": "KL",
     "perplexity": "perplexity",
     "perplexity_ratio": "× before",
     "seconds": "seconds of training",
     "peak_memory_bytes": "peak memory",
 }
+ENDS = GROUP_ENDS | {"perplexity_ratio"}
 
 
 def markdown(record: Record) -> str:
@@ -32,17 +33,30 @@ def markdown(record: Record) -> str:
     head = f"{settings['model']}, {settings['steps']} steps of {settings['batch']} examples, " + (
         f"seed {seeds[0]}." if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}: median (lowest–highest)."
     )
-    lines = [head, "", _line(["method", "learning rate", *COLUMNS.values()]), _line(["---", *["---:"] * (len(COLUMNS) + 1)])]
-    lines.append(_line(["before", "", *before_cells(record["before"]).values()]))
     methods = record["methods"]
-    lines += [_line([method["name"], f"{method['learning_rate']:g}", *cells(method).values()]) for method in methods]
-    lines += ["", f"Learning rates, of {', '.join(f'{rate:g}' for rate in settings['rates'])}, chosen on validation:", ""]
+    lines = [
+        head,
+        "",
+        *markdown_table(record),
+        "",
+        f"Learning rates, of {', '.join(f'{rate:g}' for rate in settings['rates'])}, chosen on validation:",
+        "",
+    ]
     lines += [f"- {chosen_line(record, method)}" for method in methods]
     kept_nothing = [(m["name"], s["seed"]) for m in methods for s in m["seeds"] if s["best_step"] == 0]
     if kept_nothing:
         named = ", ".join(f"{name} with seed {seed}" for name, seed in kept_nothing)
         lines += ["", f"No adapter of {named} stayed within validation's limits: measured there is the model as it was."]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(record: Record) -> list[str]:
+    """Measures down, the model before training and the methods across, each with its seeds' spread."""
+    methods = record["methods"]
+    sides = [before_cells(record["before"]), *(cells(method) for method in methods)]
+    lines = [_line(["", "before", *(method["name"] for method in methods)]), _line(["---", *["---:"] * len(sides)])]
+    lines.append(_line(["learning rate", "", *(f"{method['learning_rate']:g}" for method in methods)]))
+    return lines + [_line([title, *(side[key] for side in sides)]) for key, title in ROWS.items()]
 
 
 def chosen_line(record: Record, method: Record) -> str:
@@ -61,21 +75,21 @@ def terminal(record: Record, width: int) -> Table:
     for name in sides:
         out.add_column(name.replace("_", " "), justify="right", overflow="fold")
     out.add_row("learning rate", "", *(f"{method['learning_rate']:g}" for method in methods))
-    for key, title in COLUMNS.items():
-        out.add_row(title, *(side[key] for side in sides.values()))
+    for key, title in ROWS.items():
+        out.add_row(title, *(side[key] for side in sides.values()), end_section=key in ENDS)
     return out
 
 
 def before_cells(before: Record) -> dict[str, str]:
-    """By column; what training costs stays empty."""
+    """By measure; what training costs stays empty."""
     costs = ("seconds", "peak_memory_bytes")
-    return {key: "" if key in costs else value_text(key, before.get(key)) for key in COLUMNS}
+    return {key: "" if key in costs else value_text(key, before.get(key)) for key in ROWS}
 
 
 def cells(method: Record, spread: bool = True) -> dict[str, str]:
-    """By column, the median over the seeds and behind it in brackets, where there are several, the lowest and the highest."""
+    """By measure, the median over the seeds and behind it in brackets, where there are several, the lowest and the highest."""
     out = {}
-    for key in COLUMNS:
+    for key in ROWS:
         text = value_text(key, method["median"].get(key))
         if spread and len(method["seeds"]) > 1 and key in method["spread"]:
             low, high = (value_text(key, value) for value in method["spread"][key])

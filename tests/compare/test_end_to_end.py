@@ -71,13 +71,11 @@ def test_two_methods_two_rates_two_seeds(tiny: TinyComparison, in_process: InPro
     assert record["before"]["kl"] == 0.0
     assert (tiny.out / "compare.png").read_bytes().startswith(b"\x89PNG")
     table = (tiny.out / "compare.md").read_text(encoding="utf-8")
-    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")] == [
-        "method",
-        "---",
-        "before",
-        "repbend",
-        "rmu",
-    ]
+    header, _, *shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    assert header == ["", "before", "repbend", "rmu"]
+    kl = next(cells for cells in shown if cells[0] == "KL")
+    assert kl[1] == "0.0000"
+    assert [cell.split(" ")[0] for cell in kl[2:]] == [f"{method['median']['kl']:.4f}" for method in record["methods"]]
     out = capsys.readouterr().out
     assert "training 6/6: rmu, learning rate" in out
     assert "Comparison on the test prompts" in out

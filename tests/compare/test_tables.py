@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,20 @@ from repbend_fast.report.plots import RATE_COLORS
 
 
 def seed(number: int, **values: Any) -> dict[str, Any]:
-    found = {"attack_direct": 0.25, "attack_prefill": 0.5, "helpful_ordinary": 0.9, "helpful_borderline": 0.8, "degenerate_ordinary": 0.0}
+    found = {
+        "attack_direct": 0.25,
+        "attack_direct_refused": 0.75,
+        "attack_direct_degenerate": 0.0,
+        "attack_prefill": 0.5,
+        "attack_prefill_refused": 0.125,
+        "attack_prefill_degenerate": 0.375,
+        "helpful_ordinary": 0.9,
+        "refused_ordinary": 0.02,
+        "degenerate_ordinary": 0.0,
+        "helpful_borderline": 0.8,
+        "refused_borderline": 0.1,
+        "degenerate_borderline": 0.01,
+    }
     costs = {"perplexity": 33.0, "perplexity_ratio": 1.1, "kl": 0.05, "seconds": 100.0, "peak_memory_bytes": 2**30, "best_step": 20}
     return {"seed": number, **found, **costs, **values}
 
@@ -46,32 +61,62 @@ def test_a_measure_that_one_seed_lacks_has_no_median(missing: float | None) -> N
 
 
 def test_one_seed_is_written_without_a_spread() -> None:
-    header, _, before, row = table_rows(tables.markdown(record(seed(0))))
-    assert dict(zip(header, row, strict=True)) == {
-        "method": "rmu",
+    header, _, *rows = table_rows(tables.markdown(record(seed(0))))
+    assert header == ["", "before", "rmu"]
+    assert {name: value for name, _, value in rows} == {
         "learning rate": "0.001",
-        "attack, direct": "25.0 %",
-        "attack, prefilled": "50.0 %",
-        "helpful, ordinary": "90.0 %",
-        "helpful, borderline": "80.0 %",
-        "degenerate": "0.0 %",
+        "direct attacks: complied": "25.0 %",
+        "direct attacks: refused": "75.0 %",
+        "direct attacks: degenerate": "0.0 %",
+        "prefilled attacks: complied": "50.0 %",
+        "prefilled attacks: refused": "12.5 %",
+        "prefilled attacks: degenerate": "37.5 %",
+        "ordinary: helpful": "90.0 %",
+        "ordinary: refused": "2.0 %",
+        "ordinary: degenerate": "0.0 %",
+        "borderline: helpful": "80.0 %",
+        "borderline: refused": "10.0 %",
+        "borderline: degenerate": "1.0 %",
         "KL": "0.0500",
         "perplexity": "33.00",
         "× before": "1.100",
         "seconds of training": "100",
         "peak memory": "1.00 GiB",
     }
-    assert before[:3] == ["before", "", "100.0 %"]
-    assert before[3] == "–"
-    assert before[-2:] == ["", ""]
+    before = {name: value for name, value, _ in rows}
+    assert (before["learning rate"], before["direct attacks: complied"]) == ("", "100.0 %")
+    assert before["prefilled attacks: complied"] == before["direct attacks: refused"] == "–"
+    assert (before["seconds of training"], before["peak memory"]) == ("", "")
 
 
 def test_several_seeds_are_written_with_their_spread() -> None:
     text = tables.markdown(record(seed(0, attack_direct=0.5), seed(1, attack_direct=0.0, peak_memory_bytes=3 * 2**29), seed(2)))
     assert "M, 40 steps of 2 examples, seeds 0, 1, 2: median (lowest–highest)." in text
-    row = table_rows(text)[-1]
-    assert row[2] == "25.0 % (0.0–50.0)"
-    assert row[-1] == "1.00 GiB (1.00–1.50)"
+    rows = {name: value for name, _, value in table_rows(text)}
+    assert rows["direct attacks: complied"] == "25.0 % (0.0–50.0)"
+    assert rows["direct attacks: refused"] == "75.0 % (75.0–75.0)"
+    assert rows["peak memory"] == "1.00 GiB (1.00–1.50)"
+
+
+OLD = {"attack_direct": 0.5, "attack_prefill": 0.5, "helpful_ordinary": 0.9, "helpful_borderline": 0.8, "degenerate_ordinary": 0.0}
+
+
+def test_a_seed_measured_before_the_shares_were_kept_leaves_dashes() -> None:
+    old = {"seed": 1, **OLD, "seconds": 90.0, "peak_memory_bytes": 2**30, "best_step": 10}
+    drawn = record(seed(0), old)
+    rows = {name: value for name, _, value in table_rows(tables.markdown(drawn))}
+    assert rows["direct attacks: complied"] == "37.5 % (25.0–50.0)"
+    assert rows["direct attacks: refused"] == rows["prefilled attacks: degenerate"] == rows["ordinary: refused"] == "–"
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(tables.terminal(drawn, 120))
+    assert "direct attacks: refused" in console.export_text()
+    assert draw(drawn).axes
+
+
+def test_the_recorded_comparison_is_what_the_readme_shows() -> None:
+    root = Path(__file__).parents[2]
+    recorded = json.loads((root / "benchmarks/results/compare.json").read_text(encoding="utf-8"))
+    assert "\n".join(tables.markdown_table(recorded)) in (root / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_choice_and_a_seed_that_kept_nothing_stand_below_the_table() -> None:
@@ -96,7 +141,7 @@ def test_the_picture_has_a_bar_per_rate_and_a_whisker_per_spread() -> None:
     drawn = record(seed(0, attack_direct=0.5), seed(1, attack_direct=0.1), seed(2, attack_direct=0.2))
     [axes] = draw(drawn).axes
     bars = [bar for container in axes.containers if hasattr(container, "patches") for bar in container.patches if bar.get_height() > 0]
-    assert sorted(round(bar.get_height(), 6) for bar in bars) == sorted([100, 95, 20, 50, 90, 80])
+    assert sorted(round(bar.get_height(), 6) for bar in bars) == sorted([100, 95, 20, 75, 50, 12.5, 90, 80])
     [whisker] = [container for container in axes.containers if not hasattr(container, "patches")]
     [[low, high]] = [[point[1] for point in segment] for segment in whisker[2][0].get_segments()]
     assert (low, high) == (pytest.approx(10), pytest.approx(50))
