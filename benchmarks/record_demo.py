@@ -32,9 +32,9 @@ def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def entry(seed: int, folder: Path, seconds: float) -> dict[str, Any]:
-    """A finished run's line of the record."""
+    """A finished run's line of the record, without what was not measured."""
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    sides = {side: {key: evaluation[side][key] for key in KEYS} for side in ("before", "after")}
+    sides = {side: {key: evaluation[side][key] for key in KEYS if key in evaluation[side]} for side in ("before", "after")}
     counts = evaluation["after"]["counts"]
     return {"seed": seed, **sides, "seconds": round(seconds, 1), "best_step": evaluation["best_step"], "counts": counts}
 
