@@ -13,6 +13,7 @@ from tiny_run import TinyRun, rows, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GraniteConfig
 
 from repbend_fast.cli import main
+from repbend_fast.evaluate.rates import GROUP_KEYS, KEYS, TITLES
 from repbend_fast.models import load_model
 from repbend_fast.trainer import Trainer
 
@@ -54,6 +55,9 @@ def test_a_run_stores_both_sides_and_the_step_that_was_kept(evaluated: TinyRun) 
     validations = {row["step"]: row for row in rows(evaluated.path, "validation")}
     assert stored["after"]["kl"] == validations[stored["best_step"]]["kl"]
     assert {"attack_direct", "attack_prefill", "helpful_ordinary", "helpful_borderline"} <= stored["after"].keys()
+    assert set(KEYS) <= stored["after"].keys()
+    for group in ("attack_direct", "attack_prefill"):
+        assert sum(stored["after"][key] for key in GROUP_KEYS[group]) == 1.0
 
 
 def test_eval_measures_the_saved_adapter_as_the_run_did(evaluated: TinyRun, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +67,17 @@ def test_eval_measures_the_saved_adapter_as_the_run_did(evaluated: TinyRun, copi
     again, first = evaluation(copied), evaluation(evaluated.path)
     assert again["before"] == first["before"]
     assert again["after"] == first["after"]
+
+
+def test_a_before_of_an_earlier_version_shows_dashes_in_eval_and_report(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = evaluation(copied)
+    former = ("attack_direct", "attack_prefill", "helpful_ordinary", "helpful_borderline", "degenerate_ordinary", "perplexity", "kl")
+    stored["before"] = {key: value for key, value in stored["before"].items() if key in (*former, "counts", "shares", "samples")}
+    (copied / "evaluation.json").write_text(json.dumps({"before": stored["before"]}), encoding="utf-8")
+    assert main(["eval", str(copied)]) == 0
+    shown = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert {title for title, before in shown.items() if before == "–"} == {TITLES[key] for key in KEYS if key not in former}
+    assert main(["report", str(copied)]) == 0
 
 
 def test_eval_on_other_prompts_measures_both_sides_and_stores_them_apart(copied: Path, tmp_path: Path) -> None:
