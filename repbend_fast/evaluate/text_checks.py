@@ -23,8 +23,10 @@ FUNCTION_WORDS = frozenset(
 )
 
 # A refusal speaks of who answers: "you can't make it without heat" and "don't share your password" are advice. So the verb comes in one
-# sentence with "I" or "we", or begins it ("Cannot help with that").
-SPEAKER = r"(?:\b(?:i|we)\b[^.!?\n]{0,60}?|(?:^|[.!?…—:;]\s*)(?:sorry,? (?:but )?)?)"
+# sentence with "I" or "we" and with no other subject right before it, or begins the sentence ("Cannot help with that").
+SPEAKER = (
+    r"(?:\b(?:i|we)\b[^.!?\n]{0,60}?(?<!\byou )(?<!\bthey )(?<!\bit )(?<!\bthat )(?<!\bwhich )|(?:^|[.!?…—:;]\s*)(?:sorry,? (?:but )?)?)"
+)
 CANNOT = (
     r"\b(?:can(?:'t|not| not)|could ?n't|wo(?:n't|uld not|uldn't)|will not|unable|not able|should(?:n't| not)|must(?:n't| not)|may not"
     r"|(?:'m|am|is|are) (?:unable|not able|not allowed|not equipped|not permitted|not going|not willing))"
