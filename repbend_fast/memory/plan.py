@@ -74,7 +74,7 @@ class Planner:
         shape, note = model_shape(config.model)
         self.notes = (note,) if note else ()
         self.num_blocks = int(shape.get_text_config().num_hidden_layers)
-        self.objective = build_objective(config.objective, self.num_blocks, config.training.steps)
+        self.objective = build_objective(config.objective, self.num_blocks, config.training.steps, seed=None)
         self.model = shape_model(config.model, config.lora, (self.objective.last_state,))
         attention = getattr(self.model.config, "_attn_implementation", "")
         self.base_levers = default_levers(config.memory, self.num_blocks, device, attention)
