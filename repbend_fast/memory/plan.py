@@ -287,7 +287,12 @@ class Planner:
             length = max(2, (self.limits.longest if alone else positions) // (asked * shares[peak.name]))
             made = self._streams(asked, length)
             # A stream that only compares sequences with each other has none of one.
-            found.append(made[peak.name] if peak.name in made else self._streams(2, max(2, length // 2))[peak.name])
+            worst = made[peak.name] if peak.name in made else self._streams(2, max(2, length // 2))[peak.name]
+            added = max(map(len, worst.sequences)) - length
+            if added > 0 and not alone:
+                # A stream that makes the records' sequences longer: it fills the piece with shorter records.
+                worst = self._streams(asked, max(2, length - added))[peak.name]
+            found.append(worst)
         return found
 
     def _plan(self, levers: Levers, streams: dict[str, int], total: int, budget: int | None) -> Plan:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
@@ -16,13 +14,14 @@ from objective_runs import BATCH, BLOCKS, STEP, plain_terms, precise_model, run_
 from tiny_models import LAYOUTS, WITHOUT_DROPOUT, adapted_model, flat, gradients, pair
 
 from repbend_fast.config.objectives import CircuitBreakerConfig, CRLConfig, ObjectiveConfig, RefusalSection
-from repbend_fast.data.records import Batch, PairSequence, Sequence
+from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
 from repbend_fast.objectives import build_objective, roles_of
 from repbend_fast.objectives.refusal import recovery_starts
 
 TOLERANCE = 1e-8
 WINDOW: dict[str, Any] = {"window_start": 2, "window_size": 2}
 ON: dict[str, Any] = {"refusal": 30.0, "recovery_tokens": 4}
+DRAWN = [7, 0, 0, 0, 0, 13, 15, 14]
 ALONE = dict.fromkeys(("safe", "unsafe", "cosine", "kl"), 0.0)
 CASES: dict[str, RefusalSection] = {
     "repbend": ObjectiveConfig(**WINDOW, **ON, pair=0.4),
@@ -161,14 +160,9 @@ def test_draws_are_a_function_of_seed_step_and_pairs() -> None:
     assert all(k in (0, whole) for k, whole in zip(starts(half, pairs, 3), drawn, strict=True))
 
 
-def test_draws_are_the_same_in_another_process() -> None:
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "from test_refusal import ObjectiveConfig, many, starts\n"
-        "print(starts(ObjectiveConfig(refusal=1.0), many(8, 40), 3))"
-    )
-    out = subprocess.run([sys.executable, "-c", code, *sys.path], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == str(starts(ObjectiveConfig(refusal=1.0), many(8, 40), 3))
+def test_draws_are_the_same_in_every_process() -> None:
+    """As they were when this was written: neither Python's hash seed nor a version of it decides them."""
+    assert starts(ObjectiveConfig(refusal=1.0), many(8, 40), 3) == DRAWN
 
 
 def test_a_plan_counts_with_the_longest_starts() -> None:
@@ -196,18 +190,13 @@ def test_roles_and_head(config, roles, needs_pairs) -> None:
     assert set(roles_of(config)) == roles == set(objective.roles)
     assert config.needs_pairs == needs_pairs
     assert objective.uses_head == (config.refusal > 0 or getattr(config, "kl", 0.0) > 0)
-    needed = Batch(
-        *(
-            getattr(BATCH, field) if role in roles else ()
-            for field, role in zip(("safe", "unsafe", "pairs", "retain"), ("safe", "unsafe", "pair", "retain"))
-        )
-    )
-    assert [s.sequences for s in objective.streams(needed, 0)] == [s.sequences for s in objective.streams(BATCH, 0) if s.sequences]
-    assert all(s.sequences for s in objective.streams(needed, 0))
-    # What is bent and kept is measured all the same, so the guard has its distances.
-    assert [s.distances[0].name for s in objective.probes(BATCH)] == (
-        ["forget", "retain"] if "retain" in roles and config.name == "circuit_breaker" else ["unsafe", "safe"]
-    )
+    fields: dict[str, Role] = {"safe": "safe", "unsafe": "unsafe", "pairs": "pair", "retain": "retain"}
+    needed = Batch(**{field: getattr(BATCH, field) for field, role in fields.items() if role in roles})
+    streams = objective.streams(needed, 0)
+    assert [s.sequences for s in streams] == [s.sequences for s in objective.streams(BATCH, 0) if s.sequences]
+    assert all(s.sequences for s in streams)
+    # What is bent is measured all the same, so that the guard has its distances.
+    assert objective.probes(needed)[0].distances[0].name == ("forget" if config.name == "circuit_breaker" else "unsafe")
 
 
 def test_it_has_a_gradient_at_the_start(precise) -> None:
