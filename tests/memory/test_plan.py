@@ -201,13 +201,13 @@ def test_the_refusal_s_stream_is_planned_with_its_longest_starts(others: tuple[s
 
 def test_without_starts_the_refusal_s_sequences_are_the_safe_ones(tmp_path: Path) -> None:
     for off in ("objective.recovery_tokens=0", "objective.recovery_share=0"):
-        peak = refusal_peak(Planner(recipe(tmp_path, "objective.refusal=30", off), CPU))
+        peak = refusal_peak(Planner(recipe(tmp_path, "objective.refusal=30", *ALONE, off), CPU))
         assert (peak.longest, peak.total) == (2 * LONGEST, 4 * LONGEST)
 
 
 @pytest.mark.parametrize("size", [None, 8, 2 * LONGEST, 5 * LONGEST])
 def test_the_refusal_s_worst_piece_is_no_larger_than_asked(size: int | None, tmp_path: Path) -> None:
-    planner = Planner(recipe(tmp_path, *REFUSAL), CPU)
+    planner = Planner(recipe(tmp_path, *REFUSAL, *ALONE), CPU)
     (worst,) = [s for s in planner.worst_streams(Levers() if size is None else Levers({"*": size})) if s.name == "refusal"]
     peak = refusal_peak(planner)
     positions = peak.total if size is None else max(size, peak.longest)
