@@ -120,7 +120,7 @@ class Trainer:
         self.data = data
         self.batches = PreparedBatches(data.sampler)
         base = load_model(config.model)
-        self.objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
+        self.objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps, config.training.seed)
         self.model: Any = attach_lora(base, config.lora, (self.objective.last_state,))
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
         levers = levers or levers_of(config.memory, self.model)

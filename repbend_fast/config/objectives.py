@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from repbend_fast.config.section import AboveZero, NonNegative, Positive, Section, Weight
+from repbend_fast.config.section import AboveZero, NonNegative, Positive, Section, Share, Weight
 
 
 def _published_mode(value: Any) -> Any:
@@ -81,8 +81,22 @@ class WindowSection(ObjectiveSection):
             yield "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; choose a window beyond 0"
 
 
-class ObjectiveConfig(WindowSection):
-    """RepBend: L = safe·S − unsafe·U + cosine·C + kl·K (+ pair·P), all weights ≥ 0."""
+class RefusalSection(ObjectiveSection):
+    """Settings of the term that has the safe answers of pairs said, also after the beginning of an unsafe answer."""
+
+    refusal: Weight = Field(0.0, description="Weight of the negative log-likelihood per token of the pairs' safe answers.")
+    recovery_tokens: NonNegative = Field(
+        16, description="With refusal: safe answers also follow up to this many first tokens of the unsafe answer; 0 = never."
+    )
+    recovery_share: Share = Field(0.5, description="Share of the pairs whose safe answer follows such a start.")
+
+    @property
+    def needs_pairs(self) -> bool:
+        return self.refusal > 0
+
+
+class ObjectiveConfig(RefusalSection, WindowSection):
+    """RepBend: L = safe·S − unsafe·U + cosine·C + kl·K (+ pair·P + refusal·F), all weights ≥ 0."""
 
     name: Literal["repbend"] = "repbend"
     safe: Weight = 0.5
@@ -99,7 +113,7 @@ class ObjectiveConfig(WindowSection):
 
     @property
     def needs_pairs(self) -> bool:
-        return self.pair > 0
+        return self.pair > 0 or super().needs_pairs
 
     @property
     def replaceable(self) -> frozenset[str]:
@@ -112,14 +126,14 @@ class ObjectiveConfig(WindowSection):
 
     def errors(self) -> Iterator[str]:
         yield from super().errors()
-        if self.cosine == 0 and self.pair == 0:
+        if self.cosine == 0 and self.pair == 0 and self.refusal == 0:
             yield (
                 "objective.cosine=0 with objective.pair=0: the other terms have no gradient while LoRA is at its start, so nothing would "
-                "ever train; give one of the two a weight above 0"
+                "ever train; give one of the two, or objective.refusal, a weight above 0"
             )
 
 
-class CircuitBreakerConfig(ObjectiveSection):
+class CircuitBreakerConfig(RefusalSection):
     """Circuit Breakers (representation rerouting): L = c_r·mean ‖h − r‖ on retain + c_f·mean relu(cos(h, r)) on forget."""
 
     name: Literal["circuit_breaker"] = "circuit_breaker"
@@ -168,7 +182,7 @@ class NPOConfig(ObjectiveSection):
     published_quirks: Quirks = False
 
 
-class CRLConfig(WindowSection):
+class CRLConfig(RefusalSection, WindowSection):
     """CRL: triplets around the mean adapted unsafe state, safe·S + unsafe·U + kl·K."""
 
     name: Literal["crl"] = "crl"
@@ -181,8 +195,11 @@ class CRLConfig(WindowSection):
 
     def errors(self) -> Iterator[str]:
         yield from super().errors()
-        if self.safe == 0 and self.unsafe == 0:
-            yield "objective.safe=0 with objective.unsafe=0: KL alone has no gradient while LoRA is at its start; give one a weight above 0"
+        if self.safe == 0 and self.unsafe == 0 and self.refusal == 0:
+            yield (
+                "objective.safe=0 with objective.unsafe=0: KL alone has no gradient while LoRA is at its start; give one, or "
+                "objective.refusal, a weight above 0"
+            )
 
 
 class CustomObjectiveConfig(ObjectiveSection):

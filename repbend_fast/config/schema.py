@@ -12,7 +12,7 @@ from repbend_fast.config.section import NonNegative, Positive, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Role = Literal["safe", "unsafe", "pair", "retain"]
-StreamName = Literal["safe", "unsafe", "forget", "triplet", "retain"]
+StreamName = Literal["safe", "unsafe", "forget", "triplet", "retain", "refusal"]
 
 
 class ModelConfig(Section):

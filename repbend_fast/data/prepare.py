@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from repbend_fast.config.objectives import RefusalSection
 from repbend_fast.config.schema import Config
 from repbend_fast.data.load import load_records
 from repbend_fast.data.records import PairSequence, Record, Role, Sequence
-from repbend_fast.data.sampling import BatchSampler, split_holdout
+from repbend_fast.data.sampling import GIVEN_BY, BatchSampler, split_holdout
 from repbend_fast.data.tokenize import ChatEncoder, Truncated, encode_records
 from repbend_fast.errors import UserError
 
@@ -79,6 +80,11 @@ def _available(records: dict[Role, list[Record]], wanted: tuple[Role, ...], conf
         optional = config.objective.replaceable
     else:
         optional = frozenset() if config.objective.needs_pairs else frozenset({"pair"})
+    if "pair" in missing and isinstance(config.objective, RefusalSection) and config.objective.refusal:
+        raise UserError(
+            f"objective.refusal={config.objective.refusal:g} teaches the safe answers of `pair` records, and data.sources has none; "
+            f"add some (formats that give them: {GIVEN_BY['pair']}) or set objective.refusal=0"
+        )
     dropped = [role for role in missing if role in optional]
     unsafe_per_batch = config.training.examples * len(present & {"unsafe", "pair"})
     if config.objective.compares_unsafe and 0 < unsafe_per_batch < 2:

@@ -74,7 +74,7 @@ class Planner:
         shape, note = model_shape(config.model)
         self.notes = (note,) if note else ()
         self.num_blocks = int(shape.get_text_config().num_hidden_layers)
-        self.objective = build_objective(config.objective, self.num_blocks, config.training.steps)
+        self.objective = build_objective(config.objective, self.num_blocks, config.training.steps, seed=None)
         self.model = shape_model(config.model, config.lora, (self.objective.last_state,))
         attention = getattr(self.model.config, "_attn_implementation", "")
         self.base_levers = default_levers(config.memory, self.num_blocks, device, attention)
@@ -287,7 +287,12 @@ class Planner:
             length = max(2, (self.limits.longest if alone else positions) // (asked * shares[peak.name]))
             made = self._streams(asked, length)
             # A stream that only compares sequences with each other has none of one.
-            found.append(made[peak.name] if peak.name in made else self._streams(2, max(2, length // 2))[peak.name])
+            worst = made[peak.name] if peak.name in made else self._streams(2, max(2, length // 2))[peak.name]
+            added = max(map(len, worst.sequences)) - length
+            if added > 0 and not alone:
+                # A stream that makes the records' sequences longer: it fills the piece with shorter records.
+                worst = self._streams(asked, max(2, length - added))[peak.name]
+            found.append(worst)
         return found
 
     def _plan(self, levers: Levers, streams: dict[str, int], total: int, budget: int | None) -> Plan:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from repbend_fast.config.objectives import CustomObjectiveConfig, ObjectiveSection
+from repbend_fast.config.objectives import CustomObjectiveConfig, ObjectiveSection, RefusalSection
 from repbend_fast.data.records import Role
 from repbend_fast.objectives.base import (
     AnswerLoss,
@@ -26,18 +26,21 @@ from repbend_fast.objectives.rmu import RMU
 OBJECTIVES: dict[str, Any] = {"repbend": RepBend, "circuit_breaker": CircuitBreaker, "rmu": RMU, "npo": NPO, "crl": CRL}
 
 
-def build_objective(config: ObjectiveSection, num_blocks: int, steps: int | None = None) -> Objective:
+def build_objective(config: ObjectiveSection, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> Objective:
     """The objective that ``config.name`` names.
 
     Args:
         num_blocks: decoder blocks of the model; its hidden states are 0 … ``num_blocks``.
         steps: optimizer steps of the run, for weights that follow a schedule.
+        seed: of the run, for recovery starts; None = the longest ones (``objectives.refusal``).
 
     Raises:
         UserError: a layer that the model does not have, or a class of the user's own that cannot be loaded.
     """
     if isinstance(config, CustomObjectiveConfig):
         return load_class(config.name)(config.settings, num_blocks, steps)
+    if isinstance(config, RefusalSection):
+        return OBJECTIVES[config.name](config, num_blocks, steps, seed)
     return OBJECTIVES[config.name](config, num_blocks, steps)
 
 

@@ -3,7 +3,7 @@
     L = c_r·mean ‖h − r‖₂ + c_f·mean relu(cos(h, r)),    c_r = a·t/(2T),  c_f = a·(1 − t/(2T)),  t = 1 … T
 
 The first mean runs over the rows of the retain stream and all hidden states, the second over the rows of the forget stream
-(prompt and answer, or the answer alone with ``loss_mode: response_all``) and ``layers``.
+(prompt and answer, or the answer alone with ``loss_mode: response_all``) and ``layers``. ``objectives.refusal`` may be added.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from repbend_fast.config.objectives import CircuitBreakerConfig
 from repbend_fast.data.records import Batch, Role
 from repbend_fast.objectives.base import Distance, Stream, all_rows, count, forget_sequences, l2_probe, mode_rows, padded_count
 from repbend_fast.objectives.checks import check_states
+from repbend_fast.objectives.refusal import refusal_streams
 
 
 class CircuitBreaker:
     """Streams ``forget`` and ``retain``. ``steps`` is T unless ``schedule_steps`` is set."""
 
     roles: tuple[Role, ...] = ("unsafe", "pair", "retain")
-    uses_head = False
 
-    def __init__(self, config: CircuitBreakerConfig, num_blocks: int, steps: int | None = None) -> None:
+    def __init__(self, config: CircuitBreakerConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
         check_states("objective.layers", config.layers, num_blocks)
         self.config = config
         self.num_blocks = num_blocks
+        self.seed = seed
+        self.uses_head = config.refusal > 0
         total = config.schedule_steps or steps
         if total is None:
             raise ValueError("the schedule needs the number of training steps")
@@ -39,7 +41,7 @@ class CircuitBreaker:
     def streams(self, batch: Batch, step: int) -> list[Stream]:
         progress = min((step + 1) / (2 * self.steps), 1.0)
         forget, retain = self.config.coefficient * (1 - progress), self.config.coefficient * progress
-        return [self._forget(batch, forget), self._retain(batch, retain)]
+        return [self._forget(batch, forget), self._retain(batch, retain), *refusal_streams(self.config, batch, step, self.seed)]
 
     def probes(self, batch: Batch) -> list[Stream]:
         sequences = forget_sequences(batch)

@@ -5,6 +5,7 @@
 m, one per hidden state, is the mean adapted state over the unsafe rows of the batch, and is differentiated through, as in the
 published code. The first mean runs over the safe rows and all hidden states (or the window), the second over the unsafe rows and
 the window. K is RepBend's. Safe and unsafe sequences are one stream, because m couples them.
+``objectives.refusal`` may be added.
 """
 
 from __future__ import annotations
@@ -13,30 +14,34 @@ from repbend_fast.config.objectives import CRLConfig
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.objectives.base import HeadKL, Span, Stream, Triplet, Triplets, all_rows, count, forget_sequences, l2_probe, mode_rows
 from repbend_fast.objectives.checks import check_states
+from repbend_fast.objectives.refusal import refusal_streams
 
 
 class CRL:
     """Streams ``triplet`` (safe sequences, then unsafe ones) and ``retain``."""
 
-    def __init__(self, config: CRLConfig, num_blocks: int, steps: int | None = None) -> None:
+    def __init__(self, config: CRLConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
         del steps  # the weights are constant
         check_states("objective.window_start + window_size - 1", [max(config.window)], num_blocks)
         self.config = config
         self.num_blocks = num_blocks
         self.last_state = max(config.window)
-        self.uses_head = config.kl > 0
+        self.seed = seed
+        self.uses_head = config.kl > 0 or config.refusal > 0
         self.roles = self.required_roles(config)
 
     @staticmethod
     def required_roles(config: CRLConfig) -> tuple[Role, ...]:
         """The roles whose records the terms with a weight read."""
-        roles: tuple[Role, ...] = ("safe", "unsafe", "pair") if config.safe else ("unsafe", "pair")
+        roles: tuple[Role, ...] = ("safe", "unsafe", "pair") if config.safe else ("unsafe", "pair") if config.unsafe else ("pair",)
         return (*roles, "retain") if config.kl else roles
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
-        del step
-        retain = batch.retain if self.config.kl else ()
-        return [s for s in (self._triplet(batch), self._retain(retain)) if s.sequences]
+        config = self.config
+        # Without both of its terms the triplets' stream would run for nothing.
+        triplet = [self._triplet(batch)] if config.safe or config.unsafe else []
+        retain = self._retain(batch.retain if config.kl else ())
+        return [*(s for s in (*triplet, retain) if s.sequences), *refusal_streams(config, batch, step, self.seed)]
 
     def probes(self, batch: Batch) -> list[Stream]:
         layers = tuple(x for x in self.config.window if x > 0)

@@ -1,9 +1,10 @@
 """Representation Bending (Yousefpour et al., ACL 2025, arXiv 2504.01550).
 
-    L = α·S − β·U + γ·C + ε·K (+ η·P)
+    L = α·S − β·U + γ·C + ε·K (+ η·P + ρ·F)
 
 S, U: mean l2 distance to the reference over rows × layers of the safe and the unsafe stream. C: mean pairwise 1 − cos of the
 last prompt tokens of the unsafe stream. K: T²-scaled KL on the retain stream. P: unsafe answers against the safe reference.
+F: ``objectives.refusal``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from repbend_fast.config.objectives import PROMPT_MODES, ObjectiveConfig
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Distance, HeadKL, PairwiseCosine, Span, Stream, select_rows
+from repbend_fast.objectives.refusal import refusal_streams, with_pairs
 
 
 def required_roles(config: ObjectiveConfig) -> tuple[Role, ...]:
@@ -26,7 +28,7 @@ def required_roles(config: ObjectiveConfig) -> tuple[Role, ...]:
         roles += [role for role in bending if role not in roles]
     if config.kl:
         roles.append("retain")
-    return tuple(roles)
+    return with_pairs(tuple(roles), config)
 
 
 class RepBend:
@@ -34,7 +36,7 @@ class RepBend:
 
     required_roles = staticmethod(required_roles)
 
-    def __init__(self, config: ObjectiveConfig, num_blocks: int, steps: int | None = None) -> None:
+    def __init__(self, config: ObjectiveConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
         del steps  # the weights are constant
         if max(config.window) > num_blocks:
             raise UserError(
@@ -44,13 +46,13 @@ class RepBend:
         self.config = config
         self.num_blocks = num_blocks
         self.roles = required_roles(config)
-        self.uses_head = config.kl > 0
+        self.seed = seed
+        self.uses_head = config.kl > 0 or config.refusal > 0
         self.last_state = max(config.window)
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
-        del step
         candidates = (self._safe(batch), self._unsafe(batch), self._retain(batch))
-        return [s for s in candidates if s is not None]
+        return [*(s for s in candidates if s is not None), *refusal_streams(self.config, batch, step, self.seed)]
 
     def probes(self, batch: Batch) -> list[Stream]:
         # What moves is of interest where its own term has no weight as well.

@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from repbend_fast.evaluate.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
 from repbend_fast.report.reading import Row, RunRecord
 
-COLORS = {"safe": "#2a7f9e", "unsafe": "#c8553d", "cosine": "#7a5ea8", "kl": "#4c956c", "pair": "#b08900", "loss": "#30363d"}
+COLORS = {
+    "safe": "#2a7f9e",
+    "unsafe": "#c8553d",
+    "cosine": "#7a5ea8",
+    "kl": "#4c956c",
+    "pair": "#b08900",
+    "refusal": "#3b6ea5",
+    "loss": "#30363d",
+}
 # Of the rates that have a bar of their own; the rest stands in the stacked bars.
 RATE_COLORS = {
     "attack_direct": "#c8553d",
@@ -41,6 +49,7 @@ TERM_TITLES = {
     "forget": "forget",
     "retain": "retain: kept at the reference",
     "nll": "NLL on retain conversations",
+    "refusal": "refusal: NLL of the safe answers",
 }
 TRIPLET_TITLES = {"safe": "safe: triplet loss", "unsafe": "unsafe: triplet loss"}
 BEST_COLOR, STOP_COLOR, MUTED = "#2f9e44", "#c92a2a", "#6c757d"

@@ -88,6 +88,10 @@ def test_settings_survive_being_written_and_read_back(tmp_path: Path) -> None:
         (["objective.name=npo", "beta=0"], "beta=0: objective.beta must be a number of more than 0"),
         (["objective.name=npo", "--loss_beta=x"], "--loss_beta=x: objective.beta must be a number"),
         (["objective.name=crl", "objective.safe=0", "objective.unsafe=0"], "objective.safe=0 with objective.unsafe=0: "),
+        (["objective.name=crl", "objective.refusal=-1"], "objective.refusal=-1: must be a number of at least 0"),
+        (["objective.name=rmu", "objective.refusal=1"], "unknown key objective.refusal; allowed: name, layer,"),
+        (["objective.recovery_share=1.5"], "objective.recovery_share=1.5: must be a number of at least 0 and at most 1"),
+        (["objective.recovery_tokens=-1"], "objective.recovery_tokens=-1: must be an integer of at least 0"),
         (["objective.name=crl", "objective.loss_mode=prompt_last"], "objective.loss_mode=prompt_last: must be one of prompt_response,"),
         (["objective.name=rmu", "lora.blocks=[8, 9]"], "lora.blocks=[8, 9] lie behind the window, which ends at hidden state 8"),
         (["steering_coeff=3"], "unknown key steering_coeff"),
@@ -95,6 +99,20 @@ def test_settings_survive_being_written_and_read_back(tmp_path: Path) -> None:
 )
 def test_mistakes(overrides: list[str], expected: str) -> None:
     assert expected in message(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cosine=0", "objective.unsafe=0"],
+        ["objective.safe=0", "objective.unsafe=0", "cosine=0", "objective.kl=0"],
+        ["objective.name=crl", "objective.safe=0", "objective.unsafe=0"],
+    ],
+)
+def test_a_refusal_alone_is_a_training(overrides: list[str]) -> None:
+    """It has a gradient while LoRA is at its start, so what is refused without it is not with it."""
+    assert "objective.refusal" in message(*overrides)
+    assert config(*overrides, "objective.refusal=30").objective.refusal == 30.0
 
 
 def test_a_mistake_in_a_file_names_its_line(tmp_path: Path) -> None:

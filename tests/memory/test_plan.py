@@ -16,7 +16,7 @@ from repbend_fast.config.objectives import NPOConfig, RMUConfig
 from repbend_fast.errors import UserError
 from repbend_fast.memory.batches import limits_of, worst_batch
 from repbend_fast.memory.levers import Levers
-from repbend_fast.memory.peaks import measure_piece
+from repbend_fast.memory.peaks import StreamPeak, measure_piece
 from repbend_fast.memory.plan import Planner, choose_levers
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner
@@ -171,3 +171,44 @@ def test_choose_levers_without_a_budget_is_the_recipe(tmp_path: Path) -> None:
 def test_limits_come_from_the_recipe(tmp_path: Path) -> None:
     limits = limits_of(recipe(tmp_path))
     assert (limits.prompt, limits.answer, limits.longest) == (LONGEST, LONGEST, 2 * LONGEST)
+
+
+REFUSAL = ("objective.refusal=30", "objective.recovery_tokens=16")
+ALONE = tuple(f"objective.{term}=0" for term in ("safe", "unsafe", "cosine", "kl"))
+
+
+def refusal_peak(planner: Planner) -> StreamPeak:
+    (peak,) = [p for p in planner.peaks if p.name == "refusal"]
+    return peak
+
+
+@pytest.mark.parametrize("others", [(), ALONE], ids=["with bending", "alone"])
+def test_the_refusal_s_stream_is_planned_with_its_longest_starts(others: tuple[str, ...], tmp_path: Path) -> None:
+    planner = Planner(recipe(tmp_path, *REFUSAL, *others), CPU)
+    peak = refusal_peak(planner)
+    assert (peak.longest, peak.total) == (2 * LONGEST + 16, 2 * (2 * LONGEST + 16))
+    assert peak.head_rows >= 0.5
+    # No step draws more than was planned for.
+    objective = build_objective(planner.config.objective, planner.num_blocks, 10, seed=3)
+    drawn = [objective.streams(worst_batch(2, planner.limits), step)[-1] for step in range(50)]
+    assert {s.name for s in drawn} == {"refusal"}
+    lengths = [len(s) for stream in drawn for s in stream.sequences]
+    assert 2 * LONGEST + 8 < max(lengths) <= peak.longest
+    plan = planner.plan(None)
+    measured = training_peak(random_model(planner.config), planner.config, plan.levers, worst_batch(2, planner.limits))
+    assert measured["bytes"] <= plan.total <= 1.25 * measured["bytes"]
+
+
+def test_without_starts_the_refusal_s_sequences_are_the_safe_ones(tmp_path: Path) -> None:
+    for off in ("objective.recovery_tokens=0", "objective.recovery_share=0"):
+        peak = refusal_peak(Planner(recipe(tmp_path, "objective.refusal=30", *ALONE, off), CPU))
+        assert (peak.longest, peak.total) == (2 * LONGEST, 4 * LONGEST)
+
+
+@pytest.mark.parametrize("size", [None, 8, 2 * LONGEST, 5 * LONGEST])
+def test_the_refusal_s_worst_piece_is_no_larger_than_asked(size: int | None, tmp_path: Path) -> None:
+    planner = Planner(recipe(tmp_path, *REFUSAL, *ALONE), CPU)
+    (worst,) = [s for s in planner.worst_streams(Levers() if size is None else Levers({"*": size})) if s.name == "refusal"]
+    peak = refusal_peak(planner)
+    positions = peak.total if size is None else max(size, peak.longest)
+    assert 0.9 * positions <= sum(map(len, worst.sequences)) <= 1.01 * positions

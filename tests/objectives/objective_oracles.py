@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from repbend_fast.config.objectives import CircuitBreakerConfig, CRLConfig, NPOConfig, RMUConfig
-from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.data.records import Batch, PairSequence, Sequence
 
 
 class Passes:
@@ -128,3 +128,15 @@ def crl(model: Any, batch: Batch, config: CRLConfig, mean_gradient: bool = True)
         count = len(batch.retain) if config.kl_reduction == "sequence" else retain.real.sum()
         terms["kl"] = config.kl * retain.kl(retain.real, config.temperature) / count
     return terms
+
+
+def refusal(model: Any, pairs: tuple[PairSequence, ...], starts: list[int]) -> Tensor:
+    """Mean NLL of the safe answers' tokens, one by one, each behind the prompt and the first tokens of the unsafe answer."""
+    losses = []
+    for pair, start in zip(pairs, starts, strict=True):
+        prompt = pair.safe.ids[: pair.safe.prompt_length]
+        answer = pair.safe.ids[pair.safe.prompt_length :]
+        before = [*prompt, *pair.unsafe.ids[len(prompt) : len(prompt) + start]]
+        log_probs = model(input_ids=torch.tensor([[*before, *answer]]), use_cache=False).logits[0].log_softmax(-1)
+        losses += [-log_probs[len(before) - 1 + i, token] for i, token in enumerate(answer)]
+    return torch.stack(losses).mean()

@@ -134,6 +134,17 @@ def test_complete_run_is_one_self_contained_file(complete: Path):
     assert checker.tags.count("script") == 0
 
 
+def test_the_refusal_has_a_panel_with_its_title(tmp_path: Path):
+    rows = [step_row(step) for step in range(1, 4)]
+    for row in rows:
+        row["terms"]["refusal"] = 2.0 / row["step"]
+    figure = FIGURES["losses"](read_run(write_run(tmp_path / "refusing", rows)))
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[-1] == "refusal: NLL of the safe answers"
+    (line,) = figure.axes[-1].lines
+    assert list(line.get_ydata()) == [2.0, 1.0, 2 / 3]
+
+
 def test_embedded_images_are_the_files_beside_the_report(complete: Path):
     _, checker = checked(write_report(complete))
     stored = {path.read_bytes() for path in (complete / "plots").glob("*.png")}

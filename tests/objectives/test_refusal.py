@@ -1,0 +1,206 @@
+"""The refusal term: its draws, its rows, and loss and gradient of whole objectives that have it against their plain expressions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import objective_oracles as oracles
+import pytest
+import torch
+from eager_oracle import eager_terms
+from kernel_compare import assert_matches, relative_l2
+from objective_runs import BATCH, BLOCKS, STEP, plain_terms, precise_model, run_objective
+from tiny_models import LAYOUTS, WITHOUT_DROPOUT, adapted_model, flat, gradients, pair
+
+from repbend_fast.config.objectives import CircuitBreakerConfig, CRLConfig, ObjectiveConfig, RefusalSection
+from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
+from repbend_fast.objectives import build_objective, roles_of
+from repbend_fast.objectives.refusal import recovery_starts
+
+TOLERANCE = 1e-8
+WINDOW: dict[str, Any] = {"window_start": 2, "window_size": 2}
+ON: dict[str, Any] = {"refusal": 30.0, "recovery_tokens": 4}
+DRAWN = [7, 0, 0, 0, 0, 13, 15, 14]
+ALONE = dict.fromkeys(("safe", "unsafe", "cosine", "kl"), 0.0)
+CASES: dict[str, RefusalSection] = {
+    "repbend": ObjectiveConfig(**WINDOW, **ON, pair=0.4),
+    "repbend alone": ObjectiveConfig(**WINDOW, **ON, **ALONE),
+    "repbend without bending": ObjectiveConfig(**WINDOW, **ON, unsafe=0.0, cosine=0.0),
+    "repbend without starts": ObjectiveConfig(**WINDOW, refusal=30.0, recovery_tokens=0),
+    "repbend, starts for all": ObjectiveConfig(**WINDOW, **ON, recovery_share=1.0),
+    "circuit_breaker": CircuitBreakerConfig(layers=[2, 3], **ON),
+    "crl": CRLConfig(**WINDOW, **ON),
+    "crl alone": CRLConfig(**WINDOW, **ON, safe=0.0, unsafe=0.0, kl=0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def precise() -> Any:
+    return precise_model()
+
+
+def many(count: int, unsafe: int = 12) -> tuple[PairSequence, ...]:
+    return tuple(pair(4, unsafe, 6, seed) for seed in range(count))
+
+
+def starts(config: RefusalSection, pairs: tuple[PairSequence, ...], step: int, seed: int = 0) -> list[int]:
+    return recovery_starts(config, pairs, step, seed)
+
+
+def expected_terms(model: Any, config: RefusalSection) -> dict[str, torch.Tensor]:
+    """The weighted terms, the refusal with the starts that the step draws."""
+    if isinstance(config, ObjectiveConfig):
+        weights = {"safe": config.safe, "unsafe": -config.unsafe, "cosine": config.cosine, "kl": config.kl, "pair": config.pair}
+        plain = eager_terms(model, BATCH, config)
+        terms = {name: weights[name] * value for name, value in plain.items() if weights[name]}
+    else:
+        bends = isinstance(config, CircuitBreakerConfig) or config.safe or config.unsafe
+        terms = plain_terms(model, config) if bends else {}
+    terms["refusal"] = config.refusal * oracles.refusal(model, BATCH.pairs, starts(config, BATCH.pairs, STEP))
+    return terms
+
+
+@pytest.mark.parametrize("pieces", [None, 16], ids=["one piece", "split"])
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_terms_and_gradient_equal_the_plain_expression(precise, config, pieces) -> None:
+    precise.zero_grad(set_to_none=True)
+    terms = expected_terms(precise, config)
+    torch.stack(list(terms.values())).sum().backward()
+    expected = gradients(precise)
+    results, got = run_objective(precise, config, piece_tokens=pieces)
+    found = {name: value for result in results for name, value in result.terms.items()}
+    weights = {name: weight for result in results for name, weight in result.weights.items()}
+    assert found.keys() == terms.keys()
+    for name, value in terms.items():
+        assert_matches(found[name] * weights[name], value.detach(), tolerance=TOLERANCE, name=name)
+    assert_matches(flat(got), flat(expected), tolerance=TOLERANCE, name="gradient")
+    for wrong in (torch.zeros_like(flat(got)), -flat(got), flat({n: g.roll(1, dims=0) for n, g in got.items()})):
+        assert relative_l2(wrong, flat(expected)) > 0.1
+
+
+def test_the_cases_have_starts_and_their_gradient_depends_on_them(precise) -> None:
+    """Otherwise a term that ignored them would pass above."""
+    config = CASES["repbend alone"]
+    drawn = starts(config, BATCH.pairs, STEP)
+    assert sorted(map(bool, drawn)) == [False, True]
+    _, got = run_objective(precise, config)
+    for other in ([0, 0], [k + 1 for k in drawn]):
+        precise.zero_grad(set_to_none=True)
+        (config.refusal * oracles.refusal(precise, BATCH.pairs, other)).backward()
+        assert relative_l2(flat(gradients(precise)), flat(got)) > 0.01
+
+
+@pytest.mark.parametrize("packing", LAYOUTS)
+def test_levers_change_nothing(packing) -> None:
+    """With LoRA dropout on: packed as padded, pieces and recomputation give the gradient of one padded piece."""
+    config = CASES["circuit_breaker"]
+    model = precise_model(lora=WITHOUT_DROPOUT.model_copy(update={"dropout": 0.3}))
+    _, expected = run_objective(model, config, dropout_seed=5)
+    for pieces, checkpointed in ((None, 0), (1, 0), (24, 2), (40, BLOCKS)):
+        _, got = run_objective(model, config, packing=packing, piece_tokens=pieces, checkpoint_blocks=checkpointed, dropout_seed=5)
+        assert_matches(flat(got), flat(expected), tolerance=TOLERANCE)
+
+
+def test_rows_are_those_that_predict_the_safe_answer() -> None:
+    config = CASES["repbend, starts for all"]
+    drawn = starts(config, BATCH.pairs, 0)
+    stream = build_objective(config, 32).streams(BATCH, 0)[-1]
+    assert stream.name == "refusal"
+    assert (stream.stop(32), stream.reference_stop(32)) == (32, 0)
+    rows = 0
+    for sequence, (start, stop), k, both in zip(stream.sequences, stream.answers.spans, drawn, BATCH.pairs, strict=True):
+        prompt = both.safe.prompt_length
+        assert sequence.ids == (*both.unsafe.ids[: prompt + k], *both.safe.ids[prompt:])
+        assert k > 0
+        assert sequence.ids[start + 1 : stop + 1] == both.safe.ids[prompt:]
+        rows += stop - start
+    assert stream.answers.denominator == rows == sum(len(p.safe) - p.safe.prompt_length for p in BATCH.pairs)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("examples", [1, 2, 3, 4])
+def test_the_share_holds_on_average_and_nearly_in_every_micro_batch(examples, share) -> None:
+    config = ObjectiveConfig(refusal=1.0, recovery_share=share)
+    chosen = [sum(map(bool, starts(config, many(examples), step))) for step in range(2000)]
+    assert max(abs(n - share * examples) for n in chosen) < 1
+    # Of a share that is drawn the standard error is below 0.5 / √2000.
+    assert sum(chosen) / len(chosen) == pytest.approx(share * examples, abs=0.05)
+
+
+def test_each_pair_is_chosen_as_often_and_each_length_too() -> None:
+    config, pairs = ObjectiveConfig(refusal=1.0, recovery_tokens=5), many(2)
+    drawn = [starts(config, pairs, step) for step in range(2000)]
+    for place in range(2):
+        counts = Counter(k[place] for k in drawn)
+        assert set(counts) == set(range(6))
+        assert counts[0] == pytest.approx(1000, abs=110)
+        assert all(counts[k] == pytest.approx(200, abs=70) for k in range(1, 6))
+
+
+def test_no_start_is_a_whole_unsafe_answer() -> None:
+    config = ObjectiveConfig(refusal=1.0, recovery_share=1.0)
+    for tokens, reached in ((1, {0}), (2, {1}), (3, {1, 2}), (40, set(range(1, 17)))):
+        assert {starts(config, many(1, tokens), step)[0] for step in range(400)} == reached
+    empty = PairSequence(Sequence((1, 2), 2), Sequence((1, 2, 3), 2))
+    assert starts(config, (empty,), 0) == [0]
+
+
+def test_draws_are_a_function_of_seed_step_and_pairs() -> None:
+    config, pairs = ObjectiveConfig(refusal=1.0, recovery_share=1.0), many(6, 40)
+    drawn = starts(config, pairs, 3)
+    torch.manual_seed(99)
+    assert starts(config, pairs, 3) == drawn
+    assert starts(config, pairs, 4) != drawn
+    assert starts(config, pairs, 3, seed=1) != drawn
+    # Of a chosen pair k does not depend on what else is in the micro-batch, nor does the choice on the order.
+    assert [starts(config, (p,), 3)[0] for p in pairs] == drawn
+    half = config.model_copy(update={"recovery_share": 0.5})
+    assert starts(half, pairs[::-1], 3)[::-1] == starts(half, pairs, 3)
+    assert all(k in (0, whole) for k, whole in zip(starts(half, pairs, 3), drawn, strict=True))
+
+
+def test_draws_are_the_same_in_every_process() -> None:
+    """As they were when this was written: neither Python's hash seed nor a version of it decides them."""
+    assert starts(ObjectiveConfig(refusal=1.0), many(8, 40), 3) == DRAWN
+
+
+def test_a_plan_counts_with_the_longest_starts() -> None:
+    for step in range(3):
+        config = ObjectiveConfig(refusal=1.0, recovery_tokens=7)
+        assert recovery_starts(config, (*many(2), *many(1, 4)), step, None) == [7, 7, 3]
+    assert recovery_starts(ObjectiveConfig(recovery_share=0.0), many(1), 0, None) == [0]
+    assert recovery_starts(ObjectiveConfig(recovery_tokens=0), many(1), 0, None) == [0]
+
+
+@pytest.mark.parametrize(
+    ("config", "roles", "needs_pairs"),
+    [
+        (ObjectiveConfig(**ALONE, refusal=1.0), {"pair"}, True),
+        (ObjectiveConfig(safe=0.0, unsafe=0.0, cosine=0.0, refusal=1.0), {"pair", "retain"}, True),
+        (ObjectiveConfig(), {"safe", "unsafe", "pair", "retain"}, False),
+        (CircuitBreakerConfig(refusal=1.0), {"unsafe", "pair", "retain"}, True),
+        (CircuitBreakerConfig(), {"unsafe", "pair", "retain"}, False),
+        (CRLConfig(safe=0.0, unsafe=0.0, refusal=1.0), {"pair", "retain"}, True),
+        (CRLConfig(), {"safe", "unsafe", "pair", "retain"}, False),
+    ],
+)
+def test_roles_and_head(config, roles, needs_pairs) -> None:
+    objective = build_objective(config, 32, 10)
+    assert set(roles_of(config)) == roles == set(objective.roles)
+    assert config.needs_pairs == needs_pairs
+    assert objective.uses_head == (config.refusal > 0 or getattr(config, "kl", 0.0) > 0)
+    fields: dict[str, Role] = {"safe": "safe", "unsafe": "unsafe", "pairs": "pair", "retain": "retain"}
+    needed = Batch(**{field: getattr(BATCH, field) for field, role in fields.items() if role in roles})
+    streams = objective.streams(needed, 0)
+    assert [s.sequences for s in streams] == [s.sequences for s in objective.streams(BATCH, 0) if s.sequences]
+    assert all(s.sequences for s in streams)
+    # What is bent is measured all the same, so that the guard has its distances.
+    assert objective.probes(needed)[0].distances[0].name == ("forget" if config.name == "circuit_breaker" else "unsafe")
+
+
+def test_it_has_a_gradient_at_the_start(precise) -> None:
+    """Unlike the distances, which are zero at B = 0."""
+    model = adapted_model(trained=False)
+    for name in ("repbend alone", "circuit_breaker", "crl alone"):
+        assert float(flat(run_objective(model, CASES[name])[1]).norm()) > 1e-3
