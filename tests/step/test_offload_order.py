@@ -55,7 +55,7 @@ class PlayedDevice(TorchFunctionMode):
         self.main, self.side = PlayedStream("main", deaf == "main"), PlayedStream("side", deaf == "side")
         self.current = self.main
         self.races: list[str] = []
-        self.reused = 0
+        self.reused = self.pinned = 0
         self._free: list[int] = []
         self._blocks: dict[int, int] = {}
         self._accesses: dict[int, list[tuple[str, Operation]]] = defaultdict(list)
@@ -74,6 +74,7 @@ class PlayedDevice(TorchFunctionMode):
     def empty(self, shape: Any, *, dtype: torch.dtype = torch.float32, pin_memory: bool = False, device: Any = None) -> Tensor:
         """Host memory where it is pinned; else the block that was freed last, or a new one."""
         if pin_memory:
+            self.pinned += 1
             return self._allocate(shape, dtype=dtype)
         memory = np.zeros(tuple(shape), dtype=np.float32)
         self.reused += bool(self._free)
@@ -130,6 +131,7 @@ def test_no_operation_overtakes_one_that_it_depends_on(monkeypatch) -> None:
     device = PlayedDevice(monkeypatch)
     assert run(device) == [True] * STATES
     assert device.races == []
+    assert device.pinned == STATES, "a copy from or to pageable memory keeps the host waiting"
     assert device.reused > STATES, "memory was never used again, so nothing could have been overwritten"
 
 
