@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo compare test lint bench clean
+.PHONY: install demo compare test lint bench mutants clean
 
 install: $(STAMP)
 
@@ -39,6 +39,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+# Faults put into a copy of the code one at a time: which do the tests notice? (docs/contributing.md). MUTANTS="--only offload" runs some.
+mutants: $(STAMP)
+	$(BIN)/python benchmarks/mutants.py $(MUTANTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

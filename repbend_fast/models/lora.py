@@ -13,8 +13,11 @@ P; and the rows' hashed keys, which all layers share. PEFT keeps x, the
 mask, the dropped x (in A's dtype, so in 32 bits for a 16-bit model), P, and makes up to four tensors of the output's size on the way.
 
 Products of bf16 activations lose nothing of 32-bit adapter weights: on CUDA the weight enters the matrix product as the sum of two
-16-bit parts (in float16 only what its range holds: parts below 6e-8 are lost), elsewhere the rows are widened chunk by chunk. Rows are
-walked in chunks, so that what is masked never has x's size.
+16-bit parts (in float16 only what its range holds: parts below 6e-8 are lost), elsewhere the rows are widened chunk by chunk
+(``PRODUCTS``). Rows are walked in chunks, so that what is masked never has x's size.
+
+The training step gives the rows' keys (:func:`lora_dropout`). Without them a layer does what PEFT's does: in training mode each call
+draws masks from torch's generator, in evaluation mode there is no dropout.
 
 Legend: N rows (tokens), D inputs, O outputs, r rank, G gradient of y.
 """
@@ -24,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from repbend_kernels.checks import accumulate_dtype, in_own_dtypes
@@ -39,12 +42,30 @@ from repbend_fast.models.recompute import Origin, origin_of
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
 LEAST_ROWS = 64
 
+# How 16-bit rows meet 32-bit adapter weights: "parts" = the weights in 16-bit parts, as a GPU's matrix units take them, "wide" = the
+# rows in 32 bits, None = parts on CUDA and wide elsewhere. Both run everywhere.
+PRODUCTS: Literal["parts", "wide"] | None = None
+
 
 class DropoutKeys:
-    """What all adapted layers of a model share: the hashed keys (int32 [N]) of the rows that the pass in progress runs, or None."""
+    """What all adapted layers of a model share.
+
+    ``rows`` are the hashed keys (int32 [N]) of the rows that the pass in progress runs, None for no dropout. ``given`` says whether
+    :func:`lora_dropout` decides; where it does not, dropout follows the layers' training mode.
+    """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
+        self.given = False
+
+
+def _in_parts(rows: Tensor) -> bool:
+    return rows.is_cuda if PRODUCTS is None else PRODUCTS == "parts"
+
+
+def _mm(left: Tensor, right: Tensor, acc: torch.dtype) -> Tensor:
+    """left · right of 16-bit operands in ``acc``, which torch's product for the CPU does not offer."""
+    return torch.mm(left, right, out_dtype=acc) if left.is_cuda else left.to(acc) @ right.to(acc)
 
 
 def _parts(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -57,11 +78,11 @@ def _product(left: Tensor, right: Tensor, acc: torch.dtype) -> Tensor:
     """left [n, k] · right [k, m] → [n, m] in ``acc``. ``left`` may have 16 bits: it is not rounded, nor is ``right``."""
     if left.dtype == acc or left.dtype == right.dtype == acc:
         return left @ right.to(acc)
-    if not left.is_cuda:
+    if not _in_parts(left):
         return left.to(acc) @ right.to(acc)
     if right.dtype == left.dtype:
-        return torch.mm(left, right, out_dtype=acc)
-    both = torch.mm(left, torch.cat(_parts(right, left.dtype), dim=1), out_dtype=acc)
+        return _mm(left, right, acc)
+    both = _mm(left, torch.cat(_parts(right, left.dtype), dim=1), acc)
     return both[:, : right.shape[1]] + both[:, right.shape[1] :]
 
 
@@ -76,7 +97,7 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, factor: float) -> No
     """out [n, m] += factor · left [n, r] · right [r, m], rounded once to ``out``'s dtype; ``left`` has the accumulating dtype."""
     if out.dtype == left.dtype:
         out.addmm_(left, right.to(left.dtype), alpha=factor)
-    elif out.is_cuda:
+    elif _in_parts(out):
         out.addmm_(*_low_rank_operands(left, right, out.dtype), alpha=factor)
     else:
         out.copy_(torch.addmm(out.to(left.dtype), left, right.to(left.dtype), alpha=factor))
@@ -117,7 +138,7 @@ class _MaskedRows:
         if self.mask is None:
             _add_product_(grad_rows, up, a, 1.0)
             return self.read(start, stop) if read else None
-        if up.is_cuda and grad_rows.dtype != up.dtype:
+        if _in_parts(up) and grad_rows.dtype != up.dtype:
             inner = torch.mm(*_low_rank_operands(up, a, grad_rows.dtype))
         else:
             inner = up @ a.to(up.dtype)
@@ -274,33 +295,40 @@ class LowRankForward(nn.Module):
         names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
         downs = []
         for name in names:
-            source, down = self._down(flat, name, origin)
-            downs.append(down)
+            dropout = self._dropout(name, flat)
+            source, down = self._down(flat, name, origin, *dropout)
+            downs.append((name, down, *dropout))
             # Where x needs no gradient the base layer has none to make.
             flat = source if x.requires_grad else flat
         result = layer.base_layer(flat)
-        for name, down in zip(names, downs):
-            result = self._add_up(result, down, name)
+        for name, down, hashes, p in downs:
+            result = self._add_up(result, down, name, hashes, p)
         return result.view(*x.shape[:-1], result.shape[-1])
 
-    def _dropout(self, name: str) -> tuple[Tensor | None, float]:
-        """The hashed keys of the rows, and p; None = no dropout."""
-        p = getattr(cast(Any, self).lora_dropout[name], "p", 0.0)
-        return None if p == 0 else self.dropout_keys.rows, p
+    def _dropout(self, name: str, x: Tensor) -> tuple[Tensor | None, float]:
+        """The hashed keys of x's rows, and p; None = no dropout."""
+        module, keys = cast(Any, self).lora_dropout[name], self.dropout_keys
+        p = getattr(module, "p", 0.0)
+        if p == 0:
+            return None, p
+        if not keys.given:
+            if not (self.training and module.training):
+                return None, p
+            # At every call anew, from the generator that checkpointing sets back: a recomputed block draws the same masks.
+            return torch.randint(-(2**31), 2**31, x.shape[:1], dtype=torch.int32, device=x.device), p
+        if keys.rows is not None and keys.rows.numel() != x.shape[0]:
+            raise ValueError(f"lora_dropout: keys for {keys.rows.numel()} rows, but the pass has {x.shape[0]}")
+        return keys.rows, p
 
-    def _down(self, x: Tensor, name: str, origin: Origin | None) -> tuple[Tensor, Tensor]:
-        hashes, p = self._dropout(name)
-        if hashes is not None and hashes.numel() != x.shape[0]:
-            raise ValueError(f"lora_dropout: keys for {hashes.numel()} rows, but the pass has {x.shape[0]}")
+    def _down(self, x: Tensor, name: str, origin: Origin | None, hashes: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
         a = cast(Any, self).lora_A[name].weight
         if hashes is None and not torch.is_grad_enabled():
             # Generating comes here for each token, where an op and an autograd function cost more than their work.
             return x, _down(x, a, None, self.place, p)
         return _Down.apply(x, a, hashes, self.place, p, origin)
 
-    def _add_up(self, result: Tensor, down: Tensor, name: str) -> Tensor:
+    def _add_up(self, result: Tensor, down: Tensor, name: str, hashes: Tensor | None, p: float) -> Tensor:
         layer: Any = self
-        hashes, p = self._dropout(name)
         factor = float(layer.scaling[name] / (1 - p) if hashes is not None else layer.scaling[name])
         b = layer.lora_B[name].weight
         if hashes is None and not torch.is_grad_enabled():
@@ -346,7 +374,7 @@ def use_peft_forward(model: nn.Module) -> None:
 def lora_dropout(model: nn.Module, keys: Tensor | None) -> Iterator[None]:
     """LoRA's dropout, and only LoRA's, for the passes inside, their backward included (recomputed blocks read the keys again).
 
-    A model's own dropout stays off: it would make the adapted pass differ from the reference at B = 0.
+    The keys decide, whatever the mode. A model's own dropout stays off: it would make the adapted pass differ from the reference at B = 0.
 
     Args:
         keys: int64 [N] or [B, T], one for each row of the pass: rows of equal keys get equal masks, in each layer another.
@@ -362,9 +390,9 @@ def lora_dropout(model: nn.Module, keys: Tensor | None) -> Iterator[None]:
             raise UserError("this model has no LoRA adapter that can be trained; attach one first")
         yield
         return
-    previous = shared.rows
-    shared.rows = None if keys is None else row_hashes(keys.reshape(-1))
+    previous = shared.rows, shared.given
+    shared.rows, shared.given = None if keys is None else row_hashes(keys.reshape(-1)), True
     try:
         yield
     finally:
-        shared.rows = previous
+        shared.rows, shared.given = previous

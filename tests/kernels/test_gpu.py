@@ -107,3 +107,28 @@ def test_logits_of_a_chunk_stay_in_two_buffers() -> None:
     call()
     leaf.grad = None
     assert peak_bytes(call, CUDA) <= 2 * 4 * 256 * 32000 + 6 * 4 * 2048 * 512 + (16 << 20)
+
+
+@pytest.mark.parametrize("name", ["linear_kl_div", "linear_log_prob"])
+def test_packing_overtakes_no_warp_that_still_reads(name: str) -> None:
+    """A 16-bit gradient is packed over the float32 row that other warps read: without a barrier that is a race, lost now and then.
+
+    The same kernel, which leaves a float32 gradient where each element was, and a cast give the bits that have to come.
+    """
+    # Imported here: without a GPU the package of the kernels may be absent.
+    from repbend_kernels import triton_linear_kl_div, triton_linear_log_prob
+
+    rows, vocabulary = 512, 128256
+    student, teacher = spread((rows, vocabulary), torch.float32, CUDA, 1), spread((rows, vocabulary), torch.float32, CUDA, 2)
+    targets = torch.arange(rows, device=CUDA) * 250
+    values = torch.empty(rows, device=CUDA)
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        if name == "linear_kl_div":
+            return triton_linear_kl_div.launch_chunk(student.clone(), teacher.clone(), values, 2.0, None, True, dtype)
+        return triton_linear_log_prob.launch_chunk(student.clone(), targets, values, 1.0, None, True, dtype)
+
+    expected, expected_values = gradient(torch.float32).bfloat16(), values.clone()
+    for turn in range(50):
+        assert torch.equal(gradient(torch.bfloat16), expected), f"run {turn}"
+        assert torch.equal(values, expected_values), f"run {turn}"

@@ -1,0 +1,378 @@
+"""The mutants: faults put into the code one at a time, each with the tests that have to fail. ``mutants.py`` runs them.
+
+A mutant is one change of text that changes what the code does. ``old`` occurs exactly once in its file; a test holds the list to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` becomes ``new`` in ``file``; ``tests`` are pytest's arguments.
+
+    With ``interpret`` Triton's kernels run on the CPU. ``unseen`` says why no test on a machine without a GPU, or with one, can fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    interpret: bool = False
+    unseen: str | None = None
+
+
+KERNELS = "kernels/repbend_kernels"
+MODELS = "repbend_fast/models"
+RACE = "a race between warps of a GPU: an interpreter runs them one after the other"
+RACE_TEST = ("tests/kernels/test_gpu.py", "-k", "packing")
+
+KL = ("tests/kernels/test_linear_kl_div.py",)
+LOG_PROB = ("tests/kernels/test_linear_log_prob.py",)
+TAP = ("tests/kernels/test_bend_tap.py",)
+VIEWS = ("tests/kernels/test_unusual_arguments.py",)
+DISTANCES = ("tests/kernels/test_bend_distance.py", *VIEWS)
+
+HEADS = [
+    Mutant(
+        "kl: packed blocks over the first",
+        f"{KERNELS}/triton_linear_kl_div.py",
+        "grad + row * grad_stride + offsets",
+        "grad + row * grad_stride + (columns if PACKED else offsets)",
+        KL,
+        interpret=True,
+    ),
+    Mutant(
+        "log prob: packed blocks over the first",
+        f"{KERNELS}/triton_linear_log_prob.py",
+        "grad + row * grad_stride + offsets",
+        "grad + row * grad_stride + (columns if PACKED else offsets)",
+        LOG_PROB,
+        interpret=True,
+    ),
+    Mutant(
+        "heads: no barrier before packing",
+        f"{KERNELS}/triton_parts.py",
+        "        tl.debug_barrier()\n",
+        "",
+        RACE_TEST,
+        unseen=RACE,
+    ),
+    Mutant(
+        "log prob: no barrier behind the target's logit",
+        f"{KERNELS}/triton_linear_log_prob.py",
+        "        tl.debug_barrier()\n",
+        "",
+        RACE_TEST,
+        unseen=RACE,
+    ),
+    Mutant(
+        "kl: near 0 the difference of two rounded values",
+        f"{KERNELS}/triton_linear_kl_div.py",
+        "difference = tl.where(near, p * x + series, q - p)",
+        "difference = q - p",
+        KL,
+        interpret=True,
+        unseen="equal distributions differ only where a GPU fuses q - p with the products that made q and p",
+    ),
+    Mutant(
+        "kl: the last block is not masked",
+        f"{KERNELS}/triton_linear_kl_div.py",
+        'lane_update(max_q, sum_q, tl.where(inside, z, float("-inf")))',
+        "lane_update(max_q, sum_q, z)",
+        KL,
+        interpret=True,
+    ),
+    Mutant("kl: T² is missing", f"{KERNELS}/linear_kl_div.py", "losses.sum() * temperature**2", "losses.sum()", KL),
+    Mutant(
+        "heads: the loss's factor is rounded to 16 bits",
+        f"{KERNELS}/rows.py",
+        "torch.mul(flat[start:stop].to(factor.dtype), part, out=flat_out[start:stop])",
+        "torch.mul(flat[start:stop].to(factor.dtype), part.to(out.dtype).to(factor.dtype), out=flat_out[start:stop])",
+        (*KL, *LOG_PROB),
+    ),
+]
+
+TAPS = [
+    Mutant(
+        "tap: place is believed",
+        f"{KERNELS}/triton_row_distance.py",
+        "    selected = selected & (tl.load(rows + i, mask=selected, other=-1) == n)\n",
+        "",
+        TAP,
+        interpret=True,
+    ),
+    Mutant(
+        "tap forward: rows with gaps read as if they had none",
+        f"{KERNELS}/triton_row_distance.py",
+        "unused if rows is None else rows.contiguous()",
+        "unused if rows is None else rows",
+        VIEWS,
+        interpret=True,
+    ),
+    Mutant(
+        "tap backward: rows with gaps read as if they had none",
+        f"{KERNELS}/triton_row_distance.py",
+        "            rows.contiguous(),\n            place,",
+        "            rows,\n            place,",
+        VIEWS,
+        interpret=True,
+    ),
+    Mutant(
+        "dropout: keys with gaps read as if they had none",
+        f"{KERNELS}/triton_keyed_dropout.py",
+        "keys.contiguous()",
+        "keys",
+        VIEWS,
+        interpret=True,
+    ),
+    Mutant(
+        "tap: row numbers in 32 bits",
+        f"{KERNELS}/triton_row_distance.py",
+        "    i = tl.program_id(0).to(tl.int64)\n    n = i\n",
+        "    i = tl.program_id(0)\n    n = i\n",
+        ("tests/kernels/test_gpu.py", "-k", "offsets"),
+        unseen="offsets pass 2³¹ only in tensors of several GiB, which a test on a GPU of 24 GiB makes",
+    ),
+    Mutant(
+        "tap: cosines are not clamped (Triton)",
+        f"{KERNELS}/triton_row_distance.py",
+        "        cosine = tl.minimum(cosine, 1.0, propagate_nan=tl.PropagateNan.ALL)\n",
+        "",
+        DISTANCES,
+        interpret=True,
+    ),
+    Mutant("tap: cosines are not clamped (torch)", f"{KERNELS}/row_distance.py", ".clamp_(-1, 1)", "", DISTANCES),
+    Mutant(
+        "tap: mse's gradient is half as large (Triton)",
+        f"{KERNELS}/triton_row_distance.py",
+        "a = 2.0 / width",
+        "a = 1.0 / width",
+        TAP,
+        True,
+    ),
+    Mutant("tap: mse's gradient is half as large (torch)", f"{KERNELS}/row_distance.py", "2 / h.shape[-1]", "1 / h.shape[-1]", TAP),
+    Mutant(
+        "tap: the loss's factor is rounded to 16 bits",
+        f"{KERNELS}/triton_row_distance.py",
+        "factor = tl.load(scale).to(tl.float32)",
+        "factor = tl.load(scale).to(out.dtype.element_ty).to(tl.float32)",
+        TAP,
+        interpret=True,
+    ),
+    Mutant(
+        "launch: on the current device, not the tensor's",
+        f"{KERNELS}/launch.py",
+        "return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()",
+        "return nullcontext()",
+        ("tests/kernels/test_gpu.py",),
+        unseen="only a machine with two GPUs has another current device",
+    ),
+]
+
+FORWARD = ("tests/models/test_lora_forward.py",)
+PRODUCTS = ("tests/models/test_lora_products.py",)
+MODES = ("tests/models/test_lora_training_mode.py",)
+
+LORA = [
+    Mutant(
+        "lora: no low parts of wide operands",
+        f"{MODELS}/lora.py",
+        "return high, (wide - high).to(dtype)",
+        "return high, high * 0",
+        PRODUCTS,
+    ),
+    Mutant(
+        "lora: the low part of a product is not added",
+        f"{MODELS}/lora.py",
+        "return both[:, : right.shape[1]] + both[:, right.shape[1] :]",
+        "return both[:, : right.shape[1]].clone()",
+        PRODUCTS,
+    ),
+    Mutant(
+        "lora: of a low-rank product the left low part is lost",
+        f"{MODELS}/lora.py",
+        "(left_high, left_high, left_low)",
+        "(left_high, left_high, left_low * 0)",
+        PRODUCTS,
+    ),
+    Mutant(
+        "lora: of a low-rank product the right low part is lost",
+        f"{MODELS}/lora.py",
+        "(right_high, right_low, right_high)",
+        "(right_high, right_low * 0, right_high)",
+        PRODUCTS,
+    ),
+    Mutant(
+        "lora: products in parts without their factor",
+        f"{MODELS}/lora.py",
+        "right, out.dtype), alpha=factor)",
+        "right, out.dtype))",
+        PRODUCTS,
+    ),
+    Mutant("lora: the gradient of B without its factor", f"{MODELS}/lora.py", "grad_b.mul_(factor)", "grad_b", PRODUCTS),
+    Mutant(
+        "lora: all layers share a mask",
+        f"{MODELS}/lora.py",
+        "layer.dropout_keys, layer.place = keys, place",
+        "layer.dropout_keys, layer.place = keys, 0",
+        FORWARD,
+    ),
+    Mutant(
+        "lora: no mask on the gradient of x",
+        f"{MODELS}/lora.py",
+        "kept = self.read(start, stop, inner)",
+        "kept = self.read(start, stop)",
+        FORWARD,
+    ),
+    Mutant("lora: no dropout without keys", f"{MODELS}/lora.py", "if not (self.training and module.training):", "if True:", MODES),
+    Mutant(
+        "lora: dropout without keys in evaluation mode",
+        f"{MODELS}/lora.py",
+        "if not (self.training and module.training):",
+        "if not module:",
+        MODES,
+    ),
+    Mutant("lora: a dropout module that is off drops", f"{MODELS}/lora.py", "self.training and module.training", "self.training", MODES),
+    Mutant(
+        "lora: without keys all rows share a mask",
+        f"{MODELS}/lora.py",
+        "torch.randint(-(2**31), 2**31, x.shape[:1], dtype=torch.int32, device=x.device)",
+        "torch.randint(-(2**31), 2**31, (1,), dtype=torch.int32, device=x.device).repeat(x.shape[0])",
+        MODES,
+    ),
+    Mutant(
+        "lora: without keys every call draws the same mask",
+        f"{MODELS}/lora.py",
+        "torch.randint(-(2**31), 2**31, x.shape[:1], dtype=torch.int32, device=x.device)",
+        "torch.arange(x.shape[0], dtype=torch.int32, device=x.device) * 977",
+        MODES,
+    ),
+    Mutant(
+        "lora: what is kept is not scaled up",
+        f"{MODELS}/lora.py",
+        "layer.scaling[name] / (1 - p) if hashes",
+        "layer.scaling[name] if hashes",
+        MODES,
+    ),
+    Mutant(
+        "lora: keys of None leave the mode to decide",
+        f"{MODELS}/lora.py",
+        "row_hashes(keys.reshape(-1)), True",
+        "row_hashes(keys.reshape(-1)), keys is not None",
+        MODES,
+    ),
+    Mutant(
+        "lora: the mode never decides again",
+        f"{MODELS}/lora.py",
+        "shared.rows, shared.given = previous",
+        "shared.rows = previous[0]",
+        MODES,
+    ),
+]
+
+SEEDS = ("tests/loop/test_dropout_seeds.py",)
+ORDER = ("tests/step/test_offload_order.py",)
+OFFLOAD = "repbend_fast/memory/offload.py"
+SEED_LINE = "dropout_seed(settings.seed, self.step, micro_batch)"
+
+STEP = [
+    Mutant(
+        "trainer: every micro-batch has the same masks",
+        "repbend_fast/trainer.py",
+        SEED_LINE,
+        "dropout_seed(settings.seed, self.step, 0)",
+        SEEDS,
+    ),
+    Mutant(
+        "trainer: every step has the same masks", "repbend_fast/trainer.py", SEED_LINE, "dropout_seed(settings.seed, 0, micro_batch)", SEEDS
+    ),
+    Mutant("offload: the way out does not wait for the state", OFFLOAD, "        stream.wait_stream(current)\n", "", ORDER),
+    Mutant(
+        "offload: the way back does not wait for its memory",
+        OFFLOAD,
+        "        stream.wait_stream(torch.cuda.current_stream(self.device))\n",
+        "",
+        ORDER,
+    ),
+    Mutant(
+        "offload: a state is read before it arrives",
+        OFFLOAD,
+        "        if kept.arrived is not None:\n            torch.cuda.current_stream(self.device).wait_event(kept.arrived)\n        return",
+        "        return",
+        ORDER,
+    ),
+    Mutant(
+        "offload: memory is given back before it is copied",
+        OFFLOAD,
+        "        _, event = self._under_way.popleft()\n        torch.cuda.current_stream(self.device).wait_event(event)\n",
+        "        self._under_way.popleft()\n",
+        ORDER,
+    ),
+    Mutant("offload: states lie in pageable memory", OFFLOAD, "pin_memory=self._streams", "pin_memory=False", ORDER),
+    Mutant(
+        "pieces: host tensors lie in pageable memory",
+        "repbend_fast/pieces.py",
+        "tensor.pin_memory().to(device, non_blocking=True)",
+        "tensor.to(device, non_blocking=True)",
+        ("tests/step/test_host_syncs.py",),
+        unseen="the host waits for the GPU, and no number changes",
+    ),
+    Mutant(
+        "reference: switches stay off after an error",
+        f"{MODELS}/adapters.py",
+        "    try:\n        with torch.no_grad():\n            yield\n    finally:\n        for",
+        "    with torch.no_grad():\n        yield\n    if True:\n        for",
+        ("tests/models/test_attach_lora.py",),
+    ),
+    Mutant(
+        "norm: eps is missing", f"{MODELS}/block_ops.py", "keepdim=True) + eps)", "keepdim=True))", ("tests/models/test_lean_layers.py",)
+    ),
+    Mutant(
+        "recompute: an origin is never given up",
+        f"{MODELS}/recompute.py",
+        "        if self._left == 0:\n            self._made = None\n",
+        "",
+        ("tests/models/test_lean_layers.py", "-k", "given_up"),
+    ),
+    Mutant(
+        "load: cuDNN's attention stays on",
+        f"{MODELS}/load.py",
+        "torch.backends.cuda.enable_cudnn_sdp(False)",
+        "torch.backends.cuda.enable_cudnn_sdp(True)",
+        ("tests/models/test_load_model.py", "-k", "settled"),
+    ),
+    Mutant(
+        "keys: the sequences of a stream share masks",
+        "repbend_fast/pieces.py",
+        "index * 2**32 + within",
+        "index * 0 + within",
+        ("tests/step/test_levers.py", "tests/step/test_step_gradient.py"),
+    ),
+]
+
+STREAMS = ("tests/objectives/test_repbend_streams.py",)
+
+OBJECTIVES = [
+    Mutant(
+        "repbend: rows do not count in the denominator",
+        "repbend_fast/objectives/repbend.py",
+        "max(1, rows * counted)",
+        "max(1, counted)",
+        STREAMS,
+    ),
+    Mutant(
+        "repbend: the embeddings' layer is not counted", "repbend_fast/objectives/repbend.py", "len(layers) + every", "len(layers)", STREAMS
+    ),
+    Mutant(
+        "answers: targets are the rows' own tokens",
+        "repbend_fast/step/answers.py",
+        "reshape(-1)[rows + 1]",
+        "reshape(-1)[rows]",
+        ("tests/objectives/test_objective_gradients.py",),
+    ),
+]
+
+MUTANTS = [*HEADS, *TAPS, *LORA, *STEP, *OBJECTIVES]
