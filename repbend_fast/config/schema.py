@@ -81,6 +81,10 @@ class TrainingConfig(Section):
     steps: Positive = 300
     examples: Positive = Field(4, description="Examples per micro-batch: B safe, B unsafe, B pairs, B retain.")
     accumulation: Positive = 4
+    normalize: Literal["micro_batch", "step"] = Field(
+        "micro_batch",
+        description="What a mean runs over: each micro-batch, whose means are averaged (published), or all rows of the optimizer step.",
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     schedule: Literal["constant", "cosine", "linear"] = "constant"
