@@ -56,7 +56,9 @@ def check_data(data: DataConfig | list[SourceConfig], tokenizer: Any | None, *, 
     """
     limits = data if isinstance(data, DataConfig) else DataConfig(sources=data)
     records = load_records(data, seed=seed, skip_bad_records=True)
-    encoder = ChatEncoder(tokenizer, limits.max_prompt_tokens, limits.max_answer_tokens) if tokenizer is not None else None
+    encoder = None
+    if tokenizer is not None:
+        encoder = ChatEncoder(tokenizer, limits.max_prompt_tokens, limits.max_answer_tokens, limits.chat_template_kwargs)
     lengths = {role: Lengths() for role in ROLES}
     for role, of_role in records.records.items():
         for record in of_role:

@@ -35,7 +35,8 @@ def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> Ru
     Raises:
         UserError: bad records, an unusable template, or no records for a stream that the objective needs.
     """
-    encoder = ChatEncoder(tokenizer, config.data.max_prompt_tokens, config.data.max_answer_tokens)
+    data = config.data
+    encoder = ChatEncoder(tokenizer, data.max_prompt_tokens, data.max_answer_tokens, data.chat_template_kwargs)
     loaded = load_records(config.data, seed=config.training.seed, skip_bad_records=config.data.skip_bad_records)
     notes = [loaded.summary()]
     records, held = loaded.records, {}
@@ -53,6 +54,12 @@ def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> Ru
     sampler = BatchSampler(encode_records(records, encoder), training.examples, training.seed, roles, group_by_length=grouped)
     sequences = {role: list(encoded) for role, encoded in encode_records(held, encoder).items()}
     chat = [s for s in _evaluation_chat(config, encoder) or sequences.get("retain", []) if isinstance(s, Sequence)]
+    dropped = [r for part in (records, held) for of_role in part.values() for r in of_role if encoder.drops_reasoning(r)]
+    if dropped:
+        notes.append(
+            f"the chat template leaves out the reasoning of earlier turns, as it does when the model talks: {len(dropped)} records, the "
+            f"first at {dropped[0].origin}"
+        )
     # From here on training counts: held-out records do not belong into the run's report of truncated examples.
     encoder.truncated = Truncated()
     return RunData(encoder, sampler, sequences, chat, notes)
