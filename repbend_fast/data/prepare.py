@@ -9,7 +9,7 @@ from repbend_fast.config.schema import Config
 from repbend_fast.data.load import load_records
 from repbend_fast.data.records import PairSequence, Record, Role, Sequence
 from repbend_fast.data.sampling import BatchSampler, split_holdout
-from repbend_fast.data.tokenize import ChatEncoder, Truncated, encode_records
+from repbend_fast.data.tokenize import ChatEncoder, Truncated, dropped_reasoning, encode_records
 from repbend_fast.errors import UserError
 
 
@@ -54,12 +54,7 @@ def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> Ru
     sampler = BatchSampler(encode_records(records, encoder), training.examples, training.seed, roles, group_by_length=grouped)
     sequences = {role: list(encoded) for role, encoded in encode_records(held, encoder).items()}
     chat = [s for s in _evaluation_chat(config, encoder) or sequences.get("retain", []) if isinstance(s, Sequence)]
-    dropped = [r for part in (records, held) for of_role in part.values() for r in of_role if encoder.drops_reasoning(r)]
-    if dropped:
-        notes.append(
-            f"the chat template leaves out the reasoning of earlier turns, as it does when the model talks: {len(dropped)} records, the "
-            f"first at {dropped[0].origin}"
-        )
+    notes += dropped_reasoning(records, encoder) + _repeated(records, roles, training.examples)
     # From here on training counts: held-out records do not belong into the run's report of truncated examples.
     encoder.truncated = Truncated()
     return RunData(encoder, sampler, sequences, chat, notes)
@@ -73,6 +68,16 @@ def _evaluation_chat(config: Config, encoder: ChatEncoder) -> list[Sequence | Pa
     if not loaded.records["retain"]:
         raise UserError("evaluation.sources: no `retain` records; perplexity and KL are measured on conversations")
     return list(encode_records(loaded.records, encoder)["retain"])
+
+
+def _repeated(records: dict[Role, list[Record]], roles: tuple[Role, ...], examples: int) -> list[str]:
+    """A line for each role with fewer records than a micro-batch has examples."""
+    few = {role: len(records[role]) for role in roles if len(records[role]) < examples}
+    return [
+        f"training.examples={examples}, but there {'is' if count == 1 else 'are'} {count} {role} record{'' if count == 1 else 's'}: "
+        f"a micro-batch holds {'it' if count == 1 else 'some of them'} more than once"
+        for role, count in few.items()
+    ]
 
 
 def _counts(records: dict[Role, list[Record]]) -> str:

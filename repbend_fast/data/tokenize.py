@@ -6,7 +6,6 @@ these; the answer's ids are a continuation of them, so ``prompt + answer`` has t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from repbend_fast.data.reasoning import Unrenderable, as_turn, follow, holds_reasoning, split_reasoning
+from repbend_fast.data.reasoning import CLOSE, Unrenderable, as_turn, follow, holds_reasoning, split_reasoning
 from repbend_fast.data.records import Message, PairSequence, Record, Role, Sequence
 from repbend_fast.errors import UserError
 
@@ -29,6 +28,10 @@ _DAY = datetime(2024, 7, 26)
 _CLOCK = "{%- macro strftime_now(form) -%}{{ form"
 _CLOCK += "".join(f" | replace('%{code}', '{_DAY.strftime(f'%{code}')}')" for code in (*"YmdBbyAaHMSjIp", "-d", "-m"))
 _CLOCK += " }}{%- endmacro -%}"
+LONG_RECORD = 1 << 15
+"""Characters from which a record's ids are kept once they are cut: they are few, and every draw would tokenise all of its text."""
+MOST_LONG = 4096
+"""Records whose ids are kept, so that a data set of long texts does not fill the memory."""
 _PROBE_REQUEST = "Qwertz"
 _PROBE_ANSWER = "Zyxwvu"
 _ANCHORS = ("\n", "]", ":", "x")
@@ -41,6 +44,10 @@ class Truncated:
     prompts: int = 0
     answers: int = 0
     retain: int = 0
+
+    def plus(self, other: Truncated) -> Truncated:
+        """Both together."""
+        return Truncated(self.prompts + other.prompts, self.answers + other.answers, self.retain + other.retain)
 
     def as_dict(self) -> dict[str, int]:
         """Counts by name, for logs and reports."""
@@ -70,6 +77,7 @@ class ChatEncoder:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
         self.truncated = Truncated()
+        self._long: dict[Record, tuple[Sequence | PairSequence, Truncated]] = {}
         self._name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(f"the tokenizer of {self._name} has no chat template; set model.chat_template=FILE (a Jinja file)")
@@ -84,29 +92,36 @@ class ChatEncoder:
 
         ``count`` False leaves ``truncated`` as it is. Raises ``UserError`` naming the record when the template cannot hold it.
         """
-        before = dataclasses.replace(self.truncated)
-        encoded = self._encode(record)
-        if not count:
-            self.truncated = before
+        is_long = _characters(record) >= LONG_RECORD
+        encoded, cut = (self._long.get(record) if is_long else None) or self._encode(record)
+        if is_long and len(self._long) < MOST_LONG:
+            self._long[record] = encoded, cut
+        if count:
+            self.truncated = self.truncated.plus(cut)
         return encoded
 
-    def _encode(self, record: Record) -> Sequence | PairSequence:
+    def _encode(self, record: Record) -> tuple[Sequence | PairSequence, Truncated]:
+        """Ids of one record, and what of it was cut."""
         if record.role == "retain":
-            ids = self._whole_conversation(record)
+            whole = self._whole_conversation(record)
             limit = self.max_prompt_tokens + self.max_answer_tokens
-            self.truncated.retain += len(ids) > limit
-            return Sequence(tuple(ids[:limit]), 0)
+            return Sequence(tuple(whole[:limit]), 0), Truncated(retain=int(len(whole) > limit))
         text, answers = self._texts(record)
         full_prompt = self._ids(text)
-        prompt = self._cut_prompt(self._with_bos(full_prompt))
-        first, *second = (self._with_answer(prompt, text, full_prompt, answer) for answer in answers)
-        return PairSequence(unsafe=first, safe=second[0]) if second else first
+        uncut = self._with_bos(full_prompt)
+        prompt = self._cut_prompt(uncut)
+        ids = [self._continuation(text, full_prompt, answer) for answer in answers]
+        first, *second = (Sequence((*prompt, *answer[: self.max_answer_tokens]), len(prompt)) for answer in ids)
+        cut = Truncated(int(len(uncut) > len(prompt)), sum(len(answer) > self.max_answer_tokens for answer in ids))
+        return PairSequence(unsafe=first, safe=second[0]) if second else first, cut
 
     def prompt_ids(self, messages: Iterable[Message], prefill: str = "") -> list[int]:
         """Ids that generation starts from: prompt with assistant header, then ``prefill`` (never truncated) as the answer's beginning."""
         text = self._render_prompt(tuple(messages), "prompt")
         full_prompt = self._ids(text)
-        ids = self._cut_prompt(self._with_bos(full_prompt))
+        uncut = self._with_bos(full_prompt)
+        ids = self._cut_prompt(uncut)
+        self.truncated.prompts += len(ids) < len(uncut)
         return ids + self._continuation(text, full_prompt, self._glue + prefill) if prefill else ids
 
     def measure(self, record: Record) -> tuple[int, int]:
@@ -123,8 +138,14 @@ class ChatEncoder:
 
     def drops_reasoning(self, record: Record) -> bool:
         """Whether the template leaves out reasoning of earlier turns, as it does when it talks."""
+        if not any(CLOSE in m.content for m in record.messages[:-1]):
+            return False
         earlier = [m.content for m in record.messages[:-1] if m.role == "assistant" and holds_reasoning(m.content)]
-        return bool(earlier) and not all(split_reasoning(text)[0] in self._texts(record)[0] for text in earlier)
+        try:
+            prompt, _ = self._texts(record)
+        except UserError:
+            return False  # a bad record, which is named elsewhere
+        return not all(split_reasoning(text)[0] in prompt for text in earlier)
 
     def fingerprint(self) -> str:
         """Hash of everything besides the records that decides the ids."""
@@ -237,11 +258,6 @@ class ChatEncoder:
                 return joined[len(alone) :]
         return self._ids(more)
 
-    def _with_answer(self, prompt: list[int], text: str, text_ids: list[int], answer: str) -> Sequence:
-        ids = self._continuation(text, text_ids, answer)
-        self.truncated.answers += len(ids) > self.max_answer_tokens
-        return Sequence((*prompt, *ids[: self.max_answer_tokens]), len(prompt))
-
     def _whole_conversation(self, record: Record) -> list[int]:
         text, (answer,) = self._texts(record)
         prompt = self._ids(text)
@@ -264,7 +280,6 @@ class ChatEncoder:
     def _cut_prompt(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_prompt_tokens:
             return ids
-        self.truncated.prompts += 1
         room = self.max_prompt_tokens - self._head - self._tail
         end = self._tail + room // 2
         return ids[: self.max_prompt_tokens - end] + (ids[-end:] if end else [])
@@ -302,7 +317,7 @@ class EncodedRecords(Seq[Sequence | PairSequence]):
 
     def lengths(self) -> list[int]:
         """Characters of each record's texts, of a pair with its longer answer: a stand-in for tokens that costs no encoding."""
-        return [sum(len(m.content) for m in r.messages) + max(len(r.answer), len(r.safe_answer)) for r in self.records]
+        return [_characters(r) for r in self.records]
 
     def fingerprint(self) -> str:
         """Hash of the records' texts in order and of the encoder: equal fingerprints give equal ids."""
@@ -318,9 +333,24 @@ def encode_records(records: Mapping[Role, Seq[Record]], encoder: ChatEncoder) ->
     return {role: EncodedRecords(of_role, encoder) for role, of_role in records.items()}
 
 
+def dropped_reasoning(records: Mapping[Role, Seq[Record]], encoder: ChatEncoder) -> list[str]:
+    """A line where the template leaves reasoning of earlier turns out."""
+    dropped = [record for of_role in records.values() for record in of_role if encoder.drops_reasoning(record)]
+    if not dropped:
+        return []
+    return [
+        f"the chat template leaves out the reasoning of earlier turns, as it does when the model talks: in {len(dropped)} "
+        f"record{'s' if len(dropped) > 1 else ''}, {dropped[0].origin} for one"
+    ]
+
+
 def _common(a: list[int], b: list[int]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _characters(record: Record) -> int:
+    return sum(len(m.content) for m in record.messages) + max(len(record.answer), len(record.safe_answer))
 
 
 def _one_line(error: Exception) -> str:

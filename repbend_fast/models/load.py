@@ -17,6 +17,7 @@ from repbend_fast.errors import UserError, one_line
 from repbend_fast.metrics import say
 from repbend_fast.models.liger import check_liger, use_liger
 from repbend_fast.models.merge import adapter_apart, merge_adapter
+from repbend_fast.nearby import nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NF4_BLOCK = 64
@@ -82,7 +83,9 @@ def resolve_source(config: ModelConfig) -> str:
     looks_local = name.startswith((".", "/", "~")) or os.path.isabs(name) or name.count("/") > 1
     folder = Path(name).expanduser()
     if looks_local and not folder.is_dir():
-        raise UserError(f"model.name={config.name}: no such folder; give a folder with a model, or a hub name such as org/model")
+        raise UserError(
+            f"model.name={config.name}: no such folder; give a folder with a model, or a hub name such as org/model{nearest(name)}"
+        )
     if config.gguf_file and folder.is_dir() and not (folder / config.gguf_file).is_file():
         raise UserError(f"model.gguf_file={config.gguf_file}: no such file in {folder}")
     return str(folder) if folder.is_dir() else name
@@ -113,7 +116,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model.name={config.name}: no tokenizer could be loaded ({one_line(error)})") from error
+        near = "" if Path(config.name).exists() else nearest(config.name)
+        raise UserError(f"model.name={config.name}: no tokenizer could be loaded ({one_line(error)}){near}") from error
     if config.chat_template:
         try:
             tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
@@ -171,7 +175,8 @@ def _from_pretrained(source: str, config: ModelConfig, device: torch.device, dir
     try:
         return AutoModelForCausalLM.from_pretrained(source, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)})") from error
+        near = "" if Path(config.name).exists() else nearest(config.name)
+        raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)}){near}") from error
 
 
 def _nf4_config(config: ModelConfig) -> Any:
