@@ -62,9 +62,9 @@ def follow(
     """
     bare = _EMPTY_BLOCK.sub("", prompt)
     for start in dict.fromkeys((prompt, bare)):
-        texts = [_rest(start, whole, answer, suffix, turn_end) for whole, answer in zip(rendered, answers, strict=True)]
-        if all(text is not None for text in texts):
-            return start, [text for text in texts if text is not None]
+        found = [_rest(start, whole, answer, suffix, turn_end) for whole, answer in zip(rendered, answers, strict=True)]
+        if None not in found:
+            return start, [text for text in found if text is not None]
     # The template drops the reasoning of finished turns: what the model itself writes behind the header is kept.
     if prompt.rstrip().endswith(OPEN):
         return prompt, [_continued(answer) + turn_end if holds_reasoning(answer) else plain(answer) for answer in answers]

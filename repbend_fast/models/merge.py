@@ -83,7 +83,8 @@ def _name(kind: Any) -> str:
 def _weights(source: str, revision: str | None) -> dict[str, torch.Tensor]:
     from peft import load_peft_weights
 
-    return load_peft_weights(source, device="cpu", **({"revision": revision} if revision else {}))
+    arguments: dict[str, Any] = {"revision": revision} if revision else {}
+    return load_peft_weights(source, device="cpu", **arguments)
 
 
 def _make_room(model: Any, weights: dict[str, torch.Tensor]) -> None:
