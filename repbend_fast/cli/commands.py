@@ -85,11 +85,9 @@ def export(arguments: Namespace) -> int:
     out = folder / "merged" if arguments.out is None else Path(arguments.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not an empty folder; choose another")
-    from repbend_fast.models.export import export_merged, unmeasured_note
+    from repbend_fast.models.export import export_merged
 
     export_merged(folder, out)
-    if note := unmeasured_note(folder):
-        print(note, file=sys.stderr)
     print(out)
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from repbend_fast.config import Config, load_config
+from repbend_fast.config.load import print_note
 from repbend_fast.errors import UserError
 from repbend_fast.models.load import load_model, load_tokenizer
 from repbend_fast.runs import RunFolder, write_folder
@@ -16,7 +17,7 @@ def export_merged(folder: Path, out: Path) -> Path:
     """Write the merged model of the run in ``folder`` to ``out``: safetensors weights in ``model.dtype``, and the tokenizer.
 
     An NF4 run is merged into the unquantised base: rounded to NF4 again, the merged weights would lose part of the adapter or all of it.
-    It is another model than the one that was measured (``unmeasured_note``).
+    It is another model than the one that was measured, which a note on stderr says.
 
     Raises:
         UserError: the run has no adapter yet, ``out`` holds something, or the files cannot be written.
@@ -37,6 +38,8 @@ def export_merged(folder: Path, out: Path) -> Path:
     if out.is_dir():
         out.rmdir()  # only an empty folder: one filled meanwhile raises and keeps what it holds
     write_folder(out, fill)
+    if note := unmeasured_note(folder):
+        print_note(note)
     return out
 
 
@@ -52,7 +55,7 @@ def unmeasured_note(folder: Path) -> str | None:
     measured = _measured(run)
     numbers = f"{measured} were measured" if measured else "anything measured on it was measured"
     return (
-        f"note: this run trained on the NF4 base, where {numbers}; the export is the adapter on the unquantised base in "
+        f"this run trained on the NF4 base, where {numbers}; the export is the adapter on the unquantised base in "
         f"{config.model.dtype}, another model, which nothing has measured: try it on your own prompts, or serve base in NF4 and "
         f"adapter apart ({run.adapter})"
     )
