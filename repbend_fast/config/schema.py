@@ -12,6 +12,11 @@ from repbend_fast.config.section import NonNegative, Positive, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Role = Literal["safe", "unsafe", "pair", "retain"]
+# Arguments of apply_chat_template that decide what its result is.
+TEMPLATE_CALL = {
+    *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 StreamName = Literal["safe", "unsafe", "forget", "triplet", "retain", "refusal"]
 
 
@@ -68,6 +73,10 @@ class DataConfig(Section):
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     max_prompt_tokens: Positive = 512
     max_answer_tokens: Positive = 512
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, for example {enable_thinking: true}; the same in training, validation and evaluation.",
+    )
     skip_bad_records: bool = False
     limit: Positive | None = Field(None, description="Cap per role over all sources, chosen by `training.seed`.")
     group_by_length: bool = Field(
@@ -81,6 +90,10 @@ class TrainingConfig(Section):
     steps: Positive = 300
     examples: Positive = Field(4, description="Examples per micro-batch: B safe, B unsafe, B pairs, B retain.")
     accumulation: Positive = 4
+    normalize: Literal["micro_batch", "step"] = Field(
+        "micro_batch",
+        description="What a mean runs over: each micro-batch, whose means are averaged (published), or all rows of the optimizer step.",
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -217,6 +230,8 @@ def combination_errors(config: Config) -> Iterator[str]:
             yield f"lora.blocks={blocks}: must be different block numbers, at least one, or to_window"
         elif last is not None and min(blocks) >= last:
             yield f"lora.blocks={blocks} lie behind the window, which ends at hidden state {last}; include a block below {last}"
+    if taken := sorted(TEMPLATE_CALL & config.data.chat_template_kwargs.keys()):
+        yield f"data.chat_template_kwargs={{{taken[0]}: …}}: is set by repbend-fast itself; variables of the chat template go here"
     if training.warmup_steps > training.steps:
         yield f"training.warmup_steps={training.warmup_steps} is more than training.steps={training.steps}; lower it"
     if training.autocast != "none" and model.dtype != "float32":

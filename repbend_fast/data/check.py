@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from repbend_fast.config.schema import Config, DataConfig, SourceConfig
+from repbend_fast.data.duplicates import duplicate_lines
 from repbend_fast.data.load import RecordSet, load_records
 from repbend_fast.data.records import ROLES, BadRecord, Record, Role
-from repbend_fast.data.tokenize import ChatEncoder
+from repbend_fast.data.tokenize import ChatEncoder, dropped_reasoning
 from repbend_fast.errors import UserError
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -37,11 +38,15 @@ class Lengths:
 
 @dataclass
 class DataReport:
-    """The result of a check. ``unit`` is ``tokens`` or ``characters``; the ``cut_…`` counts are 0 in characters."""
+    """The result of a check. ``unit`` is ``tokens`` or ``characters``; the ``cut_…`` counts are 0 in characters.
+
+    ``notes``: what is no mistake in a record and yet worth a look, a line each.
+    """
 
     records: RecordSet
     unit: str
     lengths: dict[Role, Lengths]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def bad(self) -> list[BadRecord]:
@@ -56,7 +61,9 @@ def check_data(data: DataConfig | list[SourceConfig], tokenizer: Any | None, *, 
     """
     limits = data if isinstance(data, DataConfig) else DataConfig(sources=data)
     records = load_records(data, seed=seed, skip_bad_records=True)
-    encoder = ChatEncoder(tokenizer, limits.max_prompt_tokens, limits.max_answer_tokens) if tokenizer is not None else None
+    encoder = None
+    if tokenizer is not None:
+        encoder = ChatEncoder(tokenizer, limits.max_prompt_tokens, limits.max_answer_tokens, limits.chat_template_kwargs)
     lengths = {role: Lengths() for role in ROLES}
     for role, of_role in records.records.items():
         for record in of_role:
@@ -64,7 +71,10 @@ def check_data(data: DataConfig | list[SourceConfig], tokenizer: Any | None, *, 
                 _measure(record, encoder, lengths[role])
             except UserError as error:
                 records.bad.append(BadRecord(record.origin, str(error).removeprefix(f"{record.origin}: ")))
-    return DataReport(records, "tokens" if encoder else "characters", lengths)
+    notes = duplicate_lines(records.records)
+    if encoder:
+        notes += dropped_reasoning(records.records, encoder)
+    return DataReport(records, "tokens" if encoder else "characters", lengths, notes)
 
 
 def run_check(config: Config, tokenizer: Any | None, console: Console | None = None) -> int:
@@ -87,7 +97,7 @@ def run_check(config: Config, tokenizer: Any | None, console: Console | None = N
 
 
 def print_report(report: DataReport, console: Console) -> None:
-    """Counts per source and role, lengths, truncation and bad records."""
+    """Counts per source and role, lengths, truncation, duplicates and bad records."""
     console.print(_source_table(report.records))
     used = [role for role in ROLES if report.lengths[role].whole]
     if used:
@@ -97,6 +107,8 @@ def print_report(report: DataReport, console: Console) -> None:
         for low, high, count in histogram(report.lengths[role].whole):
             bar = "█" * max(1, round(_BAR * count / len(report.lengths[role].whole))) if count else ""
             console.print(f"  {low:>7} – {high:<7} {count:>8} {bar}")
+    for note in report.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
     if not report.bad:
         console.print("no bad records")
         return

@@ -9,7 +9,8 @@ Our own JSONL, one object per line; fields that are not named here are ignored:
 - ``{"role": "retain", "messages": [...]}`` with the assistant's message last, or ``{"role": "retain", "prompt": TEXT, "answer": TEXT}``
 
 Everywhere ``"messages": [{"role": "user", "content": TEXT}, ...]`` with the user's message last may stand instead of ``prompt``. A
-conversation may begin with one ``system`` message; then ``user`` and ``assistant`` alternate.
+conversation may begin with one ``system`` message; then ``user`` and ``assistant`` alternate. An assistant's reasoning stands in its text,
+``<think>…</think>answer``, or in a message's ``reasoning_content`` or ``thinking``.
 """
 
 from __future__ import annotations
@@ -91,6 +92,9 @@ def message_list(value: Any, last: str) -> tuple[Message, ...]:
             raise BadField(f"message {number}: {reason}") from None
         if role not in ("system", "user", "assistant"):
             raise BadField(f"message {number}: unknown role {_short(role)}, expected system, user or assistant")
+        reasoning = item.get("reasoning_content") or item.get("thinking")
+        if role == "assistant" and isinstance(reasoning, str) and "</think>" not in content:
+            content = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"
         messages.append(Message(role, content))
     turns = messages[1:] if messages[0].role == "system" else messages
     for number, message in enumerate(turns):

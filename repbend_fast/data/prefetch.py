@@ -1,7 +1,8 @@
-"""Micro-batches prepared one ahead by a thread, so that the device does not wait for the tokenizer."""
+"""Micro-batches prepared ahead by a thread, so that the device does not wait for the tokenizer."""
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -10,30 +11,29 @@ from repbend_fast.data.sampling import BatchSampler
 
 
 class PreparedBatches:
-    """Hands out ``sampler``'s micro-batches in its order; while one is in use, the next is drawn and encoded in the background.
+    """Hands out ``sampler``'s micro-batches in its order; while one is in use, the next are drawn and encoded in the background.
 
-    ``state_dict`` is the sampler's as of the batch in use, so a run resumed from it draws the prepared batch anew. One thread draws,
-    in order, and no batch is prepared before the first is asked for: what comes out is what ``sampler.next_batch`` gives.
+    ``state_dict`` is the sampler's as of the last batch handed out, so a run resumed from it draws the prepared ones anew. One thread
+    draws, in order, and no batch is prepared before the first is asked for: what comes out is what ``sampler.next_batch`` gives.
     A tokenizer must not be used by two threads at once: call ``wait`` before encoding or decoding anything elsewhere.
     """
 
     def __init__(self, sampler: BatchSampler) -> None:
         self._sampler = sampler
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare-batch")
-        self._prepared: Future[tuple[Batch, dict[str, Any]]] | None = None
+        self._prepared: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
         self._state: dict[str, Any] | None = None
 
-    def next_batch(self, ahead: bool = True) -> Batch:
-        """The next micro-batch; ``ahead`` begins to prepare the one after it.
+    def next_batch(self, ahead: int = 1) -> Batch:
+        """The next micro-batch; of those after it ``ahead`` are, or begin to be, prepared.
 
         Raises:
             UserError: as the sampler or the encoder raise it, at the batch that it concerns.
         """
-        prepared = self._prepared or self._thread.submit(self._prepare)
-        self._prepared = None
+        prepared = self._prepared.popleft() if self._prepared else self._thread.submit(self._prepare)
         batch, self._state = prepared.result()
-        if ahead:
-            self._prepared = self._thread.submit(self._prepare)
+        while len(self._prepared) < ahead:
+            self._prepared.append(self._thread.submit(self._prepare))
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -43,9 +43,8 @@ class PreparedBatches:
         return self._state
 
     def wait(self) -> None:
-        """Until nothing runs in the background. An error of the batch being prepared stays with it."""
-        if self._prepared is not None:
-            wait([self._prepared])
+        """Until nothing runs in the background. An error of a batch being prepared stays with it."""
+        wait(self._prepared)
 
     def close(self) -> None:
         """Finish what runs, then end the thread. Handing out batches is over; ``state_dict`` is not."""

@@ -10,7 +10,7 @@ from repbend_fast.config.schema import Config
 from repbend_fast.data.load import load_records
 from repbend_fast.data.records import PairSequence, Record, Role, Sequence
 from repbend_fast.data.sampling import GIVEN_BY, BatchSampler, split_holdout
-from repbend_fast.data.tokenize import ChatEncoder, Truncated, encode_records
+from repbend_fast.data.tokenize import ChatEncoder, Truncated, dropped_reasoning, encode_records
 from repbend_fast.errors import UserError
 
 
@@ -36,7 +36,8 @@ def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> Ru
     Raises:
         UserError: bad records, an unusable template, or no records for a stream that the objective needs.
     """
-    encoder = ChatEncoder(tokenizer, config.data.max_prompt_tokens, config.data.max_answer_tokens)
+    data = config.data
+    encoder = ChatEncoder(tokenizer, data.max_prompt_tokens, data.max_answer_tokens, data.chat_template_kwargs)
     loaded = load_records(config.data, seed=config.training.seed, skip_bad_records=config.data.skip_bad_records)
     notes = [loaded.summary()]
     records, held = loaded.records, {}
@@ -54,6 +55,7 @@ def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> Ru
     sampler = BatchSampler(encode_records(records, encoder), training.examples, training.seed, roles, group_by_length=grouped)
     sequences = {role: list(encoded) for role, encoded in encode_records(held, encoder).items()}
     chat = [s for s in _evaluation_chat(config, encoder) or sequences.get("retain", []) if isinstance(s, Sequence)]
+    notes += dropped_reasoning(records, encoder) + _repeated(records, roles, training.examples)
     # From here on training counts: held-out records do not belong into the run's report of truncated examples.
     encoder.truncated = Truncated()
     return RunData(encoder, sampler, sequences, chat, notes)
@@ -67,6 +69,16 @@ def _evaluation_chat(config: Config, encoder: ChatEncoder) -> list[Sequence | Pa
     if not loaded.records["retain"]:
         raise UserError("evaluation.sources: no `retain` records; perplexity and KL are measured on conversations")
     return list(encode_records(loaded.records, encoder)["retain"])
+
+
+def _repeated(records: dict[Role, list[Record]], roles: tuple[Role, ...], examples: int) -> list[str]:
+    """A line for each role with fewer records than a micro-batch has examples."""
+    few = {role: len(records[role]) for role in roles if len(records[role]) < examples}
+    return [
+        f"training.examples={examples}, but there {'is' if count == 1 else 'are'} {count} {role} record{'' if count == 1 else 's'}: "
+        f"a micro-batch holds {'it' if count == 1 else 'some of them'} more than once"
+        for role, count in few.items()
+    ]
 
 
 def _counts(records: dict[Role, list[Record]]) -> str:

@@ -18,6 +18,7 @@ from typing import IO, Any
 from repbend_fast.config.schema import SourceConfig
 from repbend_fast.data.records import BadRecord
 from repbend_fast.errors import UserError
+from repbend_fast.nearby import looks_like_file, nearest
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -61,10 +62,13 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRecord]:
             yield from reader(path, source.path)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{source.path}: cannot be read ({_brief(error)}); check the file or fetch it again") from error
-    elif path.is_dir() or (_HUB_NAME.fullmatch(source.path) and not source.path.endswith((*SUFFIXES, ".gz"))):
+    elif path.is_dir() or (_HUB_NAME.fullmatch(source.path) and not looks_like_file(source.path)):
         yield from _hub_rows(source)
     else:
-        raise UserError(f"{source.path}: no such file; data.sources.path takes a local file, a hub name such as `owner/name`, or `demo`")
+        raise UserError(
+            f"{source.path}: no such file; data.sources.path takes a local file, a hub name such as `owner/name`, or `demo`"
+            f"{nearest(source.path)}"
+        )
 
 
 def _reader_for(path: Path) -> Callable[[Path, str], Iterator[Row | BadRecord]]:
@@ -188,6 +192,7 @@ def _hub_rows(source: SourceConfig) -> Iterator[Row | BadRecord]:
         raise UserError(
             f"data set {source.path}: cannot be loaded through the hub ({type(error).__name__}: {_brief(error)}); check name, subset, "
             "split, network and access (`hf auth login`), or download it and give the local file as data.sources.path"
+            f"{'' if Path(source.path).exists() else nearest(source.path)}"
         ) from error
     for number, fields in enumerate(rows, 1):
         yield _as_row(f"{source.path}:{number}", fields)

@@ -6,22 +6,32 @@ these; the answer's ids are a continuation of them, so ``prompt + answer`` has t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
 
+from repbend_fast.data.reasoning import CLOSE, Unrenderable, as_turn, follow, holds_reasoning, split_reasoning
 from repbend_fast.data.records import Message, PairSequence, Record, Role, Sequence
 from repbend_fast.errors import UserError
 
-# Records carry no reasoning text, so templates with a reasoning switch are rendered with it off; a date taken from the clock would
-# make the ids of a resumed run differ from those of the first one.
+# Few records carry reasoning, so templates with a reasoning switch are rendered with it off unless data.chat_template_kwargs says
+# otherwise; a date taken from the clock would make the ids of a resumed run differ from those of the first one.
 TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+_DAY = datetime(2024, 7, 26)
+# transformers hands no functions to a template, so its clock is replaced inside of it.
+_CLOCK = "{%- macro strftime_now(form) -%}{{ form"
+_CLOCK += "".join(f" | replace('%{code}', '{_DAY.strftime(f'%{code}')}')" for code in (*"YmdBbyAaHMSjIp", "-d", "-m"))
+_CLOCK += " }}{%- endmacro -%}"
+LONG_RECORD = 1 << 15
+"""Characters from which a record's ids are kept once they are cut: they are few, and every draw would tokenise all of its text."""
+MOST_LONG = 4096
+"""Records whose ids are kept, so that a data set of long texts does not fill the memory."""
 _PROBE_REQUEST = "Qwertz"
 _PROBE_ANSWER = "Zyxwvu"
 _ANCHORS = ("\n", "]", ":", "x")
@@ -34,6 +44,10 @@ class Truncated:
     prompts: int = 0
     answers: int = 0
     retain: int = 0
+
+    def plus(self, other: Truncated) -> Truncated:
+        """Both together."""
+        return Truncated(self.prompts + other.prompts, self.answers + other.answers, self.retain + other.retain)
 
     def as_dict(self) -> dict[str, int]:
         """Counts by name, for logs and reports."""
@@ -49,18 +63,26 @@ class ChatEncoder:
     A longer answer keeps its first tokens; a longer retain conversation its first ``max_prompt_tokens + max_answer_tokens``.
 
     BOS stands first exactly once whether the template writes it, the tokenizer would add it, both, or neither; a tokenizer without a BOS
-    token gets none. Raises ``UserError`` for a tokenizer without a usable chat template and for limits below the template's own length.
+    token gets none. An answer's reasoning is rendered as the template renders it (``data.reasoning``). ``template_arguments`` go to the
+    template in addition to ``TEMPLATE_ARGUMENTS``, or in their place.
+
+    Raises ``UserError`` for a tokenizer without a usable chat template and for limits below the template's own length.
     """
 
-    def __init__(self, tokenizer: Any, max_prompt_tokens: int, max_answer_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, max_prompt_tokens: int, max_answer_tokens: int, template_arguments: Mapping[str, Any] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.template_arguments = dict(template_arguments or {})
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
         self.truncated = Truncated()
+        self._long: dict[Record, tuple[Sequence | PairSequence, Truncated]] = {}
         self._name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(f"the tokenizer of {self._name} has no chat template; set model.chat_template=FILE (a Jinja file)")
-        self._glue, self._turn_end, self._trims = self._learn_answer_form()
+        self._glue, self._suffix, self._trims = self._learn_answer_form()
+        self._turn_end = self._turn_end_of(self._suffix)
         self._head, self._tail = self._learn_prompt_frame()
 
     # -- public -------------------------------------------------------------------------------------------------------------------
@@ -70,61 +92,81 @@ class ChatEncoder:
 
         ``count`` False leaves ``truncated`` as it is. Raises ``UserError`` naming the record when the template cannot hold it.
         """
-        before = dataclasses.replace(self.truncated)
-        encoded = self._encode(record)
-        if not count:
-            self.truncated = before
+        is_long = _characters(record) >= LONG_RECORD
+        encoded, cut = (self._long.get(record) if is_long else None) or self._encode(record)
+        if is_long and len(self._long) < MOST_LONG:
+            self._long[record] = encoded, cut
+        if count:
+            self.truncated = self.truncated.plus(cut)
         return encoded
 
-    def _encode(self, record: Record) -> Sequence | PairSequence:
+    def _encode(self, record: Record) -> tuple[Sequence | PairSequence, Truncated]:
+        """Ids of one record, and what of it was cut."""
         if record.role == "retain":
-            ids = self._whole_conversation(record)
+            whole = self._whole_conversation(record)
             limit = self.max_prompt_tokens + self.max_answer_tokens
-            self.truncated.retain += len(ids) > limit
-            return Sequence(tuple(ids[:limit]), 0)
-        text = self._render_prompt(record.messages, record.origin)
+            return Sequence(tuple(whole[:limit]), 0), Truncated(retain=int(len(whole) > limit))
+        text, answers = self._texts(record)
         full_prompt = self._ids(text)
-        prompt = self._cut_prompt(self._with_bos(full_prompt))
-        first = self._with_answer(prompt, text, full_prompt, record.answer)
-        if record.role == "pair":
-            return PairSequence(unsafe=first, safe=self._with_answer(prompt, text, full_prompt, record.safe_answer))
-        return first
+        uncut = self._with_bos(full_prompt)
+        prompt = self._cut_prompt(uncut)
+        ids = [self._continuation(text, full_prompt, answer) for answer in answers]
+        first, *second = (Sequence((*prompt, *answer[: self.max_answer_tokens]), len(prompt)) for answer in ids)
+        cut = Truncated(int(len(uncut) > len(prompt)), sum(len(answer) > self.max_answer_tokens for answer in ids))
+        return PairSequence(unsafe=first, safe=second[0]) if second else first, cut
 
     def prompt_ids(self, messages: Iterable[Message], prefill: str = "") -> list[int]:
         """Ids that generation starts from: prompt with assistant header, then ``prefill`` (never truncated) as the answer's beginning."""
         text = self._render_prompt(tuple(messages), "prompt")
         full_prompt = self._ids(text)
-        ids = self._cut_prompt(self._with_bos(full_prompt))
+        uncut = self._with_bos(full_prompt)
+        ids = self._cut_prompt(uncut)
+        self.truncated.prompts += len(ids) < len(uncut)
         return ids + self._continuation(text, full_prompt, self._glue + prefill) if prefill else ids
 
     def measure(self, record: Record) -> tuple[int, int]:
         """Untruncated lengths in tokens: (prompt, answer), the longer answer of a pair; a retain conversation is (0, all)."""
         if record.role == "retain":
             return 0, len(self._whole_conversation(record))
-        text = self._render_prompt(record.messages, record.origin)
+        text, answers = self._texts(record)
         prompt = self._ids(text)
-        answers = [record.answer] + ([record.safe_answer] if record.role == "pair" else [])
-        return len(self._with_bos(prompt)), max(len(self._answer_ids(text, prompt, a)) for a in answers)
+        return len(self._with_bos(prompt)), max(len(self._continuation(text, prompt, answer)) for answer in answers)
 
     def check_renders(self, record: Record) -> None:
-        """Raises ``UserError`` naming the record when the template cannot hold its messages."""
-        self._render_prompt(record.messages[:-1] if record.role == "retain" else record.messages, record.origin)
+        """Raises ``UserError`` naming the record when the template cannot hold its messages, or the reasoning of its answers."""
+        self._texts(record)
+
+    def drops_reasoning(self, record: Record) -> bool:
+        """Whether the template leaves out reasoning of earlier turns, as it does when it talks."""
+        if not any(CLOSE in m.content for m in record.messages[:-1]):
+            return False
+        earlier = [m.content for m in record.messages[:-1] if m.role == "assistant" and holds_reasoning(m.content)]
+        try:
+            prompt, _ = self._texts(record)
+        except UserError:
+            return False  # a bad record, which is named elsewhere
+        return not all(split_reasoning(text)[0] in prompt for text in earlier)
 
     def fingerprint(self) -> str:
         """Hash of everything besides the records that decides the ids."""
         probe = self._with_bos(self._ids(self._render_prompt((Message("user", _PROBE_REQUEST),), "probe")))
         parts = [self.max_prompt_tokens, self.max_answer_tokens, str(self.tokenizer.chat_template), len(self.tokenizer), probe]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        parts += [self.template_arguments] if self.template_arguments else []
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     # -- template -----------------------------------------------------------------------------------------------------------------
 
     def _render(self, messages: Iterable[Message], generation: bool) -> str:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation, **TEMPLATE_ARGUMENTS)
+        turns = [as_turn(m, str(self.tokenizer.chat_template)) for m in messages]
+        arguments = TEMPLATE_ARGUMENTS | self.template_arguments
+        template = self.tokenizer.chat_template
+        if isinstance(template, str) and "strftime_now" in template:
+            arguments["chat_template"] = _CLOCK + template
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation, **arguments)
 
-    def _render_prompt(self, messages: tuple[Message, ...], origin: str) -> str:
+    def _render_prompt(self, messages: tuple[Message, ...], origin: str, generation: bool = True) -> str:
         try:
-            text = self._render(messages, True)
+            text = self._render(messages, generation)
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(m.role for m in messages)
             raise UserError(
@@ -140,8 +182,30 @@ class ChatEncoder:
                 )
         return text
 
+    def _texts(self, record: Record) -> tuple[str, list[str]]:
+        """The rendered prompt, and what follows it for each of the record's answers, the turn's end included."""
+        messages, answers = record.messages, [record.answer]
+        if record.role == "retain":
+            messages, answers = record.messages[:-1], [record.messages[-1].content]
+        elif record.role == "pair":
+            answers = [record.answer, record.safe_answer]
+        prompt = self._render_prompt(messages, record.origin)
+        if not any(map(holds_reasoning, answers)):
+            return prompt, [self._plain(answer) for answer in answers]
+        whole = [self._render_prompt((*messages, Message("assistant", answer)), record.origin, False) for answer in answers]
+        try:
+            return follow(prompt, answers, whole, self._suffix, self._turn_end, self._plain)
+        except Unrenderable as error:
+            raise UserError(
+                f"{record.origin}: the chat template of {self._name} cannot hold the reasoning in this answer: {error}; set "
+                "data.chat_template_kwargs={enable_thinking: true} or model.chat_template=FILE, or take the reasoning out"
+            ) from error
+
+    def _plain(self, answer: str) -> str:
+        return self._glue + (answer.strip() if self._trims else answer) + self._turn_end
+
     def _learn_answer_form(self) -> tuple[str, str, bool]:
-        """What the template writes between header and answer, what ends the assistant's turn, and whether it trims the answer."""
+        """What the template writes between header and answer, what it writes after the answer, and whether it trims the answer."""
         request = (Message("user", _PROBE_REQUEST),)
         try:
             prompt = self._render(request, True)
@@ -156,7 +220,7 @@ class ChatEncoder:
         before, _, after = full.rpartition(_PROBE_ANSWER)
         # A generation header longer than the training one (an opened reasoning block, say) is what generation sees, so it stays the prompt.
         glue = before[len(prompt) :] if before.startswith(prompt) else ""
-        return glue, self._turn_end_of(after), f" {_PROBE_ANSWER} " not in spaced[len(before) :]
+        return glue, after, f" {_PROBE_ANSWER} " not in spaced[len(before) :]
 
     def _turn_end_of(self, suffix: str) -> str:
         """The suffix up to its first added token, which is where generation stops; without one, the suffix less trailing white space."""
@@ -194,18 +258,10 @@ class ChatEncoder:
                 return joined[len(alone) :]
         return self._ids(more)
 
-    def _answer_ids(self, text: str, text_ids: list[int], answer: str) -> list[int]:
-        return self._continuation(text, text_ids, self._glue + (answer.strip() if self._trims else answer) + self._turn_end)
-
-    def _with_answer(self, prompt: list[int], text: str, text_ids: list[int], answer: str) -> Sequence:
-        ids = self._answer_ids(text, text_ids, answer)
-        self.truncated.answers += len(ids) > self.max_answer_tokens
-        return Sequence((*prompt, *ids[: self.max_answer_tokens]), len(prompt))
-
     def _whole_conversation(self, record: Record) -> list[int]:
-        text = self._render_prompt(record.messages[:-1], record.origin)
+        text, (answer,) = self._texts(record)
         prompt = self._ids(text)
-        return self._with_bos(prompt) + self._answer_ids(text, prompt, record.messages[-1].content)
+        return self._with_bos(prompt) + self._continuation(text, prompt, answer)
 
     # -- truncation ---------------------------------------------------------------------------------------------------------------
 
@@ -224,7 +280,6 @@ class ChatEncoder:
     def _cut_prompt(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_prompt_tokens:
             return ids
-        self.truncated.prompts += 1
         room = self.max_prompt_tokens - self._head - self._tail
         end = self._tail + room // 2
         return ids[: self.max_prompt_tokens - end] + (ids[-end:] if end else [])
@@ -233,7 +288,8 @@ class ChatEncoder:
 class EncodedRecords(Seq[Sequence | PairSequence]):
     """Records of one role, encoded when they are asked for: a large data set costs neither the time nor the memory of all its ids.
 
-    Building it renders one record per shape of conversation, so that a template that cannot hold them stops the run before training.
+    Building it renders one record per shape of conversation, and every one whose answers hold reasoning, so that a template that cannot
+    hold them stops the run before training.
     ``encoder.truncated`` counts a record when it is first asked for, not again in later epochs.
     """
 
@@ -244,7 +300,7 @@ class EncodedRecords(Seq[Sequence | PairSequence]):
         seen: set[tuple[str, ...]] = set()
         for record in records:
             shape = tuple(m.role for m in record.messages)
-            if shape not in seen:
+            if shape not in seen or any(map(holds_reasoning, (record.messages[-1].content, record.answer, record.safe_answer))):
                 seen.add(shape)
                 encoder.check_renders(record)
 
@@ -261,7 +317,7 @@ class EncodedRecords(Seq[Sequence | PairSequence]):
 
     def lengths(self) -> list[int]:
         """Characters of each record's texts, of a pair with its longer answer: a stand-in for tokens that costs no encoding."""
-        return [sum(len(m.content) for m in r.messages) + max(len(r.answer), len(r.safe_answer)) for r in self.records]
+        return [_characters(r) for r in self.records]
 
     def fingerprint(self) -> str:
         """Hash of the records' texts in order and of the encoder: equal fingerprints give equal ids."""
@@ -277,9 +333,24 @@ def encode_records(records: Mapping[Role, Seq[Record]], encoder: ChatEncoder) ->
     return {role: EncodedRecords(of_role, encoder) for role, of_role in records.items()}
 
 
+def dropped_reasoning(records: Mapping[Role, Seq[Record]], encoder: ChatEncoder) -> list[str]:
+    """A line where the template leaves reasoning of earlier turns out."""
+    dropped = [record for of_role in records.values() for record in of_role if encoder.drops_reasoning(record)]
+    if not dropped:
+        return []
+    return [
+        f"the chat template leaves out the reasoning of earlier turns, as it does when the model talks: in {len(dropped)} "
+        f"record{'s' if len(dropped) > 1 else ''}, {dropped[0].origin} for one"
+    ]
+
+
 def _common(a: list[int], b: list[int]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _characters(record: Record) -> int:
+    return sum(len(m.content) for m in record.messages) + max(len(record.answer), len(record.safe_answer))
 
 
 def _one_line(error: Exception) -> str:

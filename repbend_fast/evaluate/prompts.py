@@ -13,6 +13,7 @@ from typing import Any, Literal
 from repbend_fast.config.schema import PromptsConfig
 from repbend_fast.data.records import Message
 from repbend_fast.errors import UserError
+from repbend_fast.nearby import nearest
 
 Kind = Literal["attack", "ordinary", "borderline"]
 KINDS: tuple[Kind, ...] = ("attack", "ordinary", "borderline")
@@ -76,7 +77,7 @@ def limit_per_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
 def read_prompt_file(path: Path) -> list[Prompt]:
     """All prompts of one file. A file without prompts, an unknown set of columns or a bad row is a ``UserError``."""
     if not path.is_file():
-        raise UserError(f"prompts.path={path}: no such file; give a CSV, JSON or JSONL file, or `demo`")
+        raise UserError(f"prompts.path={path}: no such file; give a CSV, JSON or JSONL file, or `demo`{nearest(str(path))}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from repbend_fast.config.schema import LoraSection, ModelConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import attach_lora
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.load import DTYPES, NF4_BLOCK, _hub_arguments, config_source, keep_attention_cap
+from repbend_fast.models.load import DTYPES, NF4_BLOCK, _hub_arguments, config_source, keep_attention_cap, resolve_source
 
 _LLAMA_3_8B = {
     "model_type": "llama",
@@ -55,8 +55,9 @@ def _model_shape(name: str, gguf_file: str | None, revision: str | None, trust_r
     from transformers import AutoConfig
 
     config = ModelConfig(name=name, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
-    source, arguments = config_source(config), _hub_arguments(config)
-    bundled = PUBLISHED_SHAPES.get(source)
+    # The table's models are no adapters, which is asked over the network too.
+    source = resolve_source(config) if name in PUBLISHED_SHAPES else config_source(config)
+    arguments, bundled = _hub_arguments(config), PUBLISHED_SHAPES.get(source)
     try:
         # A gated model's configuration is asked for over the network only where the table has none.
         return AutoConfig.from_pretrained(source, local_files_only=bundled is not None, **arguments), None

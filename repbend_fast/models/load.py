@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from repbend_fast.config.schema import ModelConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.metrics import say
 from repbend_fast.models.liger import check_liger, use_liger
+from repbend_fast.models.merge import adapter_apart, merge_adapter
+from repbend_fast.nearby import nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NF4_BLOCK = 64
@@ -80,7 +83,9 @@ def resolve_source(config: ModelConfig) -> str:
     looks_local = name.startswith((".", "/", "~")) or os.path.isabs(name) or name.count("/") > 1
     folder = Path(name).expanduser()
     if looks_local and not folder.is_dir():
-        raise UserError(f"model.name={config.name}: no such folder; give a folder with a model, or a hub name such as org/model")
+        raise UserError(
+            f"model.name={config.name}: no such folder; give a folder with a model, or a hub name such as org/model{nearest(name)}"
+        )
     if config.gguf_file and folder.is_dir() and not (folder / config.gguf_file).is_file():
         raise UserError(f"model.gguf_file={config.gguf_file}: no such file in {folder}")
     return str(folder) if folder.is_dir() else name
@@ -111,7 +116,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model.name={config.name}: no tokenizer could be loaded ({one_line(error)})") from error
+        near = "" if Path(config.name).exists() else nearest(config.name)
+        raise UserError(f"model.name={config.name}: no tokenizer could be loaded ({one_line(error)}){near}") from error
     if config.chat_template:
         try:
             tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
@@ -132,17 +138,16 @@ def load_model(config: ModelConfig) -> nn.Module:
     device = resolve_device(config.device)
     settle_device(device)
     check_liger(config.liger, device)
-    source = resolve_source(config)
-    adapters = [config.adapter] if config.adapter else []
-    if _is_bare_adapter(source):
-        adapters.insert(0, source)
-        source = _adapter_base(source, config)
-    direct_nf4 = config.quantization == "nf4" and not config.gguf_file and not adapters and not _carries_adapter(source, config)
-    model = _from_pretrained(source, config, device, direct_nf4)
+    source, adapters = model_parts(config)
+    # An adapter that came with the model: the settings speak of its repository, not of the base's.
+    loaded = config if source == resolve_source(config) else config.model_copy(update={"revision": base_revision(config)})
+    direct_nf4 = config.quantization == "nf4" and not config.gguf_file and not adapters
+    with adapter_apart(source) as folder:
+        model = _from_pretrained(folder, loaded, device, direct_nf4)
+    model.name_or_path = model.config._name_or_path = source
     keep_attention_cap(model, config)
-    _merge_injected(model)
-    for adapter in adapters:
-        model = _merge_adapter(model, adapter)
+    for adapter, setting in adapters:
+        model = merge_adapter(model, adapter, setting, config.revision if setting == "model.name" else None)
     if direct_nf4:
         _prepare_nf4(model, device)
     elif config.quantization == "nf4":
@@ -170,7 +175,8 @@ def _from_pretrained(source: str, config: ModelConfig, device: torch.device, dir
     try:
         return AutoModelForCausalLM.from_pretrained(source, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)})") from error
+        near = "" if Path(config.name).exists() else nearest(config.name)
+        raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)}){near}") from error
 
 
 def _nf4_config(config: ModelConfig) -> Any:
@@ -240,20 +246,32 @@ def _prepare_nf4(model: nn.Module, device: torch.device) -> None:
             )
 
 
-def _is_bare_adapter(source: str) -> bool:
-    """A folder that holds a PEFT adapter and no model is both: the adapter, and through its config the base."""
-    folder = Path(source)
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+def model_parts(config: ModelConfig) -> tuple[str, list[tuple[str, str]]]:
+    """``(source, adapters)``: the folder or hub name of the weights without any adapter, and the adapters to merge into them, in order.
+
+    Each adapter comes with the setting that brought it. An adapter may lie beside a model's files, or be all that a folder or a hub
+    repository holds, which then leads to its base; a base may bring one of its own.
+
+    Raises:
+        UserError: no such folder, an adapter that names no base, or a chain of bases without an end.
+    """
+    source = resolve_source(config)
+    adapters = [(config.adapter, "model.adapter")] if config.adapter else []
+    seen: list[str] = []
+    while found := _adapter_config(source, config.revision if not seen else base_revision(config)):
+        adapters.insert(0, (source, "model.name"))
+        if source in seen:
+            raise UserError(f"model.name={config.name}: the adapter in {source} is its own base; set model.name to the model")
+        seen.append(source)
+        if _holds_model(source, config):
+            break
+        source = _adapter_base(found, config)
+    return source, adapters
 
 
-def _carries_adapter(source: str, config: ModelConfig) -> bool:
-    """Whether transformers will load an adapter that lies beside the model, in a folder or on the hub."""
-    from transformers.utils import find_adapter_config_file
-
-    try:
-        return find_adapter_config_file(source, revision=config.revision) is not None
-    except OSError:
-        return False  # loading the model itself reports it
+def base_revision(config: ModelConfig) -> str | None:
+    """The revision of the base of an adapter that is ``model.name``: on the hub ``model.revision`` is the adapter's own."""
+    return config.revision if Path(resolve_source(config)).is_dir() else None
 
 
 def config_source(config: ModelConfig) -> str:
@@ -262,54 +280,29 @@ def config_source(config: ModelConfig) -> str:
     Raises:
         UserError: no such folder, or an adapter that names no base.
     """
-    source = resolve_source(config)
-    return _adapter_base(source, config) if _is_bare_adapter(source) else source
+    return model_parts(config)[0]
 
 
-def _adapter_base(adapter: str, config: ModelConfig) -> str:
-    from peft import PeftConfig
+def _adapter_config(source: str, revision: str | None) -> str | None:
+    """Path of ``adapter_config.json`` in a folder, or of its copy in the hub's cache; None where there is none."""
+    from transformers.utils import find_adapter_config_file
 
     try:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return find_adapter_config_file(source, revision=revision)
+    except (OSError, ValueError):
+        return None  # loading the model itself reports it
+
+
+def _holds_model(source: str, config: ModelConfig) -> bool:
+    """Whether a folder with an adapter holds a model too. On the hub transformers takes the adapter's base in any case."""
+    return any((Path(source) / name).is_file() for name in ("config.json", config.gguf_file) if name)
+
+
+def _adapter_base(adapter_config: str, config: ModelConfig) -> str:
+    try:
+        base = json.loads(Path(adapter_config).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"model.name={config.name}: its adapter_config.json cannot be read ({one_line(error)})") from error
     if not base:
         raise UserError(f"model.name={config.name}: the adapter names no base model; set model.name to the base and model.adapter to it")
     return resolve_source(config.model_copy(update={"name": base}))
-
-
-def _merge_injected(model: Any) -> None:
-    """Merge, in place, an adapter that transformers put into the model by itself.
-
-    It bears the name that the trained adapter gets, which would replace it, and the reference would lose it.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        return
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, BaseTunerLayer):
-                layer.merge()
-                setattr(parent, name, layer.get_base_layer())
-    model._hf_peft_config_loaded = False
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-
-
-def _merge_adapter(model: Any, adapter: str) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
-
-    folder = Path(adapter).expanduser()
-    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"model.adapter={adapter}: no adapter_model.safetensors in this folder; only safetensors adapters are read")
-    source = str(folder) if folder.is_dir() else adapter
-    try:
-        adapted = PeftModel.from_pretrained(model, source)
-        # peft drops tensors of layers that the model does not have, and says nothing.
-        homeless = {k for k in load_peft_weights(source, device="cpu") if "lora_" in k} - get_peft_model_state_dict(adapted).keys()
-        if homeless:
-            raise ValueError(f"{len(homeless)} of its tensors have no place here, {min(homeless)} for one")
-        return adapted.merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"model.adapter={adapter}: cannot be applied to this model ({one_line(error)})") from error

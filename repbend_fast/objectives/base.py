@@ -30,6 +30,7 @@ class Distance:
     ``r`` is the same row with the trained adapter off. Where ``against[i]`` is a sequence, rows after the prompt they share
     are compared with that sequence's row at the same position instead. With a ``target`` it is r for every row, and no
     reference is run for the term. With a ``limit`` (l2) no row counts for more than ``limit`` × ‖r‖, nor moves beyond.
+    ``rows``: what the reported mean per hidden state divides by; None = the rows of ``spans``.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Distance:
     limit: float | None = None
     against: tuple[Sequence | None, ...] | None = None
     target: Direction | None = None
+    rows: float | None = None
 
 
 @dataclass(frozen=True)

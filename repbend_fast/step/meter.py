@@ -58,7 +58,7 @@ class Meter:
         loss = torch.zeros((), device=self.device)
         result = StreamResult(loss, dict(self._values), tokens=self.tokens)
         for i, term in enumerate(self.stream.distances):
-            rows = max(1, sum(stop - start for start, stop in term.spans))
+            rows = term.rows or max(1, sum(stop - start for start, stop in term.spans))
             total = torch.stack(list(self._layers[i].values())).sum()
             result.terms[term.name] = total / term.denominator
             result.layers[term.name] = {layer: value / rows for layer, value in self._layers[i].items()}

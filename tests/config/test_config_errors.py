@@ -137,6 +137,9 @@ def test_missing_and_unreadable_recipes(tmp_path: Path) -> None:
         ("data.sources=none.jsonl", "data.sources.0.path=none.jsonl: no such file"),
         ("validation.sources=none.jsonl", "validation.sources.0.path=none.jsonl: no such file"),
         ("evaluation.prompts.path=none.csv", "evaluation.prompts.path=none.csv: no such file"),
+        ("evaluation.prompts.path=harmbench", "evaluation.prompts.path=harmbench: no such file"),
+        ("data.sources=none.jsnl", "data.sources.0.path=none.jsnl: no such file"),
+        ("model.name=none.gguf", "model.name=none.gguf: no such folder"),
     ],
 )
 def test_missing_files_are_found_before_anything_is_loaded(override: str, expected: str) -> None:
@@ -144,6 +147,28 @@ def test_missing_files_are_found_before_anything_is_loaded(override: str, expect
     assert any(expected in line for line in missing_files(config))
     with pytest.raises(UserError):
         check_files(config)
+
+
+def test_a_missing_name_gets_the_nearest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_model").mkdir()
+    for name in ("train.jsonl", "harmbench.csv", "tiny.gguf"):
+        (tmp_path / name).touch()
+    for override, near in (
+        ("data.sources=trian.jsonl", "train.jsonl"),
+        ("validation.prompts.path=harmbnch.csv", "harmbench.csv"),
+        ("model.name=./my_modle", "my_model"),
+    ):
+        assert any(line.endswith(f"did you mean {near}?") for line in missing_files(load_config("demo", [override])))
+    lines = list(missing_files(load_config("demo", ["model.name=tiny.gguf"])))
+    assert "model.name=tiny.gguf: is a file; give its folder and model.gguf_file" in lines
+
+
+def test_arguments_of_the_template_call_are_no_variables() -> None:
+    with pytest.raises(UserError, match=r"data\.chat_template_kwargs=\{tokenize: …\}: is set by repbend-fast itself"):
+        load_config("demo", ["data.chat_template_kwargs={tokenize: false}"])
+    with pytest.raises(UserError, match=r"training\.normalize=both: must be one of micro_batch, step"):
+        load_config("demo", ["training.normalize=both"])
 
 
 def test_a_model_folder_must_hold_a_model(tmp_path: Path) -> None:

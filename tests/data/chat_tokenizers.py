@@ -48,6 +48,48 @@ REASONING = (
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 TWO_ENDS = CHATML.replace("{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add")
+# Thinking models, each after the public behaviour of a family. One finds the block in the text, writes it anew around the last answer,
+# leaves it out of earlier ones, and puts an empty one where there is none; the prompt has an empty one when thinking is off.
+_HEAD = "{{ '<|im_start|>assistant\n' }}"
+_PARTS = "{% set t = m['content'].split('</think>')[0].split('<think>')[-1] | trim if '</think>' in m['content'] else '' %}"
+_PARTS += "{% set c = m['content'].split('</think>')[-1] | trim %}"
+_USER = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+_EMPTY = "{{ '<think>\n\n</think>\n\n' }}"
+_BLOCK = "{{ '<think>\n' + t + '\n</think>\n\n' }}"
+_OFF = "{% if enable_thinking is defined and enable_thinking is false %}"
+REBUILDING = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}" + _PARTS + _HEAD + "{% if loop.last %}" + _BLOCK + "{% endif %}"
+    "{{ c + '<|im_end|>\n' }}{% else %}" + _USER + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}" + _HEAD + _OFF + _EMPTY + "{% endif %}{% endif %}"
+)
+# One that always thinks: the prompt opens the block.
+ALWAYS = REBUILDING.replace(_OFF + _EMPTY + "{% endif %}", "{{ '<think>\n' }}")
+# One that cuts every assistant's reasoning out, the last one's too; with and without an opened block in the prompt.
+CUTTING = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '<|sep|>' + m['content'].split('</think>')[-1] + eos_token }}{% else %}{{ '<|start|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|sep|>' }}{% endif %}"
+)
+CUTTING_OPEN = CUTTING.replace("{{ '<|sep|>' }}{% endif %}", "{{ '<|sep|><think>\n' }}{% endif %}")
+# One that leaves the text as it is, and puts an empty block before it when thinking is off.
+MODES = (
+    "{% set off = enable_thinking is defined and enable_thinking is false %}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    + _HEAD
+    + "{% if off %}"
+    + _EMPTY
+    + "{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% else %}"
+    + _USER
+    + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}" + _HEAD + "{% if off %}" + _EMPTY + "{% endif %}{% endif %}"
+)
+# One with channels, which takes the reasoning as a field of its own, and writes the day.
+CHANNELS = (
+    "{{ '<|start|>system<|sep|>' + strftime_now('%Y-%m-%d') + '<|end|>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% if 'thinking' in m and loop.last %}{{ '<|start|>assistant thought<|sep|>' + m['thinking'] + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant final<|sep|>' + m['content'] + ('</s>' if loop.last else '<|end|>') }}"
+    "{% else %}{{ '<|start|>' + m['role'] + '<|sep|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "chatml_bos": CHATML_WITH_BOS,

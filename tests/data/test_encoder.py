@@ -289,3 +289,26 @@ def test_truncation_is_counted_once_per_record_however_often_it_is_drawn(make_to
     assert encoder.truncated.answers == 2
     with pytest.raises(IndexError):
         lazy[3]
+
+
+@pytest.mark.parametrize("role", ["unsafe", "pair", "retain"])
+def test_a_long_record_is_tokenised_once(make_tokenizer, monkeypatch, role):
+    """Its ids are few once they are cut; they and what is counted are those of an encoder that keeps none."""
+    request = Message("user", "How do I polish a moon-key at home? " * 1000)
+    messages = (request, Message("assistant", ANSWER)) if role == "retain" else (request,)
+    record = Record(role, messages, "" if role == "retain" else ANSWER * 9, ANSWER * 8 if role == "pair" else "")
+    tokenizer = make_tokenizer()
+    texts: list[str] = []
+    encoders = [ChatEncoder(tokenizer, 60, 20) for _ in range(2)]
+    ids = ChatEncoder._ids
+    monkeypatch.setattr(ChatEncoder, "_ids", lambda self, text: texts.append(text) or ids(self, text))
+    lazy = EncodedRecords([record], encoders[0])
+    first = lazy[0]
+    read = len(texts)
+    assert [lazy[0], encoders[0].encode(record, count=False), EncodedRecords([record], encoders[0])[0]] == 3 * [first]
+    assert len(texts) == read
+    monkeypatch.setattr("repbend_fast.data.tokenize.LONG_RECORD", 1 << 40)
+    assert [encoders[1].encode(record), encoders[1].encode(record)] == 2 * [first]
+    assert len(texts) == 3 * read
+    assert encoders[0].truncated == encoders[1].truncated  # two drawings counted by either
+    assert any(encoders[0].truncated.as_dict().values())

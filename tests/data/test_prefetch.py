@@ -135,3 +135,18 @@ def test_ctrl_c_reaches_a_loop_that_waits_for_a_batch(made: list[PreparedBatches
         timer.join()
         signal.signal(signal.SIGINT, before)
         examples.gate.set()
+
+
+def test_several_are_prepared_ahead_in_order(made: list[PreparedBatches]) -> None:
+    batches, plain = prepared(made, Watched(8)), sampler(Watched(8))
+    for ahead in (3, 3, 1, 0, 0, 2):
+        assert batches.next_batch(ahead=ahead) == plain.next_batch()
+        assert batches.state_dict() == plain.state_dict()
+
+
+def test_no_more_than_asked_for_are_prepared(made: list[PreparedBatches]) -> None:
+    examples = Watched(8)
+    batches = prepared(made, examples)
+    batches.next_batch(ahead=2)
+    batches.wait()
+    assert len(examples.asked) == 6

@@ -212,3 +212,42 @@ def test_demo_records_come_from_the_bundled_data(monkeypatch):
     assert load("demo").counts() == {"safe": 1, "unsafe": 0, "pair": 0, "retain": 1}
     assert load("demo", split="validation", roles=["safe"]).unused == 1
     assert asked == ["train", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "hint"),
+    [
+        ("my_data.jsonl", "my_data.jsnl", "; did you mean {}my_data.jsonl?"),
+        ("my_data.jsonl", "mydata.jsonl", "; did you mean {}my_data.jsonl?"),
+        ("x.jsonl", "data.json", ""),
+        ("sub/train.csv", "sub/trian.csv", "; did you mean {}sub/train.csv?"),
+        ("talk.jsonl", "talk.josn", "; did you mean {}talk.jsonl?"),
+    ],
+)
+def test_a_mistyped_file_is_no_hub_name(tmp_path, monkeypatch, there, asked, hint):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("repbend_fast.data.reading._hub_rows", lambda source: pytest.fail("the hub was asked"))
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).touch()
+    with pytest.raises(UserError) as caught:
+        load_records([SourceConfig(path=asked)], seed=1, skip_bad_records=False)
+    message = str(caught.value)
+    assert message.startswith(f"{asked}: no such file; ")
+    assert message.endswith(hint.format("") or "or `demo`")
+
+
+@pytest.mark.parametrize("name", ["squad", "org/data-v1.5", "HuggingFaceH4/ultrachat_200k", "org/wiki.en"])
+def test_hub_names_go_to_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("repbend_fast.data.reading._hub_rows", lambda source: asked.append(source.path) or iter(()))
+    with pytest.raises(UserError, match="holds no records"):
+        load_records([SourceConfig(path=name)], seed=1, skip_bad_records=False)
+    assert asked == [name]
+
+
+def test_a_name_that_the_hub_does_not_know_gets_the_nearest_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "training.jsonl").touch()
+    with pytest.raises(UserError, match=r"cannot be loaded through the hub.*; did you mean training\.jsonl\?$"):
+        load_records([SourceConfig(path="training")], seed=1, skip_bad_records=False)

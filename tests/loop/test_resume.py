@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert tiny.resume().exit_code == 0
     assert reproducible(tiny.path) == reproducible(whole.path)
     assert same_tensors(adapter_of(tiny.path), adapter_of(whole.path))
+
+
+def test_resuming_a_normalized_step(tiny: TinyRun, tiny_model: Path, tmp_path: Path, interrupt_at: Callable[[int], None]) -> None:
+    """A step's micro-batches are drawn before it runs, and those of the next one while it does: none is lost, none comes twice."""
+    straight = TinyRun(tiny_model, tmp_path / "straight")
+    straight.train("training.normalize=step", "training.accumulation=3")
+    interrupt_at(3)
+    assert tiny.train("training.normalize=step", "training.accumulation=3").exit_code == INTERRUPTED
+    interrupt_at(99)
+    assert tiny.resume().exit_code == 0
+    assert reproducible(tiny.path) == reproducible(straight.path)
+    assert same_tensors(adapter_of(tiny.path), adapter_of(straight.path))
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole: TinyRun, tiny: TinyRun) -> None:

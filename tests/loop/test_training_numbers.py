@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_run import TinyRun, adapter_of, reproducible, rows, same_tensors, write_model
+from tiny_run import TinyRun, adapter_of, records, reproducible, rows, same_tensors, write_model, write_records
 from torch import nn
 from transformers import get_scheduler
 
@@ -240,3 +240,28 @@ def test_the_seed_decides_order_and_initial_weights(tiny: TinyRun) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters, other.parameters))
     batches = [[t.data.sampler.next_batch() for _ in range(3)] for t in (first, again, other)]
     assert batches[0] == batches[1] != batches[2]
+
+
+def test_a_normalized_step_is_the_same_however_its_examples_are_dealt(tiny: TinyRun, tiny_model: Path, tmp_path: Path) -> None:
+    """Through the run itself: what is drawn, the gradient and what is logged, layers included."""
+    ragged = records(count=4)
+    for length, record in enumerate(r for r in ragged if r["role"] == "pair"):
+        record |= {"unsafe_answer": "Turn it. " * 2**length, "safe_answer": "No, not that. " * 2**length}
+    data = write_records(tmp_path / "ragged.jsonl", ragged)
+    found = {}
+    for normalize in ("step", "micro_batch"):
+        for examples, accumulation in ((1, 4), (4, 1)):
+            run = TinyRun(tiny_model, tmp_path / f"{normalize}-{examples}")
+            dealt = (f"training.examples={examples}", f"training.accumulation={accumulation}", f"training.normalize={normalize}")
+            smooth = ("objective.cosine=0", "objective.pair=0.3", "lora.dropout=0", "training.learning_rate=1e-3")
+            run.train(*dealt, *smooth, *STEADY, "training.steps=2", f"data.sources={data}")
+            found[normalize, examples] = [
+                {"loss": r["loss"], "norm": r["grad_norm"], **r["terms"]}
+                | {f"{n} {x}": v for n, layers in r["distance_per_layer"].items() for x, v in layers.items()}
+                for r in rows(run.path, "step")
+            ]
+    for row, expected in zip(found["step", 1], found["micro_batch", 4], strict=True):
+        assert row == pytest.approx(expected, rel=2e-3, abs=1e-7)
+    assert found["step", 4] == found["micro_batch", 4]
+    first, whole = found["micro_batch", 1][0], found["micro_batch", 4][0]
+    assert first["pair"] != pytest.approx(whole["pair"], rel=2e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from repbend_fast.checkpoint import save_adapter
+from repbend_fast.cli import main
 from repbend_fast.config import Config, resolved_yaml
 from repbend_fast.config.schema import DataConfig, ModelConfig, SourceConfig
 from repbend_fast.errors import UserError
-from repbend_fast.models.export import export_merged
+from repbend_fast.models.export import export_merged, unmeasured_note
 from repbend_fast.runs import RunFolder
 
 IDS = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(5))
@@ -97,3 +99,25 @@ def test_a_full_folder_keeps_what_it_holds(base, tmp_path) -> None:
     with pytest.raises(UserError, match="out"):
         export_merged(tmp_path / "run", out)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_the_export_of_an_nf4_run_says_that_it_is_another_model(base, tmp_path, capsys) -> None:
+    """With the numbers that the run recorded, of the evaluation where there is one; nothing for other runs, no number that is not there."""
+    _run(base, tmp_path / "plain")
+    assert unmeasured_note(tmp_path / "plain") is None
+    _run(base, tmp_path / "run", quantization="nf4")
+    run = RunFolder(tmp_path / "run")
+    note = unmeasured_note(run.path)
+    assert note is not None
+    assert "anything measured on it" in note
+    rows = [{"type": "validation", "step": s, "kl": 0.01 * s, "perplexity": 12.0 + s, "best": s < 3} for s in (1, 2, 3)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"type": "val')
+    assert main(["export", str(run.path), "--out", str(tmp_path / "merged")]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'merged'}\n"
+    lines = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert len(lines) == 1
+    assert "NF4 base, where KL 0.0200 and perplexity 14.00 were measured" in lines[0]
+    assert "unquantised base in float32, another model, which nothing has measured" in lines[0]
+    run.evaluation.write_text(json.dumps({"after": {"kl": 0.5, "perplexity": 3.0, "attack_direct": 0.25}, "best_step": 2}))
+    assert "KL 0.5000, perplexity 3.00 and attack success 25.0%" in str(unmeasured_note(run.path))

@@ -1,0 +1,32 @@
+"""Names that are no file: whether a file was meant, and which one there is."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from pathlib import Path
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+_MOST_NAMES = 10_000
+LIKENESS = 0.7
+
+
+def looks_like_file(name: str) -> bool:
+    """Whether a name ends as a data file does, or nearly so: a hub name may have a dot too, as in ``org/data-v1.5``."""
+    suffix = Path(name).suffix.lower()
+    return suffix in DATA_SUFFIXES or (len(suffix) > 2 and bool(difflib.get_close_matches(suffix, DATA_SUFFIXES, 1, 0.75)))
+
+
+def nearest(name: str) -> str:
+    """``; did you mean NAME?`` with the most similar name in the same folder, by its stem first; empty where there is none."""
+    path = Path(name).expanduser()
+    try:
+        names = [entry.name for entry in itertools.islice(path.parent.iterdir(), _MOST_NAMES)]
+    except OSError:
+        return ""
+    found = max(((_likeness(path.stem, Path(n).stem), _likeness(path.name, n), n) for n in names), default=(0.0, 0.0, ""))
+    return f"; did you mean {path.parent / found[2]}?" if found[0] >= LIKENESS else ""
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()
