@@ -125,14 +125,7 @@ def _build() -> argparse.ArgumentParser:
 
     train = _command(groups, "train", commands.train, "train a model by a recipe", overrides=True)
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe (`recipes ls`) or a YAML file")
-    train.add_argument(
-        "--dry-run",
-        nargs="?",
-        const="plain",
-        choices=("plain", "full"),
-        metavar="full",
-        help="print the resolved configuration and stop; --dry-run=full loads the model and prints what is shown for it",
-    )
+    train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     train.add_argument(
         "--resume",
         nargs="?",
@@ -219,7 +212,7 @@ def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool
 
 
 _USAGE = {
-    "train": "train RECIPE [key=value …] [--name value …] [--dry-run[=full]] [--resume [FOLDER]]",
+    "train": "train RECIPE [key=value …] [--name value …] [--dry-run] [--resume [FOLDER]]",
     "eval": "eval RUN_OR_RECIPE [key=value …] [--out FILE]",
     "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [key=value …]",
     "plan": "plan [RECIPE] [key=value …] [--card NAME] [--table] [--json]",
