@@ -40,9 +40,7 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     # Known by its name: torch.distributed is imported by those who use it.
     if type(tensor).__name__ == "DTensor":
-        raise TypeError(
-            f"{name}: expected a plain tensor, got a DTensor; pass {name}.to_local() of states, {name}.full_tensor() of a weight"
-        )
+        raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass .to_local() of hidden states, .full_tensor() of a weight")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
 

@@ -63,9 +63,7 @@ def check_apart(name: str, tensors: Sequence[Tensor], others: Sequence[Tensor], 
         storage, span = tensor.untyped_storage()._cdata, _span(tensor)
         for owner, its_storage, its_span in taken:
             if storage == its_storage and _overlap(span, its_span):
-                raise RuntimeError(
-                    f"{name}: expected memory of its own, which this call overwrites, but it shares some with {owner}; clone it"
-                )
+                raise RuntimeError(f"{name}: this call overwrites it, but it shares memory with {owner}; clone it")
         taken.append((f"other {name}", storage, span))
 
 

@@ -76,8 +76,8 @@ class RowReader:
 def scale_into(out: Tensor, source: Tensor, factor: Tensor, rows: Tensor | None = None) -> Tensor:
     """out = source · factor, contiguous tensors of two dimensions and more, multiplied in ``factor``'s dtype; ``out`` may be ``source``.
 
-    ``factor`` is a scalar or has one value for each row. With ``rows`` (int64 [R], unique) row i of ``source`` goes to row ``rows[i]``. A plain product of a 16-bit tensor and a scalar rounds the scalar to 16 bits
-    on some devices.
+    ``factor`` is a scalar or has one value for each row. With ``rows`` (int64 [R], unique) row i of ``source`` goes to row ``rows[i]``.
+    A plain product of a 16-bit tensor and a scalar rounds the scalar to 16 bits on some devices.
     """
     if source.numel() == 0:
         return out
