@@ -26,8 +26,8 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte, and the byte after the last, of a tensor in its storage; an empty tensor has none."""
     if tensor.numel() == 0:
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    start = tensor.storage_offset()
+    last = int(sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())))
+    start = int(tensor.storage_offset())
     return start * tensor.element_size(), (start + last + 1) * tensor.element_size()
 
 

@@ -15,7 +15,7 @@ from repbend_kernels import (
     tap_rows,
     window_distance,
 )
-from repbend_kernels.bend_distance import row_distance
+from repbend_kernels.bend_distance import row_distance, row_distance_backward
 from torch import Tensor
 
 N, D, V = 12, 40, 70
@@ -62,7 +62,7 @@ def test_rows_with_gaps(implementation, device, cut) -> None:
         for chosen, index in ((implementation, rows), ("eager", rows.clone())):
             leaf = spread((2, N // 2, D), torch.float32, device, 1).requires_grad_()
             out = op(leaf, reference.clone(), index, kind="mse", implementation=chosen)
-            value = out if isinstance(out, Tensor) else (out[0] * 0.5).sum() + out[1]
+            value = out if isinstance(out, Tensor) else (out[0] * 0.5).sum() + out[1] / 3
             results.append((value.detach(), *torch.autograd.grad(value, leaf)))
         for got, expected in zip(*results):
             assert_matches(got, expected, tolerance=TOLERANCE[torch.float32])
@@ -92,6 +92,11 @@ def test_rows_and_a_mask_together(implementation, device) -> None:
         outside = torch.tensor([9, 0, 2**45, 7], device=device)
         got = row_distance([hidden], [reference], outside, mask, "l2", implementation)[0]
         assert got.isnan().tolist() == [False, False, True, False]
+        factor = torch.ones(4, device=device)
+        grad = row_distance_backward(hidden, reference, outside, mask, "mse", factor, implementation)
+        expected = torch.zeros(N, D, dtype=torch.float64, device=device)
+        expected[[9, 7]] = (hidden.double()[[9, 7]] - reference.double()[[0, 3]]) * 2 / D
+        assert_matches(grad, expected, tolerance=TOLERANCE[torch.float32])
 
 
 def test_parallel_rows_are_never_nearer_than_equal_ones(implementation, device) -> None:
