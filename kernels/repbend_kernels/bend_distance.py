@@ -12,7 +12,7 @@ Legend: L layers, N rows of hidden, R selected rows, D width.
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, consumed
 from .oracles import bend_distance_reference
 from .row_distance import distances_torch, gradient_torch
 from .rows import count_rows
@@ -101,13 +101,14 @@ def bend_distance(
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, kind or reduction, or a reference that requires grad.
         IndexError: in debug mode, rows out of range.
-        RuntimeError: ``triton`` asked for where it cannot run.
+        RuntimeError: ``triton`` asked for where it cannot run; a reference that holds the directions of an earlier call.
     """
     checks.check_choice("kind", kind, checks.KINDS)
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_states("hidden", hidden)
     checks.check_like("reference", reference, "hidden", hidden)
     checks.check_constant("reference", reference)
+    consumed.check_references("reference", reference)
     width = hidden.shape[-1]
     if rows is None:
         shape, meaning = list(hidden.shape), "as hidden"

@@ -14,7 +14,7 @@ Legend: N rows of hidden, R selected rows, D width.
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, consumed
 from .bend_distance import row_distance
 from .oracles import bend_tap_reference
 from .row_distance import add_rows_torch, distances_into_direction_torch
@@ -70,10 +70,15 @@ class _BendTap(torch.autograd.Function):
         broadcast = reference_rows if reference_rows.shape[0] == 1 else None
         buffer = reference_rows if broadcast is None else reference_rows.new_empty(rows.shape[0], hidden.shape[-1])
         farthest = None if limit is None else _farthest(reference_rows, limit)
+        if broadcast is None:
+            consumed.check_apart("reference_rows", [buffer], [hidden], "hidden")
+            consumed.drop_stale_notes([buffer])
         distances, place = bend_tap_forward(hidden, buffer, broadcast, rows, kind, implementation)
         if farthest is not None:
             buffer.mul_((distances < farthest).to(buffer.dtype)[:, None])
             distances = torch.minimum(distances, farthest)
+        if broadcast is None:
+            consumed.note_directions([buffer])
         ctx.save_for_backward(buffer, rows, place)
         ctx.shape, ctx.implementation = list(hidden.shape), implementation
         ctx.set_materialize_grads(False)
@@ -83,6 +88,7 @@ class _BendTap(torch.autograd.Function):
     def backward(ctx, grad_hidden, grad_loss):
         if grad_loss is None:
             return grad_hidden, None, None, None, None, None
+        checks.check_first_derivative("bend_tap")
         direction, rows, place = ctx.saved_tensors
         grad = bend_tap_backward(grad_hidden, direction, rows, place, grad_loss, ctx.shape, ctx.implementation)
         return grad, None, None, None, None, None
@@ -119,7 +125,8 @@ def bend_tap(
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, kind or limit, or a reference that requires grad.
         IndexError: in debug mode, rows out of range.
-        RuntimeError: ``triton`` asked for where it cannot run.
+        RuntimeError: ``triton`` asked for where it cannot run; ``reference_rows`` that hold the directions of an earlier call, or share
+            memory with ``hidden``; in backward, ``create_graph=True``.
     """
     checks.check_choice("kind", kind, checks.KINDS)
     checks.check_states("hidden", hidden)
@@ -128,6 +135,7 @@ def bend_tap(
     check_reference_rows(reference_rows, hidden, rows.shape[0])
     if limit is not None and (kind != "l2" or not limit > 0):
         raise ValueError(f"limit: expected a number above 0 with kind='l2', got {limit} with kind={kind!r}")
+    consumed.check_references("reference_rows", reference_rows)
     chosen = resolve(implementation, hidden)
     if chosen == "eager":
         return bend_tap_reference(hidden, reference_rows, rows, kind, limit)

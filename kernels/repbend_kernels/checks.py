@@ -38,6 +38,9 @@ def check_float(name: str, tensor: Tensor) -> None:
     """``tensor`` is a floating tensor of a supported dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    # Known by its name: torch.distributed is imported by those who use it.
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass .to_local() of hidden states, .full_tensor() of a weight")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -75,13 +78,17 @@ def check_constant(name: str, tensor: Tensor | None) -> None:
         raise ValueError(f"{name}: expected a tensor that requires no gradient (this op gives it none); detach it")
 
 
-def check_indices(name: str, indices: Tensor, count: int, other_name: str, other: Tensor) -> None:
-    """``indices`` is int64 [R] on the device of ``other``; in debug mode also 0 <= index < ``count``."""
+def check_indices(name: str, indices: Tensor, count: int, other_name: str, other: Tensor, ignored: int | None = None) -> None:
+    """``indices`` is int64 [R] on the device of ``other``; in debug mode also 0 <= index < ``count``, or ``ignored``."""
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
         got = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"{name}: expected an int64 tensor of shape [R], got {got}")
     check_device(name, indices, other_name, other)
-    if debug_enabled() and indices.numel():
+    if not debug_enabled():
+        return
+    if ignored is not None:
+        indices = indices[indices != ignored]
+    if indices.numel():
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= count:
             raise IndexError(f"{name}: expected indices in 0 … {count - 1}, got {low} … {high}")
@@ -91,6 +98,12 @@ def check_unique(name: str, indices: Tensor) -> None:
     """In debug mode: no index occurs twice."""
     if debug_enabled() and indices.unique().numel() != indices.numel():
         raise ValueError(f"{name}: expected unique indices, got repeated ones")
+
+
+def check_first_derivative(name: str) -> None:
+    """Nobody differentiates this backward: what it returns carries no graph, and silence would make a second derivative 0."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: no second derivatives, which create_graph=True asks for; use implementation='eager'")
 
 
 def check_positive(name: str, value: float) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .rows import scale_into
 
 # Bytes of one (chunk × vocabulary) float32 buffer: a head of 128k words takes 512 rows on CUDA and 32 on a CPU, large enough for
 # the GEMM to run at its rate and small enough to sit beside a model.
@@ -66,6 +67,18 @@ def log_softmax_(logits: Tensor, softcap: float | None, temperature: float) -> t
     return softmax.div_(total), slope
 
 
+def hidden_rows(hidden: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
+    """Selected rows ``start … stop-1`` of ``hidden`` [N, H]: of all rows a view, of those that ``rows`` names a copy."""
+    return hidden[start:stop] if rows is None else hidden.index_select(0, rows[start:stop])
+
+
+def scaled_gradient(grad: Tensor, factor: Tensor, rows: Tensor | None, count: int, dtype: torch.dtype) -> Tensor:
+    """New [N, H] in ``dtype``: the kept gradient [R, H] times ``factor`` at ``rows``, 0 elsewhere; N is ``count``."""
+    allocate = torch.empty if rows is None else torch.zeros
+    out = allocate((count, grad.shape[1]), dtype=dtype, device=grad.device)
+    return scale_into(out, grad, factor, rows)
+
+
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """out [n, V] = hidden [n, H] · weight [V, H]ᵀ + bias [V], in ``out``'s dtype (float32 or float64)."""
     if hidden.dtype == out.dtype:
@@ -98,9 +111,15 @@ def _tiles(weight: Tensor) -> list[tuple[int, int]]:
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float, chunk_rows: int | None
-) -> None:
-    """``hidden`` [N, H], ``weight`` [V, H], ``bias`` [V] fit; weight and bias require no gradient."""
+    hidden: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    chunk_rows: int | None,
+) -> int:
+    """``hidden`` [N, H], ``rows`` [R], ``weight`` [V, H], ``bias`` [V] fit; weight and bias require no gradient. Returns R, or N."""
     checks.check_float("hidden", hidden)
     if hidden.dim() != 2 or hidden.shape[1] < 1:
         raise ValueError(f"hidden: expected shape [N, H], got {list(hidden.shape)}")
@@ -111,6 +130,11 @@ def check_head(
         checks.check_positive("softcap", softcap)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    if rows is None:
+        return hidden.shape[0]
+    checks.check_indices("rows", rows, hidden.shape[0], "hidden", hidden)
+    checks.check_unique("rows", rows)
+    return rows.shape[0]
 
 
 def check_weight(name: str, weight: Tensor, hidden: Tensor) -> None:

@@ -13,7 +13,7 @@ Per chunk: two GEMMs with float32 output, one kernel that reads both logits twic
 The gradient is made in forward and only scaled in backward. Memory above the inputs: two (chunk × V) float32 buffers and the
 gradient of ``hidden`` (float32 where ``hidden`` is float16, whose range would lose it; backward returns a scaled copy).
 
-Legend: N rows, n rows of a chunk, H width, V vocabulary.
+Legend: N rows of hidden, R selected rows (R = N where ``rows`` is None), n rows of a chunk, H width, V vocabulary.
 """
 
 import torch
@@ -26,21 +26,24 @@ from .head import (
     check_weight,
     default_chunk_rows,
     hidden_gradient,
+    hidden_rows,
     log_softmax_,
     logit_buffers,
     logit_gradient_scale,
     logits_into,
+    scaled_gradient,
     stored_gradient_dtype,
 )
 from .oracles import linear_kl_div_reference
-from .rows import blocks, scale_into
+from .rows import blocks
 from .selection import resolve
 
 
 def _kl_terms(log_q: Tensor, log_p: Tensor, difference: Tensor, p: Tensor) -> Tensor:
     """p·φ(x) of each word, x = log q − log p, from ``difference`` q − p: by φ's series near 0, where q − p − p·x would cancel."""
     x = log_q - log_p
-    weighted = p * x
+    # A word with p = 0 adds q, whatever x is: infinite, or NaN where both logits are −inf.
+    weighted = (p * x).masked_fill_(p == 0, 0.0)
     series = x.new_full((1, 1), 1 / 120).add(x, alpha=1 / 720)
     for coefficient in (1 / 24, 1 / 6, 1 / 2):
         torch.addcmul(x.new_full((1, 1), coefficient), series, x, out=series)
@@ -77,19 +80,20 @@ def linear_kl_div_op(
     chunk_rows: int,
     need_grad: bool,
     implementation: str,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``(loss, d loss/d hidden)``, the gradient [N, H] or, where none is needed, [0, H]."""
+    """``(loss, d loss/d hidden's selected rows)``, the gradient [R, H] or, where none is needed, [0, H]."""
     acc = checks.accumulate_dtype(hidden.dtype)
-    count, vocabulary = hidden.shape[0], weight.shape[0]
+    count, vocabulary = reference.shape[0], weight.shape[0]
     losses = torch.empty(count, dtype=acc, device=hidden.device)
     grad = torch.empty((count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device)
-    rows = min(chunk_rows, count)
-    student_buffer, teacher_buffer = logit_buffers(2, rows, vocabulary, acc, hidden.device)
+    step = min(chunk_rows, count)
+    student_buffer, teacher_buffer = logit_buffers(2, step, vocabulary, acc, hidden.device)
     with checks.in_own_dtypes(hidden.device):
-        for start in range(0, count, max(rows, 1)):
-            stop = min(start + rows, count)
+        for start in range(0, count, max(step, 1)):
+            stop = min(start + step, count)
             student, teacher = student_buffer[: stop - start], teacher_buffer[: stop - start]
-            logits_into(student, hidden[start:stop], weight, bias)
+            logits_into(student, hidden_rows(hidden, rows, start, stop), weight, bias)
             logits_into(teacher, reference[start:stop], reference_weight, reference_bias)
             if implementation == "triton":
                 from .triton_linear_kl_div import launch_chunk
@@ -116,21 +120,22 @@ def _(
     chunk_rows: int,
     need_grad: bool,
     implementation: str,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=checks.accumulate_dtype(hidden.dtype))
-    return loss, hidden.new_empty((hidden.shape[0] if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype))
+    return loss, hidden.new_empty((reference.shape[0] if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype))
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.count = inputs[0].dtype, inputs[0].shape[0]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[-1])
 
 
 def _backward(ctx, grad_loss, _grad):
-    (grad,) = ctx.saved_tensors
-    out = torch.empty(grad.shape, dtype=ctx.dtype, device=grad.device)
-    return scale_into(out, grad, grad_loss), *[None] * 10
+    checks.check_first_derivative("linear_kl_div")
+    grad, rows = ctx.saved_tensors
+    return scaled_gradient(grad, grad_loss, rows, ctx.count, ctx.dtype), *[None] * 11
 
 
 linear_kl_div_op.register_autograd(_backward, setup_context=_setup)
@@ -141,6 +146,7 @@ def linear_kl_div(
     reference: Tensor,
     weight: Tensor,
     *,
+    rows: Tensor | None = None,
     bias: Tensor | None = None,
     reference_weight: Tensor | None = None,
     reference_bias: Tensor | None = None,
@@ -153,15 +159,18 @@ def linear_kl_div(
     """T² KL(softmax(z_ref/T) ‖ softmax(z/T)) summed over rows, differentiable in ``hidden`` alone.
 
     Args:
-        hidden: [N, H], the states that the head reads; pass only the rows that count.
-        reference: [N, H_ref], the teacher's states, no gradient; H_ref = H unless ``reference_weight`` is given.
+        hidden: [N, H], the states that the head reads; pass only the rows that count, or name them in ``rows``.
+        reference: [R, H_ref], the teacher's states of the same rows, no gradient; R = N where ``rows`` is None, and H_ref = H unless
+            ``reference_weight`` is given.
         weight: [V, H], the head, frozen.
-        bias: [V] or None.
+        rows: int64 [R], unique indices into ``hidden``; None for all rows. They are read chunk by chunk, never copied whole.
+        bias: [V] or None. A word with −inf on both sides is left out; on the teacher's side alone it counts as never said, on the
+            student's side alone the loss is inf. With a soft-cap c, −inf is a logit of −c.
         reference_weight: [V, H_ref], the teacher's own head; None where both share ``weight`` and ``bias``.
         reference_bias: [V], only with ``reference_weight``.
         temperature: T > 0.
         softcap: c > 0 of ``c·tanh(z/c)``, applied to both sides (Gemma-2); None for no cap.
-        reduction: ``sum`` over rows or ``mean``; no rows give 0.
+        reduction: ``sum`` over rows or ``mean`` (over the R selected rows); no rows give 0.
         chunk_rows: rows per chunk; None for the size rule (``head.default_chunk_rows``).
         implementation: overrides the switch for this call.
 
@@ -170,17 +179,19 @@ def linear_kl_div(
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or reduction; a weight, bias or reference that requires grad.
-        RuntimeError: ``triton`` asked for where it cannot run.
+        IndexError: in debug mode, rows out of range.
+        RuntimeError: ``triton`` asked for where it cannot run; in backward, ``create_graph=True``.
     """
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-    check_head(hidden, weight, bias, softcap, temperature, chunk_rows)
-    _check_reference(hidden, reference, weight, reference_weight, reference_bias)
+    count = check_head(hidden, rows, weight, bias, softcap, temperature, chunk_rows)
+    _check_reference(hidden, rows, reference, weight, reference_weight, reference_bias)
     chosen = resolve(implementation, hidden)
     if chosen == "eager":
-        return linear_kl_div_reference(hidden, reference, weight, bias, reference_weight, reference_bias, temperature, softcap, reduction)
+        return linear_kl_div_reference(
+            hidden, reference, weight, bias, reference_weight, reference_bias, temperature, softcap, reduction, rows
+        )
     need_grad = hidden.requires_grad and torch.is_grad_enabled()
-    count = hidden.shape[0]
-    rows = chunk_rows or default_chunk_rows(count, weight.shape[0], hidden.device)
+    step = chunk_rows or default_chunk_rows(count, weight.shape[0], hidden.device)
     shared = reference_weight is None
     total, _ = linear_kl_div_op(
         hidden,
@@ -191,25 +202,28 @@ def linear_kl_div(
         bias if shared else reference_bias,
         temperature,
         softcap,
-        rows,
+        step,
         need_grad,
         chosen,
+        rows,
     )
     return total / max(count, 1) if reduction == "mean" else total
 
 
 def _check_reference(
-    hidden: Tensor, reference: Tensor, weight: Tensor, reference_weight: Tensor | None, reference_bias: Tensor | None
+    hidden: Tensor, rows: Tensor | None, reference: Tensor, weight: Tensor, reference_weight: Tensor | None, reference_bias: Tensor | None
 ) -> None:
+    count = hidden.shape[0] if rows is None else rows.shape[0]
+    meaning = "rows of hidden" if rows is None else "one row per index in rows"
     checks.check_like("reference", reference, "hidden", hidden)
     checks.check_constant("reference", reference)
     if reference_weight is None:
         if reference_bias is not None:
             raise ValueError("reference_bias: expected None without reference_weight (a shared head shares bias too)")
-        checks.check_shape("reference", reference, hidden.shape, "as hidden")
+        checks.check_shape("reference", reference, [count, hidden.shape[1]], f"{meaning}, width of hidden")
         return
-    if reference.dim() != 2 or reference.shape[0] != hidden.shape[0]:
-        raise ValueError(f"reference: expected shape [{hidden.shape[0]}, H_ref] (rows of hidden), got {list(reference.shape)}")
+    if reference.dim() != 2 or reference.shape[0] != count:
+        raise ValueError(f"reference: expected shape [{count}, H_ref] ({meaning}), got {list(reference.shape)}")
     check_weight("reference_weight", reference_weight, reference)
     meaning = "vocabulary of weight, width of reference"
     checks.check_shape("reference_weight", reference_weight, [weight.shape[0], reference.shape[1]], meaning)

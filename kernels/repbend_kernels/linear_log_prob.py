@@ -10,7 +10,7 @@ the logits are there, and backward only scales it: two GEMMs in all. Per chunk: 
 logits twice and leaves the gradient in place, one GEMM back. Memory above the inputs: one (chunk × V) float32 buffer, per-row scalars,
 and the gradient of ``hidden`` (float32 where ``hidden`` is float16, whose range would lose it; backward returns a scaled copy).
 
-Legend: N rows, n rows of a chunk, H width, V vocabulary.
+Legend: N rows of hidden, R selected rows (R = N where ``rows`` is None), n rows of a chunk, H width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,16 @@ from .head import (
     check_head,
     default_chunk_rows,
     hidden_gradient,
+    hidden_rows,
     log_softmax_,
     logit_buffers,
     logit_gradient_scale,
     logits_into,
+    scaled_gradient,
     stored_gradient_dtype,
 )
 from .oracles import linear_log_prob_reference
-from .rows import blocks, scale_into
+from .rows import blocks
 from .selection import resolve
 
 
@@ -60,19 +62,24 @@ def linear_log_prob_op(
     chunk_rows: int,
     need_grad: bool,
     implementation: str,
+    rows: Tensor | None,
+    ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """``(log-probabilities [N], their gradients [N, H])``, the gradients [0, H] where none are needed."""
+    """``(log-probabilities [R], their gradients [R, H])``, the gradients [0, H] where none are needed."""
     acc = checks.accumulate_dtype(hidden.dtype)
-    count = hidden.shape[0]
+    count = targets.shape[0]
+    ignored = None if ignore_index is None else targets == ignore_index
+    if ignored is not None:
+        targets = targets.masked_fill(ignored, 0)
     out = torch.empty(count, dtype=acc, device=hidden.device)
     grad = torch.empty((count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device)
-    rows = min(chunk_rows, count)
-    (buffer,) = logit_buffers(1, rows, weight.shape[0], acc, hidden.device)
+    step = min(chunk_rows, count)
+    (buffer,) = logit_buffers(1, step, weight.shape[0], acc, hidden.device)
     with checks.in_own_dtypes(hidden.device):
-        for start in range(0, count, max(rows, 1)):
-            stop = min(start + rows, count)
+        for start in range(0, count, max(step, 1)):
+            stop = min(start + step, count)
             logits = buffer[: stop - start]
-            logits_into(logits, hidden[start:stop], weight, bias)
+            logits_into(logits, hidden_rows(hidden, rows, start, stop), weight, bias)
             if implementation == "triton":
                 from .triton_linear_log_prob import launch_chunk
 
@@ -82,6 +89,11 @@ def linear_log_prob_op(
                 grad_logits = logits
             if need_grad:
                 grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(grad_logits.dtype, 1 / temperature)
+    if ignored is not None:
+        # Filled, not multiplied: a row that nobody looks at may hold NaN.
+        out.masked_fill_(ignored, 0.0)
+        if need_grad:
+            grad.masked_fill_(ignored[:, None], 0.0)
     return out, grad
 
 
@@ -96,22 +108,23 @@ def _(
     chunk_rows: int,
     need_grad: bool,
     implementation: str,
+    rows: Tensor | None,
+    ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
-    out = hidden.new_empty(hidden.shape[0], dtype=checks.accumulate_dtype(hidden.dtype))
-    rows = hidden.shape[0] if need_grad else 0
-    return out, hidden.new_empty((rows, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype))
+    out = hidden.new_empty(targets.shape[0], dtype=checks.accumulate_dtype(hidden.dtype))
+    return out, hidden.new_empty((targets.shape[0] if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype))
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.count = inputs[0].dtype, inputs[0].shape[0]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[-2])
 
 
 def _backward(ctx, grad_out, _grad):
-    (grad,) = ctx.saved_tensors
-    out = torch.empty(grad.shape, dtype=ctx.dtype, device=grad.device)
-    return scale_into(out, grad, grad_out[:, None]), *[None] * 8
+    checks.check_first_derivative("linear_log_prob")
+    grad, rows = ctx.saved_tensors
+    return scaled_gradient(grad, grad_out[:, None], rows, ctx.count, ctx.dtype), *[None] * 10
 
 
 linear_log_prob_op.register_autograd(_backward, setup_context=_setup)
@@ -122,6 +135,8 @@ def linear_log_prob(
     weight: Tensor,
     targets: Tensor,
     *,
+    rows: Tensor | None = None,
+    ignore_index: int | None = -100,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -132,37 +147,41 @@ def linear_log_prob(
     """Log-probability of each row's target token, or of each sequence of rows, differentiable in ``hidden`` alone.
 
     Args:
-        hidden: [N, H], the states that predict the targets; pass only the rows that count.
+        hidden: [N, H], the states that predict the targets; pass only the rows that count, or name them in ``rows``.
         weight: [V, H], the head, frozen.
-        targets: int64 [N], token ids. Out of range: an error in debug mode (:func:`set_debug`) and on the CPU; NaN on the GPU.
-        bias: [V] or None.
+        targets: int64 [R], the token id for each row; R = N where ``rows`` is None. Out of range: an error in debug mode
+            (:func:`set_debug`) and on the CPU; NaN on the GPU.
+        rows: int64 [R], unique indices into ``hidden``; None for all rows. They are read chunk by chunk, never copied whole.
+        ignore_index: a target that does not count: its row has log-probability 0 and no gradient, exactly. None for no such target.
+        bias: [V] or None; a word at −inf has log-probability −inf and no share in the others'. With a soft-cap c, −inf is a logit of −c.
         temperature: T > 0.
         softcap: c > 0 of ``c·tanh(z/c)`` (Gemma-2); None for no cap.
-        lengths: rows of each sequence, in order, summing to N; then the result is the sum over each sequence.
+        lengths: rows of each sequence, in order, summing to R; then the result is the sum over each sequence.
         chunk_rows: rows per chunk; None for the size rule (``head.default_chunk_rows``).
         implementation: overrides the switch for this call.
 
     Returns:
-        float32 (float64 for float64) [N], or [sequences] with ``lengths``.
+        float32 (float64 for float64) [R], or [sequences] with ``lengths``.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or lengths; a weight or bias that requires grad.
-        IndexError: in debug mode, targets out of range.
-        RuntimeError: ``triton`` asked for where it cannot run.
+        IndexError: in debug mode, targets or rows out of range.
+        RuntimeError: ``triton`` asked for where it cannot run; in backward, ``create_graph=True``.
     """
-    check_head(hidden, weight, bias, softcap, temperature, chunk_rows)
-    count, vocabulary = hidden.shape[0], weight.shape[0]
-    checks.check_indices("targets", targets, vocabulary, "hidden", hidden)
-    checks.check_shape("targets", targets, [count], "rows of hidden")
+    count = check_head(hidden, rows, weight, bias, softcap, temperature, chunk_rows)
+    vocabulary = weight.shape[0]
+    meaning = "rows of hidden" if rows is None else "one target per index in rows"
+    checks.check_indices("targets", targets, vocabulary, "hidden", hidden, ignore_index)
+    checks.check_shape("targets", targets, [count], meaning)
     if lengths is not None and (any(length < 0 for length in lengths) or sum(lengths) != count):
-        raise ValueError(f"lengths: expected non-negative row counts that sum to {count} (rows of hidden), got {list(lengths)}")
+        raise ValueError(f"lengths: expected non-negative row counts that sum to {count} (number of targets), got {list(lengths)}")
     chosen = resolve(implementation, hidden)
     if chosen == "eager":
-        out = linear_log_prob_reference(hidden, weight, targets, bias, softcap, temperature)
+        out = linear_log_prob_reference(hidden, weight, targets, bias, softcap, temperature, rows, ignore_index)
     else:
-        rows = chunk_rows or default_chunk_rows(count, vocabulary, hidden.device)
+        step = chunk_rows or default_chunk_rows(count, vocabulary, hidden.device)
         need_grad = hidden.requires_grad and torch.is_grad_enabled()
-        out, _ = linear_log_prob_op(hidden, weight, bias, targets, temperature, softcap, rows, need_grad, chosen)
+        out, _ = linear_log_prob_op(hidden, weight, bias, targets, temperature, softcap, step, need_grad, chosen, rows, ignore_index)
     if lengths is None:
         return out
     return torch.stack([part.sum() for part in out.split(list(lengths))]) if lengths else out.new_zeros(0)

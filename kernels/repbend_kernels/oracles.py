@@ -103,23 +103,38 @@ def linear_kl_div_reference(
     temperature: float = 1.0,
     softcap: float | None = None,
     reduction: str = "sum",
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """T² Σ over rows of KL(softmax(z_ref/T) ‖ softmax(z/T)), or its mean over rows; 0 for no rows."""
+    """T² Σ over rows of KL(softmax(z_ref/T) ‖ softmax(z/T)), or its mean over rows; 0 for no rows. A word with p = 0 adds 0."""
+    hidden = hidden if rows is None else hidden[rows]
     shared = reference_weight is None
     student = head_logits_reference(hidden, weight, bias, softcap, temperature).log_softmax(dim=-1)
     teacher = head_logits_reference(
         reference, weight if reference_weight is None else reference_weight, bias if shared else reference_bias, softcap, temperature
     ).log_softmax(dim=-1)
-    total = temperature**2 * (teacher.exp() * (teacher - student)).sum()
+    probability = teacher.exp()
+    total = temperature**2 * (probability * torch.where(probability == 0, 0.0, teacher - student)).sum()
     return total / max(hidden.shape[0], 1) if reduction == "mean" else total
 
 
 def linear_log_prob_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    rows: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> Tensor:
-    """log softmax(z/T) at ``targets`` for each row, [N]."""
+    """log softmax(z/T) at ``targets`` for each selected row, [R]; 0 where the target is ``ignore_index``."""
+    hidden = hidden if rows is None else hidden[rows]
+    ignored = torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
+    # Zeros in place of the rows that are left out, so that what lies there cannot reach the gradient through 0·NaN.
+    hidden = torch.where(ignored[:, None], 0.0, hidden)
     log_probs = head_logits_reference(hidden, weight, bias, softcap, temperature).log_softmax(dim=-1)
-    return log_probs.gather(-1, targets[:, None]).squeeze(-1)
+    picked = log_probs.gather(-1, targets.masked_fill(ignored, 0)[:, None]).squeeze(-1)
+    return torch.where(ignored, 0.0, picked)
 
 
 def keyed_dropout_reference(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> Tensor:

@@ -73,18 +73,21 @@ class RowReader:
         return self.tensor[_unravelled(index, self.tensor.shape[:-1])]
 
 
-def scale_into(out: Tensor, source: Tensor, factor: Tensor) -> Tensor:
+def scale_into(out: Tensor, source: Tensor, factor: Tensor, rows: Tensor | None = None) -> Tensor:
     """out = source · factor, contiguous tensors of two dimensions and more, multiplied in ``factor``'s dtype; ``out`` may be ``source``.
 
-    ``factor`` is a scalar or has one value for each row. A plain product of a 16-bit tensor and a scalar rounds the scalar to 16 bits
-    on some devices.
+    ``factor`` is a scalar or has one value for each row. With ``rows`` (int64 [R], unique) row i of ``source`` goes to row ``rows[i]``.
+    A plain product of a 16-bit tensor and a scalar rounds the scalar to 16 bits on some devices.
     """
     if source.numel() == 0:
         return out
     flat_out, flat = out.view(-1, out.shape[-1]), source.view(-1, source.shape[-1])
     for start, stop in blocks(flat.shape[0], flat.shape[1], source.device):
         part = factor[start:stop] if factor.dim() else factor
-        torch.mul(flat[start:stop].to(factor.dtype), part, out=flat_out[start:stop])
+        if rows is None:
+            torch.mul(flat[start:stop].to(factor.dtype), part, out=flat_out[start:stop])
+        else:
+            flat_out.index_copy_(0, rows[start:stop], (flat[start:stop].to(factor.dtype) * part).to(out.dtype))
     return out
 
 

@@ -42,6 +42,33 @@ def _(grad: Tensor | None, addend: Tensor, rows: Tensor, shape: list[int]) -> Te
     return addend.new_empty(shape)
 
 
+def _setup_gather(ctx, inputs, output) -> None:
+    hidden, rows = inputs
+    ctx.shape = list(hidden.shape)
+    ctx.save_for_backward(rows)
+
+
+def _backward_gather(ctx, grad):
+    (rows,) = ctx.saved_tensors
+    return add_rows(None, grad, rows, ctx.shape), None
+
+
+def _setup_add(ctx, inputs, output) -> None:
+    grad, _, rows, _ = inputs
+    ctx.has_grad = grad is not None
+    ctx.save_for_backward(rows)
+
+
+def _backward_add(ctx, grad):
+    (rows,) = ctx.saved_tensors
+    return grad if ctx.has_grad else None, gather_rows(grad, rows), None, None
+
+
+# Each is the other's derivative, which is what a second backward through a tap asks for.
+gather_rows.register_autograd(_backward_gather, setup_context=_setup_gather)
+add_rows.register_autograd(_backward_add, setup_context=_setup_add)
+
+
 class _TapRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, rows):

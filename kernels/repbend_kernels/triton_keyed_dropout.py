@@ -52,7 +52,9 @@ def keyed_dropout_kernel(
         row = key.to(tl.uint32, bitcast=True)
     hashes = (row[:, None] ^ column[None, :]) * tl.full([], _FIRST, tl.uint32)
     hashes = (hashes ^ ((column << 16) | (column >> 16))[None, :]) * tl.full([], _LAST, tl.uint32)
-    source = x + ((rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride)[:, None] + columns[None, :] * x_stride
+    source = (
+        x + ((rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride)[:, None] + columns.to(tl.int64)[None, :] * x_stride
+    )
     values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     kept = tl.where(hashes.to(tl.int32, bitcast=True) > threshold, values * factor, 0.0)
     tl.store(out + rows[:, None] * width + columns[None, :], kept.to(out.dtype.element_ty), mask=inside)

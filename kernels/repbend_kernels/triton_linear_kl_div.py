@@ -22,12 +22,12 @@ def _term(q, p, x):
     """``(p·φ(x), q − p)``, x = log q − log p: near x = 0 both by φ's series.
 
     There q − p − p·x cancels, and a GPU fuses q − p with the products that made q and p, so that equal distributions would differ by
-    a rounding; x is exactly 0 for them.
+    a rounding; x is exactly 0 for them. A word with p = 0 adds q, whatever x is: infinite, or NaN where both logits are −inf.
     """
     series = p * x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x * (1.0 / 720.0)))))
     near = tl.abs(x) < 0.25
     difference = tl.where(near, p * x + series, q - p)
-    return tl.where(near, series, difference - p * x), difference
+    return tl.where(near, series, difference - tl.where(p == 0.0, 0.0, p * x)), difference
 
 
 @triton.jit(do_not_specialize_on_alignment=["losses"])

@@ -24,7 +24,7 @@ def inverse_length_kernel(states, inverse, batch, width, stride_l, stride_b, str
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, width, BLOCK):
         offsets = start + columns
-        h = tl.load(row + offsets * stride_d, mask=offsets < width, other=0.0).to(tl.float32)
+        h = tl.load(row + offsets.to(tl.int64) * stride_d, mask=offsets < width, other=0.0).to(tl.float32)
         squares += h * h
     total = tl.sum(squares, 0)
     tl.store(inverse + program, inverse_root(total))
@@ -40,7 +40,7 @@ def unit_sum_kernel(states, inverse, summed, partial, batch, width, stride_l, st
     total = tl.zeros([BLOCK], dtype=tl.float32)
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     # The pointer walks: b · stride_b may pass 2³¹ where the states are a view.
-    row = states + layer * stride_l + columns * stride_d
+    row = states + layer * stride_l + columns.to(tl.int64) * stride_d
     for b in range(0, batch):
         h = tl.load(row, mask=inside, other=0.0).to(tl.float32)
         unit = h * tl.load(inverse + layer * batch + b)
@@ -65,14 +65,14 @@ def unit_sum_backward_kernel(
     products = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, width, BLOCK):
         offsets = start + columns
-        h = tl.load(row + offsets * stride_d, mask=offsets < width, other=0.0).to(tl.float32)
+        h = tl.load(row + offsets.to(tl.int64) * stride_d, mask=offsets < width, other=0.0).to(tl.float32)
         s = tl.load(sums + offsets, mask=offsets < width, other=0.0)
         products += h * length * s
     along = tl.sum(products, 0)
     factor = 2.0 * length * tl.load(scale + layer * scale_stride)
     for start in range(0, width, BLOCK):
         offsets = start + columns
-        h = tl.load(row + offsets * stride_d, mask=offsets < width, other=0.0).to(tl.float32)
+        h = tl.load(row + offsets.to(tl.int64) * stride_d, mask=offsets < width, other=0.0).to(tl.float32)
         s = tl.load(sums + offsets, mask=offsets < width, other=0.0)
         g = (s - h * length * along) * factor
         tl.store(grad + program * width + offsets, g.to(grad.dtype.element_ty), mask=offsets < width)

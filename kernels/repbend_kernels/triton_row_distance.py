@@ -1,7 +1,8 @@
 """Triton kernels of the distance ops: one program per row, one launch per tap and direction. Equations in ``row_distance``.
 
 A row of up to ``WHOLE_ROW`` elements is read once and kept in registers; a wider one is walked in blocks, twice where a direction is
-written. Offsets are int64: rows × width passes 2³¹ at 16k rows of 256k elements.
+written. Offsets are int64: rows × width passes 2³¹ at 16k rows of 256k elements, and columns
+× stride in a transposed view of as many.
 """
 
 from typing import Any
@@ -93,12 +94,13 @@ def row_distance_kernel(
     """STORE 0: distances. 1: distances, and the direction at row i of target. 2: grad · direction at row n of target."""
     i = tl.program_id(0).to(tl.int64)
     n = i
-    keep = True
+    known = True
     if HAS_ROWS:
         n = tl.load(rows + i)
-        keep = (n >= 0) & (n < count_n)
+        known = (n >= 0) & (n < count_n)
+    keep = known
     if HAS_MASK:
-        keep = tl.load(mask + i) != 0
+        keep &= tl.load(mask + i) != 0
     # Inputs are read before place or target is written: target may be the reference's memory.
     h_row = hidden + (n // h_inner) * h_outer_stride + (n % h_inner) * h_inner_stride
     r_row = reference + (i // r_inner) * r_outer_stride + (i % r_inner) * r_inner_stride
@@ -108,8 +110,8 @@ def row_distance_kernel(
     s2 = tl.zeros([BLOCK], dtype=tl.float32)
     if WHOLE:
         inside = (columns < width) & keep
-        h = tl.load(h_row + columns * h_stride, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(r_row + columns * r_stride, mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(h_row + columns.to(tl.int64) * h_stride, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(r_row + columns.to(tl.int64) * r_stride, mask=inside, other=0.0).to(tl.float32)
         if KIND == "l2" or KIND == "mse":
             s0 = (h - r) * (h - r)
         else:
@@ -120,8 +122,8 @@ def row_distance_kernel(
         for start in range(0, width, BLOCK):
             offsets = start + columns
             inside = (offsets < width) & keep
-            h = tl.load(h_row + offsets * h_stride, mask=inside, other=0.0).to(tl.float32)
-            r = tl.load(r_row + offsets * r_stride, mask=inside, other=0.0).to(tl.float32)
+            h = tl.load(h_row + offsets.to(tl.int64) * h_stride, mask=inside, other=0.0).to(tl.float32)
+            r = tl.load(r_row + offsets.to(tl.int64) * r_stride, mask=inside, other=0.0).to(tl.float32)
             if KIND == "l2" or KIND == "mse":
                 s0 += (h - r) * (h - r)
             else:
@@ -132,7 +134,7 @@ def row_distance_kernel(
     if HAS_MASK:
         distance = tl.where(keep, distance, 0.0)
     if HAS_ROWS:
-        distance = tl.where(keep, distance, float("nan"))
+        distance = tl.where(known, distance, float("nan"))
     if STORE != 2:
         tl.store(distances + i, distance)
     if HAS_PLACE:
@@ -154,8 +156,8 @@ def row_distance_kernel(
             for start in range(0, width, BLOCK):
                 offsets = start + columns
                 inside = (offsets < width) & keep
-                h = tl.load(h_row + offsets * h_stride, mask=inside, other=0.0).to(tl.float32)
-                r = tl.load(r_row + offsets * r_stride, mask=inside, other=0.0).to(tl.float32)
+                h = tl.load(h_row + offsets.to(tl.int64) * h_stride, mask=inside, other=0.0).to(tl.float32)
+                r = tl.load(r_row + offsets.to(tl.int64) * r_stride, mask=inside, other=0.0).to(tl.float32)
                 g = _direction(h, r, a, b, KIND) * factor
                 tl.store(out + offsets, g.to(target.dtype.element_ty), mask=(offsets < width) & writable)
 
@@ -189,7 +191,7 @@ def add_rows_kernel(
     if HAS_GRAD:
         # Asked for before the two loads that find the direction's row, which have to wait for each other.
         row = grad + (n // g_inner) * g_outer_stride + (n % g_inner) * g_inner_stride
-        value = tl.load(row + columns * g_stride, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(row + columns.to(tl.int64) * g_stride, mask=inside, other=0.0).to(tl.float32)
     i = tl.load(place + n).to(tl.int64)
     selected = (i >= 0) & (i < count_r)
     selected = selected & (tl.load(rows + i, mask=selected, other=-1) == n)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, consumed
 from .bend_distance import row_distance
 from .oracles import window_distance_reference
 from .row_distance import distances_into_direction_torch
@@ -56,15 +56,21 @@ class _Consume(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kind, implementation, mask, layers, *tensors):
         hiddens, references = list(tensors[:layers]), list(tensors[layers:])
+        consumed.check_apart("references", references, hiddens, "hiddens")
+        consumed.drop_stale_notes(references)
         distances = row_distance_consume(hiddens, references, mask, kind, implementation)
+        consumed.note_directions(references)
         ctx.save_for_backward(*references)
         return distances.sum()
 
     @staticmethod
     def backward(ctx, grad):
         # A second backward finds a newer version of these tensors, and autograd refuses it.
+        checks.check_first_derivative("window_distance(consume_references=True)")
         directions = list(ctx.saved_tensors)
+        consumed.drop_stale_notes(directions)
         scale_(directions, grad)
+        consumed.note_directions(directions)
         return None, None, None, None, *directions, *([None] * len(directions))
 
 
@@ -95,7 +101,8 @@ def window_distance(
 
     Raises:
         ValueError, TypeError: wrong count, shape, dtype, device, kind or reduction, or a reference that requires grad.
-        RuntimeError: ``triton`` asked for where it cannot run.
+        RuntimeError: ``triton`` asked for where it cannot run; references that hold the directions of an earlier call or, to be
+            consumed, share memory; in backward after consuming, ``create_graph=True``.
     """
     hiddens, references = list(hiddens), list(references)
     _check(hiddens, references, mask, kind, reduction)
@@ -131,6 +138,7 @@ def _check(hiddens: list[Tensor], references: list[Tensor], mask: Tensor | None,
         checks.check_like(f"references[{index}]", reference, f"hiddens[{index}]", hidden)
         checks.check_shape(f"references[{index}]", reference, hidden.shape, f"as hiddens[{index}]")
         checks.check_constant(f"references[{index}]", reference)
+        consumed.check_references(f"references[{index}]", reference)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")

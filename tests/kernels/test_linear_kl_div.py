@@ -41,10 +41,69 @@ def test_rows_and_temperature(implementation, device, rows, temperature, dtype) 
     compare(hidden, reference, weight, temperature=temperature, chunk_rows=8, tolerance=2 * TOLERANCE[dtype], implementation=implementation)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 17, 64, 9001])
-def test_vocabularies(implementation, device, vocabulary) -> None:
-    hidden, reference, weight, bias = head(3, 16, vocabulary, torch.float32, device, bias=True)
-    compare(hidden, reference, weight, bias=bias, temperature=2.0, tolerance=1e-5, implementation=implementation)
+@DTYPES
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("vocabulary", [1, 2, 17, 64, 2048, 2049, 4097, 9001])
+def test_vocabularies(implementation, device, vocabulary, softcap, dtype) -> None:
+    """A 16-bit gradient is packed in blocks of 2048 words."""
+    hidden, reference, weight, bias = head(3, 16, vocabulary, dtype, device, bias=True)
+    tolerance = max(1e-5, 2 * TOLERANCE[dtype])
+    compare(hidden, reference, weight, bias=bias, temperature=2.0, softcap=softcap, tolerance=tolerance, implementation=implementation)
+
+
+@DTYPES
+@pytest.mark.parametrize("side", ["both", "teacher"])
+def test_a_word_that_is_masked_out(implementation, device, side, dtype) -> None:
+    hidden, reference, weight, bias = head(4, 16, 40, dtype, device, bias=True)
+    masked = bias.clone()
+    masked[[3, 17]] = -float("inf")
+    heads = {"both": {"bias": masked}, "teacher": {"bias": bias, "reference_weight": weight, "reference_bias": masked}}[side]
+    compare(hidden, reference, weight, temperature=2.0, tolerance=2 * TOLERANCE[dtype], implementation=implementation, **heads)
+
+
+def test_a_word_that_only_the_teacher_has_is_infinitely_far(implementation, device) -> None:
+    hidden, reference, weight, bias = head(4, 16, 40, torch.float32, device, bias=True)
+    masked = bias.clone()
+    masked[3] = -float("inf")
+    leaf = hidden.requires_grad_()
+    value = linear_kl_div(leaf, reference, weight, bias=masked, reference_weight=weight, reference_bias=bias, implementation=implementation)
+    value.backward()
+    assert value.item() == float("inf")
+    double = hidden.detach().double().requires_grad_()
+    linear_kl_div_reference(double, reference.double(), weight.double(), masked.double(), weight.double(), bias.double()).backward()
+    assert_matches(leaf.grad, double.grad, tolerance=1e-5)
+
+
+@DTYPES
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_selected_rows(implementation, device, count, reduction, dtype) -> None:
+    hidden, _, weight, bias = head(9, 32, 90, dtype, device, bias=True)
+    reference = head(count, 32, 90, dtype, device)[1]
+    rows = torch.tensor([7, 0, 8, 3, 4], device=device)[:count]
+    options = {"rows": rows, "bias": bias, "reduction": reduction}
+    wide = {**options, "bias": bias.double()}
+    leaf, double = hidden.detach().requires_grad_(), hidden.double().requires_grad_()
+    value = linear_kl_div(leaf, reference, weight, chunk_rows=2, implementation=implementation, **options)
+    expected = linear_kl_div_reference(double, reference.double(), weight.double(), **wide)
+    (value * 0.3).backward()
+    (expected * 0.3).backward()
+    assert_matches(value, expected, tolerance=1e-5)
+    assert_matches(leaf.grad, double.grad, tolerance=2 * TOLERANCE[dtype])
+    others = [row for row in range(9) if row not in rows.tolist()]
+    assert torch.equal(leaf.grad[others], torch.zeros(9 - count, 32, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float16, 5e-4)], ids=["fp32", "fp16"])
+def test_a_factor_is_not_rounded_to_sixteen_bits(implementation, device, dtype, tolerance) -> None:
+    """A third in bfloat16 is 2e-3 off, in float16 1e-4."""
+    hidden, reference, weight, _ = head(6, 32, 90, dtype, device)
+    grads = []
+    for factor in (1.0, 1 / 3):
+        leaf = hidden.detach().requires_grad_()
+        (linear_kl_div(leaf, reference, weight, implementation=implementation) * factor).backward()
+        grads.append(leaf.grad)
+    assert_matches(grads[1], grads[0].double() / 3, tolerance=tolerance)
 
 
 @DTYPES

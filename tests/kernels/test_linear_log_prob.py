@@ -42,10 +42,70 @@ def test_rows_and_temperature(implementation, device, rows, temperature, dtype) 
     compare(hidden, weight, targets, temperature=temperature, chunk_rows=8, tolerance=2 * TOLERANCE[dtype], implementation=implementation)
 
 
-@pytest.mark.parametrize("vocabulary", [2, 17, 64, 9001])
-def test_vocabularies(implementation, device, vocabulary) -> None:
-    hidden, weight, targets, bias = head(3, 16, vocabulary, torch.float32, device, bias=True)
-    compare(hidden, weight, targets, bias=bias, tolerance=1e-5, implementation=implementation)
+@DTYPES
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("vocabulary", [2, 17, 64, 2048, 2049, 4097, 9001])
+def test_vocabularies(implementation, device, vocabulary, softcap, dtype) -> None:
+    """A 16-bit gradient is packed in blocks of 4096 words."""
+    hidden, weight, targets, bias = head(3, 16, vocabulary, dtype, device, bias=True)
+    targets[0] = vocabulary - 1
+    tolerance = max(1e-5, 2 * TOLERANCE[dtype])
+    compare(hidden, weight, targets, bias=bias, softcap=softcap, tolerance=tolerance, implementation=implementation)
+
+
+@DTYPES
+def test_a_word_that_is_masked_out(implementation, device, dtype) -> None:
+    hidden, weight, targets, bias = head(4, 16, 40, dtype, device, bias=True)
+    targets[:] = torch.tensor([5, 6, 7, 8], device=device)
+    bias[[3, 17]] = -float("inf")
+    compare(hidden, weight, targets, bias=bias, tolerance=2 * TOLERANCE[dtype], implementation=implementation)
+
+
+def test_a_target_that_is_masked_out_is_never_said(implementation, device) -> None:
+    hidden, weight, targets, bias = head(4, 16, 40, torch.float32, device, bias=True)
+    bias[targets[1]] = -float("inf")
+    never = targets == targets[1]
+    leaf, double = hidden.detach().requires_grad_(), hidden.double().requires_grad_()
+    value = linear_log_prob(leaf, weight, targets, bias=bias, implementation=implementation)
+    value.sum().backward()
+    linear_log_prob_reference(double, weight.double(), targets, bias.double()).sum().backward()
+    assert torch.equal(value == -float("inf"), never)
+    assert_matches(leaf.grad, double.grad, tolerance=1e-5)
+
+
+@DTYPES
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_selected_rows_and_ignored_targets(implementation, device, count, dtype) -> None:
+    hidden, weight, targets, bias = head(9, 32, 90, dtype, device, bias=True)
+    rows, targets = torch.tensor([7, 0, 8, 3, 4], device=device)[:count], targets[:count]
+    targets[2:3] = -100
+    hidden[8] = float("nan")  # read by the ignored target alone
+    clean = torch.where(hidden.isnan(), 0.0, hidden)
+    lengths = [2, 3] if count == 5 else [count]
+    leaf, double = hidden.detach().requires_grad_(), clean.double().requires_grad_()
+    value = linear_log_prob(leaf, weight, targets, rows=rows, bias=bias, lengths=lengths, chunk_rows=2, implementation=implementation)
+    picked = linear_log_prob_reference(double, weight.double(), targets, bias.double(), rows=rows, ignore_index=-100)
+    expected = torch.stack([part.sum() for part in picked.split(lengths)])
+    factor = torch.tensor([0.3, -2.0], device=device)[: len(lengths)]
+    (value * factor).sum().backward()
+    (expected * factor).sum().backward()
+    assert_matches(value, expected, tolerance=3e-6)
+    assert_matches(leaf.grad, double.grad, tolerance=2 * TOLERANCE[dtype])
+    untouched = [row for row in range(9) if row not in rows.tolist() or (row == 8)]
+    assert torch.equal(leaf.grad[untouched], torch.zeros(len(untouched), 32, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+def test_labels_as_they_come(implementation, device, ignore_index) -> None:
+    hidden, weight, targets, _ = head(6, 32, 90, torch.float32, device)
+    targets[[0, 4]] = ignore_index
+    leaf = hidden.detach().requires_grad_()
+    value = linear_log_prob(leaf, weight, targets, ignore_index=ignore_index, implementation=implementation)
+    value.sum().backward()
+    assert torch.equal(value[[0, 4]].detach(), torch.zeros(2, device=device))
+    assert torch.equal(leaf.grad[[0, 4]], torch.zeros(2, 32, device=device))
+    counted = linear_log_prob(hidden, weight, targets[[1, 2, 3, 5]], rows=torch.tensor([1, 2, 3, 5], device=device))
+    assert_matches(value[[1, 2, 3, 5]], counted, tolerance=3e-6)
 
 
 @DTYPES

@@ -123,6 +123,13 @@ CASES = {
         ValueError,
         r"reference_weight: expected a tensor that requires no gradient",
     ),
+    "kl rows": (lambda: kl(rows=ROWS), ValueError, r"reference: expected shape \[2, 8\] \(one row per index in rows"),
+    "kl rows dtype": (lambda: kl(rows=ROWS.int()), TypeError, r"rows: expected an int64 tensor"),
+    "log-prob rows": (
+        lambda: log_prob(rows=ROWS),
+        ValueError,
+        r"targets: expected shape \[2\] \(one target per index in rows\), got \[5\]",
+    ),
     "kl softcap": (lambda: kl(softcap=0.0), ValueError, r"softcap: expected a finite number > 0, got 0.0"),
     "kl temperature": (lambda: kl(temperature=-1.0), ValueError, r"temperature: expected a finite number > 0"),
     "kl nan temperature": (lambda: kl(temperature=float("nan")), ValueError, r"temperature: expected a finite number > 0"),
@@ -158,8 +165,34 @@ DEBUG = {
     "tap repeated": (lambda: bend_tap(H, R, torch.tensor([2, 2])), ValueError, r"rows: expected unique indices"),
     "tap_rows": (lambda: tap_rows(H, torch.tensor([9])), IndexError, r"rows: expected indices in 0 … 5"),
     "distance": (lambda: bend_distance(H, R, torch.tensor([0, 77])), IndexError, r"rows: expected indices in 0 … 5"),
+    "kl repeated rows": (lambda: kl(rows=ROWS * 0, reference=FLAT[:2]), ValueError, r"rows: expected unique indices"),
+    "log-prob rows": (lambda: log_prob(rows=ROWS + 1, targets=TARGETS[:2]), IndexError, r"rows: expected indices in 0 … 4, got 2 … 5"),
+    "targets beside ignored ones": (
+        lambda: log_prob(targets=torch.tensor([-100, 1, -1, 2, 3])),
+        IndexError,
+        r"targets: expected indices in 0 … 10, got -1 … 3",
+    ),
+    "targets not ignored": (lambda: log_prob(targets=TARGETS - 100, ignore_index=None), IndexError, r"targets: expected indices in 0 … 10"),
     "targets": (lambda: log_prob(targets=TARGETS + 11), IndexError, r"targets: expected indices in 0 … 10, got 11 … 11"),
 }
+
+
+class DTensor(torch.Tensor):
+    """Stands for torch.distributed's, which the package knows by its name."""
+
+
+@pytest.mark.parametrize("call", [lambda t: bend_tap(t, R, ROWS), lambda t: kl(weight=t), lambda t: pairwise_cosine(t)])
+def test_a_dtensor_is_sent_back_with_what_to_pass(call) -> None:
+    with pytest.raises(TypeError, match=r"expected a plain tensor, got a DTensor; pass .to_local\(\).*full_tensor\(\)"):
+        call(H.as_subclass(DTensor))
+
+
+def test_debug_mode_lets_ignored_targets_pass() -> None:
+    set_debug(True)
+    try:
+        assert log_prob(targets=TARGETS - 100).tolist() == [0.0] * 5
+    finally:
+        set_debug(False)
 
 
 @pytest.mark.parametrize("case", DEBUG.values(), ids=DEBUG.keys())

@@ -151,6 +151,21 @@ def test_heads_hold_their_chunk_buffers(device, op, dtype) -> None:
     assert many - few <= 8 * CHUNK * (2 * 4 * HEAD_WIDTH + 64)
 
 
+@pytest.mark.parametrize("op", ["linear_kl_div", "linear_log_prob"])
+def test_heads_copy_no_selection(device, op) -> None:
+    """With rows, forward adds their gradient and nothing else that grows with them."""
+    weight = spread((50, WIDTH), torch.float32, device, 3)
+
+    def make(rows):
+        hidden, index = states(rows, device, grad=True)[0], torch.arange(rows, device=device)
+        if op == "linear_kl_div":
+            reference = states(rows, device, 2)[0]
+            return lambda: linear_kl_div(hidden, reference, weight, rows=index, chunk_rows=CHUNK)
+        return lambda: linear_log_prob(hidden, weight, index % 50, rows=index, chunk_rows=CHUNK)
+
+    assert growth(device, make) <= ROW_BYTES + 64
+
+
 def test_keyed_dropout_holds_its_results_and_no_mask(device) -> None:
     def forward(rows):
         hidden, keys = states(rows, device, grad=True), torch.arange(rows, device=device)

@@ -41,9 +41,9 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
         "scale_": ([values(3, 4), values(2, 2)], torch.tensor(0.5)),
         "pairwise_similarity": (values(2, 3, 8, grad=True), implementation),
         "pairwise_similarity_backward": (values(2, 3, 8), values(2, 8), values(2, 3).abs(), torch.ones(2), implementation),
-        "linear_kl_div": (wide, values(6, 8), weight, None, weight, None, 2.0, 3.0, 4, True, implementation),
+        "linear_kl_div": (wide, values(6, 8), weight, None, weight, None, 2.0, 3.0, 4, True, implementation, None),
         "keyed_dropout": ([values(2, 3, 8, grad=True), values(2, 3, 8)], KEYS, -7, 12345 - 2**30, 2.0, implementation),
-        "linear_log_prob": (wide, weight, None, TARGETS, 2.0, None, 4, True, implementation),
+        "linear_log_prob": (wide, weight, None, TARGETS, 2.0, None, 4, True, implementation, None, -100),
     }
 
 

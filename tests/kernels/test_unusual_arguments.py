@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_compare import TOLERANCE, assert_matches, spread
-from repbend_kernels import bend_distance, linear_kl_div, linear_log_prob, pairwise_cosine, window_distance
+from repbend_kernels import (
+    bend_distance,
+    bend_tap,
+    keyed_dropout,
+    linear_kl_div,
+    linear_log_prob,
+    pairwise_cosine,
+    tap_rows,
+    window_distance,
+)
+from repbend_kernels.bend_distance import row_distance, row_distance_backward
 from torch import Tensor
 
 N, D, V = 12, 40, 70
@@ -40,6 +50,78 @@ def test_states_that_are_a_column_of_a_larger_tensor(implementation, device) -> 
     expected = pairwise_cosine(states, implementation="eager")
     assert_matches(got, expected, tolerance=1e-6)
     assert_matches(grad, torch.autograd.grad(expected, states)[0], tolerance=TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("cut", ["column", "every other"])
+def test_rows_with_gaps(implementation, device, cut) -> None:
+    pairs = torch.tensor([[9, 1], [0, 2], [5, 3], [7, 4]], device=device)
+    rows = pairs[:, 0] if cut == "column" else pairs.flatten()[::2]
+    reference = spread((4, D), torch.float32, device, 2)
+    for op in (bend_tap, tap_then_sum, bend_distance):
+        results = []
+        for chosen, index in ((implementation, rows), ("eager", rows.clone())):
+            leaf = spread((2, N // 2, D), torch.float32, device, 1).requires_grad_()
+            out = op(leaf, reference.clone(), index, kind="mse", implementation=chosen)
+            value = out if isinstance(out, Tensor) else (out[0] * 0.5).sum() + out[1] / 3
+            results.append((value.detach(), *torch.autograd.grad(value, leaf)))
+        for got, expected in zip(*results):
+            assert_matches(got, expected, tolerance=TOLERANCE[torch.float32])
+
+
+def tap_then_sum(hidden, reference, rows, *, kind, implementation) -> Tensor:
+    _, copy = tap_rows(hidden, rows, implementation=implementation)
+    return (copy - reference).square().sum()
+
+
+def test_keys_with_gaps(implementation, device) -> None:
+    keys = (torch.arange(2 * N, device=device) * 7919)[::2]
+    x = spread((N, D), torch.float32, device, 1)
+    got = keyed_dropout(x, keys, 3, 0.4, implementation=implementation)
+    assert torch.equal(got == 0, keyed_dropout(x, keys.clone(), 3, 0.4, implementation="eager") == 0)
+
+
+def test_rows_and_a_mask_together(implementation, device) -> None:
+    """The op takes both: what the mask leaves out is 0, an index out of range is no value."""
+    hidden, reference = spread((N, D), torch.float32, device, 1), spread((4, D), torch.float32, device, 2)
+    rows, mask = torch.tensor([9, 0, 5, 7], device=device), torch.tensor([True, False, True, True], device=device)
+    got = row_distance([hidden], [reference], rows, mask, "l2", implementation)[0]
+    expected = torch.where(mask, (hidden.double()[rows] - reference.double()).norm(dim=-1), 0.0)
+    assert_matches(got, expected, tolerance=3e-6)
+    if implementation == "triton":
+        # Far enough out to be foreign memory: read, it would end the process.
+        outside = torch.tensor([9, 0, 2**45, 7], device=device)
+        got = row_distance([hidden], [reference], outside, mask, "l2", implementation)[0]
+        assert got.isnan().tolist() == [False, False, True, False]
+        factor = torch.ones(4, device=device)
+        grad = row_distance_backward(hidden, reference, outside, mask, "mse", factor, implementation)
+        expected = torch.zeros(N, D, dtype=torch.float64, device=device)
+        expected[[9, 7]] = (hidden.double()[[9, 7]] - reference.double()[[0, 3]]) * 2 / D
+        assert_matches(grad, expected, tolerance=TOLERANCE[torch.float32])
+
+
+def test_parallel_rows_are_never_nearer_than_equal_ones(implementation, device) -> None:
+    """Rounding takes some cosines of parallel rows above 1; a distance below 0 must not come of it."""
+    hidden = spread((200, D), torch.float32, device, 1)
+    distances = torch.stack([bend_distance(row[None], row[None] * 3, kind="cosine", implementation=implementation) for row in hidden])
+    assert distances.min() >= 0
+    aligned = torch.stack([bend_distance(row[None], row[None] * 3, kind="relu_cosine", implementation=implementation) for row in hidden])
+    assert aligned.max() <= 1
+    assert aligned.min() > 1 - 1e-6
+
+
+@pytest.mark.parametrize("left", [0, 1, -1, 2**31 - 1])
+def test_whatever_lies_in_the_memory_of_unselected_places(implementation, device, left) -> None:
+    if implementation != "triton":
+        pytest.skip("the torch path keeps no places")
+    from repbend_kernels.triton_row_distance import launch_tap_backward
+
+    rows = torch.tensor([9, 0, 5], device=device)
+    direction, grad = spread((3, D), torch.float32, device, 1), spread((N, D), torch.float32, device, 2)
+    place = torch.full((N,), left, dtype=torch.int32, device=device)
+    place[rows] = torch.arange(3, dtype=torch.int32, device=device)
+    got = launch_tap_backward(grad, direction, rows, place, torch.tensor(0.5, device=device), [N, D])
+    expected = grad.double().index_add(0, rows, direction.double() * 0.5)
+    assert_matches(got, expected, tolerance=TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("side", ["hidden", "reference"])
