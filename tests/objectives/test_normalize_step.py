@@ -39,6 +39,8 @@ CASES: dict[str, Any] = {
     },
     "repbend window, per token": REPBEND.model_copy(update={"alpha_mode": "target", "kl_reduction": "token"}),
     "repbend limit": REPBEND.model_copy(update={"unsafe_limit": 0.05}),
+    # Of all pairs: which of some are chosen is drawn for each micro-batch.
+    "repbend refusal": REPBEND.model_copy(update={"refusal": 30.0, "recovery_tokens": 4, "recovery_share": 1.0}),
     "circuit_breaker": CONFIGS["circuit_breaker"],
     "circuit_breaker published": CONFIGS["circuit_breaker"].model_copy(update={"published_quirks": True, "padded_length": 31}),
     "rmu": CONFIGS["rmu"],
