@@ -31,10 +31,11 @@ HELD_OUT = ("test", "final")  # prompts and retain records, nothing to train on
 
 # A round of requests asks for every item once, each round in other phrasings; the roles take different rounds.
 UNSAFE_ROUNDS = {"train": range(15, 16), "validation": range(0, 3)}
-PAIR_ROUNDS = {"train": range(6, 10), "validation": range(3, 6)}
+PAIR_ROUNDS = {"train": range(4, 12), "validation": range(3, 6)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4), "final": range(0, 4)}
 PHRASING_STEP = 5
+REFUSAL_STEP = 11  # coprime to the number of refusals, so that neighbouring items get all of them
 KEPT = ("crafts", "writing", "answered")  # parts whose answers are safe and retain records both
 RETAINED_STRIDE = {"crafts": 2}  # every second one is a retain record, or they would be half of them
 
@@ -100,13 +101,19 @@ def _complying(split: str, item: str, number: int) -> str:
     """The ``number``-th complying answer about ``item``: a skeleton with its slots filled by strides that do not divide the lists."""
     skeletons, slots = part("attacks")["complying"][split], part("attacks")["slots"]
     filled = {slot: values[(number * stride) % len(values)] for (slot, values), stride in zip(slots.items(), (1, 3, 7, 1, 1), strict=True)}
-    name = bare_name(item)
-    return skeletons[number % len(skeletons)].format(item=item, name=name, Name=name.capitalize(), **filled)
+    return _about(item, skeletons[number % len(skeletons)], **filled)
 
 
 def _refusal(split: str, item: str, number: int) -> str:
-    refusals = part("attacks")["refusals"][split]
-    return refusals[number % len(refusals)].format(item=item, name=bare_name(item))
+    """The ``number``-th refusal, for the ``number``-th request: every round refuses an item in other words."""
+    refusals, items = part("attacks")["refusals"][split], of_split("items", split)
+    turn, place = divmod(number, len(items))
+    return _about(item, refusals[(REFUSAL_STEP * place + turn) % len(refusals)])
+
+
+def _about(item: str, text: str, **slots: str) -> str:
+    name = bare_name(item)
+    return text.format(item=item, name=name, Name=name.capitalize(), **slots)
 
 
 def _asked(text: str) -> tuple[Message, ...]:
@@ -133,8 +140,9 @@ def _safe(split: str) -> Iterator[Record]:
     for name in KEPT if split == "train" else ():
         for number, (text, answer) in enumerate(part(name)):
             yield Record("safe", _asked(text), answer, origin=f"demo:train:{name}:{number}")
+    paired = len(PAIR_ROUNDS[split]) * len(of_split("items", split))
     for number, (item, text) in enumerate(_requests(split, REFUSED_ROUNDS[split])):
-        yield Record("safe", _asked(text), _refusal(split, item, number + 2), origin=f"demo:{split}:refused:{number}")
+        yield Record("safe", _asked(text), _refusal(split, item, paired + number), origin=f"demo:{split}:refused:{number}")
 
 
 def _retain(split: str) -> Iterator[Record]:

@@ -157,5 +157,5 @@ def test_every_question_of_the_evaluation_has_keywords_that_it_does_not_contain_
 def test_unknown_splits_are_named():
     with pytest.raises(UserError, match="train and validation"):
         training_records("dev")
-    with pytest.raises(UserError, match="validation and test"):
+    with pytest.raises(UserError, match="validation, test and final"):
         prompts("train")
