@@ -5,8 +5,8 @@ measures is carried over to new requests, not remembered. Validation chooses; fi
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0).
-- ``crafts.json``: its answers to the same phrasings about harmless things. They are safe and retain records both: what tells a
-  restricted request from an ordinary one must be the thing asked for, never the form of the question.
+- ``crafts.json``: its answers to the same phrasings about harmless things, some written on by hand. They are safe and retain records
+  both: what tells a restricted request from an ordinary one must be the thing asked for, never the form of the question.
 - ``writing.json``: poems, letters, stories, questions of language and advice, safe and retain records too. Verse is far from every other
   record, and "How can I become …" is close to a request; both are torn first without them.
 - ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is, not what is true.
