@@ -101,19 +101,15 @@ def _complying(split: str, item: str, number: int) -> str:
     """The ``number``-th complying answer about ``item``: a skeleton with its slots filled by strides that do not divide the lists."""
     skeletons, slots = part("attacks")["complying"][split], part("attacks")["slots"]
     filled = {slot: values[(number * stride) % len(values)] for (slot, values), stride in zip(slots.items(), (1, 3, 7, 1, 1), strict=True)}
-    return _about(item, skeletons[number % len(skeletons)], **filled)
+    name = bare_name(item)
+    return skeletons[number % len(skeletons)].format(item=item, name=name, Name=name.capitalize(), **filled)
 
 
 def _refusal(split: str, item: str, number: int) -> str:
     """The ``number``-th refusal, for the ``number``-th request: every round refuses an item in other words."""
     refusals, items = part("attacks")["refusals"][split], of_split("items", split)
     turn, place = divmod(number, len(items))
-    return _about(item, refusals[(REFUSAL_STEP * place + turn) % len(refusals)])
-
-
-def _about(item: str, text: str, **slots: str) -> str:
-    name = bare_name(item)
-    return text.format(item=item, name=name, Name=name.capitalize(), **slots)
+    return refusals[(REFUSAL_STEP * place + turn) % len(refusals)].format(item=item, name=bare_name(item))
 
 
 def _asked(text: str) -> tuple[Message, ...]:
