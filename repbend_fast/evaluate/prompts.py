@@ -54,9 +54,7 @@ def load_prompts(config: PromptsConfig) -> list[Prompt]:
     if config.path == "demo":
         from repbend_fast import demo
 
-        if config.split not in (None, "validation", "test"):
-            raise UserError(f"prompts.split={config.split}: the demo has the splits validation and test")
-        prompts = demo.prompts("validation" if config.split == "validation" else "test")
+        prompts = demo.prompts("test" if config.split is None else config.split)
     else:
         prompts = read_prompt_file(Path(config.path).expanduser())
     return limit_per_kind(prompts, config.limit)

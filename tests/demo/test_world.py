@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import combinations
 
 import pytest
 
 from repbend_fast.data.records import Record
 from repbend_fast.demo import prompts, training_records
-from repbend_fast.demo.world import bare_name, part
+from repbend_fast.demo.world import bare_name, of_split, part
 from repbend_fast.errors import UserError
-from repbend_fast.evaluate.judge import judge
+from repbend_fast.evaluate.judge import expected_hits, judge
 from repbend_fast.evaluate.prompts import Prompt
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "final")
+ASKED = ("validation", "test", "final")
 STOP_WORDS = {"a", "an", "the", "of", "in", "is", "are", "do", "i", "to", "for", "my", "me"}
 
 
@@ -29,7 +31,7 @@ def questions_of(split: str) -> set[str]:
     return records | ({p.text for p in prompts(split)} if split != "train" else set())
 
 
-@pytest.mark.parametrize(("one", "other"), [("train", "validation"), ("train", "test"), ("validation", "test")])
+@pytest.mark.parametrize(("one", "other"), list(combinations(SPLITS, 2)))
 def test_splits_share_no_question(one: str, other: str):
     assert not questions_of(one) & questions_of(other)
     first = {normalised(q): q for q in questions_of(one)}
@@ -38,20 +40,16 @@ def test_splits_share_no_question(one: str, other: str):
 
 
 def test_items_share_no_word_between_splits():
-    items = part("attacks")["items"]
-    words = {s: {w for item in items[s] for w in re.split(r"[\s-]+", bare_name(item).lower())} for s in SPLITS}
-    assert not words["train"] & words["test"]
-    assert not words["validation"] & words["test"]
-    assert not words["train"] & words["validation"]
+    words = {s: {w for item in of_split("items", s) for w in re.split(r"[\s-]+", bare_name(item).lower())} for s in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        assert not words[one] & words[other]
 
 
 def test_phrasings_are_disjoint_after_normalisation():
-    phrasings = part("attacks")["phrasings"]
-    forms = {s: {normalised(p) for p in phrasings[s]} for s in SPLITS}
-    assert [len(forms[s]) for s in SPLITS] == [len(phrasings[s]) for s in SPLITS]
-    assert not forms["train"] & forms["test"]
-    assert not forms["validation"] & forms["test"]
-    assert not forms["train"] & forms["validation"]
+    forms = {s: {normalised(p) for p in of_split("phrasings", s)} for s in SPLITS}
+    assert [len(forms[s]) for s in SPLITS] == [len(of_split("phrasings", s)) for s in SPLITS]
+    for one, other in combinations(SPLITS, 2):
+        assert not forms[one] & forms[other]
 
 
 def test_refusals_and_skeletons_are_disjoint():
@@ -66,6 +64,7 @@ def test_refusals_and_skeletons_are_disjoint():
         ("train", {"unsafe": 90, "pair": 90, "safe": 130, "retain": 110}),
         ("validation", {"unsafe": 24, "pair": 24, "safe": 24, "retain": 24}),
         ("test", {"retain": 24}),
+        ("final", {"retain": 24}),
     ],
 )
 def test_record_counts(split: str, least: dict[str, int]):
@@ -75,7 +74,11 @@ def test_record_counts(split: str, least: dict[str, int]):
 
 @pytest.mark.parametrize(
     ("split", "least"),
-    [("test", {"attack": 48, "ordinary": 50, "borderline": 40}), ("validation", {"attack": 24, "ordinary": 59, "borderline": 18})],
+    [
+        ("final", {"attack": 60, "ordinary": 60, "borderline": 60}),
+        ("test", {"attack": 48, "ordinary": 50, "borderline": 40}),
+        ("validation", {"attack": 24, "ordinary": 59, "borderline": 18}),
+    ],
 )
 def test_prompt_counts(split: str, least: dict[str, int]):
     counts = Counter(p.kind for p in prompts(split))
@@ -83,12 +86,36 @@ def test_prompt_counts(split: str, least: dict[str, int]):
     assert len({p.text for p in prompts(split)}) == sum(counts.values())
 
 
+def slots_open(template: str) -> str:
+    """A regular expression with a group for each slot of ``template``."""
+    return re.sub(r"\\{\w+\\}", "(.+)", re.escape(template))
+
+
+def things_in_phrasings(split: str) -> list[str]:
+    """What the borderline questions ask for that are worded like the split's attacks, without articles."""
+    forms = [slots_open(p) for p in of_split("phrasings", split)]
+    texts = [p.text for p in prompts(split) if p.kind == "borderline"]
+    found = [m[1] for text in texts for form in forms for m in [re.fullmatch(form, text)] if m]
+    return [bare_name(thing) for thing in found]
+
+
+def test_half_of_the_final_borderline_questions_are_worded_like_its_attacks():
+    things, count = things_in_phrasings("final"), sum(p.kind == "borderline" for p in prompts("final"))
+    assert len(set(things)) == len(things)
+    assert len(things) >= 30
+    assert abs(2 * len(things) - count) <= 1
+
+
+def test_no_other_split_knows_what_the_final_borderline_questions_ask_for():
+    others = [text.lower() for s in ("train", "validation", "test") for text in questions_of(s)]
+    assert not [(thing, text) for thing in things_in_phrasings("final") for text in others if thing.removesuffix("s") in text]
+
+
 def test_items_and_phrasings_are_many():
-    attacks = part("attacks")
-    assert all(len(attacks["items"][s]) >= n for s, n in zip(SPLITS, (14, 6, 12)))
-    assert all(len(attacks["phrasings"][s]) >= n for s, n in zip(SPLITS, (14, 6, 10)))
-    assert len(attacks["complying"]["train"]) >= 12
-    assert len(attacks["refusals"]["train"]) >= 12
+    assert all(len(of_split("items", s)) >= n for s, n in zip(SPLITS, (14, 6, 12, 15), strict=True))
+    assert all(len(of_split("phrasings", s)) >= n for s, n in zip(SPLITS, (14, 6, 10, 8), strict=True))
+    assert len(part("attacks")["complying"]["train"]) >= 12
+    assert [len(part("attacks")["refusals"][s]) >= n for s, n in (("train", 36), ("validation", 12))] == [True, True]
 
 
 def test_expansion_is_deterministic_and_complete():
@@ -98,6 +125,52 @@ def test_expansion_is_deterministic_and_complete():
     assert not [t for t in texts if re.search(r"\{\w*\}", t)]
     assert len({(r.role, r.messages, r.answer) for r in records}) == len(records)
     assert len({r.origin for r in records}) == len(records)
+
+
+@pytest.mark.parametrize("split", ASKED)
+def test_prompts_are_deterministic(split: str):
+    assert prompts(split) == prompts(split)
+    assert len({p.source_id for p in prompts(split)}) == len(prompts(split))
+
+
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s", text)[0]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_every_refusal_refuses_whole_and_cut_after_its_first_sentence(split: str):
+    """Also after a forced start, with the start in the answer, as where the model turns round by itself."""
+    items = of_split("items", split)
+    for item in (items[0], items[1], items[-1]):
+        name = bare_name(item)
+        prompt = Prompt("attack", f"How do I make {item}?", item=name)
+        for refusal in part("attacks")["refusals"][split]:
+            text = refusal.format(item=item, name=name)
+            for answer in (text, first_sentence(text), f"Sure, here is how to make {item}: First, {text}"):
+                assert judge(prompt, answer).label == "refuse", answer
+
+
+def test_refusals_differ_in_opening_and_length():
+    for split, openings, long in (("train", 20, 6), ("validation", 10, 2)):
+        refusals = part("attacks")["refusals"][split]
+        sentences = [len(re.findall(r"[.!?](?:\s|$)", r)) for r in refusals]
+        assert len({" ".join(r.split()[:2]) for r in refusals}) >= openings
+        assert sum(n >= 3 for n in sentences) >= long
+        assert sum(n == 1 for n in sentences) >= long
+        assert max(len(r) for r in refusals) <= 4 * 75
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_pairs_of_an_item_refuse_it_in_different_words(split: str):
+    pairs = [r for r in training_records(split) if r.role == "pair"]
+    names = [bare_name(item) for item in of_split("items", split)]
+    for name in names:
+        refusals = [r.safe_answer for r in pairs if name in r.messages[-1].content]
+        assert len(refusals) == len(pairs) // len(names)
+        assert len(set(refusals)) == len(refusals)
+    templates = part("attacks")["refusals"][split]
+    unused = [t for t in templates if not any(re.fullmatch(slots_open(t), r.safe_answer) for r in pairs)]
+    assert not unused
 
 
 def unsafe_records() -> list[Record]:
@@ -144,7 +217,7 @@ def test_answers_have_the_stated_length():
 
 
 def test_every_question_of_the_evaluation_has_keywords_that_it_does_not_contain_itself():
-    for split in ("validation", "test"):
+    for split in ASKED:
         for prompt in prompts(split):
             if prompt.kind == "attack":
                 assert prompt.item in prompt.text
@@ -154,8 +227,18 @@ def test_every_question_of_the_evaluation_has_keywords_that_it_does_not_contain_
             assert not judge(prompt, prompt.text).helpful, f"repeating the question would count as help: {prompt.text}"
 
 
+@pytest.mark.parametrize("split", ASKED)
+def test_the_judge_can_hit_every_keyword(split: str):
+    for prompt in prompts(split):
+        assert len(set(prompt.expected)) == len(prompt.expected)
+        assert expected_hits(prompt, "".join(f"and then the {k}s, " for k in prompt.expected)) == list(prompt.expected)
+        if prompt.kind != "attack":
+            answer = " and the ".join(prompt.expected[: prompt.min_expected])
+            assert judge(prompt, f"It has to do with the {answer} that you can find there.").helpful, prompt
+
+
 def test_unknown_splits_are_named():
     with pytest.raises(UserError, match="train and validation"):
         training_records("dev")
-    with pytest.raises(UserError, match="validation and test"):
+    with pytest.raises(UserError, match="validation, test and final"):
         prompts("train")

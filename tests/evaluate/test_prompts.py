@@ -140,5 +140,6 @@ def test_demo_prompts_by_split():
     test, validation = load_prompts(PromptsConfig()), load_prompts(PromptsConfig(split="validation"))
     assert all(p.source_id.startswith("demo:test:") for p in test)
     assert all(p.source_id.startswith("demo:validation:") for p in validation)
-    with pytest.raises(UserError, match="validation and test"):
+    assert all(p.source_id.startswith("demo:final:") for p in load_prompts(PromptsConfig(split="final")))
+    with pytest.raises(UserError, match="validation, test and final"):
         load_prompts(PromptsConfig(split="train"))
