@@ -38,7 +38,7 @@ def build_objective(config: ObjectiveSection, num_blocks: int, steps: int | None
     """
     if isinstance(config, CustomObjectiveConfig):
         return load_class(config.name)(config.settings, num_blocks, steps)
-    return OBJECTIVES[config.name](config, num_blocks, steps)
+    return OBJECTIVES[config.name](config.at_depth(num_blocks), num_blocks, steps)
 
 
 def roles_of(config: ObjectiveSection) -> tuple[Role, ...]:
