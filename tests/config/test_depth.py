@@ -77,3 +77,26 @@ def test_rmu_s_blocks_follow_its_layer(tmp_path) -> None:
     assert (lora.blocks, lora.target_modules) == ("last_three", ["down_proj"])
     assert [adapted_blocks(lora, *n) for n in ((8, 32), (2, 4), (4, 4))] == [[5, 6, 7], [0, 1], [1, 2, 3]]
     assert adapted_blocks(LoraSection(), 3, 4) == adapted_blocks(LoraSection(), 4, 4) == [0, 1, 2, 3]
+
+
+def test_the_recipe_for_any_model_asks_for_model_and_data_and_nothing_else() -> None:
+    needed = ["model.name=org/some-model", "data.sources=mine.jsonl"]
+    for missing in (0, 1):
+        with pytest.raises(UserError) as caught:
+            load_config("any", needed[1 - missing : 2 - missing])
+        assert (
+            str(caught.value)
+            == (
+                "any.yaml: model is missing; set model.name, which must be text",
+                "any.yaml: data is missing; set data.sources, which must be a list of sources, at least 1",
+            )[missing]
+        )
+    config = load_config("any", needed)
+    objective = config.objective
+    assert isinstance(objective, ObjectiveConfig)
+    assert (objective.window_start, objective.window_size, objective.distance_unit) == ("auto", "auto", "reference")
+    assert objective.kl_limit is not None
+    assert objective.kl_reduction == "token"
+    assert config.validation.every
+    assert config.validation.patience > 1
+    assert [source.path for source in config.data.sources] == ["mine.jsonl"]
