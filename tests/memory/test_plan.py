@@ -171,3 +171,12 @@ def test_choose_levers_without_a_budget_is_the_recipe(tmp_path: Path) -> None:
 def test_limits_come_from_the_recipe(tmp_path: Path) -> None:
     limits = limits_of(recipe(tmp_path))
     assert (limits.prompt, limits.answer, limits.longest) == (LONGEST, LONGEST, 2 * LONGEST)
+
+
+def test_units_of_the_reference_and_a_window_by_depth_are_planned(tmp_path: Path) -> None:
+    """Units are constants, whatever they are: the same plan, for the window that the depth gives."""
+    expected = Planner(recipe(tmp_path, "objective.window_start=5", "objective.window_size=3"), torch.device("cpu")).plan(None)
+    auto = ("objective.window_start=auto", "objective.window_size=auto", "objective.distance_unit=reference")
+    found = Planner(recipe(tmp_path, *auto), torch.device("cpu")).plan(None)
+    assert found.total == pytest.approx(expected.total, rel=1e-3)
+    assert set(found.streams) == set(expected.streams)
