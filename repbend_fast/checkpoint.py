@@ -87,6 +87,8 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     lora = {f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()}
     model = {f"model.{key}": getattr(config.model, key) for key in ("dtype", "quantization", "double_quantization")}
     fixed = lora | model | {"training.optimizer": config.training.optimizer, "objective.name": config.objective.name}
+    if hasattr(config.objective, "distance_unit"):
+        fixed["objective.distance_unit"] = config.objective.distance_unit
     if config.validation.every:
         # The validation before training, which the others are compared with, was measured on these.
         settings = config.validation.model_dump(mode="json", include={"prompts", "max_new_tokens", "sources", "holdout"})
@@ -108,7 +110,8 @@ def read_state(path: Path, config: Config) -> dict[str, Any]:
     if missing := {"step", "sampler", "guard", "stopped", "settings", "limits"} - plain.keys():
         raise UserError(_damaged(path, f"state.json has no {', '.join(sorted(missing))}"))
     for key, own in fixed_settings(config).items():
-        written = plain["settings"].get(key, own)  # one of a run without validation has no settings of it
+        # One of a run without validation has no settings of it; distances had one unit before there was a choice.
+        written = plain["settings"].get(key, "state" if key == "objective.distance_unit" else own)
         if written != own:
             # Without sources the held-out records would become training data, with which the sampler cannot go on.
             off = key.startswith(YARDSTICK) and config.validation.sources

@@ -51,6 +51,11 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def units(self) -> Path:
+        """With distances in units of the reference: the length that counts as 1, by hidden state."""
+        return self.path / "units.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

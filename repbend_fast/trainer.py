@@ -24,8 +24,11 @@ from repbend_fast.checkpoint import (
     save_checkpoint,
 )
 from repbend_fast.config import Config, resolved_yaml
+from repbend_fast.config.objectives import CustomObjectiveConfig
+from repbend_fast.config.schema import at_depth
 from repbend_fast.data.prefetch import PreparedBatches
 from repbend_fast.data.prepare import RunData
+from repbend_fast.dual import KLWeight
 from repbend_fast.errors import UserError
 from repbend_fast.evaluate.command import drop_stale, evaluate_sides
 from repbend_fast.evaluate.rates import rates_line
@@ -45,8 +48,9 @@ from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
 from repbend_fast.optimizer import build_optimizer, learning_rate, load_moments
 from repbend_fast.preflight import Ready, prepare_run
-from repbend_fast.runs import RunFolder, only_training, remove_leftovers, start_folder, write_text
+from repbend_fast.runs import RunFolder, only_training, remove_leftovers, start_folder, write_json, write_text
 from repbend_fast.step import StreamResult, checked_runner, dropout_seed
+from repbend_fast.step.units import measure_units
 from repbend_fast.validation import Guard, Validation, Validator
 
 INTERRUPTED = 130
@@ -93,9 +97,10 @@ def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
         moved = start_folder(run)
         if moved:
             say(f"an earlier run was in {run.path}; it is now in {moved}")
-        write_text(run.config, resolved_yaml(config))
+        write_text(run.config, resolved_yaml(trainer.config))
         trainer.log = MetricsLog(run.metrics)
         trainer.log_plan(ready.plan)
+        trainer.use_units({})
         evaluate_sides(run, config, trainer.runner, ready.data, "before")
     else:
         trainer.resume(ready.checkpoint)
@@ -117,12 +122,14 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run: RunFolder, data: RunData, levers: Levers | None = None) -> None:
-        self.config = config
         self.run = run
         self.data = data
         self.batches = PreparedBatches(data.sampler)
         base = load_model(config.model)
-        self.objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps, config.training.seed)
+        num_blocks = find_decoder(base).num_blocks
+        self.config = config = at_depth(config, num_blocks)
+        self.objective = build_objective(config.objective, num_blocks, config.training.steps, config.training.seed)
+        self.kl_weight = KLWeight.of(config.objective)
         self.model: Any = attach_lora(base, config.lora, (self.objective.last_state,))
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
         levers = levers or levers_of(config.memory, self.model)
@@ -182,6 +189,19 @@ class Trainer:
             line = show_plan(plan)
             self.log.write("event", self.step, event="memory_plan", reason=line, levers=plan.levers.as_dict(), planned_bytes=plan.total)
 
+    def use_units(self, known: dict[int, float]) -> None:
+        """Measure the units that the objective's distances count in, where it asks for any, and keep them in the run's folder."""
+        section = self.config.objective
+        if not isinstance(section, CustomObjectiveConfig) and getattr(section, "distance_unit", "state") == "state":
+            return
+        units = measure_units(self.runner, self.objective, self.data.sampler.sets, known)
+        self.runner.units.update(units)
+        if units != known:
+            shown = ", ".join(f"{layer}: {unit:.4g}" for layer, unit in units.items())
+            self.log.write("event", self.step, event="units", reason=f"lengths that count as 1, by hidden state: {shown}")
+        if units:
+            write_json(self.run.units, {str(layer): unit for layer, unit in units.items()})
+
     def finish(self) -> None:
         """Make the best adapter the run's result, evaluate it, write the report."""
         self.batches.close()
@@ -223,6 +243,8 @@ class Trainer:
             self.guard.reopen()
         load_moments(self.optimizer, state.tensors["optimizer"], self.config.training)
         self.scaler.load_state_dict(state.tensors["scaler"])
+        if self.kl_weight and state.plain.get("kl_weight") is not None:
+            self.kl_weight.set(state.plain["kl_weight"])
         self.best_weights = state.tensors["best"]
         if not self.config.validation.every:
             if self.stopped:
@@ -239,6 +261,7 @@ class Trainer:
         # Settings given with --resume belong to the run from here on, also when it is resumed again.
         write_text(self.run.config, resolved_yaml(self.config))
         self.log = MetricsLog(self.run.metrics, last_step=self.step)
+        self.use_units({int(layer): unit for layer, unit in state.plain.get("units", {}).items()})
         self.log.write("event", self.step, event="resumed", reason=checkpoint.name)
         say(f"resumed from {checkpoint} at step {self.step}")
 
@@ -249,6 +272,8 @@ class Trainer:
             "stopped": self.stopped,
             "settings": fixed_settings(self.config) | self.yardstick,
             "limits": self.guard.limits_in_force(),
+            "units": {str(layer): unit for layer, unit in self.runner.units.items()},
+            "kl_weight": self.kl_weight.value if self.kl_weight else None,
             "levers": {"first": self.first_levers.as_dict(), "last": self.runner.levers.as_dict()},
         }
         tensors = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "best": self.best_weights}
@@ -257,21 +282,30 @@ class Trainer:
     def _train_step(self, progress: ProgressLine) -> None:
         settings = self.config.training
         started = time.perf_counter()
+        ran: list[Stream] = []
         results: list[StreamResult] = []
         scale = self.scaler.get_scale() / settings.accumulation
         for micro_batch, streams in enumerate(self._micro_batches()):
+            if self.kl_weight:
+                streams = [self.kl_weight.weigh(stream) for stream in streams]
+            ran += streams
             seed = dropout_seed(settings.seed, self.step, micro_batch)
             results += [self.runner.backward(stream, scale, dropout_seed=seed) for stream in streams]
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm or math.inf)
         # The step's one wait for the device (bitsandbytes' optimizers add theirs): a non-finite gradient must not reach the weights.
-        self._check_finite(results, norm)
+        kl = self.kl_weight.measured(ran, results, settings.accumulation) if self.kl_weight else None
+        kl_now = self._check_finite(results, norm, kl)
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        extra = {}
+        if self.kl_weight and kl_now is not None:
+            extra["kl_weight"] = self.kl_weight.value  # of this step; the next one's follows
+            self.kl_weight.update(kl_now)
         if self.step % settings.log_every and self.step != settings.steps:
             return
         seconds = time.perf_counter() - started
@@ -290,6 +324,7 @@ class Trainer:
             tokens_per_second=tokens / seconds,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(self.runner.device),
+            **extra,
         )
         progress.update(self.step, loss, terms, tokens / seconds)
 
@@ -318,14 +353,18 @@ class Trainer:
         self.log.write("event", self.step, event="out_of_memory", reason=line, allocator=allocator, levers=self.runner.levers.as_dict())
         say(line)
 
-    def _check_finite(self, results: list[StreamResult], norm: Tensor) -> None:
+    def _check_finite(self, results: list[StreamResult], norm: Tensor, kl: Tensor | None = None) -> float | None:
+        """Refuse a step that is not finite. Returns the value of ``kl``, read in the same wait."""
         values = [r.loss for r in results]
         # Overflowed gradients only make the scaler skip the step and halve its scale; at a scale of 1 there is nothing left to halve.
         if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
             values.append(norm.to(values[0]))
         finite = torch.isfinite(torch.stack(values)).all()
-        if bool(finite):
-            return
+        if kl is None:
+            if bool(finite):
+                return None
+        elif not math.isnan(value := float(torch.where(finite, kl, math.nan))):
+            return value
         bad = sorted({name for r in results for name, value in r.terms.items() if not math.isfinite(float(value))})
         what = f"the loss is not finite (term {', '.join(bad)})" if bad else "the gradient is not finite"
         self.log.write("event", self.step, event="not_finite", reason=what)

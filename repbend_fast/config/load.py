@@ -97,7 +97,7 @@ class _Settings:
         # The objective's name decides what the other keys mean.
         for override in sorted(overrides, key=lambda o: o.name != "objective.name"):
             origin = Origin(override.spelled)
-            name = published.renamed(self.objective).get(override.name, override.name)
+            name = published.bare(published.renamed(self.objective).get(override.name, override.name))
             try:
                 value = parse_value(override.text)
             except yaml.YAMLError:

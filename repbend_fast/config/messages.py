@@ -61,6 +61,10 @@ def explain(error: ValidationError, origins: Mapping[Key, Origin], name: str, ob
         known = children(place.section) if place.section else []
         return f"{origin.prefix}unknown key {'.'.join(map(str, path))}{suggestion(str(path[-1]), known)}"
     if kind == "missing" and path == place.path:
+        required = [key for key, field in place.section.model_fields.items() if field.is_required()] if place.section else []
+        if required:
+            key = locate((*path, required[0]), objective)
+            return f"{name}: {place.name} is missing; set {key.name}, which must be {allowed(key)}"
         return f"{name}: {place.name} is missing; it must be {allowed(place)}"
     return _wrong_value(place, _whole_value(place, path, value, found), _origin(origins, path), name, first)
 

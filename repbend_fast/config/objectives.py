@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
@@ -28,6 +28,20 @@ PaddedLength = Annotated[
 ]
 
 
+Auto = Literal["auto"]
+DistanceUnit = Annotated[
+    Literal["state", "reference"],
+    Field(description="What distances count in: the states' own length, or the median norm of each hidden state's reference rows."),
+]
+PUBLISHED_DEPTH = 32
+"""Blocks of the models that hidden states are published for."""
+
+
+def at_share(state: int, num_blocks: int) -> int:
+    """The hidden state of a model with ``num_blocks`` blocks that lies as deep as ``state`` does in one with 32; at least 1."""
+    return max(1, (2 * state * num_blocks + PUBLISHED_DEPTH) // (2 * PUBLISHED_DEPTH))
+
+
 class ObjectiveSection(Section):
     """What the rest of the program asks any objective's settings."""
 
@@ -35,8 +49,12 @@ class ObjectiveSection(Section):
 
     @property
     def last_state(self) -> int | None:
-        """The last hidden state that LoRA has to reach; None = the model's last."""
+        """The last hidden state that LoRA has to reach; None = the model's last, or not known before the model's depth is."""
         return None
+
+    def at_depth(self, num_blocks: int) -> Self:
+        """These settings with every ``auto`` replaced by its share of a model with ``num_blocks`` blocks."""
+        return self
 
     @property
     def needs_pairs(self) -> bool:
@@ -58,26 +76,67 @@ class ObjectiveSection(Section):
         yield from ()
 
 
-class WindowSection(ObjectiveSection):
+class KLLimitSection(ObjectiveSection):
+    """Settings of objectives whose KL on the retain stream may get its weight from a limit (``repbend_fast/dual.py``)."""
+
+    kl_key: ClassVar[str] = "kl"
+
+    kl_limit: AboveZero | None = Field(
+        None, description="Let the KL's weight rise while the KL term of a step is above this and fall while below; none = constant."
+    )
+    kl_rate: AboveZero | None = Field(
+        None, description="What the weight changes by per step and unit of KL above kl_limit; none = 0.05 x weight / kl_limit."
+    )
+    kl_max: AboveZero | None = Field(None, description="The most that the weight may become; none = 10 x the weight it starts from.")
+
+    @property
+    def kl_weight(self) -> float:
+        """The KL's weight, or what it starts from."""
+        return float(getattr(self, self.kl_key))
+
+    def errors(self) -> Iterator[str]:
+        yield from super().errors()
+        if self.kl_limit is None:
+            return
+        if not self.kl_weight:
+            yield f"objective.kl_limit={self.kl_limit:g} needs a weight to start from; set objective.{self.kl_key} above 0"
+        elif self.kl_max is not None and self.kl_max < self.kl_weight:
+            yield f"objective.kl_max={self.kl_max:g} is less than objective.{self.kl_key}={self.kl_weight:g}, where the weight starts"
+
+
+class WindowSection(KLLimitSection):
     """Settings of objectives that bend a window of hidden states and keep the retain stream by KL."""
 
-    window_start: NonNegative = Field(20, description="First hidden state of the window (0 is the embedding output).")
-    window_size: Positive = 11
+    window_start: NonNegative | Auto = Field(
+        20, description="First hidden state of the window (0 is the embedding output); auto = as deep as 20 of 32 blocks."
+    )
+    window_size: Positive | Auto = Field(11, description="Hidden states in the window; auto = as large a share as 11 of 32.")
+    distance_unit: DistanceUnit = "state"
     alpha_mode: Literal["all", "target"] = Field("all", description="Hidden states of the safe term: all, or the window.")
     kl_reduction: Literal["sequence", "token"] = "sequence"
     temperature: AboveZero = 2.0
 
     @property
     def window(self) -> tuple[int, ...]:
-        """Hidden-state indices that the bending terms read."""
+        """Hidden-state indices that the bending terms read; ``at_depth`` gives settings that have them."""
+        if isinstance(self.window_start, str) or isinstance(self.window_size, str):
+            raise ValueError("the window is auto until the model's depth is known: use at_depth(num_blocks)")
         return tuple(range(self.window_start, self.window_start + self.window_size))
 
     @property
     def last_state(self) -> int | None:
-        return max(self.window)
+        return None if "auto" in (self.window_start, self.window_size) else max(self.window)
+
+    def at_depth(self, num_blocks: int) -> Self:
+        start = at_share(20, num_blocks) if self.window_start == "auto" else self.window_start
+        size = self.window_size
+        if size == "auto":
+            size = max(1, min(at_share(11, num_blocks), num_blocks + 1 - int(start)))
+        return self.model_copy(update={"window_start": start, "window_size": size})
 
     def errors(self) -> Iterator[str]:
-        if max(self.window) == 0:
+        yield from super().errors()
+        if self.last_state == 0:
             yield "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; choose a window beyond 0"
 
 
@@ -138,7 +197,10 @@ class CircuitBreakerConfig(RefusalSection):
 
     name: Literal["circuit_breaker"] = "circuit_breaker"
     coefficient: AboveZero = Field(10.0, description="a of c_r = a·t/(2T) and c_f = a·(1 − t/(2T)); published: 10 Llama-3, 5 Mistral.")
-    layers: Annotated[list[Positive], Field(min_length=1)] = Field([10, 20], description="Hidden states that forget rows are rerouted at.")
+    layers: Annotated[list[Positive], Field(min_length=1)] | Auto = Field(
+        [10, 20], description="Hidden states that forget rows are rerouted at; auto = as deep as 10 and 20 of 32 blocks."
+    )
+    distance_unit: DistanceUnit = "state"
     schedule_steps: Positive | None = Field(None, description="T of the schedule; none = training.steps.")
     loss_mode: AnswerMode = "prompt_response"
     published_quirks: Quirks = False
@@ -146,15 +208,20 @@ class CircuitBreakerConfig(RefusalSection):
 
     @property
     def last_state(self) -> int | None:
-        return max(self.layers)
+        return None if isinstance(self.layers, str) else max(self.layers)
+
+    def at_depth(self, num_blocks: int) -> Self:
+        layers = sorted({at_share(10, num_blocks), at_share(20, num_blocks)}) if self.layers == "auto" else self.layers
+        return self.model_copy(update={"layers": layers})
 
 
 class RMUConfig(ObjectiveSection):
     """RMU: L = MSE(h(forget), c·u) + retain·MSE(h(retain), r(retain)) at one hidden state."""
 
     name: Literal["rmu"] = "rmu"
-    layer: Positive = Field(8, description="Hidden state that is steered: 8 is the output of block 7.")
-    coefficient: AboveZero = Field(6.5, description="c, the length of the fixed random direction.")
+    layer: Positive | Auto = Field(8, description="Hidden state that is steered: 8 is the output of block 7; auto = as deep as 8 of 32.")
+    distance_unit: DistanceUnit = "state"
+    coefficient: AboveZero = Field(6.5, description="c, the length of the fixed random direction, in distance_unit.")
     retain: Weight = 1200.0
     direction_seed: NonNegative = Field(42, description="Seed of the fixed random direction u.")
     loss_mode: AnswerMode = "prompt_response"
@@ -163,16 +230,22 @@ class RMUConfig(ObjectiveSection):
 
     @property
     def last_state(self) -> int | None:
-        return self.layer
+        return None if isinstance(self.layer, str) else self.layer
+
+    def at_depth(self, num_blocks: int) -> Self:
+        return self.model_copy(update={"layer": at_share(8, num_blocks) if self.layer == "auto" else self.layer})
 
     @staticmethod
-    def trained_modules(layer: int) -> dict[str, Any]:
+    def trained_modules(layer: int | Auto) -> dict[str, Any]:
         """The published choice of what is trained, as settings of ``lora``: the last three blocks before the layer."""
-        return {"target_modules": ["down_proj"], "blocks": list(range(max(0, layer - 3), layer))}
+        blocks = "last_three" if isinstance(layer, str) else list(range(max(0, layer - 3), layer))
+        return {"target_modules": ["down_proj"], "blocks": blocks}
 
 
-class NPOConfig(ObjectiveSection):
+class NPOConfig(KLLimitSection):
     """NPO: L = −(2/β)·mean log σ(β(NLL − NLL_ref)) on forget (+ retain_nll·NLL + retain_kl·T²KL on retain)."""
+
+    kl_key: ClassVar[str] = "retain_kl"
 
     name: Literal["npo"] = "npo"
     beta: AboveZero = 0.1

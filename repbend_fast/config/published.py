@@ -165,6 +165,12 @@ def _target_layers(value: Any) -> Translation:
     return Translation([("objective.window_start", start), ("objective.window_size", len(layers))], (note,))
 
 
+def _window(value: Any) -> Translation:
+    if value != "auto":
+        raise Refused("auto; numbers go into window_start and window_size")
+    return Translation([("objective.window_start", "auto"), ("objective.window_size", "auto")])
+
+
 TRANSLATED: dict[str, Callable[[Any], Translation]] = {
     "lr_scheduler_type": _choice(
         "training.schedule", {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
@@ -183,6 +189,8 @@ TRANSLATED: dict[str, Callable[[Any], Translation]] = {
     ),
     "transform_layers": _transform_layers,
     "target_layers": _target_layers,
+    # No published name: both keys of the window in one.
+    "window": _window,
     "q_lora": _flag("model.quantization", "nf4", "none"),
     "bf16": _flag("model.dtype", "bfloat16", "float32"),
     "gradient_checkpointing": _flag("memory.checkpoint_blocks", "all", 0),
@@ -194,6 +202,7 @@ SECTION_OF: dict[str, str] = {
     "optim": "training",
     "transform_layers": "lora",
     "target_layers": "objective",
+    "window": "objective",
     "q_lora": "model",
     "bf16": "model",
     "gradient_checkpointing": "memory",
@@ -210,6 +219,12 @@ def renamed(objective: str) -> dict[str, str]:
 def names(objective: str) -> frozenset[str]:
     """Published names that are understood with this objective in force."""
     return frozenset(renamed(objective)) | frozenset(IGNORED) | frozenset(FIXED) | frozenset(TRANSLATED)
+
+
+def bare(name: str) -> str:
+    """A translated name without the section that it is written in, ``window`` of ``objective.window``; any other name as it is."""
+    section, _, last = name.rpartition(".")
+    return last if section and SECTION_OF.get(last) == section else name
 
 
 def translate(name: str, value: Any, objective: str = "repbend") -> Translation:

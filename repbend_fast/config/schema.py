@@ -50,8 +50,10 @@ class LoraSection(Section):
     target_modules: Annotated[list[str], Field(min_length=1)] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], description="Linear layers that get LoRA."
     )
-    blocks: list[NonNegative] | Literal["to_window"] = Field(
-        "to_window", description="Decoder blocks that get LoRA. `to_window` = 0 … max(window), the published `transform_layers: -1`."
+    blocks: list[NonNegative] | Literal["to_window", "last_three"] = Field(
+        "to_window",
+        description="Decoder blocks that get LoRA. `to_window` = 0 … max(window), the published `transform_layers: -1`; `last_three` = "
+        "those before the last hidden state that the objective reads.",
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -210,13 +212,19 @@ class Config(Section):
         if not isinstance(objective, dict) or objective.get("name") != "rmu" or not isinstance(lora, dict):
             return values
         layer = objective.get("layer", RMUConfig().layer)
-        return {**values, "lora": RMUConfig.trained_modules(layer) | lora} if type(layer) is int and layer > 0 else values
+        known = layer == "auto" or (type(layer) is int and layer > 0)
+        return {**values, "lora": RMUConfig.trained_modules(layer) | lora} if known else values
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         for reason in combination_errors(self):
             raise ValueError(reason)
         return self
+
+
+def at_depth(config: Config, num_blocks: int) -> Config:
+    """The configuration of a run on a model with ``num_blocks`` blocks: no hidden state of the objective is ``auto`` any more."""
+    return config.model_copy(update={"objective": config.objective.at_depth(num_blocks)})
 
 
 def combination_errors(config: Config) -> Iterator[str]:
@@ -227,7 +235,7 @@ def combination_errors(config: Config) -> Iterator[str]:
     if isinstance(config.lora.blocks, list):
         blocks = config.lora.blocks
         if not blocks or len(set(blocks)) != len(blocks):
-            yield f"lora.blocks={blocks}: must be different block numbers, at least one, or to_window"
+            yield f"lora.blocks={blocks}: must be different block numbers, at least one, or to_window or last_three"
         elif last is not None and min(blocks) >= last:
             yield f"lora.blocks={blocks} lie behind the window, which ends at hidden state {last}; include a block below {last}"
     if taken := sorted(TEMPLATE_CALL & config.data.chat_template_kwargs.keys()):

@@ -19,7 +19,7 @@ from repbend_fast.memory.levers import Levers
 from repbend_fast.memory.scratch import HEAD_OPS, head_scratch, op_scratch
 from repbend_fast.memory.shapes import fake_zeros, shape_model
 from repbend_fast.memory.tracker import MemoryTracker, module_tensors, tensor_bytes
-from repbend_fast.models.adapters import trainable_parameters
+from repbend_fast.models.adapters import adapted_blocks, trainable_parameters
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.objectives.base import Stream
 from repbend_fast.step import StreamRunner
@@ -65,6 +65,8 @@ def measure_piece(model: Any, stream: Stream, levers: Levers, device: torch.devi
 def track_stream(tracker: MemoryTracker, model: Any, stream: Stream, levers: Levers, autocast: torch.dtype | None) -> int:
     """Run ``stream`` under ``tracker``; returns the bytes of the model and of accumulated gradients, which it watches."""
     runner = StreamRunner(model, levers, autocast=autocast, uses_head=stream.head is not None or stream.answers is not None)
+    # Constants take no memory, whatever their values.
+    runner.units.update(dict.fromkeys(stream.layers, 1.0))
     trained = trainable_parameters(model)
     for parameter in trained:
         parameter.grad = fake_zeros(parameter)
@@ -152,7 +154,7 @@ def shallow(stream: Stream, stop: int, to: int) -> tuple[Stream, int]:
     if stream.pairwise:
         changes["pairwise"] = replace(stream.pairwise, layers=moved(stream.pairwise.layers) or (to,))
     if stream.triplets:
-        halves = {}
+        halves: dict[str, Any] = {}
         for name, half in (("safe", stream.triplets.safe), ("unsafe", stream.triplets.unsafe)):
             kept = moved(half.layers) or (to,)
             cut += sum(end - start for start, end in half.spans) * (len(half.layers) - len(kept))
@@ -170,7 +172,7 @@ class PeakMeter:
         self.device = device
         self.packing = packing
         self.autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
-        blocks = range(min(max(window) + 1, num_blocks)) if config.lora.blocks == "to_window" else config.lora.blocks
+        blocks = adapted_blocks(config.lora, max(window), num_blocks)
         self.first_block = min(blocks)
         self.block_gradients = tensor_bytes(trainable_parameters(whole)) // len(blocks)
         self.models = []

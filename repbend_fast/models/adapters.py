@@ -19,12 +19,20 @@ from repbend_fast.models.lora import use_low_rank_forward
 ADAPTER = "default"
 
 
+def adapted_blocks(lora: LoraSection, last_state: int, num_blocks: int) -> list[int]:
+    """The blocks that get LoRA: with ``to_window`` 0 … ``last_state``, capped at the last block (published ``transform_layers: -1``)."""
+    if isinstance(lora.blocks, list):
+        return list(lora.blocks)
+    if lora.blocks == "last_three":
+        return list(range(max(0, last_state - 3), min(last_state, num_blocks)))
+    return list(range(min(last_state + 1, num_blocks)))
+
+
 def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
     """Wrap ``model`` in a PEFT model with one trainable LoRA adapter (B = 0, so nothing changes yet).
 
     Args:
-        window: hidden-state indices of the bending terms; ``lora.blocks = to_window`` adapts blocks 0 … max(window), capped
-            at the last block (published ``transform_layers: -1``).
+        window: hidden-state indices of the bending terms, of which ``adapted_blocks`` takes the last.
 
     Raises:
         UserError: a block or a target module that the model does not have, or a head among the targets.
@@ -32,7 +40,7 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     blocks = find_decoder(model).num_blocks
-    wanted = list(range(min(max(window), blocks - 1) + 1)) if lora.blocks == "to_window" else list(lora.blocks)
+    wanted = adapted_blocks(lora, max(window), blocks)
     if wanted and max(wanted) >= blocks:
         raise UserError(f"lora.blocks={lora.blocks}: the model has blocks 0 … {blocks - 1}")
     if "lm_head" in lora.target_modules:

@@ -39,6 +39,7 @@ def build_objective(config: ObjectiveSection, num_blocks: int, steps: int | None
     """
     if isinstance(config, CustomObjectiveConfig):
         return load_class(config.name)(config.settings, num_blocks, steps)
+    config = config.at_depth(num_blocks)
     if isinstance(config, RefusalSection):
         return OBJECTIVES[config.name](config, num_blocks, steps, seed)
     return OBJECTIVES[config.name](config, num_blocks, steps)

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from repbend_fast.data.records import Batch, Role, Sequence
 
 Span = tuple[int, int]
 """Half-open range of positions of one sequence; (0, 0) selects nothing."""
 
+Unit = Literal["state", "reference"]
+"""What distances count in: the states' own length, or per hidden state the median norm of its reference rows (``step/units.py``)."""
+
+UNIT_POWER = {"l2": 1, "mse": 2}
+"""The power of a length that a kind of distance is; cosines have no unit."""
+
 
 @dataclass(frozen=True)
 class Direction:
-    """A fixed row c·u: u drawn from U[0, 1)^D with ``seed`` and normalised, c = ``length``."""
+    """A fixed row c·u: u drawn from U[0, 1)^D with ``seed`` and normalised, c = ``length`` in its term's unit."""
 
     seed: int
     length: float
@@ -31,6 +37,7 @@ class Distance:
     are compared with that sequence's row at the same position instead. With a ``target`` it is r for every row, and no
     reference is run for the term. With a ``limit`` (l2) no row counts for more than ``limit`` × ‖r‖, nor moves beyond.
     ``rows``: what the reported mean per hidden state divides by; None = the rows of ``spans``.
+    With ``unit`` "reference" an l2 distance is divided by its hidden state's unit, an mse by the unit's square.
     """
 
     name: str
@@ -43,6 +50,12 @@ class Distance:
     against: tuple[Sequence | None, ...] | None = None
     target: Direction | None = None
     rows: float | None = None
+    unit: Unit = "state"
+
+    @property
+    def unit_power(self) -> int:
+        """The power of the hidden state's unit that the distance is divided by."""
+        return UNIT_POWER.get(self.kind, 0) if self.unit == "reference" else 0
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,18 @@ class Triplets:
         safe     relu(‖h − r‖ − d(h, m_l) + margin)
         unsafe   relu(d(h, m_l) − d(h, r) + margin)          d = 1 − cos
 
-    ``unsafe.spans`` are the rows of m_l at every layer of either half, also where ``unsafe`` itself has no weight.
+    ``unsafe.spans`` are the rows of m_l at every layer of either half, also where ``unsafe`` itself has no weight. With ``unit``
+    "reference" ‖h − r‖ is divided by the hidden state's unit.
     """
 
     safe: Triplet
     unsafe: Triplet
+    unit: Unit = "state"
+
+    @property
+    def unit_power(self) -> int:
+        """As of a distance; without a weight the safe half, which alone has lengths, may have no rows to measure."""
+        return 1 if self.unit == "reference" and self.safe.weight else 0
 
     @property
     def halves(self) -> tuple[Triplet, Triplet]:
@@ -220,8 +240,8 @@ def padded_count(sequences: tuple[Sequence, ...], length: int | None) -> int:
     return max(1, len(sequences) * max([length or 0, *(len(s) for s in sequences)]))
 
 
-def l2_probe(name: str, sequences: tuple[Sequence, ...], layers: tuple[int, ...]) -> Iterator[Stream]:
+def l2_probe(name: str, sequences: tuple[Sequence, ...], layers: tuple[int, ...], unit: Unit = "state") -> Iterator[Stream]:
     """A stream of mean l2 distances over the answers' rows, where there are any sequences."""
     if sequences:
         spans = answer_rows(sequences)
-        yield Stream(name, sequences, (Distance(name, layers, spans, 1.0, count(spans) * len(layers)),))
+        yield Stream(name, sequences, (Distance(name, layers, spans, 1.0, count(spans) * len(layers), unit=unit),))

@@ -21,6 +21,8 @@ class CircuitBreaker:
     roles: tuple[Role, ...] = ("unsafe", "pair", "retain")
 
     def __init__(self, config: CircuitBreakerConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
+        config = config.at_depth(num_blocks)
+        assert not isinstance(config.layers, str)
         check_states("objective.layers", config.layers, num_blocks)
         self.config = config
         self.num_blocks = num_blocks
@@ -45,7 +47,8 @@ class CircuitBreaker:
 
     def probes(self, batch: Batch) -> list[Stream]:
         sequences = forget_sequences(batch)
-        return [*l2_probe("forget", sequences, self.layers), *l2_probe("retain", batch.retain, self.layers)]
+        unit = self.config.distance_unit
+        return [*l2_probe("forget", sequences, self.layers, unit), *l2_probe("retain", batch.retain, self.layers, unit)]
 
     def _forget(self, batch: Batch, weight: float) -> Stream:
         sequences = forget_sequences(batch)
@@ -58,4 +61,5 @@ class CircuitBreaker:
         rows = padded_count(batch.retain, self.config.padded_length) if self.config.published_quirks else count(spans)
         # The embedding's distance is zero and has no gradient; it is counted in the denominator and not read.
         layers = tuple(range(1, self.num_blocks + 1))
-        return Stream("retain", batch.retain, (Distance("retain", layers, spans, weight, rows * (self.num_blocks + 1)),))
+        term = Distance("retain", layers, spans, weight, rows * (self.num_blocks + 1), unit=self.config.distance_unit)
+        return Stream("retain", batch.retain, (term,))

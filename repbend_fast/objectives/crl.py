@@ -22,6 +22,7 @@ class CRL:
 
     def __init__(self, config: CRLConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
         del steps  # the weights are constant
+        config = config.at_depth(num_blocks)
         check_states("objective.window_start + window_size - 1", [max(config.window)], num_blocks)
         self.config = config
         self.num_blocks = num_blocks
@@ -45,7 +46,8 @@ class CRL:
 
     def probes(self, batch: Batch) -> list[Stream]:
         layers = tuple(x for x in self.config.window if x > 0)
-        return [*l2_probe("unsafe", forget_sequences(batch), layers), *l2_probe("safe", self._safe_sequences(batch), layers)]
+        unit = self.config.distance_unit
+        return [*l2_probe("unsafe", forget_sequences(batch), layers, unit), *l2_probe("safe", self._safe_sequences(batch), layers, unit)]
 
     def _safe_sequences(self, batch: Batch) -> tuple[Sequence, ...]:
         return (*batch.safe, *(pair.safe for pair in batch.pairs)) if self.config.safe else ()
@@ -59,7 +61,7 @@ class CRL:
         layers = tuple(range(self.num_blocks + 1)) if config.alpha_mode == "all" else config.window
         kept = Triplet("safe", layers, safe_spans, config.safe, count(safe_spans) * len(layers), config.safe_margin)
         bent = Triplet("unsafe", config.window, unsafe_spans, config.unsafe, count(unsafe_spans) * len(config.window), config.unsafe_margin)
-        return Stream("triplet", (*safe, *unsafe), triplets=Triplets(kept, bent))
+        return Stream("triplet", (*safe, *unsafe), triplets=Triplets(kept, bent, config.distance_unit))
 
     def _retain(self, sequences: tuple[Sequence, ...]) -> Stream:
         spans = all_rows(sequences)

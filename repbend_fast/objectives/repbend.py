@@ -38,6 +38,7 @@ class RepBend:
 
     def __init__(self, config: ObjectiveConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
         del steps  # the weights are constant
+        config = config.at_depth(num_blocks)
         if max(config.window) > num_blocks:
             raise UserError(
                 f"objective.window_start={config.window_start}, window_size={config.window_size}: the window ends at hidden state "
@@ -109,7 +110,7 @@ class RepBend:
         spans = tuple(select_rows(s, self.config.loss_mode) if read is None or i < read else (0, 0) for i, s in enumerate(sequences))
         rows = sum(stop - start for start, stop in spans)
         # Hidden state 0 may lie in a user's window; its distance is zero as well.
-        return Distance(name, tuple(x for x in layers if x > 0), spans, weight, max(1, rows * counted))
+        return Distance(name, tuple(x for x in layers if x > 0), spans, weight, max(1, rows * counted), unit=self.config.distance_unit)
 
     def _pair(self, batch: Batch) -> Distance:
         config = self.config
@@ -121,4 +122,5 @@ class RepBend:
             spans.append((first, first + min(config.pair_positions, shared)))
             against.append(pair.safe)
         rows = sum(stop - start for start, stop in spans)
-        return Distance("pair", config.window, tuple(spans), config.pair, max(1, rows * len(config.window)), against=tuple(against))
+        denominator = max(1, rows * len(config.window))
+        return Distance("pair", config.window, tuple(spans), config.pair, denominator, against=tuple(against), unit=config.distance_unit)

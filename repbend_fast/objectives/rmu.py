@@ -32,6 +32,8 @@ class RMU:
 
     def __init__(self, config: RMUConfig, num_blocks: int, steps: int | None = None) -> None:
         del steps  # the weights are constant
+        config = config.at_depth(num_blocks)
+        assert not isinstance(config.layer, str)
         check_states("objective.layer", [config.layer], num_blocks)
         self.config = config
         self.last_state = config.layer
@@ -52,12 +54,12 @@ class RMU:
         return streams
 
     def probes(self, batch: Batch) -> list[Stream]:
-        layers = (self.config.layer,)
-        return [*l2_probe("forget", forget_sequences(batch), layers), *l2_probe("retain", batch.retain, layers)]
+        layers, unit = (self.last_state,), self.config.distance_unit
+        return [*l2_probe("forget", forget_sequences(batch), layers, unit), *l2_probe("retain", batch.retain, layers, unit)]
 
     def _stream(
         self, name: str, sequences: tuple[Sequence, ...], spans: tuple[Span, ...], weight: float, target: Direction | None
     ) -> Stream:
         rows = padded_count(sequences, self.config.padded_length) if self.config.published_quirks else count(spans)
-        term = Distance(name, (self.config.layer,), spans, weight, rows, kind="mse", target=target)
+        term = Distance(name, (self.last_state,), spans, weight, rows, kind="mse", target=target, unit=self.config.distance_unit)
         return Stream(name, sequences, (term,))

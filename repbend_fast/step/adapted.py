@@ -78,7 +78,7 @@ class _Taps:
         triplet_sums: dict[int, TripletSums] | None,
         meter: Meter,
     ) -> None:
-        self.stream, self.piece, self.reference, self.meter = stream, piece, reference, meter
+        self.parts, self.stream, self.piece, self.reference, self.meter = parts, stream, piece, reference, meter
         self.triplet_sums = triplet_sums
         self.last = parts.decoder.num_blocks
         self.rows = [piece.rows(term.spans) for term in stream.distances]
@@ -93,14 +93,18 @@ class _Taps:
         stream = self.stream
         for i, term in enumerate(stream.distances):
             if layer in term.layers:
-                compared = fixed_row(term.target, hidden) if term.target else self.reference.distances.pop((i, layer))
+                power = term.unit_power
+                unit = self.parts.unit(layer, power)
+                length = self.parts.unit(layer, min(power, 1))
+                compared = fixed_row(term.target, hidden, length) if term.target else self.reference.distances.pop((i, layer))
                 hidden, distance = bend_tap(hidden, compared, self.rows[i], kind=term.kind, limit=term.limit)
-                self.losses.append(distance * (term.weight / term.denominator))
-                self.meter.add_distance(i, layer, distance)
+                self.losses.append(distance * (term.weight / term.denominator / unit))
+                self.meter.add_distance(i, layer, distance.detach() / unit if power else distance)
         if stream.triplets and self.halves and layer in stream.triplets.layers:
             sums = None if self.triplet_sums is None else self.triplet_sums[layer]
             reference = self.reference.triplets.pop(layer)
-            hidden, loss = triplet_tap(stream.triplets, layer, hidden, reference, self.halves, sums, self.meter)
+            unit = self.parts.unit(layer, stream.triplets.unit_power)
+            hidden, loss = triplet_tap(stream.triplets, layer, hidden, reference, self.halves, sums, self.meter, unit)
             self.losses.append(loss)
         if stream.pairwise and layer in stream.pairwise.layers:
             hidden, self.pairwise_states[layer] = tap_rows(hidden, self.piece.rows(last_prompt_spans(stream.pairwise)))
@@ -112,10 +116,10 @@ class _Taps:
         return hidden
 
 
-def fixed_row(direction: Direction, hidden: Tensor) -> Tensor:
-    """The row c·u that a term with a fixed target compares with, [1, D], the same on every device."""
+def fixed_row(direction: Direction, hidden: Tensor, unit: float = 1.0) -> Tensor:
+    """The row c·u that a term with a fixed target compares with, [1, D], the same on every device; c is a multiple of ``unit``."""
     row = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(direction.seed), dtype=torch.float32).double()
-    return to_device((row * (direction.length / torch.linalg.vector_norm(row)))[None].to(hidden.dtype), hidden.device)
+    return to_device((row * (direction.length * unit / torch.linalg.vector_norm(row)))[None].to(hidden.dtype), hidden.device)
 
 
 def _cosine(term: PairwiseCosine, states: list[Tensor], sums: PairwiseSums | None, meter: Meter) -> Tensor:

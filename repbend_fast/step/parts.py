@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +13,25 @@ from repbend_fast.models.decoder import Decoder, Head
 
 @dataclass(frozen=True)
 class ModelParts:
-    """``model`` is the PEFT model, ``decoder`` and ``head`` are inside it; ``device`` is where its blocks compute."""
+    """``model`` is the PEFT model, ``decoder`` and ``head`` are inside it; ``device`` is where its blocks compute.
+
+    ``units``: the length that counts as 1 at each hidden state where a term's unit is "reference" (``step/units.py``).
+    """
 
     model: Any
     decoder: Decoder
     head: Head | None
     device: torch.device
     autocast: torch.dtype | None
+    units: dict[int, float] = field(default_factory=dict)
+
+    def unit(self, layer: int, power: int) -> float:
+        """The unit of hidden state ``layer`` to the ``power`` that a term is divided by; 1 for the power 0."""
+        if not power:
+            return 1.0
+        if layer not in self.units:
+            raise ValueError(f"a term counts in units of the reference, and that of hidden state {layer} was not measured (step/units.py)")
+        return float(self.units[layer] ** power)
 
     def autocasting(self) -> AbstractContextManager[Any]:
         """The autocast context of both passes."""

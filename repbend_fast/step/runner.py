@@ -36,7 +36,7 @@ from repbend_fast.step.keys import row_keys
 from repbend_fast.step.meter import Meter, StreamResult
 from repbend_fast.step.pairwise import PairwiseSums, pairwise_sums, prompts_of
 from repbend_fast.step.parts import ModelParts
-from repbend_fast.step.reference import reference_pass
+from repbend_fast.step.reference import ReferenceRows, reference_pass
 from repbend_fast.step.triplets import TripletSums, always_active, only_active, total_sums, triplet_sums
 
 T = TypeVar("T")
@@ -91,6 +91,11 @@ class StreamRunner:
         return self.parts.device
 
     @property
+    def units(self) -> dict[int, float]:
+        """The units in force, by hidden state (``step/units.py``)."""
+        return self.parts.units
+
+    @property
     def layout(self) -> Layout:
         """How pieces are laid out."""
         return self.levers.layout
@@ -116,6 +121,15 @@ class StreamRunner:
     def measure(self, stream: Stream) -> StreamResult:
         """The same terms without dropout and without a gradient."""
         return self._run(_Run(stream))
+
+    @torch.no_grad()
+    def reference_rows(self, stream: Stream) -> Iterator[tuple[Piece, ReferenceRows]]:
+        """What the stream's terms compare with, piece by piece."""
+
+        def work(piece: Piece) -> tuple[Piece, ReferenceRows]:
+            return piece, reference_pass(self.parts, stream, piece, self.layout, self.levers.kl_chunk_rows)
+
+        yield from self._each_piece(stream, stream.sequences, work)
 
     def _run(self, run: _Run) -> StreamResult:
         meter = Meter(run.stream, self.device)

@@ -2,12 +2,13 @@
 
 At one hidden state, with m the mean over the N_u unsafe rows, x̂ = x/‖x‖, s(h) = cos(h, m), a_s and a_u weight / denominator:
 
-    safe     v = ‖h − r‖ − 1 + s(h) + p                  ∂v/∂h = (h−r)/‖h−r‖ + (m̂ − s ĥ)/‖h‖
+    safe     v = ‖h − r‖/n − 1 + s(h) + p                ∂v/∂h = (h−r)/(n ‖h−r‖) + (m̂ − s ĥ)/‖h‖
     unsafe   v = cos(h, r) − s(h) + q                    ∂v/∂h = (r̂ − cos(h, r) ĥ)/‖h‖ − (m̂ − s ĥ)/‖h‖
     through m, every unsafe row                          (t − m̂ (m̂·t)) / (N_u ‖m‖),   t = a_s Σ ĥ_safe − a_u Σ ĥ_unsafe
 
-over the rows with v > 0. Everything but a row's own state is m and t: sums over rows. A stream in one piece has them at the tap;
-one in several takes them from a first pass without a gradient (from two, where a margin is so small that v may be negative).
+over the rows with v > 0, n the hidden state's unit of length (1 in units of the state). Everything but a row's own state is m and t:
+sums over rows. A stream in one piece has them at the tap; one in several takes them from a first pass without a gradient (from two,
+where a margin is so small that v may be negative).
 
 Legend: R rows, D width.
 """
@@ -88,16 +89,16 @@ class _Rows:
         return total, units
 
 
-def _block(h: Tensor, r: Tensor, center: Tensor, margin: float, safe: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """``(relu(v) [n], ∂v/∂h where v > 0 [n, D], Σ ĥ where v > 0 [D])``; ``center`` is m̂."""
+def _block(h: Tensor, r: Tensor, center: Tensor, margin: float, safe: bool, length: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(relu(v) [n], ∂v/∂h where v > 0 [n, D], Σ ĥ where v > 0 [D])``; ``center`` is m̂, ``length`` what counts as 1."""
     unit, inverse = _units(h)
     along = (unit @ center)[:, None]
     toward_m = (center - along * unit) * inverse
     if safe:
         difference = h - r
         norm = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
-        value = norm - 1 + along + margin
-        direction = difference * _inverse(norm) + toward_m
+        value = norm / length - 1 + along + margin
+        direction = difference * (_inverse(norm) / length) + toward_m
     else:
         unit_r, _ = _units(r)
         across = (unit * unit_r).sum(-1, keepdim=True)
@@ -131,7 +132,14 @@ def triplet_rows(term: Triplets, piece: Piece) -> tuple[Tensor, Tensor]:
 
 
 def triplet_tap(
-    term: Triplets, layer: int, hidden: Tensor, reference: Tensor, rows: tuple[Tensor, Tensor], sums: TripletSums | None, meter: Meter
+    term: Triplets,
+    layer: int,
+    hidden: Tensor,
+    reference: Tensor,
+    rows: tuple[Tensor, Tensor],
+    sums: TripletSums | None,
+    meter: Meter,
+    unit: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Read the triplets of one hidden state and put their gradient in at this place.
 
@@ -141,6 +149,7 @@ def triplet_tap(
         rows: flat rows of both halves.
         sums: over the whole stream; None where these rows are all of it.
         meter: receives the value of both halves.
+        unit: the length that counts as 1 at this hidden state.
 
     Returns:
         ``(hidden, loss)``, the loss weighted, in float32 (float64 for float64).
@@ -155,7 +164,7 @@ def triplet_tap(
     differentiate = hidden.requires_grad and torch.is_grad_enabled()
     largest, loss, units = max(*shares, 1e-30), halves[0].zeros().sum(), []
     for half, part, share, direction, safe in zip(term.halves, halves, shares, directions, (True, False), strict=True):
-        value, active = half_value(part, direction, center, half.margin, safe, share / largest if differentiate else None)
+        value, active = half_value(part, direction, center, half.margin, safe, share / largest if differentiate else None, unit)
         units.append(active)
         if share:
             meter.add(half.name, value / half.denominator)
@@ -172,11 +181,13 @@ def triplet_tap(
     return hidden, loss * largest
 
 
-def half_value(rows: _Rows, reference: Tensor, center: Tensor, margin: float, safe: bool, share: float | None) -> tuple[Tensor, Tensor]:
+def half_value(
+    rows: _Rows, reference: Tensor, center: Tensor, margin: float, safe: bool, share: float | None, unit: float
+) -> tuple[Tensor, Tensor]:
     """``(Σ relu(v), Σ ĥ over v > 0)``; with a ``share``, ``reference`` is overwritten with ``share`` · ∂v/∂h."""
     total, units = rows.zeros().sum(), rows.zeros()
     for start, stop, h in rows.blocks():
-        value, direction, active = _block(h, reference[start:stop].to(h.dtype), center, margin, safe)
+        value, direction, active = _block(h, reference[start:stop].to(h.dtype), center, margin, safe, unit)
         total = total + value.sum()
         units += active
         if share is not None:
@@ -216,7 +227,8 @@ def triplet_sums(
                 total, units = unsafe.sums()
                 found[layer] = TripletSums(total, (safe.sums()[1], units))
             else:
-                found[layer] = _active_sums(term, (safe, unsafe), reference[layer], known[layer])
+                unit = parts.unit(layer, term.unit_power)
+                found[layer] = _active_sums(term, (safe, unsafe), reference[layer], known[layer], unit)
         return hidden
 
     with parts.autocasting():
@@ -224,12 +236,12 @@ def triplet_sums(
     return found
 
 
-def _active_sums(term: Triplets, halves: tuple[_Rows, _Rows], reference: Tensor, known: TripletSums) -> TripletSums:
+def _active_sums(term: Triplets, halves: tuple[_Rows, _Rows], reference: Tensor, known: TripletSums, unit: float) -> TripletSums:
     """The unit sums of this piece's active rows; Σ h is in ``known`` already and stays 0 here."""
     center = known.unsafe * _inverse(torch.linalg.vector_norm(known.unsafe))
     parts = reference.split([halves[0].count, halves[1].count])
     safe, unsafe = (
-        half_value(rows, part, center, half.margin, half is term.safe, None)[1]
+        half_value(rows, part, center, half.margin, half is term.safe, None, unit)[1]
         for rows, part, half in zip(halves, parts, term.halves, strict=True)
     )
     return TripletSums(torch.zeros_like(known.unsafe), (safe, unsafe))

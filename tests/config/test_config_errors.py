@@ -42,7 +42,10 @@ def message(recipe: str, *overrides: str) -> str:
             "objective.loss_mode must be one of prompt_last, prompt_all, prompt_response, response_all; did you mean",
         ),
         ("double_quantization=yes", "double_quantization=yes: model.double_quantization must be true or false"),
-        ("blocks=[0, x]", 'blocks=[0, "x"]: lora.blocks must be a list of values, each an integer of at least 0, or to_window'),
+        (
+            "blocks=[0, x]",
+            'blocks=[0, "x"]: lora.blocks must be a list of values, each an integer of at least 0, or one of to_window, last_three',
+        ),
         ("betas=[0.9, 1.0]", "training.betas must be a list of 2 values, each a number of at least 0 and less than 1"),
         ("target_modules=[]", "target_modules=[]: lora.target_modules must be a list of values, each text, at least 1"),
         ("training=5", "training=5: must be a section with the keys steps, examples,"),

@@ -84,7 +84,7 @@ def test_settings_survive_being_written_and_read_back(tmp_path: Path) -> None:
         (["objective.layer=5"], "unknown key objective.layer; "),
         (["objective.name=rmu", "objective.layer=0"], "objective.layer=0: must be an integer of at least 1"),
         (["objective.name=circuit_breaker", "objective.layers=[]"], "objective.layers=[]: must be a list of values, each an integer"),
-        (["objective.name=circuit_breaker", "objective.layers=[a]"], "objective.layers=a: must be a list of values, each an integer"),
+        (["objective.name=circuit_breaker", "objective.layers=[a]"], 'objective.layers=["a"]: must be a list of values, each an integer'),
         (["objective.name=npo", "beta=0"], "beta=0: objective.beta must be a number of more than 0"),
         (["objective.name=npo", "--loss_beta=x"], "--loss_beta=x: objective.beta must be a number"),
         (["objective.name=crl", "objective.safe=0", "objective.unsafe=0"], "objective.safe=0 with objective.unsafe=0: "),

@@ -212,3 +212,12 @@ def test_the_refusal_s_worst_piece_is_no_larger_than_asked(size: int | None, tmp
     peak = refusal_peak(planner)
     positions = peak.total if size is None else max(size, peak.longest)
     assert 0.9 * positions <= sum(map(len, worst.sequences)) <= 1.01 * positions
+
+
+def test_units_of_the_reference_and_a_window_by_depth_are_planned(tmp_path: Path) -> None:
+    """Units are constants, whatever they are: the same plan, for the window that the depth gives."""
+    auto = ("objective.window_start=auto", "objective.window_size=auto", "objective.distance_unit=reference")
+    numbers = ("objective.window_start=3", "objective.window_size=1")
+    plans = [Planner(recipe(tmp_path, *chosen, layers=4), torch.device("cpu")).plan(None, check=False) for chosen in (auto, numbers)]
+    assert plans[0].total == pytest.approx(plans[1].total, rel=1e-3)
+    assert set(plans[0].streams) == set(plans[1].streams)
