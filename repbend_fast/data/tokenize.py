@@ -40,6 +40,10 @@ class Truncated:
         return {"prompts": self.prompts, "answers": self.answers, "retain": self.retain}
 
 
+class BeyondEmbeddingError(UserError):
+    """A text with a token id that the model's embedding has no row for."""
+
+
 class ChatEncoder:
     """Encodes records with a tokenizer's own chat template.
 
@@ -56,6 +60,8 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
+        # Rows of the model's embedding, once they are known.
+        self.vocabulary: int | None = None
         self.truncated = Truncated()
         self._name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
@@ -71,7 +77,10 @@ class ChatEncoder:
         ``count`` False leaves ``truncated`` as it is. Raises ``UserError`` naming the record when the template cannot hold it.
         """
         before = dataclasses.replace(self.truncated)
-        encoded = self._encode(record)
+        try:
+            encoded = self._encode(record)
+        except BeyondEmbeddingError as error:
+            raise UserError(f"{record.origin}: {error}") from error
         if not count:
             self.truncated = before
         return encoded
@@ -105,6 +114,14 @@ class ChatEncoder:
         prompt = self._ids(text)
         answers = [record.answer] + ([record.safe_answer] if record.role == "pair" else [])
         return len(self._with_bos(prompt)), max(len(self._answer_ids(text, prompt, a)) for a in answers)
+
+    def check_template(self) -> None:
+        """Raises ``UserError`` when the template's own tokens, or BOS, are beyond ``vocabulary``."""
+        try:
+            self.prompt_ids((Message("user", _PROBE_REQUEST),))
+            self._ids(self._turn_end)
+        except BeyondEmbeddingError as error:
+            raise UserError(f"the chat template of {self._name}: {error}") from error
 
     def check_renders(self, record: Record) -> None:
         """Raises ``UserError`` naming the record when the template cannot hold its messages."""
@@ -170,7 +187,14 @@ class ChatEncoder:
     # -- ids ----------------------------------------------------------------------------------------------------------------------
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
+            number = max(ids)
+            raise BeyondEmbeddingError(
+                f"token {self.tokenizer.convert_ids_to_tokens(number)} has id {number}, but the model's embedding has {self.vocabulary} rows; "
+                "take it out, or use the tokenizer that belongs to the model"
+            )
+        return ids
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token_id

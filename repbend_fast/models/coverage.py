@@ -16,7 +16,9 @@ WIDE = 4096
 
 @dataclass(frozen=True)
 class BlockKind:
-    """Blocks of one make. ``weights`` of its matrices (parameters of two or more dimensions), of them ``adapted`` by LoRA.
+    """Blocks of one make. ``weights`` of a block's matrices (parameters of two or more dimensions), of them ``adapted`` by LoRA.
+
+    ``wanted``: the blocks are among those that ``lora.blocks`` names.
 
     ``left_out``: the others by name, with their number of weights. ``unquantized``: where some matrices are in NF4, those that are not.
     """
@@ -25,6 +27,7 @@ class BlockKind:
     blocks: tuple[int, ...]
     weights: int
     adapted: int
+    wanted: bool = True
     left_out: dict[str, int] = field(default_factory=dict)
     unquantized: dict[str, int] = field(default_factory=dict)
 
@@ -41,7 +44,7 @@ class BlockKind:
         """What a user would not expect of these blocks."""
         found = []
         wide = {name: count for name, count in self.left_out.items() if count >= WIDE or count * 20 >= self.weights}
-        if self.adapted and wide:
+        if self.wanted and wide:
             share = 1 - self.adapted / self.weights
             found.append(
                 f"note: LoRA leaves out {share:.0%} of the weights of {self.where} ({self.name}): {names_and_sizes(wide)}; linear layers "
@@ -73,9 +76,10 @@ def coverage_of(model: nn.Module) -> list[BlockKind]:
     """The kinds of the model's decoder blocks, in the order of their first block."""
     kinds: dict[Any, list[int]] = {}
     made: dict[Any, tuple[str, dict[str, int], set[str], set[str]]] = {}
+    wanted = _wanted_blocks(model)
     for index, block in enumerate(find_decoder(model).layers):
         sizes, adapted, packed = _matrices(block)
-        key = (type(block).__name__, tuple(sorted(sizes.items())), tuple(sorted(adapted)), tuple(sorted(packed)))
+        key = (index in wanted, type(block).__name__, tuple(sorted(sizes.items())), tuple(sorted(adapted)), tuple(sorted(packed)))
         kinds.setdefault(key, []).append(index)
         made.setdefault(key, (type(block).__name__, sizes, adapted, packed))
     found = []
@@ -83,8 +87,16 @@ def coverage_of(model: nn.Module) -> list[BlockKind]:
         name, sizes, adapted, packed = made[key]
         left = _summed({n: c for n, c in sizes.items() if n not in adapted})
         loose = _summed({n: c for n, c in sizes.items() if packed and n not in packed})
-        found.append(BlockKind(name, tuple(blocks), sum(sizes.values()), sum(sizes[n] for n in adapted), left, loose))
+        found.append(BlockKind(name, tuple(blocks), sum(sizes.values()), sum(sizes[n] for n in adapted), key[0], left, loose))
     return found
+
+
+def _wanted_blocks(model: Any) -> set[int]:
+    """The blocks that the trained adapter was to adapt; none for a model without one."""
+    adapters = getattr(model, "peft_config", None) or {}
+    named = [getattr(settings, "layers_to_transform", None) for settings in adapters.values()]
+    every = range(find_decoder(model).num_blocks)
+    return {block for blocks in named for block in (every if blocks is None else [blocks] if isinstance(blocks, int) else blocks)}
 
 
 def linear_names(model: nn.Module) -> list[str]:

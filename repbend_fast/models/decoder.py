@@ -112,7 +112,8 @@ def find_head(model: nn.Module) -> Head:
         )
     if linear.weight.requires_grad:
         raise UserError(f"the output head is trainable; the shared-head KL needs it frozen: freeze it or {WITHOUT_HEAD}")
-    softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+    text = causal.config.get_text_config()
+    softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
     return Head(linear.weight, linear.bias, softcap)
 
 

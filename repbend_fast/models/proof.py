@@ -71,7 +71,7 @@ class Proof:
     def line(self) -> str:
         """The proof in one line."""
         shown = ", ".join(check.name for check in self.checks if check.holds and check.error is not None)
-        adapted = [kind for kind in self.coverage if kind.adapted]
+        adapted = [kind for kind in self.coverage if kind.wanted]
         total = sum(kind.weights * len(kind.blocks) for kind in adapted)
         share = sum(kind.adapted * len(kind.blocks) for kind in adapted) / max(1, total)
         blocks = sum(len(kind.blocks) for kind in adapted)
