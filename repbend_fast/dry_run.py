@@ -47,7 +47,11 @@ def proof_table(proof: Proof) -> Table:
     table.add_column("result", overflow="fold")
     for check in proof.checks:
         error = "" if check.error is None else f"error {check.error:.2g} (bound {check.bound:.2g})"
-        parts = ["holds" if check.holds and check.error is not None else "not compared" if check.holds else "does not hold", error, check.remark]
+        parts = [
+            "holds" if check.holds and check.error is not None else "not compared" if check.holds else "does not hold",
+            error,
+            check.remark,
+        ]
         table.add_row(check.name, escape("; ".join(part for part in parts if part)))
     table.add_section()
     for kind in proof.coverage:

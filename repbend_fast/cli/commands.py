@@ -111,14 +111,7 @@ def check_data(arguments: Namespace) -> int:
     config, tokenizer = _data_to_check(arguments.target, arguments.overrides)
     from repbend_fast.data.check import run_check
 
-    if tokenizer is None:
-        return int(run_check(config, tokenizer))
-    from repbend_fast.models.token_ids import check_special_tokens, vocabulary_of
-
-    vocabulary = vocabulary_of(config.model)
-    if vocabulary is not None:
-        check_special_tokens(tokenizer, vocabulary)
-    return int(run_check(config, tokenizer, vocabulary=vocabulary))
+    return int(run_check(config, tokenizer))
 
 
 def _data_to_check(target: str, overrides: list[str]) -> tuple[Config, Any]:

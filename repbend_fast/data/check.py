@@ -54,7 +54,9 @@ def check_data(
 ) -> DataReport:
     """Reads everything, measures every record that training would use, and collects bad ones instead of stopping at the first.
 
-    ``tokenizer`` None measures characters. A record with a token id from ``vocabulary`` on is bad. Raises ``UserError`` for sources that cannot be read and tokenizers without a chat template.
+    ``tokenizer`` None measures characters. A record with a token id from ``vocabulary`` on is bad.
+
+    Raises ``UserError`` for sources that cannot be read and tokenizers without a chat template.
     """
     limits = data if isinstance(data, DataConfig) else DataConfig(sources=data)
     records = load_records(data, seed=seed, skip_bad_records=True)
@@ -71,12 +73,19 @@ def check_data(
     return DataReport(records, "tokens" if encoder else "characters", lengths)
 
 
-def run_check(config: Config, tokenizer: Any | None, console: Console | None = None, vocabulary: int | None = None) -> int:
+def run_check(config: Config, tokenizer: Any | None, console: Console | None = None) -> int:
     """Checks ``data.sources`` and ``validation.sources``, prints a report of each, returns the exit code.
 
     2 with bad records that are not to be skipped, else 0.
     """
     console = console or Console()
+    vocabulary = None
+    if tokenizer is not None:
+        from repbend_fast.models.token_ids import check_special_tokens, vocabulary_of
+
+        vocabulary = vocabulary_of(config.model)
+        if vocabulary is not None:
+            check_special_tokens(tokenizer, vocabulary)
     parts = [("data", config.data)]
     if config.validation.sources:
         parts.append(("validation", config.data.model_copy(update={"sources": config.validation.sources, "limit": None})))

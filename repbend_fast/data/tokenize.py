@@ -191,8 +191,8 @@ class ChatEncoder:
         if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
             number = max(ids)
             raise BeyondEmbeddingError(
-                f"token {self.tokenizer.convert_ids_to_tokens(number)} has id {number}, but the model's embedding has {self.vocabulary} rows; "
-                "take it out, or use the tokenizer that belongs to the model"
+                f"token {self.tokenizer.convert_ids_to_tokens(number)} has id {number}, but the model's embedding has {self.vocabulary} "
+                "rows; take it out, or use the tokenizer that belongs to the model"
             )
         return ids
 

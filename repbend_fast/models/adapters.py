@@ -88,15 +88,15 @@ def _target_modules(model: nn.Module, lora: LoraSection) -> list[str]:
         experts = sorted(parameters & {*missing, *(fused.get(name, name) for name in missing)})
         why = f" ({', '.join(experts)}: its experts are parameters, not linear layers, and cannot be adapted)" if experts else ""
         raise UserError(
-            f"lora.target_modules: no linear layer named {', '.join(missing)} in any block of this model{why}; its blocks have "
-            f"{', '.join(present)}"
+            f"lora.target_modules: no layer named {', '.join(missing)} in any block of this model{why}; its linear layers "
+            f"are {', '.join(present)}"
         )
     taken = _read_as_experts(model, chosen)
     if taken:
         left = ", ".join(name for name in present if name not in taken)
         raise UserError(
-            f"lora.target_modules: for model type {causal_model(model).config.model_type} peft reads {', '.join(taken)} as the experts, which "
-            f"are parameters, not linear layers, and cannot be adapted; leave these names out; others in its blocks are {left}"
+            f"lora.target_modules: for model type {causal_model(model).config.model_type} peft reads {', '.join(taken)} as the experts, "
+            f"which are parameters, not linear layers, and cannot be adapted; leave these names out; others in its blocks are {left}"
         )
     return chosen
 

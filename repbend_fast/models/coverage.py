@@ -101,7 +101,9 @@ def _wanted_blocks(model: Any) -> set[int]:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Last names of the linear layers in any decoder block: what ``lora.target_modules`` can hold."""
-    names = {name.rsplit(".", 1)[-1] for block in find_decoder(model).layers for name, module in block.named_modules() if _is_linear(module)}
+    names = {
+        name.rsplit(".", 1)[-1] for block in find_decoder(model).layers for name, module in block.named_modules() if _is_linear(module)
+    }
     return sorted(names)
 
 

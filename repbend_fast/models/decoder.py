@@ -78,7 +78,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     found = causal.get_decoder()
     # Some families' get_decoder() gives back the causal LM itself.
     for body in (found, getattr(found, "model", None), getattr(causal, "model", None)):
-        if isinstance(getattr(body, "layers", None), nn.ModuleList):
+        if isinstance(body, nn.Module) and isinstance(getattr(body, "layers", None), nn.ModuleList):
             name = next((name for name in NORM_NAMES if isinstance(getattr(body, name, None), nn.Module)), None)
             return Decoder(body, name)
     kind = getattr(causal.config, "model_type", type(causal).__name__)
@@ -211,24 +211,21 @@ class _LeftOutNorm(nn.Module):
 def _shortened(decoder: Decoder, stop: int, visit: Visit, checkpoint_blocks: int, offload: OffloadedInputs | None) -> Iterator[None]:
     body, layers, name = decoder.body, decoder.layers, decoder.norm_name
     total = len(layers)
-    if stop < total and name is not None:
-        norm = getattr(body, name)
-        stand_in = _LeftOutNorm(norm)
-        visit = _then_leave_out(stand_in, stop, visit)
-    else:
-        norm = stand_in = None
+    norm = None if name is None or stop == total else _LeftOutNorm(getattr(body, name))
+    if norm is not None:
+        visit = _then_leave_out(norm, stop, visit)
     wrapped = [
         _Block(layers[i], i, visit, last=i + 1 == total, recompute=i < checkpoint_blocks, offload=offload) for i in range(min(stop, total))
     ]
     try:
         body.layers = nn.ModuleList(wrapped)
-        if stand_in is not None:
-            setattr(body, name, stand_in)
+        if name is not None and norm is not None:
+            setattr(body, name, norm)
         yield
     finally:
         body.layers = layers
-        if stand_in is not None:
-            setattr(body, name, norm)
+        if name is not None and norm is not None:
+            setattr(body, name, norm.norm)
 
 
 def _then_leave_out(norm: _LeftOutNorm, stop: int, visit: Visit) -> Visit:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from repbend_fast.step.parts import ModelParts
 
 LENGTHS = (9, 6)
-"""Of the two sequences. The longer one stands first: where a row leaks, its second sequence is wrong, where padding does, the padded one."""
+"""Of the two sequences. The longer one stands first: where a row leaks, the second is wrong, where padding does, the padded one."""
 
 ROW_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 """Relative error of a hidden state's rows up to which two layouts are the same. What leaks is off by 0.1 to 2."""
@@ -186,8 +186,8 @@ class _Passes:
         error, bound = self._distance(states, alone), ROW_BOUNDS[self._dtype(alone)]
         if not error <= bound:
             raise self._error(
-                f"a sequence padded on the right has other hidden states than alone (relative error {error:.2g}): its blocks are not causal, "
-                "or read the padding"
+                f"a sequence padded on the right has other hidden states than alone (relative error {error:.2g}): its blocks are not "
+                "causal, or read the padding"
             )
         self.proof.checks.append(Check("padded = alone", error, bound, True))
 
@@ -300,9 +300,7 @@ def _head_check(kind: str, got: Tensor, expected: Tensor) -> Check:
         if not (error <= error_bound and abs(scale - 1) <= scale_bound):
             what = what or f"relative error {error:.2g}, scale {scale:.4g}"
     if what:
-        raise UserError(
-            f"model type {kind} transforms its logits in a way that the shared-head KL does not know ({what}); {WITHOUT_HEAD}"
-        )
+        raise UserError(f"model type {kind} transforms its logits in a way that the shared-head KL does not know ({what}); {WITHOUT_HEAD}")
     return Check("head = logits", worst, error_bound, True)
 
 

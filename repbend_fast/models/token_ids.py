@@ -36,7 +36,9 @@ def check_token_ids(model: Any, data: RunData) -> str | None:
     encoder.check_template()
     _check_data(data, rows)
     token = max(beyond, key=beyond.__getitem__)
-    return f"note: the model's embedding has {rows} rows, and {len(beyond)} of the tokenizer's ids are beyond it ({token} is {beyond[token]})"
+    return (
+        f"note: the model's embedding has {rows} rows, and {len(beyond)} of the tokenizer's ids are beyond it ({token} is {beyond[token]})"
+    )
 
 
 def check_special_tokens(tokenizer: Any, rows: int) -> None:

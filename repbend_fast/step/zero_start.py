@@ -57,6 +57,6 @@ def _vanishes(term: Distance) -> bool:
 
 def _not_zero(what: str, value: float) -> UserError:
     return UserError(
-        f"step 1: before training {what} must be exactly 0, and is {value:.3g}: this model computes otherwise with gradients than without, so "
-        "that every distance would be off; try model.attention=eager"
+        f"step 1: before training {what} must be exactly 0, and is {value:.3g}: this model computes otherwise with gradients than without, "
+        "so that every distance would be off; try model.attention=eager"
     )
