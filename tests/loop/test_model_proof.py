@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_run import TinyRun, rows, write_model, write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, LlamaConfig
 
@@ -14,7 +15,14 @@ from repbend_fast.cli import main
 from repbend_fast.errors import UserError
 from repbend_fast.models.lora import LowRankForward
 
-OBJECTIVES = ("repbend", "circuit_breaker", "rmu", "npo", "crl")
+OBJECTIVES = {
+    "repbend": ("objective.window_start=2", "objective.window_size=2"),
+    "circuit_breaker": ("objective.layers=[1, 2]",),
+    "rmu": ("objective.layer=2",),
+    "npo": (),
+    "crl": ("objective.window_start=2", "objective.window_size=2"),
+}
+STEP = ("training.steps=1", "training.warmup_steps=0", "training.accumulation=1")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,7 @@ def run(model: Path, tmp_path: Path) -> TinyRun:
 
 
 def test_a_run_logs_what_was_shown(run: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
-    run.train("training.steps=1", "validation.every=0")
+    run.train(*STEP, "validation.every=0")
     assert "model checked: packed = alone, truncated = full" in capsys.readouterr().out
     (event,) = [row for row in rows(run.path, "event") if row["event"] == "model_checked"]
     assert event["packing"] == "on"
@@ -53,7 +61,7 @@ def test_a_family_that_leaks_is_trained_padded(model: Path, tmp_path: Path, caps
     found = []
     for packing in ("auto", "off"):
         tiny = TinyRun(folder, tmp_path / packing)
-        tiny.train(targets, "training.steps=1", f"memory.packing={packing}")
+        tiny.train(targets, *STEP, f"memory.packing={packing}")
         found.append([(row["kl"], row["perplexity"]) for row in rows(tiny.path, "validation")])
     assert found[0] == found[1]
     said = capsys.readouterr().out
@@ -68,8 +76,10 @@ def test_a_family_that_leaks_is_trained_padded(model: Path, tmp_path: Path, caps
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_first_batch_that_is_not_at_zero_stops_the_run(run: TinyRun, objective: str, memory, monkeypatch) -> None:
     """A layer that computes otherwise where a gradient is wanted; a right one trains."""
-    settings = (f"objective.name={objective}", "training.steps=1", "validation.every=0", *memory)
-    settings = tuple(s.replace("objective.name=repbend", "objective.name=repbend") for s in settings)
+    values = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    values["objective"] = {"name": objective}
+    run.recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    settings = (*OBJECTIVES[objective], *STEP, "validation.every=0", *memory)
     run.train(*settings)
     forward = LowRankForward.forward
 
@@ -96,14 +106,14 @@ def test_an_added_token_in_the_data_is_named_with_its_record(model: Path, tmp_pa
     changed = _with_token(model, tmp_path / "added")
     tiny = TinyRun(changed, tmp_path / "r")
     rows_before = LlamaConfig.from_pretrained(model).vocab_size
-    tiny.train("training.steps=1", "validation.every=0")
+    tiny.train(*STEP, "validation.every=0")
     assert f"embedding has {rows_before} rows, and 1 of the tokenizer's ids are beyond it" in capsys.readouterr().out
     path = tiny.folder / "train.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records[5]["prompt"] += "<|new|>"
     write_records(path, records)
     with pytest.raises(UserError, match=rf"train\.jsonl.*6.*<\|new\|> has id {rows_before}, .*has {rows_before} rows"):
-        tiny.train("training.steps=1", "validation.every=0")
+        tiny.train(*STEP, "validation.every=0")
     assert main(["data", "check", str(tiny.recipe)]) == 2
     assert "<|new|>" in capsys.readouterr().out
 
@@ -111,7 +121,7 @@ def test_an_added_token_in_the_data_is_named_with_its_record(model: Path, tmp_pa
 def test_a_pad_token_beyond_the_embedding_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = TinyRun(_with_token(model, tmp_path / "pad", pad_token="[PAD]"), tmp_path / "r")
     with pytest.raises(UserError, match=r"pad token \[PAD\] has id \d+, but the model's embedding has \d+ rows"):
-        tiny.train("training.steps=1")
+        tiny.train(*STEP)
     assert main(["data", "check", str(tiny.recipe)]) == 2
     assert "[PAD]" in capsys.readouterr().err
 
