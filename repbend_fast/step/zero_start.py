@@ -1,8 +1,8 @@
 """At LoRA's start (B = 0) the adapted model is the reference: a run's first batch shows it, bit for bit, before anything has moved.
 
-What a training step itself measured is read where it must vanish: l2 and mse distances to the reference, the KL. Terms whose value
-hides the difference (cosines, triplets, answers against the reference) are probed with an l2 distance on the same rows, whose gradient
-is 0 where the distance is. Fixed directions and pairwise cosines have no reference.
+What a training step itself measured is read where it must vanish: l2 and mse distances to the reference. Terms whose value hides a small
+difference (cosines, triplets, the KL, answers against the reference) are probed with an l2 distance on the same rows, whose gradient is 0
+where the distance is. Fixed directions and pairwise cosines have no reference.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Distance, Stream
 from repbend_fast.step.meter import StreamResult
 
-KL_BOUND = 1e-6
+KL_BOUND = 1e-5
 """The KL's sums over the vocabulary round, in nats per token."""
 
 
@@ -26,6 +26,8 @@ def probe_of(stream: Stream, num_blocks: int) -> Stream | None:
     ]
     if stream.triplets:
         found += [Distance(half.name, half.layers, half.spans, 1.0, 1.0) for half in stream.triplets.halves if half.layers]
+    if stream.head:
+        found.append(Distance(stream.head.name, (num_blocks,), stream.head.spans, 1.0, 1.0))
     if stream.answers and stream.answers.beta is not None:
         found.append(Distance(stream.answers.name, (num_blocks,), stream.answers.spans, 1.0, 1.0))
     if not found:
