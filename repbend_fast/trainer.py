@@ -46,7 +46,7 @@ from repbend_fast.optimizer import build_optimizer, learning_rate, load_moments
 from repbend_fast.preflight import Ready, prepare_run
 from repbend_fast.runs import RunFolder, only_training, remove_leftovers, start_folder, write_text
 from repbend_fast.step import StreamResult, checked_runner, dropout_seed
-from repbend_fast.step.zero_start import check_zero, probe_of
+from repbend_fast.step.zero_start import check_zero, is_at_start, probe_of
 from repbend_fast.validation import Guard, Validation, Validator
 
 INTERRUPTED = 130
@@ -276,7 +276,7 @@ class Trainer:
             streams = self.objective.streams(self.batches.next_batch(ahead=not last), self.step)
             seed = dropout_seed(settings.seed, self.step, micro_batch)
             done = [self.runner.backward(stream, scale, dropout_seed=seed) for stream in streams]
-            if self.step == micro_batch == 0:
+            if self.step == micro_batch == 0 and is_at_start(self.model):
                 self._check_zero(streams, done, seed)
             results += done
         self.scaler.unscale_(self.optimizer)

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import nn
+
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Distance, Stream
 from repbend_fast.step.meter import StreamResult
 
 KL_BOUND = 1e-5
 """The KL's sums over the vocabulary round, in nats per token."""
+
+
+def is_at_start(model: nn.Module) -> bool:
+    """Whether the trained adapter is LoRA's start, so that it changes nothing."""
+    return not any(bool(p.any()) for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name)
 
 
 def probe_of(stream: Stream, num_blocks: int) -> Stream | None:
