@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from repbend_fast.checkpoint import read_state
 from repbend_fast.config import Config
@@ -12,7 +13,8 @@ from repbend_fast.errors import UserError
 from repbend_fast.evaluate.prompts import Prompt, load_prompts
 from repbend_fast.memory.batches import limits_of_sets
 from repbend_fast.memory.plan import Plan, plan_of
-from repbend_fast.models import load_tokenizer
+from repbend_fast.models import find_decoder, load_tokenizer
+from repbend_fast.models.adapters import check_targets
 from repbend_fast.models.gguf import gguf_blocks
 from repbend_fast.models.load import check_attention, resolve_device, resolve_source
 from repbend_fast.objectives import build_objective, roles_of
@@ -101,15 +103,31 @@ def check_depth(config: Config) -> None:
 
     source = config_source(config.model)
     try:
-        shape = AutoConfig.from_pretrained(source, **_hub_arguments(config.model)).get_text_config()
+        whole = AutoConfig.from_pretrained(source, **_hub_arguments(config.model))
+        shape = whole.get_text_config()
         blocks = shape.num_hidden_layers
     except (OSError, ValueError, KeyError, AttributeError):
         return  # loading the model says what is wrong with it
     check_attention(shape, config.model)
     _check_blocks(config, blocks)
+    _check_layers(config, whole)
 
 
 def _check_blocks(config: Config, blocks: int) -> None:
     build_objective(config.objective, blocks, config.training.steps)
     if isinstance(config.lora.blocks, list) and max(config.lora.blocks) >= blocks:
         raise UserError(f"lora.blocks={config.lora.blocks}: the model has blocks 0 … {blocks - 1}")
+
+
+def _check_layers(config: Config, shape: Any) -> None:
+    """What only the model's layers tell: its list of blocks and its linear layers. They are built without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.model.trust_remote_code)
+    except Exception:  # whatever a family's own constructor may raise: loading says what is wrong with it
+        return
+    find_decoder(model)
+    check_targets(model, config.lora)

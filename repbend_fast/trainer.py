@@ -44,6 +44,7 @@ from repbend_fast.models import (
     trainable_parameters,
 )
 from repbend_fast.models.load import DTYPES
+from repbend_fast.models.token_ids import check_token_ids
 from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
 from repbend_fast.optimizer import build_optimizer, learning_rate, load_moments
@@ -51,6 +52,7 @@ from repbend_fast.preflight import Ready, prepare_run
 from repbend_fast.runs import RunFolder, only_training, remove_leftovers, start_folder, write_json, write_text
 from repbend_fast.step import StreamResult, checked_runner, dropout_seed
 from repbend_fast.step.units import measure_units
+from repbend_fast.step.zero_start import check_zero, is_at_start, probe_of
 from repbend_fast.validation import Guard, Validation, Validator
 
 INTERRUPTED = 130
@@ -100,6 +102,7 @@ def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
         write_text(run.config, resolved_yaml(trainer.config))
         trainer.log = MetricsLog(run.metrics)
         trainer.log_plan(ready.plan)
+        trainer.log_proof()
         trainer.use_units({})
         evaluate_sides(run, config, trainer.runner, ready.data, "before")
     else:
@@ -135,6 +138,11 @@ class Trainer:
         levers = levers or levers_of(config.memory, self.model)
         self.runner = checked_runner(self.model, config, levers, needs_head)
         self.runner.on_out_of_memory = self._say_out_of_memory
+        self.proof = self.runner.proof
+        unused = check_token_ids(self.model, data)
+        for line in (self.proof.line() if self.proof else None, *(self.proof.notes if self.proof else ()), unused):
+            if line:
+                say(line)
         self.first_levers = self.runner.levers
         self.parameters = trainable_parameters(self.model)
         self.optimizer = build_optimizer(self.parameters, config.training)
@@ -202,6 +210,11 @@ class Trainer:
         if units:
             write_json(self.run.units, {str(layer): unit for layer, unit in units.items()})
 
+    def log_proof(self) -> None:
+        """Record what was shown for the model at load."""
+        if self.proof is not None:
+            self.log.write("event", self.step, event="model_checked", reason=self.proof.line(), **self.proof.as_dict())
+
     def finish(self) -> None:
         """Make the best adapter the run's result, evaluate it, write the report."""
         self.batches.close()
@@ -263,6 +276,7 @@ class Trainer:
         self.log = MetricsLog(self.run.metrics, last_step=self.step)
         self.use_units({int(layer): unit for layer, unit in state.plain.get("units", {}).items()})
         self.log.write("event", self.step, event="resumed", reason=checkpoint.name)
+        self.log_proof()
         say(f"resumed from {checkpoint} at step {self.step}")
 
     def _save(self) -> Path:
@@ -290,7 +304,10 @@ class Trainer:
                 streams = [self.kl_weight.weigh(stream) for stream in streams]
             ran += streams
             seed = dropout_seed(settings.seed, self.step, micro_batch)
-            results += [self.runner.backward(stream, scale, dropout_seed=seed) for stream in streams]
+            done = [self.runner.backward(stream, scale, dropout_seed=seed) for stream in streams]
+            if self.step == micro_batch == 0 and is_at_start(self.model):
+                self._check_zero(streams, done, seed)
+            results += done
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm or math.inf)
         # The step's one wait for the device (bitsandbytes' optimizers add theirs): a non-finite gradient must not reach the weights.
@@ -339,6 +356,13 @@ class Trainer:
             for done in range(settings.accumulation)
         )
         return over_step(list(drawn)) if whole else drawn
+
+    def _check_zero(self, streams: list[Stream], results: list[StreamResult], seed: int) -> None:
+        for stream, result in zip(streams, results):
+            check_zero(stream, result)
+            probe = probe_of(stream, self.runner.decoder.num_blocks)
+            if probe is not None:
+                check_zero(probe, self.runner.backward(probe, dropout_seed=seed))
 
     def _update(self) -> None:
         try:

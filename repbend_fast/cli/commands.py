@@ -17,7 +17,7 @@ RUN_CONFIG = "config.yaml"
 
 
 def train(arguments: Namespace) -> int:
-    """``train``: a dry run prints the configuration, anything else trains."""
+    """``train``: a dry run prints the configuration, a full one what is shown for the model, anything else trains."""
     from repbend_fast.config import check_files, load_config, missing_files, resolved_yaml
 
     resume = None if arguments.resume is None else Path(arguments.resume).expanduser()
@@ -31,12 +31,16 @@ def train(arguments: Namespace) -> int:
         if not resume.is_dir():
             raise UserError(f"--resume {resume}: no such folder; train without --resume to start it")
         config.output.folder = str(resume)
-    if arguments.dry_run:
+    if arguments.dry_run == "plain":
         print(resolved_yaml(config), end="")
         for problem in missing_files(config):
             print(f"note: training would stop at {problem}", file=sys.stderr)
         return 0
     check_files(config)
+    if arguments.dry_run == "full":
+        from repbend_fast.dry_run import dry_run
+
+        return dry_run(config, resume)
     from repbend_fast.trainer import train as run_training
 
     return int(run_training(config, resume).exit_code)

@@ -78,7 +78,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     i = 0
     while i < len(argv):
-        token = argv[i]
+        # With an optional value, argparse would take a recipe that follows for it.
+        token = "--dry-run=plain" if argv[i] == "--dry-run" else argv[i]
         name, equals, _ = token.partition("=")
         own = _OWN_OPTIONS.get(name)
         follows = not equals and takes_value(argv, i)
@@ -125,7 +126,12 @@ def _build() -> argparse.ArgumentParser:
 
     train = _command(groups, "train", commands.train, "train a model by a recipe", overrides=True)
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe (`recipes ls`) or a YAML file")
-    train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    train.add_argument(
+        "--dry-run",
+        choices=("plain", "full"),
+        metavar="full",
+        help="print the resolved configuration and stop; --dry-run=full loads the model and prints what is shown for it",
+    )
     train.add_argument(
         "--resume",
         nargs="?",
@@ -212,7 +218,7 @@ def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool
 
 
 _USAGE = {
-    "train": "train RECIPE [key=value …] [--name value …] [--dry-run] [--resume [FOLDER]]",
+    "train": "train RECIPE [key=value …] [--name value …] [--dry-run[=full]] [--resume [FOLDER]]",
     "eval": "eval RUN_OR_RECIPE [key=value …] [--out FILE]",
     "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [key=value …]",
     "plan": "plan [RECIPE] [key=value …] [--card NAME] [--table] [--json]",

@@ -54,16 +54,21 @@ class DataReport:
         return self.records.bad
 
 
-def check_data(data: DataConfig | list[SourceConfig], tokenizer: Any | None, *, seed: int = 42) -> DataReport:
+def check_data(
+    data: DataConfig | list[SourceConfig], tokenizer: Any | None, *, seed: int = 42, vocabulary: int | None = None
+) -> DataReport:
     """Reads everything, measures every record that training would use, and collects bad ones instead of stopping at the first.
 
-    ``tokenizer`` None measures characters. Raises ``UserError`` for sources that cannot be read and tokenizers without a chat template.
+    ``tokenizer`` None measures characters. A record with a token id from ``vocabulary`` on is bad.
+
+    Raises ``UserError`` for sources that cannot be read and tokenizers without a chat template.
     """
     limits = data if isinstance(data, DataConfig) else DataConfig(sources=data)
     records = load_records(data, seed=seed, skip_bad_records=True)
     encoder = None
     if tokenizer is not None:
         encoder = ChatEncoder(tokenizer, limits.max_prompt_tokens, limits.max_answer_tokens, limits.chat_template_kwargs)
+        encoder.vocabulary = vocabulary
     lengths = {role: Lengths() for role in ROLES}
     for role, of_role in records.records.items():
         for record in of_role:
@@ -83,6 +88,13 @@ def run_check(config: Config, tokenizer: Any | None, console: Console | None = N
     2 with bad records that are not to be skipped, else 0.
     """
     console = console or Console()
+    vocabulary = None
+    if tokenizer is not None:
+        from repbend_fast.models.token_ids import check_special_tokens, vocabulary_of
+
+        vocabulary = vocabulary_of(config.model)
+        if vocabulary is not None:
+            check_special_tokens(tokenizer, vocabulary)
     parts = [("data", config.data)]
     if config.validation.sources:
         parts.append(("validation", config.data.model_copy(update={"sources": config.validation.sources, "limit": None})))
@@ -90,7 +102,7 @@ def run_check(config: Config, tokenizer: Any | None, console: Console | None = N
     for name, data in parts:
         if len(parts) > 1:
             console.rule(f"{name}.sources")
-        report = check_data(data, tokenizer, seed=config.training.seed)
+        report = check_data(data, tokenizer, seed=config.training.seed, vocabulary=vocabulary)
         print_report(report, console)
         bad += len(report.bad)
     return 2 if bad and not config.data.skip_bad_records else 0

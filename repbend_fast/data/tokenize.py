@@ -54,6 +54,10 @@ class Truncated:
         return {"prompts": self.prompts, "answers": self.answers, "retain": self.retain}
 
 
+class BeyondEmbeddingError(UserError):
+    """A text with a token id that the model's embedding has no row for."""
+
+
 class ChatEncoder:
     """Encodes records with a tokenizer's own chat template.
 
@@ -76,6 +80,8 @@ class ChatEncoder:
         self.template_arguments = dict(template_arguments or {})
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
+        # Rows of the model's embedding, once they are known.
+        self.vocabulary: int | None = None
         self.truncated = Truncated()
         self._long: dict[Record, tuple[Sequence | PairSequence, Truncated]] = {}
         self._name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -93,7 +99,10 @@ class ChatEncoder:
         ``count`` False leaves ``truncated`` as it is. Raises ``UserError`` naming the record when the template cannot hold it.
         """
         is_long = _characters(record) >= LONG_RECORD
-        encoded, cut = (self._long.get(record) if is_long else None) or self._encode(record)
+        try:
+            encoded, cut = (self._long.get(record) if is_long else None) or self._encode(record)
+        except BeyondEmbeddingError as error:
+            raise UserError(f"{record.origin}: {error}") from error
         if is_long and len(self._long) < MOST_LONG:
             self._long[record] = encoded, cut
         if count:
@@ -131,6 +140,14 @@ class ChatEncoder:
         text, answers = self._texts(record)
         prompt = self._ids(text)
         return len(self._with_bos(prompt)), max(len(self._continuation(text, prompt, answer)) for answer in answers)
+
+    def check_template(self) -> None:
+        """Raises ``UserError`` when the template's own tokens, or BOS, are beyond ``vocabulary``."""
+        try:
+            self.prompt_ids((Message("user", _PROBE_REQUEST),))
+            self._ids(self._turn_end)
+        except BeyondEmbeddingError as error:
+            raise UserError(f"the chat template of {self._name}: {error}") from error
 
     def check_renders(self, record: Record) -> None:
         """Raises ``UserError`` naming the record when the template cannot hold its messages, or the reasoning of its answers."""
@@ -234,7 +251,14 @@ class ChatEncoder:
     # -- ids ----------------------------------------------------------------------------------------------------------------------
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
+            number = max(ids)
+            raise BeyondEmbeddingError(
+                f"token {self.tokenizer.convert_ids_to_tokens(number)} has id {number}, but the model's embedding has {self.vocabulary} "
+                "rows; take it out, or use the tokenizer that belongs to the model"
+            )
+        return ids
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token_id

@@ -80,6 +80,7 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> int:
     """
     from repbend_fast.data.prepare import prepare_data
     from repbend_fast.models import attach_lora, find_decoder, load_model, load_tokenizer
+    from repbend_fast.models.token_ids import check_token_ids
     from repbend_fast.objectives import build_objective, roles_of
 
     prompts = config.evaluation.prompts = config.evaluation.prompts or PromptsConfig()
@@ -95,6 +96,7 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> int:
     data = prepare_data(config, load_tokenizer(config.model), roles_of(config.objective))
     chat = data.chat
     base: Any = load_model(config.model)
+    check_token_ids(base, data)
     if "before" not in content:
         objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
         fresh = attach_lora(base, config.lora, (objective.last_state,))

@@ -12,7 +12,8 @@ from torch import nn
 
 from repbend_fast.config.schema import LoraSection
 from repbend_fast.errors import UserError, one_line
-from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.coverage import linear_names, parameter_names
+from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.load import DTYPES
 from repbend_fast.models.lora import use_low_rank_forward
 
@@ -69,10 +70,20 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
     return adapted
 
 
+def check_targets(model: nn.Module, lora: LoraSection) -> None:
+    """Refuse target modules that the model lacks or that cannot be adapted; its weights are not looked at, so it may be on ``meta``.
+
+    Raises:
+        UserError: names what there is.
+    """
+    _target_modules(model, lora)
+
+
 def _target_modules(model: nn.Module, lora: LoraSection) -> list[str]:
-    """The wanted linear layers, in the family's own spelling: Phi-3 fuses q, k, v and gate, up."""
+    """The wanted linear layers, in the family's own spelling: Phi-3 fuses q, k, v and gate, up. Blocks may differ: any may have them."""
     fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-    present = {name.rsplit(".", 1)[-1] for name, _ in find_decoder(model).layers[0].named_modules()}
+    present = linear_names(model)
+    parameters = parameter_names(model)
     chosen: list[str] = []
     missing: list[str] = []
     for name in lora.target_modules:
@@ -82,9 +93,43 @@ def _target_modules(model: nn.Module, lora: LoraSection) -> list[str]:
         elif spelled not in chosen:
             chosen.append(spelled)
     if missing:
-        there = ", ".join(sorted(p for p in present if "proj" in p))
-        raise UserError(f"lora.target_modules: no layer named {', '.join(missing)} in this model; it has {there}")
+        experts = sorted(parameters & {*missing, *(fused.get(name, name) for name in missing)})
+        why = f" ({', '.join(experts)}: its experts are parameters, not linear layers, and cannot be adapted)" if experts else ""
+        raise UserError(
+            f"lora.target_modules: no layer named {', '.join(missing)} in any block of this model{why}; its linear layers "
+            f"are {', '.join(present)}"
+        )
+    taken = _read_as_experts(model, chosen)
+    if taken:
+        left = ", ".join(name for name in present if name not in taken)
+        raise UserError(
+            f"lora.target_modules: for model type {causal_model(model).config.model_type} peft reads {', '.join(taken)} as the experts, "
+            f"which are parameters, not linear layers, and cannot be adapted; leave these names out; others in its blocks are {left}"
+        )
     return chosen
+
+
+def _read_as_experts(model: nn.Module, targets: list[str]) -> list[str]:
+    """Those targets that peft would turn into parameters: families whose experts were linear layers before transformers fused them."""
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # a peft that turns nothing into anything else
+        return []
+    causal = causal_model(model)
+    conversions = get_model_conversion_mapping(causal)
+
+    def stays(name: str) -> bool:
+        settings = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(settings, model=causal, conversions=conversions)
+        except ValueError:  # one of the names that make up a fused expert
+            return False
+        return name in (settings.target_modules or [])
+
+    return [name for name in targets if not stays(name)]
 
 
 def _outside_decoder(model: nn.Module, targets: list[str]) -> str | None:

@@ -21,7 +21,8 @@ from repbend_fast.errors import UserError
 from repbend_fast.models.packing import known_packing
 from repbend_fast.ranges import CHECKPOINTED
 
-NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm", "final_norm", "norm_f")
+"""What families call their final norm. A truncated pass leaves it out; under another name it runs, and its result is not used."""
 
 Visit = Callable[[int, Tensor], Tensor]
 """``visit(l, hidden[B, T, D]) -> hidden``: called once, in order, for each hidden state l ≥ 0 that the pass reaches."""
@@ -29,10 +30,10 @@ Visit = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Decoder:
-    """``body`` embeds, runs ``layers`` and applies its final norm (attribute ``norm_name``)."""
+    """``body`` embeds, runs ``layers`` and applies its final norm (attribute ``norm_name``, None where it has an unknown name)."""
 
     body: nn.Module
-    norm_name: str
+    norm_name: str | None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -71,17 +72,22 @@ def find_decoder(model: nn.Module) -> Decoder:
     """Locate the decoder of any transformers causal LM.
 
     Raises:
-        UserError: the architecture has no list of decoder blocks followed by a norm.
+        UserError: the architecture keeps its decoder blocks in no list named ``layers``.
     """
     causal = causal_model(model)
-    body = causal.get_decoder()
-    if not isinstance(getattr(body, "layers", None), nn.ModuleList):
-        kind = getattr(causal.config, "model_type", type(causal).__name__)
-        raise UserError(f"model type {kind}: no decoder with a list of layers was found; only decoder-only transformers can be bent")
-    for name in NORM_NAMES:
-        if isinstance(getattr(body, name, None), nn.Module):
+    found = causal.get_decoder()
+    # Some families' get_decoder() gives back the causal LM itself.
+    for body in (found, getattr(found, "model", None), getattr(causal, "model", None)):
+        if isinstance(body, nn.Module) and isinstance(getattr(body, "layers", None), nn.ModuleList):
+            name = next((name for name in NORM_NAMES if isinstance(getattr(body, name, None), nn.Module)), None)
             return Decoder(body, name)
-    raise UserError(f"model type {causal.config.model_type}: no final norm was found in its decoder (looked for {', '.join(NORM_NAMES)})")
+    kind = getattr(causal.config, "model_type", type(causal).__name__)
+    lists = [f"{name} ({len(part)})" for name, part in found.named_modules() if isinstance(part, nn.ModuleList) and "." not in name]
+    raise UserError(
+        f"model type {kind}: its {type(found).__name__} has no list of decoder blocks named layers (it has "
+        f"{', '.join(lists) or 'no list of modules at all'}); only models that name it so, as Llama, Qwen, Mistral, Gemma and most newer "
+        "ones do, can be bent"
+    )
 
 
 WITHOUT_HEAD = (
@@ -106,28 +112,9 @@ def find_head(model: nn.Module) -> Head:
         )
     if linear.weight.requires_grad:
         raise UserError(f"the output head is trainable; the shared-head KL needs it frozen: freeze it or {WITHOUT_HEAD}")
-    softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+    text = causal.config.get_text_config()
+    softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
     return Head(linear.weight, linear.bias, softcap)
-
-
-@torch.no_grad()
-def check_head(model: nn.Module, head: Head) -> None:
-    """Compare ``head`` with the model's own logits on a few tokens: some families scale logits in ways a config hides.
-
-    Raises:
-        UserError: they differ.
-    """
-    causal = causal_model(model)
-    ids = torch.arange(1, 9, device=find_decoder(model).device)[None] % head.weight.shape[0]
-    hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    head = head.on(hidden.device)
-    ours = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias).float()
-    if head.softcap:
-        ours = head.softcap * torch.tanh(ours / head.softcap)
-    theirs = causal(input_ids=ids, use_cache=False).logits.float()
-    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item()):
-        kind = causal.config.model_type
-        raise UserError(f"model type {kind} transforms its logits in a way that the shared-head KL does not know; {WITHOUT_HEAD}")
 
 
 class _Block(nn.Module):
@@ -202,21 +189,53 @@ class _Input:
         return hidden
 
 
+class _LeftOutNorm(nn.Module):
+    """The final norm of a truncated pass: itself until the blocks have run, since a family may use it before them too, then nothing."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.left_out = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("norm"), name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden if self.left_out else self.norm(hidden, *args, **kwargs)
+
+
 @contextmanager
 def _shortened(decoder: Decoder, stop: int, visit: Visit, checkpoint_blocks: int, offload: OffloadedInputs | None) -> Iterator[None]:
-    body, layers, norm = decoder.body, decoder.layers, getattr(decoder.body, decoder.norm_name)
+    body, layers, name = decoder.body, decoder.layers, decoder.norm_name
     total = len(layers)
+    norm = None if name is None or stop == total else _LeftOutNorm(getattr(body, name))
+    if norm is not None:
+        visit = _then_leave_out(norm, stop, visit)
     wrapped = [
         _Block(layers[i], i, visit, last=i + 1 == total, recompute=i < checkpoint_blocks, offload=offload) for i in range(min(stop, total))
     ]
     try:
         body.layers = nn.ModuleList(wrapped)
-        if stop < total:
-            setattr(body, decoder.norm_name, nn.Identity())
+        if name is not None and norm is not None:
+            setattr(body, name, norm)
         yield
     finally:
         body.layers = layers
-        setattr(body, decoder.norm_name, norm)
+        if name is not None and norm is not None:
+            setattr(body, name, norm.norm)
+
+
+def _then_leave_out(norm: _LeftOutNorm, stop: int, visit: Visit) -> Visit:
+    """``visit``, and at hidden state ``stop``, behind the last block that runs, the norm is switched off."""
+
+    def visited(layer: int, hidden: Tensor) -> Tensor:
+        norm.left_out = layer == stop
+        return visit(layer, hidden)
+
+    return visited
 
 
 def run_decoder(
@@ -243,6 +262,8 @@ def run_decoder(
     if not 1 <= stop <= total:
         raise ValueError(f"stop must be in 1 … {total}, got {stop}")
     with _shortened(decoder, stop, visit, checkpoint_blocks, offload), known_packing(position_ids is not None):
-        output = decoder.body(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+        # Layers without attention take no positions.
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        output = decoder.body(input_ids=input_ids, attention_mask=None, use_cache=False, **positions)
         if stop == total:
             visit(total, output.last_hidden_state)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,10 +25,11 @@ from repbend_fast.memory.levers import Levers
 from repbend_fast.memory.offload import offload_embedding
 from repbend_fast.memory.out_of_memory import Load, OutOfMemory, attempt, fresh_gradients, retreat
 from repbend_fast.models.adapters import trainable_parameters
-from repbend_fast.models.decoder import Decoder, Head, check_head, find_decoder, find_head
+from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head
 from repbend_fast.models.lean import use_lean_layers
 from repbend_fast.models.load import settle_device
 from repbend_fast.models.lora import lora_dropout, use_low_rank_forward
+from repbend_fast.models.proof import Proof, prove_model
 from repbend_fast.objectives.base import PairwiseCosine, Stream, Triplets
 from repbend_fast.pieces import Layout, Piece, make_piece, split
 from repbend_fast.step.adapted import adapted_pass
@@ -55,6 +56,7 @@ class StreamRunner:
     Attributes:
         levers: those in force; running out of memory moves them.
         on_out_of_memory: called with what was changed and the allocator's own words each time that happens.
+        proof: what ``checked_runner`` has shown for the model, or None.
     """
 
     def __init__(self, model: Any, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True) -> None:
@@ -64,6 +66,7 @@ class StreamRunner:
         use_lean_layers(model)
         self.levers = levers
         self.on_out_of_memory: Callable[[str, str], None] | None = None
+        self.proof: Proof | None = None
         self.parameters = trainable_parameters(model)
         # On the CPU everything is in host memory as it is.
         if levers.offload_embedding and decoder.device.type != "cpu":
@@ -226,13 +229,15 @@ class _Run:
 
 
 def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) -> StreamRunner:
-    """The runner of a loaded model under the recipe's autocast, its head compared with the model's own logits.
+    """The runner of a loaded model under the recipe's autocast, with what its passes take for granted shown on a few tokens.
+
+    Where packing leaks between sequences and was not asked for, the runner pads.
 
     Raises:
-        UserError: the head is no plain matrix, or the model's logits are not what it gives.
+        UserError: the head is no plain matrix, or something does not hold (``models.proof``).
     """
     autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
     runner = StreamRunner(model, levers, autocast=autocast, uses_head=uses_head)
-    if runner.head is not None:
-        check_head(model, runner.head)
+    runner.proof = prove_model(runner.parts, levers.packing, config.memory.packing)
+    runner.levers = replace(levers, packing=runner.proof.packing)
     return runner
