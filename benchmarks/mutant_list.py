@@ -101,7 +101,7 @@ TAPS = [
         f"{KERNELS}/triton_row_distance.py",
         "    selected = selected & (tl.load(rows + i, mask=selected, other=-1) == n)\n",
         "",
-        TAP,
+        VIEWS,
         interpret=True,
     ),
     Mutant(
@@ -173,6 +173,81 @@ TAPS = [
 ]
 
 FORWARD = ("tests/models/test_lora_forward.py",)
+
+CONSUMED = ("tests/kernels/test_consumed_references.py",)
+WIDE = ("tests/kernels/test_wide_offsets.py",)
+SECOND = ("tests/kernels/test_situations.py", "-k", "create_graph")
+
+LOOPS = [
+    Mutant(
+        "tap: directions are read as references",
+        f"{KERNELS}/bend_tap.py",
+        '    consumed.check_references("reference_rows", reference_rows)\n',
+        "",
+        CONSUMED,
+    ),
+    Mutant(
+        "tap: only the tensor itself is known to hold directions",
+        f"{KERNELS}/consumed.py",
+        "any(_overlap(_span(reference), span) for span in note.spans)",
+        "_span(reference) in note.spans",
+        CONSUMED,
+    ),
+    Mutant(
+        "ops: a second derivative comes back detached",
+        f"{KERNELS}/checks.py",
+        "if torch.is_grad_enabled() and not torch.compiler.is_compiling():",
+        "if torch.compiler.is_compiling():",
+        SECOND,
+    ),
+    Mutant(
+        "tap: columns in 32 bits",
+        f"{KERNELS}/triton_row_distance.py",
+        "value = tl.load(row + columns.to(tl.int64) * g_stride",
+        "value = tl.load(row + columns * g_stride",
+        WIDE,
+        interpret=True,
+    ),
+    Mutant(
+        "dropout: columns in 32 bits",
+        f"{KERNELS}/triton_keyed_dropout.py",
+        "columns.to(tl.int64)[None, :] * x_stride",
+        "columns[None, :] * x_stride",
+        WIDE,
+        interpret=True,
+    ),
+    Mutant(
+        "distances: a mask takes the place of the range check",
+        f"{KERNELS}/triton_row_distance.py",
+        "keep &= tl.load(mask + i) != 0",
+        "keep = tl.load(mask + i) != 0",
+        VIEWS,
+        interpret=True,
+    ),
+    Mutant(
+        "kl: a word at −inf on both sides (Triton)",
+        f"{KERNELS}/triton_linear_kl_div.py",
+        "difference - tl.where(p == 0.0, 0.0, p * x)",
+        "difference - p * x",
+        KL,
+        interpret=True,
+    ),
+    Mutant(
+        "log prob: an ignored target's value",
+        f"{KERNELS}/linear_log_prob.py",
+        "        out.masked_fill_(ignored, 0.0)\n",
+        "",
+        LOG_PROB,
+    ),
+    Mutant(
+        "log prob: an ignored target's gradient",
+        f"{KERNELS}/linear_log_prob.py",
+        "            grad.masked_fill_(ignored[:, None], 0.0)\n",
+        "            pass\n",
+        LOG_PROB,
+    ),
+]
+
 PRODUCTS = ("tests/models/test_lora_products.py",)
 MODES = ("tests/models/test_lora_training_mode.py",)
 
@@ -353,6 +428,46 @@ STEP = [
     ),
 ]
 
+PROOFS = ("tests/models/test_proof.py",)
+
+PROOF = [
+    Mutant(
+        "proof: a leak between packed sequences goes on",
+        f"{MODELS}/proof.py",
+        '            self.proof.packing = "off"\n',
+        "",
+        PROOFS,
+    ),
+    Mutant(
+        "proof: a head that is off by a scale passes",
+        f"{MODELS}/proof.py",
+        "error <= error_bound and abs(scale - 1) <= scale_bound",
+        "error <= 0.02 and abs(scale - 1) <= 0.02",
+        PROOFS,
+    ),
+    Mutant(
+        "first batch: a distance that is not 0 passes",
+        "repbend_fast/step/zero_start.py",
+        "if float(value) != 0:",
+        "if float(value) > 1e-3:",
+        ("tests/loop/test_model_proof.py",),
+    ),
+    Mutant(
+        "step's denominators: one of a term without rows counts",
+        "repbend_fast/objectives/normalize.py",
+        "term.denominator if _counts(term) else 0",
+        "term.denominator",
+        ("tests/objectives/test_normalize_step.py",),
+    ),
+    Mutant(
+        "units: the unit is left out of the gradient",
+        "repbend_fast/step/adapted.py",
+        "term.weight / term.denominator / unit",
+        "term.weight / term.denominator",
+        ("tests/objectives/test_distance_unit.py",),
+    ),
+]
+
 STREAMS = ("tests/objectives/test_repbend_streams.py",)
 
 OBJECTIVES = [
@@ -375,4 +490,4 @@ OBJECTIVES = [
     ),
 ]
 
-MUTANTS = [*HEADS, *TAPS, *LORA, *STEP, *OBJECTIVES]
+MUTANTS = [*HEADS, *TAPS, *LOOPS, *LORA, *STEP, *PROOF, *OBJECTIVES]
