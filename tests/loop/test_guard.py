@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hand_made import at, best_of, judged
-from tiny_run import TinyRun, adapter_of, rows, same_tensors
+from tiny_run import TinyRun, adapter_of, events, rows, same_tensors
 
 from repbend_fast.checkpoint import adapter_weights
 from repbend_fast.config.schema import ValidationConfig
@@ -218,7 +218,7 @@ def test_the_result_is_the_best_step_not_the_last(
     assert not saved_is(tiny.path, met[4])
     reason = "stopped at step 4: kl 0.3000 > validation.max_kl 0.2"
     assert f"{reason}; the adapter of step 2 is kept: {tiny.path / 'adapter'}" in capsys.readouterr().out
-    [stop, finished] = rows(tiny.path, "event")
+    [stop, finished] = events(tiny.path)
     assert (stop["event"], stop["step"], stop["reason"]) == ("guard_stop", 4, reason)
     assert finished["reason"] == f"{reason}; the adapter of step 2 is kept"
     assert [row["best"] for row in rows(tiny.path, "validation")] == [True, True, True, False, False]
@@ -284,7 +284,7 @@ def test_reaching_the_target_keeps_that_step(
     tiny.train(*LIMITS, f"validation.prompts.path={prompts}", "validation.target_attack=0.05")
     assert max(met) == 2
     assert saved_is(tiny.path, met[2])
-    assert rows(tiny.path, "event")[0]["reason"] == "stopped at step 2: validation.target_attack=0.05 reached"
+    assert events(tiny.path)[0]["reason"] == "stopped at step 2: validation.target_attack=0.05 reached"
     assert rows(tiny.path, "validation")[-1]["attack_direct_degenerate"] == 1.0
     assert "direct attacks 0% complied, 0% refused, 100% degenerate  prefilled attacks 0% complied  ordinary 100% helpful" in " ".join(
         capsys.readouterr().out.split("\n")
@@ -313,7 +313,7 @@ def test_a_reached_target_anneals_validates_the_end_and_keeps_it(
     assert logged == pytest.approx([*scheduled, scheduled[3] / 2])
     assert [row["step"] for row in rows(tiny.path, "validation")] == [0, 3, 5]
     assert [row["settled"] for row in rows(tiny.path, "validation")] == [False, False, True]
-    begun, stop, finished = rows(tiny.path, "event")
+    begun, stop, finished = events(tiny.path)
     assert begun["reason"] == "validation.target_attack=0.05 reached; the learning rate falls to 0 at step 5, where the run ends"
     assert stop["reason"] == "stopped at step 5: validation.target_attack=0.05 reached at step 3, learning rate annealed since"
     assert finished["reason"].endswith("the adapter of step 5 is kept")

@@ -88,10 +88,10 @@ def test_a_step_with_a_limit_waits_once(tiny: TinyRun, monkeypatch: pytest.Monke
         waits.append(syncs.found)
 
     monkeypatch.setattr(Trainer, "_train_step", watched)
-    tiny.train(*SETTINGS, "training.steps=3", "training.log_every=3", "validation.every=0", "training.warmup_steps=0")
-    first, second, _ = waits
+    tiny.train(*SETTINGS, "training.steps=4", "training.log_every=4", "validation.every=0", "training.warmup_steps=0")
+    _, first, second, _ = waits
     assert len(first) == len(second) == 1, first + second
-    assert [row["step"] for row in rows(tiny.path, "step")] == [3]
+    assert [row["step"] for row in rows(tiny.path, "step")] == [4]
 
 
 def test_npo_and_crl_have_a_limit_too(tiny: TinyRun) -> None:

@@ -129,6 +129,11 @@ def rows(path: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["type"] == kind]
 
 
+def events(path: Path) -> list[dict[str, Any]]:
+    """What happened in a run, after what was shown for its model."""
+    return [row for row in rows(path, "event") if row["event"] != "model_checked"]
+
+
 def reproducible(path: Path) -> list[dict[str, Any]]:
     """Steps and validations of a run without what a clock or the machine says."""
     clock = ("tokens_per_second", "seconds", "peak_memory_bytes")
