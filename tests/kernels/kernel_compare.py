@@ -32,6 +32,13 @@ def assert_matches(got: Tensor | None, expected: Tensor, *, tolerance: float, na
     assert error <= tolerance, f"{name}: relative L2 error {error:.3g}, allowed {tolerance:.3g}"
 
 
+def assert_scale(got: Tensor, expected: Tensor, *, tolerance: float) -> None:
+    """The slope of ``got`` over ``expected`` is 1: elements' own rounding averages out, that of a common factor does not."""
+    a, b = got.detach().cpu().double().flatten(), expected.detach().cpu().double().flatten()
+    slope = float(a @ b / (b @ b))
+    assert abs(slope - 1) <= tolerance, f"scale off by {slope - 1:.3g}, allowed {tolerance:.3g}"
+
+
 def spread(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
     """Random normal values, rounded to ``dtype``, of rows that differ in scale (0.1 … 10)."""
     generator = torch.Generator().manual_seed(seed)

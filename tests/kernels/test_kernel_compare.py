@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_compare import TOLERANCE, assert_matches, spread, strided
+from kernel_compare import TOLERANCE, assert_matches, assert_scale, spread, strided
 
 EXPECTED = spread((6, 8), torch.float64, torch.device("cpu"), seed=0) * 1e-7
 
@@ -43,6 +43,13 @@ def test_anything_but_zero_fails_against_zero() -> None:
 def test_rounding_passes() -> None:
     for dtype, tolerance in TOLERANCE.items():
         assert_matches(EXPECTED.mul(1e5).to(dtype), EXPECTED.mul(1e5), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("name", [*WRONG, "a factor"])
+def test_the_scale_of_a_wrong_gradient_is_not_1(name: str) -> None:
+    assert_scale(EXPECTED.mul(1e5).to(torch.bfloat16), EXPECTED.mul(1e5), tolerance=6e-4)
+    with pytest.raises(AssertionError, match="scale off"):
+        assert_scale(WRONG.get(name, EXPECTED * 1.002), EXPECTED, tolerance=6e-4)
 
 
 def test_fresh_memory_is_nan() -> None:
