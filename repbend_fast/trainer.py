@@ -135,8 +135,13 @@ class Trainer:
         self.kl_weight = KLWeight.of(config.objective)
         self.model: Any = attach_lora(base, config.lora, (self.objective.last_state,))
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
+        planned = levers
         levers = levers or levers_of(config.memory, self.model)
         self.runner = checked_runner(self.model, config, levers, needs_head)
+        if planned and self.runner.proof and planned.packing != self.runner.levers.packing:
+            self.runner.proof.notes.append(
+                "note: the plan for memory.budget counts on packing, and padding may take more; memory.packing=off plans for it"
+            )
         self.runner.on_out_of_memory = self._say_out_of_memory
         self.proof = self.runner.proof
         unused = check_token_ids(self.model, data)
@@ -227,7 +232,9 @@ class Trainer:
         self.log.write("event", self.step, event="finished", reason=f"{reason}; {kept}")
         say(f"{reason}; {kept}: {self.run.adapter}")
         if self.guard.best and best == 0:
-            say("note: no bent adapter stayed within validation's limits, so the kept one leaves the model as it was")
+            say(
+                "note: no bent adapter was both within validation's limits and better than none, so the kept one leaves the model as it was"
+            )
         counts = self.data.encoder.truncated.as_dict()
         if any(counts.values()):
             say("truncated: " + ", ".join(f"{n} {name}" for name, n in counts.items()))

@@ -72,9 +72,12 @@ def resolve(name: str | None, tensor: Tensor) -> str:
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: ``triton`` was asked for and cannot run on this tensor.
+        RuntimeError: ``triton`` was asked for and cannot run on this tensor; forward-mode derivatives with another one than ``eager``.
     """
     chosen = _selected if name is None else _known(name, "implementation")
+    # An op that has no forward-mode rule drops tangents, and the derivative would be 0.
+    if chosen != "eager" and torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError("no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad); use implementation='eager'")
     if chosen == "auto":
         return "triton" if tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 else "torch"
     if chosen == "triton":

@@ -91,8 +91,8 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 WITHOUT_HEAD = (
-    "let nothing read logits: objective.kl=0 (npo always reads them), no evaluation.sources, and validation.every=0 or validation.sources "
-    "without retain records"
+    "let nothing read logits: objective.kl=0 and no objective.refusal (npo always reads them), no evaluation.sources, and "
+    "validation.every=0 or validation.sources without retain records"
 )
 
 

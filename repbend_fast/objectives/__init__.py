@@ -18,7 +18,7 @@ from repbend_fast.objectives.base import (
 )
 from repbend_fast.objectives.circuit_breaker import CircuitBreaker
 from repbend_fast.objectives.crl import CRL
-from repbend_fast.objectives.custom import load_class
+from repbend_fast.objectives.custom import Checked, load_class
 from repbend_fast.objectives.npo import NPO
 from repbend_fast.objectives.repbend import RepBend
 from repbend_fast.objectives.rmu import RMU
@@ -38,7 +38,7 @@ def build_objective(config: ObjectiveSection, num_blocks: int, steps: int | None
         UserError: a layer that the model does not have, or a class of the user's own that cannot be loaded.
     """
     if isinstance(config, CustomObjectiveConfig):
-        return load_class(config.name)(config.settings, num_blocks, steps)
+        return Checked(load_class(config.name)(config.settings, num_blocks, steps), config.name, num_blocks)
     config = config.at_depth(num_blocks)
     if isinstance(config, RefusalSection):
         return OBJECTIVES[config.name](config, num_blocks, steps, seed)

@@ -117,6 +117,11 @@ def second(call: Call, hidden: Tensor, implementation: str) -> Outcome:
     return grad.detach(), penalty
 
 
+def forward_mode(call: Call, hidden: Tensor, implementation: str) -> Outcome:
+    """The derivative along one direction, beside the value."""
+    return torch.func.jvp(lambda x: call(x, implementation), (hidden.detach(),), (torch.ones_like(hidden),))
+
+
 def compiled(call: Call, hidden: Tensor, implementation: str) -> Outcome:
     torch.compiler.reset()
     return plain(call, hidden, implementation, lambda f, h: torch.compile(f, fullgraph=True, backend="aot_eager")(h))
@@ -135,6 +140,7 @@ SITUATIONS: dict[str, tuple[Callable, dict]] = {
     "checkpoint": (lambda c, h, i: plain(c, h, i, lambda f, x: checkpoint(f, x, use_reentrant=False)), {}),
     "checkpoint, reentrant": (lambda c, h, i: plain(c, h, i, lambda f, x: checkpoint(f, x, use_reentrant=True)), {}),
     "create_graph=True": (second, {}),
+    "forward mode": (forward_mode, {}),
     "autocast": (autocast, {}),
     "bf16 beside float32": (keep, {"mixed": True}),
     "compile, fullgraph": (compiled, {}),
@@ -187,7 +193,8 @@ def test_situation(implementation, device, op, situation) -> None:
     if table()[op, situation] == "refused":
         with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
             run(OPS[op](setup), hidden, implementation)
-        assert any(word in str(caught.value) for word in ("expected", "directions already", "no second derivatives", "no autograd formula"))
+        reasons = ("expected", "directions already", "no second derivatives", "no autograd formula", "no forward-mode derivatives")
+        assert any(word in str(caught.value) for word in reasons)
         return
     double = Setup(device=device, **made).others(torch.float64)
     want = (second if run is second else keep)(OPS[op](double), setup.hidden.double(), "eager")

@@ -271,7 +271,17 @@ def test_nothing_within_limits_leaves_the_model_as_it_was_and_says_so(
     assert all(not weight.any() for name, weight in adapter_of(tiny.path).items() if "lora_B" in name)
     out = capsys.readouterr().out
     assert "the adapter of step 0 is kept" in out
-    assert "note: no bent adapter stayed within validation's limits" in out
+    assert "note: no bent adapter was both within validation's limits and better than none" in out
+
+
+def test_what_is_within_limits_but_no_better_is_not_said_to_be_over_them(
+    tiny: TinyRun, stub: Callable[[Measured], dict[int, dict[str, torch.Tensor]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub({step: at(step, bend=-float(step)) for step in range(7)})
+    tiny.train(*LIMITS)
+    out = capsys.readouterr().out
+    assert "the adapter of step 0 is kept" in out
+    assert "note: no bent adapter was both within validation's limits and better than none" in out
 
 
 def test_reaching_the_target_keeps_that_step(

@@ -95,6 +95,11 @@ def test_a_scale_of_the_logits_is_seen(scaling, dtype) -> None:
         check_head(model, find_head(model))
 
 
+def test_the_way_round_the_head_names_every_term_that_reads_logits() -> None:
+    with pytest.raises(UserError, match=r"objective\.kl=0 and no objective\.refusal"):
+        _prove(other_model("granite", logits_scaling=4.0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cap_or_a_bias_behind_the_head_is_seen(dtype) -> None:
     """A cap far above the logits of a random model, and a bias of a hundredth of them."""
