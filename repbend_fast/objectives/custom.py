@@ -80,6 +80,8 @@ class Checked:
         found = list(streams)
         for stream in found:
             wrong = _what_is_wrong(stream, self._blocks)
+            if (stream.head or stream.answers) and not self._own.uses_head:
+                wrong = "it reads logits, and uses_head is false"
             if wrong:
                 raise UserError(f"objective.name={self._name}: {method}: stream {stream.name}: {wrong}")
         return found

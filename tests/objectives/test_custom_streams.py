@@ -8,7 +8,7 @@ import pytest
 
 from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.errors import UserError
-from repbend_fast.objectives.base import Distance, Stream
+from repbend_fast.objectives.base import Distance, HeadKL, Stream
 from repbend_fast.objectives.custom import Checked
 
 SEQUENCES = (Sequence((1, 2, 3), 1), Sequence((4, 5), 1))
@@ -47,6 +47,7 @@ def test_good_streams_pass_and_a_generator_becomes_a_list() -> None:
         ([], "nothing to train on"),
         ([replace(GOOD, sequences=())], "no sequences"),
         ([Stream("s", SEQUENCES)], "no term"),
+        ([replace(GOOD, head=HeadKL("kl", TERM.spans, 1.0, 4.0, 1.0))], "uses_head is false"),
         (_with(layers=(0,)), "hidden states 0"),
         (_with(layers=(1, 9)), "hidden states 9"),
         (_with(layers=(-1,)), "hidden states -1"),
