@@ -82,11 +82,16 @@ YARDSTICK = "validation."
 """How the settings begin that say what the validation before training was measured on."""
 
 
+BEFORE_A_CHOICE = {"objective.distance_unit": "state", "training.normalize": "micro_batch"}
+"""What checkpoints of earlier versions were written with, which do not say it."""
+
+
 def fixed_settings(config: Config) -> dict[str, Any]:
     """Settings that shape what a checkpoint holds, by key: a run cannot go on with others."""
     lora = {f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()}
     model = {f"model.{key}": getattr(config.model, key) for key in ("dtype", "quantization", "double_quantization")}
-    fixed = lora | model | {"training.optimizer": config.training.optimizer, "objective.name": config.objective.name}
+    training = {f"training.{key}": getattr(config.training, key) for key in ("optimizer", "normalize")}
+    fixed = lora | model | training | {"objective.name": config.objective.name}
     if hasattr(config.objective, "distance_unit"):
         fixed["objective.distance_unit"] = config.objective.distance_unit
     if config.validation.every:
@@ -110,8 +115,8 @@ def read_state(path: Path, config: Config) -> dict[str, Any]:
     if missing := {"step", "sampler", "guard", "stopped", "settings", "limits"} - plain.keys():
         raise UserError(_damaged(path, f"state.json has no {', '.join(sorted(missing))}"))
     for key, own in fixed_settings(config).items():
-        # One of a run without validation has no settings of it; distances had one unit before there was a choice.
-        written = plain["settings"].get(key, "state" if key == "objective.distance_unit" else own)
+        # One of a run without validation has no settings of it.
+        written = plain["settings"].get(key, BEFORE_A_CHOICE.get(key, own))
         if written != own:
             # Without sources the held-out records would become training data, with which the sampler cannot go on.
             off = key.startswith(YARDSTICK) and config.validation.sources

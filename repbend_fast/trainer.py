@@ -263,8 +263,11 @@ class Trainer:
             self.guard.reopen()
         load_moments(self.optimizer, state.tensors["optimizer"], self.config.training)
         self.scaler.load_state_dict(state.tensors["scaler"])
-        if self.kl_weight and state.plain.get("kl_weight") is not None:
-            self.kl_weight.set(state.plain["kl_weight"])
+        weight = state.plain.get("kl_weight")
+        if self.kl_weight and weight is not None:
+            self.kl_weight.set(weight)
+        elif weight is not None:
+            say(f"note: objective.kl_limit is off from here on, so the KL's weight goes from {weight:.4g} back to the configured one")
         self.best_weights = state.tensors["best"]
         if not self.config.validation.every:
             if self.stopped:

@@ -76,7 +76,8 @@ class RowReader:
 def scale_into(out: Tensor, source: Tensor, factor: Tensor, rows: Tensor | None = None) -> Tensor:
     """out = source · factor, contiguous tensors of two dimensions and more, multiplied in ``factor``'s dtype; ``out`` may be ``source``.
 
-    ``factor`` is a scalar or has one value for each row. With ``rows`` (int64 [R], unique) row i of ``source`` goes to row ``rows[i]``.
+    ``factor`` is a scalar or has one value for each row. With ``rows`` (int64 [R]) row i of ``source`` is added to row ``rows[i]`` of
+    ``out``, which holds zeros: an index that comes twice gets both.
     A plain product of a 16-bit tensor and a scalar rounds the scalar to 16 bits on some devices.
     """
     if source.numel() == 0:
@@ -87,7 +88,7 @@ def scale_into(out: Tensor, source: Tensor, factor: Tensor, rows: Tensor | None 
         if rows is None:
             torch.mul(flat[start:stop].to(factor.dtype), part, out=flat_out[start:stop])
         else:
-            flat_out.index_copy_(0, rows[start:stop], (flat[start:stop].to(factor.dtype) * part).to(out.dtype))
+            flat_out.index_add_(0, rows[start:stop], (flat[start:stop].to(factor.dtype) * part).to(out.dtype))
     return out
 
 

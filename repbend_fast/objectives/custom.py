@@ -59,6 +59,8 @@ class Checked:
         self._own, self._name, self._blocks = own, name, num_blocks
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_own":  # a copy that is not filled yet
+            raise AttributeError(name)
         return getattr(self._own, name)
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:

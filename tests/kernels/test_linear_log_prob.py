@@ -108,6 +108,18 @@ def test_labels_as_they_come(implementation, device, ignore_index) -> None:
     assert_matches(value[[1, 2, 3, 5]], counted, tolerance=3e-6)
 
 
+def test_a_row_that_is_named_twice_gets_both_gradients(implementation, device) -> None:
+    hidden, weight, targets, _ = head(4, 32, 90, torch.float32, device)
+    rows = torch.tensor([2, 0, 2], device=device)
+    grads = []
+    for states, selection in ((hidden, rows), (hidden[rows], None)):
+        leaf = states.detach().requires_grad_()
+        linear_log_prob(leaf, weight, targets[:3], rows=selection, implementation=implementation).sum().backward()
+        grads.append(leaf.grad)
+    expected = torch.zeros_like(hidden).index_add(0, rows, grads[1])
+    assert_matches(grads[0], expected, tolerance=3e-6)
+
+
 @DTYPES
 def test_softcap_and_bias(implementation, device, dtype) -> None:
     hidden, weight, targets, bias = head(7, 32, 200, dtype, device, bias=True)

@@ -70,6 +70,12 @@ def test_resuming_a_normalized_step(tiny: TinyRun, tiny_model: Path, tmp_path: P
     assert same_tensors(adapter_of(tiny.path), adapter_of(straight.path))
 
 
+def test_a_run_goes_on_with_its_own_denominators(whole: TinyRun, tiny: TinyRun) -> None:
+    shutil.copytree(whole.path, tiny.path)
+    with pytest.raises(UserError, match=r"cannot resume: training\.normalize=step, but the checkpoint was written with micro_batch"):
+        tiny.resume("training.normalize=step")
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole: TinyRun, tiny: TinyRun) -> None:
     shutil.copytree(whole.path, tiny.path)
     checkpoints = tiny.path / "checkpoints"

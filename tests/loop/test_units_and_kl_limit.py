@@ -59,6 +59,13 @@ def test_a_run_goes_on_in_its_own_unit_only(bent: TinyRun) -> None:
         train(config, bent.path)
 
 
+def test_a_limit_that_is_switched_off_is_said(tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.train(*SETTINGS).exit_code == 0
+    assert tiny.resume("objective.kl_limit=null", "training.steps=7").exit_code == 0
+    assert "objective.kl_limit is off from here on" in capsys.readouterr().out
+    assert "kl_weight" not in rows(tiny.path, "step")[-1]
+
+
 def test_the_weight_follows_the_terms_that_are_logged(bent: TinyRun) -> None:
     weight, seen = 0.3, []
     for row in rows(bent.path, "step"):
