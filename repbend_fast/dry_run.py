@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
 from repbend_fast.config import Config
-from repbend_fast.memory.plan import show_plan
-from repbend_fast.metrics import console, say
+from repbend_fast.metrics import console
 from repbend_fast.models.coverage import names_and_sizes
 from repbend_fast.models.proof import Proof
-from repbend_fast.preflight import prepare_run
 from repbend_fast.runs import RunFolder
-from repbend_fast.trainer import Trainer
+from repbend_fast.trainer import make_ready, make_trainer
 
 
 def dry_run(config: Config, resume: Path | None = None) -> int:
@@ -25,15 +22,7 @@ def dry_run(config: Config, resume: Path | None = None) -> int:
         UserError: as training would.
     """
     run = RunFolder(resume if resume is not None else config.output.folder)
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
-    ready = prepare_run(config, run, resume is not None)
-    for note in ready.data.notes:
-        say(note)
-    if ready.plan is not None:
-        say(show_plan(ready.plan))
-    torch.manual_seed(config.training.seed)
-    trainer = Trainer(config, run, ready.data, ready.plan.levers if ready.plan else None)
+    trainer = make_trainer(config, run, make_ready(config, run, resume is not None))
     trainer.batches.close()
     assert trainer.proof is not None
     console.print(proof_table(trainer.proof))

@@ -16,7 +16,7 @@ from repbend_fast.memory.plan import Plan, plan_of
 from repbend_fast.models import find_decoder, load_tokenizer
 from repbend_fast.models.adapters import check_targets
 from repbend_fast.models.gguf import gguf_blocks
-from repbend_fast.models.load import check_attention, resolve_device, resolve_source
+from repbend_fast.models.load import check_attention, read_model_config, resolve_device, resolve_source
 from repbend_fast.objectives import build_objective, roles_of
 from repbend_fast.optimizer import check_optimizer
 from repbend_fast.runs import RunFolder, check_folder
@@ -97,13 +97,8 @@ def check_depth(config: Config) -> None:
         if depth is not None:
             _check_blocks(config, depth)
         return
-    from transformers import AutoConfig
-
-    from repbend_fast.models.load import _hub_arguments, config_source
-
-    source = config_source(config.model)
     try:
-        whole = AutoConfig.from_pretrained(source, **_hub_arguments(config.model))
+        whole = read_model_config(config.model)
         shape = whole.get_text_config()
         blocks = shape.num_hidden_layers
     except (OSError, ValueError, KeyError, AttributeError):

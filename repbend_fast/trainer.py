@@ -73,14 +73,8 @@ def train(config: Config, resume: Path | None = None) -> RunResult:
         UserError: anything that the user can mend; earlier checkpoints stay intact.
     """
     run = RunFolder(resume if resume is not None else config.output.folder)
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
     with only_training(run):
-        ready = prepare_run(config, run, resume is not None)
-        for note in ready.data.notes:
-            say(note)
-        if ready.plan is not None:
-            say(show_plan(ready.plan))
+        ready = make_ready(config, run, resume is not None)
         try:
             return _run(config, run, ready)
         except KeyboardInterrupt:
@@ -89,9 +83,30 @@ def train(config: Config, resume: Path | None = None) -> RunResult:
             raise
 
 
-def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
+def make_ready(config: Config, run: RunFolder, resume: bool) -> Ready:
+    """What a run has before its model, with the notes and the plan said.
+
+    Raises:
+        UserError: as ``prepare_run``.
+    """
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    ready = prepare_run(config, run, resume)
+    for note in ready.data.notes:
+        say(note)
+    if ready.plan is not None:
+        say(show_plan(ready.plan))
+    return ready
+
+
+def make_trainer(config: Config, run: RunFolder, ready: Ready) -> Trainer:
+    """The trainer with its model, LoRA's start drawn from the run's seed."""
     torch.manual_seed(config.training.seed)
-    trainer = Trainer(config, run, ready.data, ready.plan.levers if ready.plan else None)
+    return Trainer(config, run, ready.data, ready.plan.levers if ready.plan else None)
+
+
+def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
+    trainer = make_trainer(config, run, ready)
     validator = None
     if config.validation.every:
         validator = Validator(trainer.runner, trainer.objective, ready.data.encoder, ready.data.held, ready.prompts, config)

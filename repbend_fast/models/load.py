@@ -283,6 +283,13 @@ def config_source(config: ModelConfig) -> str:
     return model_parts(config)[0]
 
 
+def read_model_config(config: ModelConfig) -> Any:
+    """transformers' configuration of the model, without its weights; whatever reading it raises is the caller's."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(config_source(config), **_hub_arguments(config))
+
+
 def _adapter_config(source: str, revision: str | None) -> str | None:
     """Path of ``adapter_config.json`` in a folder, or of its copy in the hub's cache; None where there is none."""
     from transformers.utils import find_adapter_config_file

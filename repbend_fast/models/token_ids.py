@@ -52,14 +52,12 @@ def check_special_tokens(tokenizer: Any, rows: int) -> None:
 
 def vocabulary_of(config: ModelConfig) -> int | None:
     """The embedding's rows by the model's configuration file; None where there is none that is quick to read."""
-    from transformers import AutoConfig
-
-    from repbend_fast.models.load import _hub_arguments, config_source
+    from repbend_fast.models.load import read_model_config
 
     if config.gguf_file:
         return None
     try:
-        shape = AutoConfig.from_pretrained(config_source(config), **_hub_arguments(config)).get_text_config()
+        shape = read_model_config(config).get_text_config()
     except (UserError, OSError, ValueError, KeyError, AttributeError):
         return None
     return getattr(shape, "vocab_size", None)

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from host_syncs import HostSyncs
+from host_syncs import watched_steps
 from tiny_run import TinyRun, rows
-
-from repbend_fast.trainer import Trainer
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_a_step_waits_once(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
-    plain = Trainer._train_step
-    waits: list[list[str]] = []
-
-    def watched(trainer: Trainer, *arguments: object) -> None:
-        with HostSyncs() as syncs:
-            plain(trainer, *arguments)  # type: ignore[arg-type]
-        waits.append(syncs.found)
-
-    monkeypatch.setattr(Trainer, "_train_step", watched)
+    waits = watched_steps(monkeypatch)
     tiny.train(
         "training.steps=4", "training.log_every=4", "validation.every=0", f"training.optimizer={optimizer}", "training.warmup_steps=0"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_syncs import HostSyncs
+from host_syncs import watched_steps
 from tiny_run import BLOCKS, TinyRun, adapter_of, reproducible, rows, same_tensors
 
 from repbend_fast.cli import main
@@ -18,7 +18,7 @@ from repbend_fast.dual import KLWeight
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import HeadKL, Stream
 from repbend_fast.step import StreamResult, StreamRunner
-from repbend_fast.trainer import Trainer, train
+from repbend_fast.trainer import train
 
 SETTINGS = ("objective.distance_unit=reference", "objective.window=auto", "objective.kl_limit=0.5", "objective.kl_rate=0.2")
 
@@ -86,15 +86,7 @@ def test_a_window_by_depth_is_written_as_numbers(bent: TinyRun) -> None:
 
 
 def test_a_step_with_a_limit_waits_once(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Trainer._train_step
-    waits: list[list[str]] = []
-
-    def watched(trainer: Trainer, *arguments: object) -> None:
-        with HostSyncs() as syncs:
-            plain(trainer, *arguments)  # type: ignore[arg-type]
-        waits.append(syncs.found)
-
-    monkeypatch.setattr(Trainer, "_train_step", watched)
+    waits = watched_steps(monkeypatch)
     tiny.train(*SETTINGS, "training.steps=4", "training.log_every=4", "validation.every=0", "training.warmup_steps=0")
     _, first, second, _ = waits
     assert len(first) == len(second) == 1, first + second

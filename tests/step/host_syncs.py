@@ -6,8 +6,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from repbend_fast.trainer import Trainer
 
 TORCH = str(Path(torch.__file__).parent)
 OPTIMIZER = str(Path(torch.optim.__file__).parent)
@@ -48,3 +51,17 @@ class HostSyncs(TorchDispatchMode):
                 places = [f"{frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(TORCH)]
                 self.found.append(f"{name} at {' < '.join(reversed(places[-4:]))}")
         return function(*args, **(kwargs or {}))
+
+
+def watched_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Where each training step from here on waits for the device, filled as steps run."""
+    plain = Trainer._train_step
+    waits: list[list[str]] = []
+
+    def watched(trainer: Trainer, *arguments: Any) -> None:
+        with HostSyncs() as syncs:
+            plain(trainer, *arguments)
+        waits.append(syncs.found)
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    return waits
