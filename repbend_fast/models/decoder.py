@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from repbend_fast.errors import UserError
-from repbend_fast.models.packing import known_packing
+from repbend_fast.models.layers.packing import known_packing
 from repbend_fast.ranges import CHECKPOINTED
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm", "final_norm", "norm_f")
