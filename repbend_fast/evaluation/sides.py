@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -18,12 +18,13 @@ from repbend_fast.errors import UserError
 from repbend_fast.evaluation.chat import chat_statistics
 from repbend_fast.evaluation.measure import run_evaluation
 from repbend_fast.evaluation.rates import table
-from repbend_fast.models import reference_model
+from repbend_fast.models import attach_lora, find_decoder, load_model, load_tokenizer, lora_dropout, reference_model
+from repbend_fast.objectives import build_objective, roles_of
 from repbend_fast.runs.folder import RunFolder, write_json
-
-if TYPE_CHECKING:
-    from repbend_fast.runs.prepare import RunData
-    from repbend_fast.step import StreamRunner
+from repbend_fast.runs.prepare import RunData, prepare_data
+from repbend_fast.runs.token_ids import check_token_ids
+from repbend_fast.step import StreamRunner, checked_runner
+from repbend_fast.step.levers import levers_of
 
 
 def evaluate_sides(run: RunFolder, config: Config, runner: StreamRunner, data: RunData, side: str, **extra: Any) -> None:
@@ -60,8 +61,6 @@ def drop_stale(run: RunFolder, config: Config) -> None:
 
 def measure_model(config: Config, runner: StreamRunner, encoder: ChatEncoder, chat: list[Any]) -> dict[str, Any]:
     """Rates of generated answers, and perplexity and KL on held-out chat where there is some."""
-    from repbend_fast.models import lora_dropout
-
     with lora_dropout(runner.model, None):
         result = run_evaluation(runner.model, encoder, config.evaluation).as_dict()
         if chat and runner.head is not None:
@@ -79,11 +78,6 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> int:
     Raises:
         UserError: no adapter, prompts or data to read, or a file that cannot be written.
     """
-    from repbend_fast.models import attach_lora, find_decoder, load_model, load_tokenizer
-    from repbend_fast.objectives import build_objective, roles_of
-    from repbend_fast.runs.prepare import prepare_data
-    from repbend_fast.runs.token_ids import check_token_ids
-
     prompts = config.evaluation.prompts = config.evaluation.prompts or PromptsConfig()
     load_prompts(prompts)
     folder = RunFolder(run) if run else None
@@ -129,9 +123,6 @@ def _adapted(base: Any, folder: RunFolder) -> Any:
 
 
 def _runner(model: Any, config: Config, uses_head: bool) -> StreamRunner:
-    from repbend_fast.step import checked_runner
-    from repbend_fast.step.levers import levers_of
-
     return checked_runner(model, config, levers_of(config.memory, model), uses_head)
 
 

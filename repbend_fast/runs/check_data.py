@@ -8,7 +8,6 @@ from rich.console import Console
 
 from repbend_fast.config.schema import Config
 from repbend_fast.data.check import check_data, print_report
-from repbend_fast.runs.token_ids import check_special_tokens, vocabulary_of
 
 
 def run_check(config: Config, tokenizer: Any | None, console: Console | None = None) -> int:
@@ -19,6 +18,8 @@ def run_check(config: Config, tokenizer: Any | None, console: Console | None = N
     console = console or Console()
     vocabulary = None
     if tokenizer is not None:
+        from repbend_fast.runs.token_ids import check_special_tokens, vocabulary_of
+
         vocabulary = vocabulary_of(config.model)
         if vocabulary is not None:
             check_special_tokens(tokenizer, vocabulary)

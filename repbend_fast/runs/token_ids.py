@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models.decoder import causal_model
-
-if TYPE_CHECKING:
-    from repbend_fast.runs.prepare import RunData
+from repbend_fast.models.load import read_model_config
+from repbend_fast.runs.prepare import RunData
 
 REMEDY = "use the tokenizer that belongs to the model, or a model whose embedding has a row for it"
 
@@ -52,8 +51,6 @@ def check_special_tokens(tokenizer: Any, rows: int) -> None:
 
 def vocabulary_of(config: ModelConfig) -> int | None:
     """The embedding's rows by the model's configuration file; None where there is none that is quick to read."""
-    from repbend_fast.models.load import read_model_config
-
     if config.gguf_file:
         return None
     try:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from repbend_fast.config.schema import MemoryConfig
+from repbend_fast.models.decoder import find_decoder
 from repbend_fast.step.pieces import Layout
 
 EVERY_STREAM = "*"
@@ -72,8 +73,6 @@ def default_levers(memory: MemoryConfig, num_blocks: int, device: torch.device, 
 
 def levers_of(memory: MemoryConfig, model: Any) -> Levers:
     """``default_levers`` for a loaded model."""
-    from repbend_fast.models.decoder import find_decoder
-
     decoder = find_decoder(model)
     attention = getattr(getattr(model, "config", None), "_attn_implementation", "")
     return default_levers(memory, decoder.num_blocks, decoder.device, attention)

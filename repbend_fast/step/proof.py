@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from torch import Tensor
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.coverage import BlockKind, coverage_of
 from repbend_fast.models.decoder import WITHOUT_HEAD, Head, causal_model, find_decoder, run_decoder
+from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.retreat import is_out_of_memory
-
-if TYPE_CHECKING:
-    from repbend_fast.step.parts import ModelParts
 
 LENGTHS = (9, 6)
 """Of the two sequences. The longer one stands first: where a row leaks, the second is wrong, where padding does, the padded one."""

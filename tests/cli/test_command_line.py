@@ -148,7 +148,7 @@ def test_verify_passes_objectives_on(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_data_check_of_a_file_counts_characters_unless_a_model_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], replace: Replace
 ) -> None:
-    calls = replace("repbend_fast.data.check", "run_check", 0)
+    calls = replace("repbend_fast.runs.check_data", "run_check", 0)
     loaded = replace("repbend_fast.models", "load_tokenizer", "a tokenizer")
     data = tmp_path / "odd, name.jsonl"
     data.write_text("", encoding="utf-8")
@@ -163,7 +163,7 @@ def test_data_check_of_a_file_counts_characters_unless_a_model_is_named(
 
 
 def test_data_check_of_a_recipe_goes_on_without_its_tokenizer(capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
-    calls = replace("repbend_fast.data.check", "run_check", 2)
+    calls = replace("repbend_fast.runs.check_data", "run_check", 2)
     replace("repbend_fast.models", "load_tokenizer", UserError("the hub is offline\nsecond line"))
     assert main(["data", "check", "llama-3-8b-instruct", "data.limit=5"]) == 2
     assert capsys.readouterr().err == "note: lengths are in characters, the tokenizer is not to be had (the hub is offline second line)\n"
