@@ -19,7 +19,7 @@ from repbend_fast.console import ProgressLine, say
 from repbend_fast.data.prefetch import PreparedBatches
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.rates import rates_line
-from repbend_fast.evaluation.sides import drop_stale, evaluate_sides
+from repbend_fast.evaluation.sides import evaluate_sides
 from repbend_fast.models import (
     attach_lora,
     find_decoder,
@@ -31,7 +31,7 @@ from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
 from repbend_fast.objectives.sections import CustomObjectiveConfig
 from repbend_fast.planning.planner import Plan, show_plan
-from repbend_fast.runs.folder import RunFolder, only_training, remove_leftovers, start_folder, write_json, write_text
+from repbend_fast.runs.folder import RunFolder, only_training, start_folder, write_json, write_text
 from repbend_fast.runs.metrics import MetricsLog, peak_memory_bytes
 from repbend_fast.runs.prepare import RunData
 from repbend_fast.runs.token_ids import check_token_ids
@@ -41,20 +41,18 @@ from repbend_fast.step.retreat import is_out_of_memory, optimizer_out_of_memory
 from repbend_fast.step.units import measure_units
 from repbend_fast.step.zero_start import check_zero, is_at_start, probe_of
 from repbend_fast.training.checkpoint import (
-    YARDSTICK,
-    TrainingState,
     adapter_weights,
-    fixed_settings,
     load_adapter_weights,
-    load_checkpoint,
     save_adapter,
     save_checkpoint,
 )
 from repbend_fast.training.dual import KLWeight
+from repbend_fast.training.guard import Guard
 from repbend_fast.training.interrupt import Interrupt
-from repbend_fast.training.optimizer import build_optimizer, learning_rate, load_moments
+from repbend_fast.training.optimizer import build_optimizer, learning_rate
 from repbend_fast.training.preflight import Ready, prepare_run
-from repbend_fast.training.validation import Guard, Validation, Validator
+from repbend_fast.training.resume import resume_training, state_of
+from repbend_fast.training.validation import Validation, Validator
 
 INTERRUPTED = 130
 
@@ -122,7 +120,7 @@ def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
         trainer.use_units({})
         evaluate_sides(run, config, trainer.runner, ready.data, "before")
     else:
-        trainer.resume(ready.checkpoint)
+        resume_training(trainer, ready.checkpoint)
     if trainer.fit(validator):
         return RunResult(run.path, INTERRUPTED)
     trainer.finish()
@@ -191,7 +189,7 @@ class Trainer:
                 if validator and (self._validation_is_due() or last or self.guard.is_annealed(self.step)):
                     self._validate(validator)
                 if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupt.requested:
-                    path = self._save()
+                    path = save_checkpoint(self.run, state_of(self), self.model, settings.keep_checkpoints)
                     if interrupt.requested:
                         self.log.write("event", self.step, event="interrupted", reason=interrupt.reason)
                         say(f"saved {path}\n{resume_line(self.run)}")
@@ -259,65 +257,6 @@ class Trainer:
             from repbend_fast.report import write_report
 
             say(f"report: {write_report(self.run.path)}")
-
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint, to the bit on the CPU."""
-        state = load_checkpoint(checkpoint, self.config, self.model)
-        if self.config.validation.every and state.plain["guard"]["before"] is None:
-            raise UserError(
-                f"validation.every={self.config.validation.every}: validation cannot be switched on at --resume, since the model before "
-                "training was not measured; resume with validation.every=0"
-            )
-        self.step = state.step
-        self.stopped = state.plain["stopped"]
-        self.guard.load_state_dict(state.plain["guard"])
-        # With validation off for a while, what it was measured on before stays to be compared with.
-        self.yardstick = {key: value for key, value in state.plain["settings"].items() if key.startswith(YARDSTICK)}
-        if self.stopped and state.plain["limits"] != self.guard.limits_in_force():
-            say(f"the guard {self.stopped}; its limits have changed, so training goes on")
-            self.stopped = None
-            self.guard.reopen()
-        load_moments(self.optimizer, state.tensors["optimizer"], self.config.training)
-        self.scaler.load_state_dict(state.tensors["scaler"])
-        weight = state.plain.get("kl_weight")
-        if self.kl_weight and weight is not None:
-            self.kl_weight.set(weight)
-        elif weight is not None:
-            say(f"note: objective.kl_limit is off from here on, so the KL's weight goes from {weight:.4g} back to the configured one")
-        self.best_weights = state.tensors["best"]
-        if not self.config.validation.every:
-            if self.stopped:
-                say(f"the guard {self.stopped}; validation is off from here on, so training goes on")
-                self.stopped = None
-            if self.step < self.config.training.steps:
-                # Nothing measures the steps to come, so what was best so far is no reason to drop them.
-                self.best_weights = self.guard.best = None
-        # What ran out of memory once would do so again, unless the levers were set anew.
-        if state.plain.get("levers", {}).get("first") == self.first_levers.as_dict():
-            self.runner.levers = Levers(**state.plain["levers"]["last"])
-        remove_leftovers(self.run)
-        drop_stale(self.run, self.config)
-        # Settings given with --resume belong to the run from here on, also when it is resumed again.
-        write_text(self.run.config, resolved_yaml(self.config))
-        self.log = MetricsLog(self.run.metrics, last_step=self.step)
-        self.use_units({int(layer): unit for layer, unit in state.plain.get("units", {}).items()})
-        self.log.write("event", self.step, event="resumed", reason=checkpoint.name)
-        self.log_proof()
-        say(f"resumed from {checkpoint} at step {self.step}")
-
-    def _save(self) -> Path:
-        plain = {
-            "sampler": self.batches.state_dict(),
-            "guard": self.guard.state_dict(),
-            "stopped": self.stopped,
-            "settings": fixed_settings(self.config) | self.yardstick,
-            "limits": self.guard.limits_in_force(),
-            "units": {str(layer): unit for layer, unit in self.runner.units.items()},
-            "kl_weight": self.kl_weight.value if self.kl_weight else None,
-            "levers": {"first": self.first_levers.as_dict(), "last": self.runner.levers.as_dict()},
-        }
-        tensors = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "best": self.best_weights}
-        return save_checkpoint(self.run, TrainingState(self.step, plain, tensors), self.model, self.config.training.keep_checkpoints)
 
     def _train_step(self, progress: ProgressLine) -> None:
         settings = self.config.training

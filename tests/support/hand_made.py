@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from repbend_fast.config.schema import ValidationConfig
-from repbend_fast.training.validation import Guard, Validation
+from repbend_fast.training.guard import Guard
+from repbend_fast.training.validation import Validation
 
 
 def at(

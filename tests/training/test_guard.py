@@ -17,9 +17,10 @@ from repbend_fast.models import load_tokenizer
 from repbend_fast.objectives import roles_of
 from repbend_fast.runs.prepare import prepare_data
 from repbend_fast.training.checkpoint import adapter_weights
+from repbend_fast.training.guard import Guard
 from repbend_fast.training.optimizer import learning_rate
 from repbend_fast.training.trainer import Trainer
-from repbend_fast.training.validation import Guard, Validation, Validator
+from repbend_fast.training.validation import Validation, Validator
 
 Measured = dict[int, Validation]
 

@@ -6,7 +6,8 @@ import pytest
 from hand_made import at, best_of, judged
 
 from repbend_fast.config.schema import ValidationConfig
-from repbend_fast.training.validation import Guard, Validation
+from repbend_fast.training.guard import Guard
+from repbend_fast.training.validation import Validation
 
 
 def both(refused: float, broken: float) -> dict[str, tuple[float, float]]:
