@@ -158,7 +158,7 @@ class _Block(nn.Module):
 
 
 class OffloadedInputs(Protocol):
-    """Where inputs of recomputed blocks wait: ``memory.offload.HostStates``."""
+    """Where inputs of recomputed blocks wait: ``layers.offload.HostStates``."""
 
     def put(self, index: int, hidden: Tensor) -> None:
         """Take a copy of the input of block ``index``."""

@@ -1,1 +1,1 @@
-"""Memory: the levers of a step, the planner that chooses them, and what happens when memory runs out all the same."""
+"""Planning: what a step with given levers will take, in bytes and in time, and the levers for a budget."""

@@ -1,6 +1,6 @@
 """What operations need inside of themselves and free again, in bytes: no tensor outside shows it.
 
-Figures follow the ops' own code (``repbend_kernels``, ``models.lora``, bitsandbytes' ``gemm_4bit``) and hold for shapes alone.
+Figures follow the ops' own code (``repbend_kernels``, ``models.layers``, bitsandbytes' ``gemm_4bit``) and hold for shapes alone.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class StreamRunner:
     """Runs streams on one model: ``backward`` for training, ``measure`` for validation.
 
     Args:
-        model: PEFT model with the trained adapter; its LoRA layers get the keyed forward of ``models.lora``, its norms and MLPs the
-            lean ones of ``models.lean``.
+        model: PEFT model with the trained adapter; its LoRA layers get the keyed forward of ``layers.lora``, its norms and MLPs the
+            lean ones of ``layers.lean``.
         levers: piece sizes, recomputation and chunks; none of them changes the gradient.
         autocast: dtype of autocast around both passes, or None.
         uses_head: whether any stream has a head term; the head is located, and its restrictions checked, only then.
@@ -234,7 +234,7 @@ def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) 
     Where packing leaks between sequences and was not asked for, the runner pads.
 
     Raises:
-        UserError: the head is no plain matrix, or something does not hold (``models.proof``).
+        UserError: the head is no plain matrix, or something does not hold (``step.proof``).
     """
     autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
     runner = StreamRunner(model, levers, autocast=autocast, uses_head=uses_head)

@@ -1,7 +1,7 @@
 """Norms and gated MLPs of one model that keep less for backward, with the values of the layers that they stand for.
 
-Only what the modules do with their inputs changes: the operations are Liger's where ``models.liger`` bound them, elsewhere those of
-``models.block_ops``; what comes out can be made again in backward (``models.recompute``). Of a block of a Llama with 32-bit states that
+Only what the modules do with their inputs changes: the operations are Liger's where ``layers.liger`` bound them, elsewhere those of
+``layers.block_ops``; what comes out can be made again in backward (``layers.recompute``). Of a block of a Llama with 32-bit states that
 leaves 4 D + 2 I elements per token, keys and values apart, of 6 D + 4 I; D is the width of a hidden state, I the MLP's.
 """
 

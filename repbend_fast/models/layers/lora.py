@@ -8,7 +8,7 @@ and f = s/(1 − p):
     backward   Q = f · G B  [N, r]       dB = f · Gᵀ P    dx = G W    dx += keep · (Q A)    dA = Qᵀ m
                                                                  in place: the base layer's gradient is fresh
 
-Kept for backward: x by reference (q, k and v share one) or, where ``models.recompute`` knows how it was made, what it was made of;
+Kept for backward: x by reference (q, k and v share one) or, where ``layers.recompute`` knows how it was made, what it was made of;
 P; and the rows' hashed keys, which all layers share. PEFT keeps x, the
 mask, the dropped x (in A's dtype, so in 32 bits for a 16-bit model), P, and makes up to four tensors of the output's size on the way.
 

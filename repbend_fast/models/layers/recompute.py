@@ -1,6 +1,6 @@
 """Inputs of adapted layers that backward computes again instead of keeping them.
 
-LoRA's gradient of A needs the layer's input x (``models.lora``). Mostly a norm or a gated product has just made x from tensors that
+LoRA's gradient of A needs the layer's input x (``layers.lora``). Mostly a norm or a gated product has just made x from tensors that
 backward keeps anyway, and making it again costs a few passes over it. Such a tensor carries its origin; the adapted layers
 that read it keep the origin's inputs, which their owners keep too, in place of x.
 """
