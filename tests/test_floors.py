@@ -128,6 +128,13 @@ def test_architecture_lists_the_rooms_in_this_order() -> None:
     assert tuple(rows) == ROOMS[1:]
 
 
+def test_every_file_that_architecture_names_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"\b(?:\w+/)+\w+\.py\b", text)
+    assert len(named) > 25
+    assert [name for name in named if not any((folder / name).is_file() for folder in (ROOT, ROOT / PACKAGE))] == []
+
+
 def test_tests_mirror_the_rooms_and_share_through_one_path() -> None:
     tests = ROOT / "tests"
     assert {path.relative_to(tests).parts[0] for path in tests.rglob("*.py") if path.parent != tests} <= FOLDERS_OF_TESTS
