@@ -25,7 +25,7 @@ def row_distance(
 ) -> Tensor:
     """Distances [L, R] of each layer's rows; 0 where ``mask`` is False."""
     if implementation == "triton":
-        from .triton_row_distance import launch_distances
+        from .triton.row_distance import launch_distances
 
         return launch_distances(hiddens, references, rows, mask, kind)
     return torch.stack([distances_torch(h, r, rows, mask, kind) for h, r in zip(hiddens, references)])
@@ -44,7 +44,7 @@ def row_distance_backward(
 ) -> Tensor:
     """``grad_rows`` [R] times the direction, as a new tensor of ``hidden``'s shape."""
     if implementation == "triton":
-        from .triton_row_distance import launch_gradient
+        from .triton.row_distance import launch_gradient
 
         return launch_gradient(hidden, reference, rows, mask, kind, grad_rows)
     return gradient_torch(hidden, reference, rows, mask, kind, grad_rows)

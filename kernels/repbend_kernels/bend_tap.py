@@ -31,7 +31,7 @@ def bend_tap_forward(
     ``place`` (int32 [N], Triton only) tells the backward kernel which selected row, if any, lies at a row of hidden.
     """
     if implementation == "triton":
-        from .triton_row_distance import launch_tap_forward
+        from .triton.row_distance import launch_tap_forward
 
         return launch_tap_forward(hidden, buffer, broadcast, rows, kind)
     reference = buffer if broadcast is None else broadcast
@@ -51,7 +51,7 @@ def bend_tap_backward(
 ) -> Tensor:
     """New tensor of ``shape``: ``grad`` (zeros where None) + ``scale`` · ``direction`` [R, D] at ``rows``."""
     if implementation == "triton":
-        from .triton_row_distance import launch_tap_backward
+        from .triton.row_distance import launch_tap_backward
 
         return launch_tap_backward(grad, direction, rows, place, scale, shape)
     return add_rows_torch(grad, direction, rows, scale, shape)

@@ -141,7 +141,7 @@ class KeyedMask:
     def apply(self, tensors: list[Tensor], outs: list[Tensor], first: int, last: int) -> None:
         """Each of ``outs`` = the tensor of ``tensors`` where kept, else 0; all [last − first, D], an out may be its tensor."""
         if self.hashes is None:
-            from .triton_keyed_dropout import launch_into
+            from .triton.keyed_dropout import launch_into
 
             for x, out in zip(tensors, outs):
                 launch_into(out, x, self.keys[first:last], *self.arguments, 1.0)
@@ -172,7 +172,7 @@ def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int,
 def masked(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float, implementation: str) -> list[Tensor]:
     """For each of ``tensors`` ``factor·x`` where kept and 0 elsewhere; ``start`` and ``threshold`` are those of :func:`mask_arguments`."""
     if implementation == "triton":
-        from .triton_keyed_dropout import launch
+        from .triton.keyed_dropout import launch
 
         return [launch(x, keys, start, threshold, factor) for x in tensors]
     return _torch_path(tensors, keys, start, threshold, factor)

@@ -96,7 +96,7 @@ def linear_kl_div_op(
             logits_into(student, hidden_rows(hidden, rows, start, stop), weight, bias)
             logits_into(teacher, reference[start:stop], reference_weight, reference_bias)
             if implementation == "triton":
-                from .triton_linear_kl_div import launch_chunk
+                from .triton.linear_kl_div import launch_chunk
 
                 grad_logits = launch_chunk(student, teacher, losses[start:stop], temperature, softcap, need_grad, hidden.dtype)
             else:

@@ -81,7 +81,7 @@ def linear_log_prob_op(
             logits = buffer[: stop - start]
             logits_into(logits, hidden_rows(hidden, rows, start, stop), weight, bias)
             if implementation == "triton":
-                from .triton_linear_log_prob import launch_chunk
+                from .triton.linear_log_prob import launch_chunk
 
                 grad_logits = launch_chunk(logits, targets[start:stop], out[start:stop], temperature, softcap, need_grad, hidden.dtype)
             else:

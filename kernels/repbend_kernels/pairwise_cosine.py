@@ -49,7 +49,7 @@ def _backward_torch(states: Tensor, summed: Tensor, inverse: Tensor, scale: Tens
 def pairwise_similarity(states: Tensor, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     """``(Σ over i ≠ j of cos [L], s [L, D], 1/‖h‖ [L, B])``; only the first is differentiable."""
     if implementation == "triton":
-        from .triton_pairwise_cosine import launch_forward
+        from .triton.pairwise_cosine import launch_forward
 
         return launch_forward(states)
     return _forward_torch(states)
@@ -70,7 +70,7 @@ def _(states: Tensor, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
 def pairwise_similarity_backward(states: Tensor, summed: Tensor, inverse: Tensor, scale: Tensor, implementation: str) -> Tensor:
     """``scale`` [L] times the gradient of each layer's similarity, [L, B, D]."""
     if implementation == "triton":
-        from .triton_pairwise_cosine import launch_backward
+        from .triton.pairwise_cosine import launch_backward
 
         return launch_backward(states, summed, inverse, scale)
     return _backward_torch(states, summed, inverse, scale)

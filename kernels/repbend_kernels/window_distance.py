@@ -26,7 +26,7 @@ from .selection import resolve
 def row_distance_consume(hiddens: list[Tensor], references: list[Tensor], mask: Tensor | None, kind: str, implementation: str) -> Tensor:
     """Distances [L, N]; each reference is overwritten with the direction d distance/d hidden."""
     if implementation == "triton":
-        from .triton_row_distance import launch_consume
+        from .triton.row_distance import launch_consume
 
         return launch_consume(hiddens, references, mask, kind)
     return torch.stack([distances_into_direction_torch(h, r, None, mask, kind, r) for h, r in zip(hiddens, references)])
