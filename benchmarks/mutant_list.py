@@ -254,40 +254,40 @@ MODES = ("tests/models/test_lora_training_mode.py",)
 LORA = [
     Mutant(
         "lora: no low parts of wide operands",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "return high, (wide - high).to(dtype)",
         "return high, high * 0",
         PRODUCTS,
     ),
     Mutant(
         "lora: the low part of a product is not added",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "return both[:, : right.shape[1]] + both[:, right.shape[1] :]",
         "return both[:, : right.shape[1]].clone()",
         PRODUCTS,
     ),
     Mutant(
         "lora: of a low-rank product the left low part is lost",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "(left_high, left_high, left_low)",
         "(left_high, left_high, left_low * 0)",
         PRODUCTS,
     ),
     Mutant(
         "lora: of a low-rank product the right low part is lost",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "(right_high, right_low, right_high)",
         "(right_high, right_low * 0, right_high)",
         PRODUCTS,
     ),
     Mutant(
         "lora: products in parts without their factor",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "right, out.dtype), alpha=factor)",
         "right, out.dtype))",
         PRODUCTS,
     ),
-    Mutant("lora: the gradient of B without its factor", f"{MODELS}/lora.py", "grad_b.mul_(factor)", "grad_b", PRODUCTS),
+    Mutant("lora: the gradient of B without its factor", f"{KERNELS}/low_rank.py", "grad_b.mul_(factor)", "grad_b", PRODUCTS),
     Mutant(
         "lora: all layers share a mask",
         f"{MODELS}/lora.py",
@@ -297,7 +297,7 @@ LORA = [
     ),
     Mutant(
         "lora: no mask on the gradient of x",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/low_rank.py",
         "kept = self.read(start, stop, inner)",
         "kept = self.read(start, stop)",
         FORWARD,
@@ -403,7 +403,7 @@ STEP = [
         ("tests/models/test_attach_lora.py",),
     ),
     Mutant(
-        "norm: eps is missing", f"{MODELS}/block_ops.py", "keepdim=True) + eps)", "keepdim=True))", ("tests/models/test_lean_layers.py",)
+        "norm: eps is missing", f"{KERNELS}/rms_norm.py", "keepdim=True) + eps)", "keepdim=True))", ("tests/models/test_lean_layers.py",)
     ),
     Mutant(
         "recompute: an origin is never given up",

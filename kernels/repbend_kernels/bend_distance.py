@@ -16,6 +16,7 @@ from . import checks, consumed
 from .oracles import bend_distance_reference
 from .row_distance import distances_torch, gradient_torch
 from .rows import count_rows
+from .scratch import in_blocks, largest, scratch_rule
 from .selection import resolve
 
 
@@ -124,3 +125,13 @@ def bend_distance(
     distances = row_distance([hidden], [reference], rows, None, kind, chosen)
     total = distances.sum()
     return total / max(distances.numel(), 1) if reduction == "mean" else total
+
+
+@scratch_rule("row_distance")
+def _(device: torch.device, hiddens: list[Tensor]) -> int:
+    return in_blocks(device, 4, largest(*hiddens))
+
+
+@scratch_rule("row_distance_backward")
+def _(device: torch.device, hidden: Tensor) -> int:
+    return in_blocks(device, 4, hidden.numel())

@@ -19,6 +19,7 @@ from .bend_distance import row_distance
 from .oracles import bend_tap_reference
 from .row_distance import add_rows_torch, distances_into_direction_torch
 from .rows import count_rows
+from .scratch import in_blocks, largest, scratch_rule
 from .selection import resolve
 
 
@@ -165,3 +166,13 @@ def check_reference_rows(reference_rows: Tensor, hidden: Tensor, count: int) -> 
         )
     if not reference_rows.is_contiguous():
         raise ValueError(f"reference_rows: expected a contiguous tensor, got strides {list(reference_rows.stride())}")
+
+
+@scratch_rule("bend_tap_forward")
+def _(device: torch.device, hidden: Tensor, buffer: Tensor) -> int:
+    return in_blocks(device, 4, largest(hidden, buffer))
+
+
+@scratch_rule("bend_tap_backward")
+def _(device: torch.device, grad: Tensor | None, direction: Tensor) -> int:
+    return in_blocks(device, 4, largest(grad, direction))

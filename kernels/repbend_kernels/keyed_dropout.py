@@ -23,6 +23,7 @@ from torch import Tensor
 from . import checks
 from .oracles import keyed_dropout_reference
 from .rows import RowReader, blocks, count_rows, scale_into
+from .scratch import in_blocks, scratch_rule
 from .selection import resolve
 
 WEYL = 0x9E3779B9
@@ -257,3 +258,9 @@ def _check_keys(keys: Tensor, x: Tensor) -> None:
     rows = count_rows(x)
     if keys.shape not in (x.shape[:-1], (rows,)):
         raise ValueError(f"keys: expected shape {list(x.shape[:-1])} or [{rows}] (one key for each row of x), got {list(keys.shape)}")
+
+
+@scratch_rule("keyed_dropout")
+def _(device: torch.device, tensors: list[Tensor], keys: Tensor) -> int:
+    # Of a block: hashes, a 16-bit element widened twice or a wide one's hashes widened, the product; and the rows' mixed keys.
+    return in_blocks(device, 5, tensors[0].numel()) + 24 * keys.numel()

@@ -22,6 +22,7 @@ from . import checks
 from .head import (
     check_head,
     default_chunk_rows,
+    head_scratch,
     hidden_gradient,
     hidden_rows,
     log_softmax_,
@@ -33,6 +34,7 @@ from .head import (
 )
 from .oracles import linear_log_prob_reference
 from .rows import blocks
+from .scratch import scratch_rule
 from .selection import resolve
 
 
@@ -185,3 +187,8 @@ def linear_log_prob(
     if lengths is None:
         return out
     return torch.stack([part.sum() for part in out.split(list(lengths))]) if lengths else out.new_zeros(0)
+
+
+@scratch_rule("linear_log_prob")
+def _(device: torch.device, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> int:
+    return head_scratch(targets.shape[0], weight.shape[0], hidden.shape[1], hidden.element_size(), device, chunk_rows)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .oracles import pairwise_cosine_reference
+from .scratch import in_blocks, scratch_rule
 from .selection import resolve
 
 
@@ -133,3 +134,14 @@ def _stack(states: list[Tensor]) -> Tensor:
             raise ValueError(f"states[{index}]: expected shape [B, D], got {list(state.shape)}")
         checks.check_shape(f"states[{index}]", state, states[0].shape, "as states[0]")
     return torch.stack(states)
+
+
+@scratch_rule("pairwise_similarity")
+def _(device: torch.device, states: Tensor) -> int:
+    return in_blocks(device, 4, states.numel())
+
+
+@scratch_rule("pairwise_similarity_backward")
+def _(device: torch.device, states: Tensor) -> int:
+    # Of one layer: the states in float32 and at length 1, their products with the sum, and the difference.
+    return 4 * 4 * states[0].numel()
