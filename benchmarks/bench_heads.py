@@ -95,7 +95,7 @@ def test_linear_kl_div(measured, kl_case, size, contender) -> None:
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
 def test_three_matrix_products(measured, device, dtype, size, kl_case, chunked) -> None:
     """The floor of ``linear_kl_div``: its three products, with float32 results, in the chunks that it takes and all at once."""
-    from repbend_kernels.head import default_chunk_rows, hidden_gradient, logits_into
+    from repbend_kernels.blocks import default_chunk_rows, hidden_gradient, logits_into
 
     hidden, reference, weight, _ = kl_case
     count, width, vocabulary = size

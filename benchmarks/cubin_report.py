@@ -21,12 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import triton
-from repbend_kernels import triton_keyed_dropout as dropout
-from repbend_kernels import triton_linear_kl_div as kl
-from repbend_kernels import triton_linear_log_prob as log_prob
-from repbend_kernels import triton_pairwise_cosine as pairwise
-from repbend_kernels import triton_row_distance as rows
-from repbend_kernels.launch import size_rule
+from repbend_kernels.triton import keyed_dropout as dropout
+from repbend_kernels.triton import linear_kl_div as kl
+from repbend_kernels.triton import linear_log_prob as log_prob
+from repbend_kernels.triton import pairwise_cosine as pairwise
+from repbend_kernels.triton import row_distance as rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -60,7 +59,7 @@ def _row_case(name: str, dtype: str, width: int, **constants: object) -> Case:
         **dict.fromkeys(("r_inner", "r_outer_stride", "r_inner_stride", "grad_stride"), "i32"),
     }
     whole = width <= rows.WHOLE_ROW
-    launch = size_rule(width, rows.WHOLE_ROW)
+    launch = rows.size_rule(width, rows.WHOLE_ROW)
     known = {"h_stride": 1, "r_stride": 1, "WHOLE": whole, "BLOCK": launch.block if whole else rows.WHOLE_ROW // 2, **constants}
     return Case(name, rows.row_distance_kernel, dtype, types, known, launch.warps if whole else 8, frozenset({"grad_stride"}))
 
@@ -83,7 +82,7 @@ def _add_rows_case(dtype: str) -> Case:
     pointer = f"*{dtype}"
     types = {"grad": pointer, "direction": pointer, "rows": "*i64", "place": "*i32", "scale": "*fp32", "out": pointer}
     types |= dict.fromkeys(("count_r", "width", "g_inner", "g_outer_stride", "g_inner_stride"), "i32")
-    launch = size_rule(4096, rows.WHOLE_ROW // 2)
+    launch = rows.size_rule(4096, rows.WHOLE_ROW // 2)
     constants = {"g_stride": 1, "HAS_GRAD": True, "BLOCK": launch.block}
     return Case("bend_tap_backward", rows.add_rows_kernel, dtype, types, constants, launch.warps, frozenset({"count_r"}))
 
@@ -92,7 +91,7 @@ def _pairwise_cases(dtype: str) -> list[Case]:
     pointer, wide = f"*{dtype}", "*fp32"
     sizes = dict.fromkeys(("batch", "width", "stride_l", "stride_b"), "i32")
     loose = frozenset({"batch", "scale_stride"})
-    walk, columns = size_rule(4096, pairwise.WALK), size_rule(4096, pairwise.COLUMNS)
+    walk, columns = rows.size_rule(4096, pairwise.WALK), rows.size_rule(4096, pairwise.COLUMNS)
     forward = {"states": pointer, "inverse": wide}
     backward = {"states": pointer, "summed": wide, "inverse": wide, "scale": wide, "grad": pointer, "scale_stride": "i32"}
     sums = {**forward, "summed": wide, "partial": wide}

@@ -38,7 +38,7 @@ DISTANCES = ("tests/kernels/test_bend_distance.py", *VIEWS)
 HEADS = [
     Mutant(
         "kl: packed blocks over the first",
-        f"{KERNELS}/triton_linear_kl_div.py",
+        f"{KERNELS}/triton/linear_kl_div.py",
         "grad + row * grad_stride + offsets",
         "grad + row * grad_stride + (columns if PACKED else offsets)",
         KL,
@@ -46,7 +46,7 @@ HEADS = [
     ),
     Mutant(
         "log prob: packed blocks over the first",
-        f"{KERNELS}/triton_linear_log_prob.py",
+        f"{KERNELS}/triton/linear_log_prob.py",
         "grad + row * grad_stride + offsets",
         "grad + row * grad_stride + (columns if PACKED else offsets)",
         LOG_PROB,
@@ -54,7 +54,7 @@ HEADS = [
     ),
     Mutant(
         "heads: no barrier before packing",
-        f"{KERNELS}/triton_parts.py",
+        f"{KERNELS}/triton/parts.py",
         "        tl.debug_barrier()\n",
         "",
         RACE_TEST,
@@ -62,7 +62,7 @@ HEADS = [
     ),
     Mutant(
         "log prob: no barrier behind the target's logit",
-        f"{KERNELS}/triton_linear_log_prob.py",
+        f"{KERNELS}/triton/linear_log_prob.py",
         "        tl.debug_barrier()\n",
         "",
         RACE_TEST,
@@ -70,7 +70,7 @@ HEADS = [
     ),
     Mutant(
         "kl: near 0 the difference of two rounded values",
-        f"{KERNELS}/triton_linear_kl_div.py",
+        f"{KERNELS}/triton/linear_kl_div.py",
         "difference = tl.where(near, p * x + series, q - p)",
         "difference = q - p",
         KL,
@@ -79,7 +79,7 @@ HEADS = [
     ),
     Mutant(
         "kl: the last block is not masked",
-        f"{KERNELS}/triton_linear_kl_div.py",
+        f"{KERNELS}/triton/linear_kl_div.py",
         'lane_update(max_q, sum_q, tl.where(inside, z, float("-inf")))',
         "lane_update(max_q, sum_q, z)",
         KL,
@@ -98,7 +98,7 @@ HEADS = [
 TAPS = [
     Mutant(
         "tap: place is believed",
-        f"{KERNELS}/triton_row_distance.py",
+        f"{KERNELS}/triton/row_distance.py",
         "    selected = selected & (tl.load(rows + i, mask=selected, other=-1) == n)\n",
         "",
         VIEWS,
@@ -106,7 +106,7 @@ TAPS = [
     ),
     Mutant(
         "tap forward: rows with gaps read as if they had none",
-        f"{KERNELS}/triton_row_distance.py",
+        f"{KERNELS}/triton/row_distance.py",
         "unused if rows is None else rows.contiguous()",
         "unused if rows is None else rows",
         VIEWS,
@@ -114,7 +114,7 @@ TAPS = [
     ),
     Mutant(
         "tap backward: rows with gaps read as if they had none",
-        f"{KERNELS}/triton_row_distance.py",
+        f"{KERNELS}/triton/row_distance.py",
         "            rows.contiguous(),\n            place,",
         "            rows,\n            place,",
         VIEWS,
@@ -122,7 +122,7 @@ TAPS = [
     ),
     Mutant(
         "dropout: keys with gaps read as if they had none",
-        f"{KERNELS}/triton_keyed_dropout.py",
+        f"{KERNELS}/triton/keyed_dropout.py",
         "keys.contiguous()",
         "keys",
         VIEWS,
@@ -130,7 +130,7 @@ TAPS = [
     ),
     Mutant(
         "tap: row numbers in 32 bits",
-        f"{KERNELS}/triton_row_distance.py",
+        f"{KERNELS}/triton/row_distance.py",
         "    i = tl.program_id(0).to(tl.int64)\n    n = i\n",
         "    i = tl.program_id(0)\n    n = i\n",
         ("tests/kernels/test_gpu.py", "-k", "offsets"),
@@ -138,7 +138,7 @@ TAPS = [
     ),
     Mutant(
         "tap: cosines are not clamped (Triton)",
-        f"{KERNELS}/triton_row_distance.py",
+        f"{KERNELS}/triton/row_distance.py",
         "        cosine = tl.minimum(cosine, 1.0, propagate_nan=tl.PropagateNan.ALL)\n",
         "",
         DISTANCES,
@@ -147,7 +147,7 @@ TAPS = [
     Mutant("tap: cosines are not clamped (torch)", f"{KERNELS}/row_distance.py", ".clamp_(-1, 1)", "", DISTANCES),
     Mutant(
         "tap: mse's gradient is half as large (Triton)",
-        f"{KERNELS}/triton_row_distance.py",
+        f"{KERNELS}/triton/row_distance.py",
         "a = 2.0 / width",
         "a = 1.0 / width",
         TAP,
@@ -156,7 +156,7 @@ TAPS = [
     Mutant("tap: mse's gradient is half as large (torch)", f"{KERNELS}/row_distance.py", "2 / h.shape[-1]", "1 / h.shape[-1]", TAP),
     Mutant(
         "tap: the loss's factor is rounded to 16 bits",
-        f"{KERNELS}/triton_row_distance.py",
+        f"{KERNELS}/triton/row_distance.py",
         "factor = tl.load(scale).to(tl.float32)",
         "factor = tl.load(scale).to(out.dtype.element_ty).to(tl.float32)",
         TAP,
@@ -202,7 +202,7 @@ LOOPS = [
     ),
     Mutant(
         "tap: columns in 32 bits",
-        f"{KERNELS}/triton_row_distance.py",
+        f"{KERNELS}/triton/row_distance.py",
         "value = tl.load(row + columns.to(tl.int64) * g_stride",
         "value = tl.load(row + columns * g_stride",
         WIDE,
@@ -210,7 +210,7 @@ LOOPS = [
     ),
     Mutant(
         "dropout: columns in 32 bits",
-        f"{KERNELS}/triton_keyed_dropout.py",
+        f"{KERNELS}/triton/keyed_dropout.py",
         "columns.to(tl.int64)[None, :] * x_stride",
         "columns[None, :] * x_stride",
         WIDE,
@@ -218,7 +218,7 @@ LOOPS = [
     ),
     Mutant(
         "distances: a mask takes the place of the range check",
-        f"{KERNELS}/triton_row_distance.py",
+        f"{KERNELS}/triton/row_distance.py",
         "keep &= tl.load(mask + i) != 0",
         "keep = tl.load(mask + i) != 0",
         VIEWS,
@@ -226,7 +226,7 @@ LOOPS = [
     ),
     Mutant(
         "kl: a word at −inf on both sides (Triton)",
-        f"{KERNELS}/triton_linear_kl_div.py",
+        f"{KERNELS}/triton/linear_kl_div.py",
         "difference - tl.where(p == 0.0, 0.0, p * x)",
         "difference - p * x",
         KL,
@@ -254,40 +254,40 @@ MODES = ("tests/models/test_lora_training_mode.py",)
 LORA = [
     Mutant(
         "lora: no low parts of wide operands",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "return high, (wide - high).to(dtype)",
         "return high, high * 0",
         PRODUCTS,
     ),
     Mutant(
         "lora: the low part of a product is not added",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "return both[:, : right.shape[1]] + both[:, right.shape[1] :]",
         "return both[:, : right.shape[1]].clone()",
         PRODUCTS,
     ),
     Mutant(
         "lora: of a low-rank product the left low part is lost",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "(left_high, left_high, left_low)",
         "(left_high, left_high, left_low * 0)",
         PRODUCTS,
     ),
     Mutant(
         "lora: of a low-rank product the right low part is lost",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "(right_high, right_low, right_high)",
         "(right_high, right_low * 0, right_high)",
         PRODUCTS,
     ),
     Mutant(
         "lora: products in parts without their factor",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/wide_products.py",
         "right, out.dtype), alpha=factor)",
         "right, out.dtype))",
         PRODUCTS,
     ),
-    Mutant("lora: the gradient of B without its factor", f"{MODELS}/lora.py", "grad_b.mul_(factor)", "grad_b", PRODUCTS),
+    Mutant("lora: the gradient of B without its factor", f"{KERNELS}/low_rank.py", "grad_b.mul_(factor)", "grad_b", PRODUCTS),
     Mutant(
         "lora: all layers share a mask",
         f"{MODELS}/lora.py",
@@ -297,7 +297,7 @@ LORA = [
     ),
     Mutant(
         "lora: no mask on the gradient of x",
-        f"{MODELS}/lora.py",
+        f"{KERNELS}/low_rank.py",
         "kept = self.read(start, stop, inner)",
         "kept = self.read(start, stop)",
         FORWARD,
@@ -407,7 +407,7 @@ STEP = [
         ("tests/models/test_attach_lora.py",),
     ),
     Mutant(
-        "norm: eps is missing", f"{MODELS}/block_ops.py", "keepdim=True) + eps)", "keepdim=True))", ("tests/models/test_lean_layers.py",)
+        "norm: eps is missing", f"{KERNELS}/rms_norm.py", "keepdim=True) + eps)", "keepdim=True))", ("tests/models/test_lean_layers.py",)
     ),
     Mutant(
         "recompute: an origin is never given up",

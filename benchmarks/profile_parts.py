@@ -23,9 +23,9 @@ OPTIMIZER = "Optimizer.step#"
 OUTSIDE = "outside"
 KINDS = (
     ("head", ("repbend_kernels::linear_",)),
-    ("LoRA", ("repbend_fast::low_rank", "repbend_fast::add_low_rank", "repbend_kernels::keyed_dropout")),
+    ("LoRA", ("repbend_kernels::low_rank", "repbend_kernels::add_low_rank", "repbend_kernels::keyed_dropout")),
+    ("norms and gates", ("repbend_kernels::rms_norm", "repbend_kernels::gated_product", "Liger", "aten::silu", "aten::rsqrt")),
     ("distances", ("repbend_kernels::",)),
-    ("norms and gates", ("repbend_fast::", "Liger", "aten::silu", "aten::rsqrt")),
     ("dequantisation", ("bitsandbytes::dequantize", "kDequantize", "dequantize")),
     (
         "attention",

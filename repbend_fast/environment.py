@@ -73,13 +73,13 @@ def _memory_gib() -> float | None:
 
 def _implementations() -> dict[str, str]:
     import torch
-    from repbend_kernels import selection
+    from repbend_kernels import IMPLEMENTATIONS, get_implementation, resolve
 
     tensor = torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu")
-    found = {"selected": f"{selection.get_implementation()} (REPBEND_KERNELS)"}
-    for name in selection.IMPLEMENTATIONS:
+    found = {"selected": f"{get_implementation()} (REPBEND_KERNELS)"}
+    for name in IMPLEMENTATIONS:
         try:
-            resolved = selection.resolve(name, tensor)
+            resolved = resolve(name, tensor)
             found[name] = "available" if resolved == name else resolved
         except (RuntimeError, ValueError) as error:
             found[name] = f"not here: {str(error).partition(': ')[2]}"

@@ -16,6 +16,7 @@ from . import checks, consumed
 from .oracles import bend_distance_reference
 from .row_distance import distances_torch, gradient_torch
 from .rows import count_rows
+from .scratch import in_blocks, largest, scratch_rule
 from .selection import resolve
 
 
@@ -25,7 +26,7 @@ def row_distance(
 ) -> Tensor:
     """Distances [L, R] of each layer's rows; 0 where ``mask`` is False."""
     if implementation == "triton":
-        from .triton_row_distance import launch_distances
+        from .triton.row_distance import launch_distances
 
         return launch_distances(hiddens, references, rows, mask, kind)
     return torch.stack([distances_torch(h, r, rows, mask, kind) for h, r in zip(hiddens, references)])
@@ -44,7 +45,7 @@ def row_distance_backward(
 ) -> Tensor:
     """``grad_rows`` [R] times the direction, as a new tensor of ``hidden``'s shape."""
     if implementation == "triton":
-        from .triton_row_distance import launch_gradient
+        from .triton.row_distance import launch_gradient
 
         return launch_gradient(hidden, reference, rows, mask, kind, grad_rows)
     return gradient_torch(hidden, reference, rows, mask, kind, grad_rows)
@@ -124,3 +125,13 @@ def bend_distance(
     distances = row_distance([hidden], [reference], rows, None, kind, chosen)
     total = distances.sum()
     return total / max(distances.numel(), 1) if reduction == "mean" else total
+
+
+@scratch_rule("row_distance")
+def _(device: torch.device, hiddens: list[Tensor]) -> int:
+    return in_blocks(device, 4, largest(*hiddens))
+
+
+@scratch_rule("row_distance_backward")
+def _(device: torch.device, hidden: Tensor) -> int:
+    return in_blocks(device, 4, hidden.numel())

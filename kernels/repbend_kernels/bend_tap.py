@@ -19,6 +19,7 @@ from .bend_distance import row_distance
 from .oracles import bend_tap_reference
 from .row_distance import add_rows_torch, distances_into_direction_torch
 from .rows import count_rows
+from .scratch import in_blocks, largest, scratch_rule
 from .selection import resolve
 
 
@@ -31,7 +32,7 @@ def bend_tap_forward(
     ``place`` (int32 [N], Triton only) tells the backward kernel which selected row, if any, lies at a row of hidden.
     """
     if implementation == "triton":
-        from .triton_row_distance import launch_tap_forward
+        from .triton.row_distance import launch_tap_forward
 
         return launch_tap_forward(hidden, buffer, broadcast, rows, kind)
     reference = buffer if broadcast is None else broadcast
@@ -51,7 +52,7 @@ def bend_tap_backward(
 ) -> Tensor:
     """New tensor of ``shape``: ``grad`` (zeros where None) + ``scale`` · ``direction`` [R, D] at ``rows``."""
     if implementation == "triton":
-        from .triton_row_distance import launch_tap_backward
+        from .triton.row_distance import launch_tap_backward
 
         return launch_tap_backward(grad, direction, rows, place, scale, shape)
     return add_rows_torch(grad, direction, rows, scale, shape)
@@ -165,3 +166,13 @@ def check_reference_rows(reference_rows: Tensor, hidden: Tensor, count: int) -> 
         )
     if not reference_rows.is_contiguous():
         raise ValueError(f"reference_rows: expected a contiguous tensor, got strides {list(reference_rows.stride())}")
+
+
+@scratch_rule("bend_tap_forward")
+def _(device: torch.device, hidden: Tensor, buffer: Tensor) -> int:
+    return in_blocks(device, 4, largest(hidden, buffer))
+
+
+@scratch_rule("bend_tap_backward")
+def _(device: torch.device, grad: Tensor | None, direction: Tensor) -> int:
+    return in_blocks(device, 4, largest(grad, direction))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .rows import scale_into
+from .rows import CPU_ELEMENTS_PER_THREAD, scale_into
 
 # Bytes of one (chunk × vocabulary) float32 buffer: a head of 128k words takes 512 rows on CUDA and 32 on a CPU, large enough for
 # the GEMM to run at its rate and small enough to sit beside a model.
@@ -152,3 +152,23 @@ def check_bias(name: str, bias: Tensor | None, weight: Tensor, hidden: Tensor) -
     checks.check_like(name, bias, "hidden", hidden)
     checks.check_shape(name, bias, [weight.shape[0]], "vocabulary")
     checks.check_constant(name, bias)
+
+
+def head_scratch(rows: int, vocabulary: int, width: int, itemsize: int, device: torch.device, chunk_rows: int | None) -> int:
+    """Bytes inside ``linear_kl_div`` (and, no more than that, ``linear_log_prob``).
+
+    Args:
+        rows: rows that the head reads.
+        itemsize: bytes of an element of the hidden states.
+        chunk_rows: rows per chunk; None = the op's size rule.
+    """
+    chunk = min(chunk_rows or default_chunk_rows(rows, vocabulary, device), rows)
+    buffers = 2 * 4 * chunk * vocabulary
+    gradient = 2 * 4 * chunk * width
+    if device.type == "cuda":
+        return buffers + gradient
+    block = max(1, CPU_ELEMENTS_PER_THREAD * torch.get_num_threads() // vocabulary)
+    loss = 6 * 4 * min(block, chunk) * vocabulary
+    # 16-bit operands are widened: the rows, and the weight in tiles.
+    widened = (4 * chunk * width + 4 * TILE_ELEMENTS + 4 * chunk * max(1, TILE_ELEMENTS // width)) if itemsize < 4 else 0
+    return buffers + max(loss, gradient + widened)

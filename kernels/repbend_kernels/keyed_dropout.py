@@ -23,6 +23,7 @@ from torch import Tensor
 from . import checks
 from .oracles import keyed_dropout_reference
 from .rows import RowReader, blocks, count_rows, scale_into
+from .scratch import in_blocks, scratch_rule
 from .selection import resolve
 
 WEYL = 0x9E3779B9
@@ -141,7 +142,7 @@ class KeyedMask:
     def apply(self, tensors: list[Tensor], outs: list[Tensor], first: int, last: int) -> None:
         """Each of ``outs`` = the tensor of ``tensors`` where kept, else 0; all [last − first, D], an out may be its tensor."""
         if self.hashes is None:
-            from .triton_keyed_dropout import launch_into
+            from .triton.keyed_dropout import launch_into
 
             for x, out in zip(tensors, outs):
                 launch_into(out, x, self.keys[first:last], *self.arguments, 1.0)
@@ -172,7 +173,7 @@ def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int,
 def masked(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float, implementation: str) -> list[Tensor]:
     """For each of ``tensors`` ``factor·x`` where kept and 0 elsewhere; ``start`` and ``threshold`` are those of :func:`mask_arguments`."""
     if implementation == "triton":
-        from .triton_keyed_dropout import launch
+        from .triton.keyed_dropout import launch
 
         return [launch(x, keys, start, threshold, factor) for x in tensors]
     return _torch_path(tensors, keys, start, threshold, factor)
@@ -257,3 +258,9 @@ def _check_keys(keys: Tensor, x: Tensor) -> None:
     rows = count_rows(x)
     if keys.shape not in (x.shape[:-1], (rows,)):
         raise ValueError(f"keys: expected shape {list(x.shape[:-1])} or [{rows}] (one key for each row of x), got {list(keys.shape)}")
+
+
+@scratch_rule("keyed_dropout")
+def _(device: torch.device, tensors: list[Tensor], keys: Tensor) -> int:
+    # Of a block: hashes, a 16-bit element widened twice or a wide one's hashes widened, the product; and the rows' mixed keys.
+    return in_blocks(device, 5, tensors[0].numel()) + 24 * keys.numel()

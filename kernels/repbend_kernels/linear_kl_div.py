@@ -25,6 +25,7 @@ from .head import (
     check_head,
     check_weight,
     default_chunk_rows,
+    head_scratch,
     hidden_gradient,
     hidden_rows,
     log_softmax_,
@@ -36,6 +37,7 @@ from .head import (
 )
 from .oracles import linear_kl_div_reference
 from .rows import blocks
+from .scratch import scratch_rule
 from .selection import resolve
 
 
@@ -96,7 +98,7 @@ def linear_kl_div_op(
             logits_into(student, hidden_rows(hidden, rows, start, stop), weight, bias)
             logits_into(teacher, reference[start:stop], reference_weight, reference_bias)
             if implementation == "triton":
-                from .triton_linear_kl_div import launch_chunk
+                from .triton.linear_kl_div import launch_chunk
 
                 grad_logits = launch_chunk(student, teacher, losses[start:stop], temperature, softcap, need_grad, hidden.dtype)
             else:
@@ -228,3 +230,8 @@ def _check_reference(
     meaning = "vocabulary of weight, width of reference"
     checks.check_shape("reference_weight", reference_weight, [weight.shape[0], reference.shape[1]], meaning)
     check_bias("reference_bias", reference_bias, reference_weight, reference)
+
+
+@scratch_rule("linear_kl_div")
+def _(device: torch.device, hidden: Tensor, weight: Tensor, reference: Tensor, chunk_rows: int) -> int:
+    return head_scratch(reference.shape[0], weight.shape[0], hidden.shape[1], hidden.element_size(), device, chunk_rows)

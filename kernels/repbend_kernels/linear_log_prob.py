@@ -22,6 +22,7 @@ from . import checks
 from .head import (
     check_head,
     default_chunk_rows,
+    head_scratch,
     hidden_gradient,
     hidden_rows,
     log_softmax_,
@@ -33,6 +34,7 @@ from .head import (
 )
 from .oracles import linear_log_prob_reference
 from .rows import blocks
+from .scratch import scratch_rule
 from .selection import resolve
 
 
@@ -81,7 +83,7 @@ def linear_log_prob_op(
             logits = buffer[: stop - start]
             logits_into(logits, hidden_rows(hidden, rows, start, stop), weight, bias)
             if implementation == "triton":
-                from .triton_linear_log_prob import launch_chunk
+                from .triton.linear_log_prob import launch_chunk
 
                 grad_logits = launch_chunk(logits, targets[start:stop], out[start:stop], temperature, softcap, need_grad, hidden.dtype)
             else:
@@ -185,3 +187,8 @@ def linear_log_prob(
     if lengths is None:
         return out
     return torch.stack([part.sum() for part in out.split(list(lengths))]) if lengths else out.new_zeros(0)
+
+
+@scratch_rule("linear_log_prob")
+def _(device: torch.device, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> int:
+    return head_scratch(targets.shape[0], weight.shape[0], hidden.shape[1], hidden.element_size(), device, chunk_rows)

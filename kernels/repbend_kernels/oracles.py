@@ -10,8 +10,29 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .checks import accumulate_dtype
+
+__all__ = [
+    "bend_distance_reference",
+    "bend_tap_reference",
+    "gated_product_reference",
+    "head_logits_reference",
+    "keyed_dropout_reference",
+    "linear_kl_div_reference",
+    "linear_log_prob_reference",
+    "lora_down_reference",
+    "lora_up_reference",
+    "pairwise_cosine_reference",
+    "rms_norm_reference",
+    "row_distance_reference",
+    "tap_rows_reference",
+    "triplet_sums_reference",
+    "triplet_tap_reference",
+    "triplet_values_reference",
+    "window_distance_reference",
+]
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -137,23 +158,121 @@ def linear_log_prob_reference(
     return torch.where(ignored, 0.0, picked)
 
 
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
+    """Rows over the root of their mean square, times the weight (1 + weight for Gemma's), in float32 (float64 for float64).
+
+    As in transformers' layers the normed row is rounded to ``x``'s dtype before the weight comes, for Gemma's afterwards.
+    """
+    wide = x.to(accumulate_dtype(x.dtype))
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (normed * (1 + weight.to(wide.dtype))).to(x.dtype) if gemma else weight * normed.to(x.dtype)
+
+
+def gated_product_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) · up."""
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def lora_down_reference(x: Tensor, a: Tensor, hashes: Tensor | None, start: int = 0, threshold: int = 0) -> tuple[Tensor, Tensor]:
+    """``(x, (keep · x) Aᵀ)``, the product in float32 (float64 for float64); ``start`` and ``threshold`` as for dropout."""
+    acc = accumulate_dtype(x.dtype)
+    masked = (
+        x if hashes is None else torch.where(_kept(hashes[:, None].to(torch.int64) & 0xFFFFFFFF, x.shape[-1], start, threshold), x, 0.0)
+    )
+    return x, masked.to(acc) @ a.to(acc).T
+
+
+def lora_up_reference(result: Tensor, down: Tensor, b: Tensor, factor: float) -> Tensor:
+    """``result`` + factor · P Bᵀ, rounded once."""
+    return (result.to(down.dtype) + factor * (down @ b.to(down.dtype).T)).to(result.dtype)
+
+
+def triplet_values_reference(
+    hidden: Tensor, reference: Tensor, rows: tuple[Tensor, Tensor], center: Tensor, margins: tuple[float, float], unit: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Values before the ReLU of the safe rows and of the unsafe ones, [R] each, around ``center`` [D] of any length."""
+    acc = accumulate_dtype(hidden.dtype)
+    flat = hidden.reshape(-1, hidden.shape[-1]).to(acc)
+    safe, unsafe = flat[rows[0]], flat[rows[1]]
+    kept, bent = reference.to(acc).split([rows[0].shape[0], rows[1].shape[0]])
+    toward = _unit(center)
+    away = torch.linalg.vector_norm(safe - kept, dim=-1) / unit
+    return away - 1 + _unit(safe) @ toward + margins[0], (_unit(unsafe) * _unit(bent)).sum(dim=-1) - _unit(unsafe) @ toward + margins[1]
+
+
+def triplet_tap_reference(
+    hidden: Tensor,
+    reference: Tensor,
+    rows: tuple[Tensor, Tensor],
+    weights: tuple[float, float],
+    margins: tuple[float, float],
+    unit: float = 1.0,
+    unsafe_rows: int | None = None,
+    unsafe_sum: Tensor | None = None,
+    active: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """``(hidden, Σ over both halves of weight · Σ relu(v), the two sums without their weights)``; ``reference`` is left as it is.
+
+    Without ``unsafe_sum`` m is the mean of these unsafe rows, and differentiated as such. With the sums over a whole batch
+    (``TripletSums``) m is given, and its gradient reaches these rows through a term of value 0.
+    """
+    acc = accumulate_dtype(hidden.dtype)
+    unsafe = hidden.reshape(-1, hidden.shape[-1])[rows[1]].to(acc)
+    count = max(1, rows[1].shape[0] if unsafe_rows is None else unsafe_rows)
+    mean = unsafe.sum(dim=0) / count
+    if unsafe_sum is not None and active is not None:
+        known = unsafe_sum / count
+        length, toward = torch.linalg.vector_norm(known), _unit(known)
+        pull = weights[0] * active[0] - weights[1] * active[1]
+        pull = torch.where(length > 0, (pull - toward * (toward @ pull)) / torch.where(length > 0, length, 1.0), 0.0) / count
+        mean, through = known, (unsafe @ pull).sum()
+        through = through - through.detach()
+    else:
+        through = torch.zeros((), dtype=acc, device=hidden.device)
+    values = triplet_values_reference(hidden, reference, rows, mean, margins, unit)
+    sums = (values[0].relu().sum(), values[1].relu().sum())
+    return hidden, weights[0] * sums[0] + weights[1] * sums[1] + through, (sums[0].detach(), sums[1].detach())
+
+
+def triplet_sums_reference(
+    hidden: Tensor,
+    rows: tuple[Tensor, Tensor],
+    reference: Tensor | None = None,
+    center: Tensor | None = None,
+    margins: tuple[float, float] = (0.0, 0.0),
+    unit: float = 1.0,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``(Σ h of the unsafe rows, Σ ĥ of each half's)``; with references the second counts the rows whose value is above 0."""
+    flat = hidden.reshape(-1, hidden.shape[-1]).to(accumulate_dtype(hidden.dtype))
+    safe, unsafe = (_unit(flat[part]) for part in rows)
+    if reference is not None and center is not None:
+        values = triplet_values_reference(hidden, reference, rows, center, margins, unit)
+        safe, unsafe = (torch.where(value[:, None] > 0, half, 0.0) for half, value in zip((safe, unsafe), values))
+    return flat[rows[1]].sum(dim=0), (safe.sum(dim=0), unsafe.sum(dim=0))
+
+
+def _fold(value: Tensor, shift: int, factor: int, bits: int) -> Tensor:
+    """(v ^ v >>> shift)·factor in the low ``bits``; products of int64 wrap."""
+    product = (value ^ (value >> shift & (1 << (bits - shift)) - 1)) * factor
+    return product if bits == 64 else product & (1 << bits) - 1
+
+
+def _kept(rows: Tensor, width: int, start: int, threshold: int) -> Tensor:
+    """Where the element's hash is above the threshold, [..., width]; ``rows`` [..., 1] are the rows' hashes, in 0 … 2³² − 1."""
+    columns = (torch.arange(width, device=rows.device) * 0x9E3779B9 + start) & 0xFFFFFFFF
+    columns = _fold(_fold(_fold(columns, 16, 0x7FEB352D, 32), 15, 0x846CA68B, 32), 16, 1, 32)
+    exchanged = (columns << 16 | columns >> 16) & 0xFFFFFFFF
+    hashes = (((rows ^ columns) * 0x7FEB352D & 0xFFFFFFFF) ^ exchanged) * 0x7B935975 & 0xFFFFFFFF
+    return torch.where(hashes >= 2**31, hashes - 2**32, hashes) > threshold
+
+
 def keyed_dropout_reference(x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> Tensor:
     """``factor·x`` where the element's hash, taken in 64-bit arithmetic, is above the threshold; [..., D].
 
     ``start`` (the mixed column seed) and ``threshold`` (2³¹ − (1 − p)·2³²) are what the op gets.
     """
-
-    def fold(value: Tensor, shift: int, factor: int, bits: int) -> Tensor:
-        """(v ^ v >>> shift)·factor in the low ``bits``; products of int64 wrap."""
-        product = (value ^ (value >> shift & (1 << (bits - shift)) - 1)) * factor
-        return product if bits == 64 else product & (1 << bits) - 1
-
     mixed = keys.reshape(*x.shape[:-1], 1) + (0x9E3779B97F4A7C15 - 2**64)
-    mixed = fold(fold(mixed, 30, 0xBF58476D1CE4E5B9 - 2**64, 64), 27, 0x94D049BB133111EB - 2**64, 64)
-    rows = fold(mixed, 31, 1, 64) >> 32 & 0xFFFFFFFF
-    columns = (torch.arange(x.shape[-1], device=x.device) * 0x9E3779B9 + start) & 0xFFFFFFFF
-    columns = fold(fold(fold(columns, 16, 0x7FEB352D, 32), 15, 0x846CA68B, 32), 16, 1, 32)
-    exchanged = (columns << 16 | columns >> 16) & 0xFFFFFFFF
-    hashes = (((rows ^ columns) * 0x7FEB352D & 0xFFFFFFFF) ^ exchanged) * 0x7B935975 & 0xFFFFFFFF
-    kept = torch.where(hashes >= 2**31, hashes - 2**32, hashes) > threshold
+    mixed = _fold(_fold(mixed, 30, 0xBF58476D1CE4E5B9 - 2**64, 64), 27, 0x94D049BB133111EB - 2**64, 64)
+    rows = _fold(mixed, 31, 1, 64) >> 32 & 0xFFFFFFFF
+    kept = _kept(rows, x.shape[-1], start, threshold)
     return torch.where(kept, x.to(accumulate_dtype(x.dtype)) * factor, 0.0).to(x.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .oracles import pairwise_cosine_reference
+from .scratch import in_blocks, scratch_rule
 from .selection import resolve
 
 
@@ -49,7 +50,7 @@ def _backward_torch(states: Tensor, summed: Tensor, inverse: Tensor, scale: Tens
 def pairwise_similarity(states: Tensor, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     """``(Σ over i ≠ j of cos [L], s [L, D], 1/‖h‖ [L, B])``; only the first is differentiable."""
     if implementation == "triton":
-        from .triton_pairwise_cosine import launch_forward
+        from .triton.pairwise_cosine import launch_forward
 
         return launch_forward(states)
     return _forward_torch(states)
@@ -70,7 +71,7 @@ def _(states: Tensor, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
 def pairwise_similarity_backward(states: Tensor, summed: Tensor, inverse: Tensor, scale: Tensor, implementation: str) -> Tensor:
     """``scale`` [L] times the gradient of each layer's similarity, [L, B, D]."""
     if implementation == "triton":
-        from .triton_pairwise_cosine import launch_backward
+        from .triton.pairwise_cosine import launch_backward
 
         return launch_backward(states, summed, inverse, scale)
     return _backward_torch(states, summed, inverse, scale)
@@ -133,3 +134,14 @@ def _stack(states: list[Tensor]) -> Tensor:
             raise ValueError(f"states[{index}]: expected shape [B, D], got {list(state.shape)}")
         checks.check_shape(f"states[{index}]", state, states[0].shape, "as states[0]")
     return torch.stack(states)
+
+
+@scratch_rule("pairwise_similarity")
+def _(device: torch.device, states: Tensor) -> int:
+    return in_blocks(device, 4, states.numel())
+
+
+@scratch_rule("pairwise_similarity_backward")
+def _(device: torch.device, states: Tensor) -> int:
+    # Of one layer: the states in float32 and at length 1, their products with the sum, and the difference.
+    return 4 * 4 * states[0].numel()

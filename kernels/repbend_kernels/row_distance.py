@@ -9,7 +9,7 @@ For one row, with h, r of width D in float32 (float64 for float64), d the distan
 
 c = h·r/(‖h‖‖r‖), clamped to [−1, 1]; a zero vector has c = 0 and g = 0.
 
-Two forms: ``*_torch`` works in blocks of rows with a fixed scratch; ``triton_row_distance`` holds the kernels.
+Two forms: ``*_torch`` works in blocks of rows with a fixed scratch; ``triton.row_distance`` holds the kernels.
 
 Legend: N rows of the tensor, R selected rows (R = N where ``rows`` is None), D width.
 """

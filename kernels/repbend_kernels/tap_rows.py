@@ -16,6 +16,7 @@ from . import checks
 from .oracles import tap_rows_reference
 from .row_distance import add_rows_torch
 from .rows import count_rows, gather
+from .scratch import in_blocks, largest, scratch_rule
 from .selection import resolve
 
 
@@ -109,3 +110,14 @@ def tap_rows(hidden: Tensor, rows: Tensor, *, implementation: str | None = None)
         return hidden, gather_rows(hidden, rows)
     hidden, copy = _TapRows.apply(hidden, rows)
     return hidden, copy
+
+
+@scratch_rule("gather_rows")
+def _(device: torch.device, hidden: Tensor, rows: Tensor) -> int:
+    # Rows that no view finds are found by one index for each leading dimension, and by what is left of the row's number.
+    return 0 if hidden.is_contiguous() else 8 * (hidden.dim() + 1) * rows.numel()
+
+
+@scratch_rule("add_rows")
+def _(device: torch.device, grad: Tensor | None, addend: Tensor) -> int:
+    return in_blocks(device, 4, largest(grad, addend))

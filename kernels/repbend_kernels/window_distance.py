@@ -19,6 +19,7 @@ from .bend_distance import row_distance
 from .oracles import window_distance_reference
 from .row_distance import distances_into_direction_torch
 from .rows import count_rows, scale_into
+from .scratch import in_blocks, largest, scratch_rule
 from .selection import resolve
 
 
@@ -26,7 +27,7 @@ from .selection import resolve
 def row_distance_consume(hiddens: list[Tensor], references: list[Tensor], mask: Tensor | None, kind: str, implementation: str) -> Tensor:
     """Distances [L, N]; each reference is overwritten with the direction d distance/d hidden."""
     if implementation == "triton":
-        from .triton_row_distance import launch_consume
+        from .triton.row_distance import launch_consume
 
         return launch_consume(hiddens, references, mask, kind)
     return torch.stack([distances_into_direction_torch(h, r, None, mask, kind, r) for h, r in zip(hiddens, references)])
@@ -144,3 +145,13 @@ def _check(hiddens: list[Tensor], references: list[Tensor], mask: Tensor | None,
             raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
         checks.check_shape("mask", mask, first.shape[:-1], "hiddens[0] without its last dimension")
         checks.check_device("mask", mask, "hiddens[0]", first)
+
+
+@scratch_rule("row_distance_consume")
+def _(device: torch.device, hiddens: list[Tensor]) -> int:
+    return in_blocks(device, 4, largest(*hiddens))
+
+
+@scratch_rule("scale_")
+def _(device: torch.device, tensors: list[Tensor]) -> int:
+    return in_blocks(device, 2, largest(*tensors))

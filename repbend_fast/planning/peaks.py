@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from repbend_kernels.blocks import head_scratch
 
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import adapted_blocks, trainable_parameters
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.objectives.base import Stream
-from repbend_fast.planning.scratch import HEAD_OPS, head_scratch, op_scratch
+from repbend_fast.planning.scratch import HEAD_OPS, op_scratch
 from repbend_fast.planning.shapes import fake_zeros, shape_model
 from repbend_fast.planning.tracker import MemoryTracker, module_tensors, tensor_bytes
 from repbend_fast.step import StreamRunner

@@ -1,7 +1,7 @@
 """Peak bytes of the tensors that a region of code holds, by category; real and fake tensors alike.
 
 A dispatch mode sees every operation, counts each new storage once and lets it go when it is freed. What an operation allocates and
-frees inside of itself is invisible to it: the ops that need much, and bitsandbytes' dequantisation, are known to ``planning.scratch``.
+frees inside of itself is invisible to it: the ops that need much, and bitsandbytes' dequantisation, have rules (``planning.scratch``).
 
 ``torch.distributed._tools.MemTracker`` does the like, but is a private module, patches every module's calls, and has no place for
 what an op needs inside.

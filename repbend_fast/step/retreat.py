@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from repbend_kernels.head import default_chunk_rows
+from repbend_kernels.blocks import default_chunk_rows
 from torch import nn
 
 from repbend_fast.errors import UserError

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from repbend_kernels.checks import accumulate_dtype
+from repbend_kernels.blocks import accumulate_dtype
 from torch import Tensor
 
 from repbend_fast.data.records import Batch, Role

@@ -51,8 +51,8 @@ def test_a_time_lies_in_one_part(time: float, part: str) -> None:
 @pytest.mark.parametrize(
     ("names", "kind"),
     [
-        (("repbend_fast::low_rank_down", "aten::mm"), "LoRA"),
-        (("repbend_fast::low_rank_down", "repbend_kernels::keyed_dropout"), "LoRA"),
+        (("repbend_kernels::low_rank_down", "aten::mm"), "LoRA"),
+        (("repbend_kernels::low_rank_down", "repbend_kernels::keyed_dropout"), "LoRA"),
         (("repbend_kernels::linear_kl_div", "aten::mm", "sm90_gemm"), "head"),
         (("repbend_kernels::bend_tap_forward", "_tap_kernel"), "distances"),
         (("aten::linear", "aten::addmm", "cutlass_gemm"), "matrix products"),
@@ -109,7 +109,7 @@ def cpu_event(name: str, number: int, start: float, end: float, parent: Any = No
 
 def test_a_kernel_belongs_to_the_op_that_launched_it() -> None:
     """Calls of the CUDA runtime have numbers of their own, which are those of ops too; a kernel without a link is nobody's."""
-    outer = cpu_event("repbend_fast::low_rank_down", 7, 1.0, 4.0)
+    outer = cpu_event("repbend_kernels::low_rank_down", 7, 1.0, 4.0)
     events = [
         cpu_event(ranges.ADAPTED, 1, 0.0, 10.0),
         outer,
@@ -123,7 +123,7 @@ def test_a_kernel_belongs_to_the_op_that_launched_it() -> None:
     profile = SimpleNamespace(events=lambda: events, profiler=SimpleNamespace(kineto_results=results))
     slices, marked = read(profile, cuda=True)
     assert slices == [
-        Slice(30.0, 1.0, 2.0, ("repbend_fast::low_rank_down", "aten::mm", "gemm")),
+        Slice(30.0, 1.0, 2.0, ("repbend_kernels::low_rank_down", "aten::mm", "gemm")),
         Slice(40.0, 1.0, None, ("unknown",)),
     ]
     assert add_up(slices, marked) == {("adapted pass", "LoRA"): pytest.approx(1e-6), ("adapted pass", OTHER): pytest.approx(1e-6)}

@@ -116,7 +116,8 @@ def test_packing_overtakes_no_warp_that_still_reads(name: str) -> None:
     The same kernel, which leaves a float32 gradient where each element was, and a cast give the bits that have to come.
     """
     # Imported here: without a GPU the package of the kernels may be absent.
-    from repbend_kernels import triton_linear_kl_div, triton_linear_log_prob
+    from repbend_kernels.triton import linear_kl_div as kl_kernel
+    from repbend_kernels.triton import linear_log_prob as log_prob_kernel
 
     rows, vocabulary = 512, 128256
     student, teacher = spread((rows, vocabulary), torch.float32, CUDA, 1), spread((rows, vocabulary), torch.float32, CUDA, 2)
@@ -125,8 +126,8 @@ def test_packing_overtakes_no_warp_that_still_reads(name: str) -> None:
 
     def gradient(dtype: torch.dtype) -> torch.Tensor:
         if name == "linear_kl_div":
-            return triton_linear_kl_div.launch_chunk(student.clone(), teacher.clone(), values, 2.0, None, True, dtype)
-        return triton_linear_log_prob.launch_chunk(student.clone(), targets, values, 1.0, None, True, dtype)
+            return kl_kernel.launch_chunk(student.clone(), teacher.clone(), values, 2.0, None, True, dtype)
+        return log_prob_kernel.launch_chunk(student.clone(), targets, values, 1.0, None, True, dtype)
 
     expected, expected_values = gradient(torch.float32).bfloat16(), values.clone()
     for turn in range(50):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_compare import spread
-from op_calls import CALLS, CPU, KEYS, MASK, ROWS, TARGETS
+from op_calls import CALLS, CPU, HASHES, KEYS, MASK, ROWS, TARGETS
 from repbend_kernels import (
     bend_distance,
     bend_tap,
@@ -30,6 +30,9 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
     if implementation == "triton":
         place[ROWS] = torch.arange(3, dtype=torch.int32)
     pair = [values(2, 3, 8, seed=3), values(2, 3, 8, seed=4)]
+    rows, up, down = values(6, 8), values(2, 8, seed=5), values(6, 2, seed=6)
+    triplets = (hidden.detach(), values(3, 8), ROWS, 2, values(8, 8)[0], [2.0, 0.5], 1.5)
+    scales = torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-5)
     return {
         "bend_tap_forward": (hidden.detach(), values(3, 8), None, ROWS, "l2", implementation),
         "bend_tap_backward": (values(2, 3, 8), values(3, 8), ROWS, place, torch.tensor(0.5), [2, 3, 8], implementation),
@@ -43,6 +46,18 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
         "pairwise_similarity_backward": (values(2, 3, 8), values(2, 8), values(2, 3).abs(), torch.ones(2), implementation),
         "linear_kl_div": (wide, values(6, 8), weight, None, weight, None, 2.0, 3.0, 4, True, implementation, None),
         "keyed_dropout": ([values(2, 3, 8, grad=True), values(2, 3, 8)], KEYS, -7, 12345 - 2**30, 2.0, implementation),
+        "unit_sums": (hidden.detach(), ROWS),
+        "triplet_values": triplets,
+        "triplet_directions": (*triplets, [1.0, 0.3]),
+        "add_to_rows_": (values(3, 8), values(8, 8)[0]),
+        "rms_norm": (rows, values(8, 8)[0], 1e-5, False),
+        "rms_norm_gradient": (values(6, 8, seed=2), rows, values(8, 8)[0], scales, True),
+        "gated_product": (rows, values(6, 8, seed=2), "silu"),
+        "gated_product_gradients": (values(6, 8, seed=3), rows, values(6, 8, seed=2), "gelu_tanh"),
+        "low_rank_down": (rows, up, HASHES, 3, 0.4),
+        "add_low_rank_gradient_": (values(6, 8, seed=2), rows, up, down, HASHES, 3, 0.4, [True, True]),
+        "add_low_rank_up_": (rows.clone(), down, values(8, 2, seed=2), 1.5),
+        "low_rank_up_gradients": (values(6, 8, seed=2), down, values(8, 2, seed=2), 1.5, [True, True]),
         "linear_log_prob": (wide, weight, None, TARGETS, 2.0, None, 4, True, implementation, None, -100),
     }
 

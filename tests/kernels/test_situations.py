@@ -11,13 +11,19 @@ from kernel_compare import assert_matches, spread, strided
 from repbend_kernels import (
     bend_distance,
     bend_tap,
+    gated_product,
     keyed_dropout,
     linear_kl_div,
     linear_log_prob,
+    lora_down,
+    lora_up,
     pairwise_cosine,
+    rms_norm,
     tap_rows,
+    triplet_tap,
     window_distance,
 )
+from repbend_kernels.blocks import row_hashes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -81,6 +87,33 @@ def _window(s: Setup, consume: bool) -> Call:
     return lambda h, i: window_distance([h * 1, h * 2], s.layers, s.mask, kind="mse", consume_references=consume, implementation=i)
 
 
+def _triplets(s: Setup) -> Call:
+    def call(hidden: Tensor, implementation: str) -> Tensor:
+        halves = s.rows[:2], s.rows[2:]
+        stream, loss, _ = triplet_tap(
+            hidden.tanh(), s.reference, halves, weights=(0.7, 1.3), margins=(2.0, 2.0), implementation=implementation
+        )
+        return (stream * 0.5).sum() + loss
+
+    return call
+
+
+def _down(s: Setup) -> Call:
+    def call(hidden: Tensor, implementation: str) -> Tensor:
+        x, down = lora_down(hidden.reshape(-1, WIDTH) * 1, s.weight[:4], row_hashes(s.keys), 3, 0.4, implementation=implementation)
+        return (x * 0.5).square().sum() + down.square().sum()
+
+    return call
+
+
+def _up(s: Setup) -> Call:
+    def call(hidden: Tensor, implementation: str) -> Tensor:
+        rows = hidden.reshape(-1, WIDTH)
+        return lora_up(rows * 1, (rows * 2)[:, :4], s.weight[:WIDTH, :4], 1.5, implementation=implementation).pow(3).sum()
+
+    return call
+
+
 OPS: dict[str, Callable[[Setup], Call]] = {
     "bend_tap": lambda s: _tap(s, "mse"),
     "tap_rows": _tap_rows,
@@ -97,6 +130,11 @@ OPS: dict[str, Callable[[Setup], Call]] = {
         lambda h, i: linear_log_prob(h.reshape(-1, WIDTH) * 1, s.weight, s.targets, rows=s.rows, bias=s.bias, implementation=i).sum()
     ),
     "keyed_dropout": lambda s: lambda h, i: keyed_dropout(h * 1, s.keys, 3, 0.4, implementation=i).pow(3).sum(),
+    "triplet_tap": _triplets,
+    "rms_norm": lambda s: lambda h, i: rms_norm(h * 1, s.weight[0], 1e-5, implementation=i).pow(3).sum(),
+    "gated_product": lambda s: lambda h, i: gated_product(h * 1, h * 2, "gelu_tanh", implementation=i).sum(),
+    "lora_down": _down,
+    "lora_up": _up,
 }
 Outcome = tuple[Tensor, ...]
 
@@ -160,7 +198,7 @@ def applies(op: str, situation: str) -> bool:
     if options.get("labels"):
         return op == "linear_log_prob"
     if options.get("mixed"):
-        return op not in ("tap_rows", "pairwise_cosine", "keyed_dropout")
+        return op not in ("tap_rows", "pairwise_cosine", "keyed_dropout", "rms_norm", "gated_product", "lora_down")
     return op.startswith("linear") or not options.get("heads")
 
 

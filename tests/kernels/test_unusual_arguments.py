@@ -113,7 +113,7 @@ def test_parallel_rows_are_never_nearer_than_equal_ones(implementation, device) 
 def test_whatever_lies_in_the_memory_of_unselected_places(implementation, device, left) -> None:
     if implementation != "triton":
         pytest.skip("the torch path keeps no places")
-    from repbend_kernels.triton_row_distance import launch_tap_backward
+    from repbend_kernels.triton.row_distance import launch_tap_backward
 
     rows = torch.tensor([9, 0, 5], device=device)
     direction, grad = spread((3, D), torch.float32, device, 1), spread((N, D), torch.float32, device, 2)

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches, spread
+from repbend_kernels import chunks, gated_product, rms_norm
+from repbend_kernels.gated_product import gated_product_gradients, gated_product_op
+from repbend_kernels.rms_norm import rms_norm_gradient, rms_norm_op
 from tiny_models import BLOCKS, FAMILIES, flat, gradients, objective_config, ragged_batch, run_step, tiny_model, wrap
 from torch import Tensor
 from torch.nn import functional as F
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig
 from repbend_fast.models import find_decoder
-from repbend_fast.models.layers import block_ops, liger, recompute
+from repbend_fast.models.layers import liger, recompute
 from repbend_fast.models.layers.lean import use_full_layers, use_lean_layers
 from repbend_fast.models.layers.recompute import Recomputation, origin_of, recomputable
 from repbend_fast.objectives import build_objective
@@ -32,7 +35,7 @@ CONFIG = objective_config(alpha_mode="all", loss_mode="prompt_response")
 
 @pytest.fixture(params=[1 << 17, 3 * D], ids=["one chunk", "small chunks"])
 def chunk(request, monkeypatch) -> None:
-    monkeypatch.setattr(block_ops, "CPU_CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_ELEMENTS", request.param)
 
 
 def values(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -49,7 +52,7 @@ def double_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
 def test_norm_against_float64(chunk, dtype, gemma) -> None:
     x = values(2, 7, D, seed=0, dtype=dtype).requires_grad_()
     weight, grad = values(D, seed=1, dtype=dtype), values(2, 7, D, seed=2, dtype=dtype)
-    out = block_ops.rms_norm(x, weight, 1e-5, gemma)
+    out = rms_norm(x, weight, 1e-5, gemma)
     out.backward(grad)
     exact_x = x.detach().double().requires_grad_()
     exact = double_norm(exact_x, weight.double(), 1e-5, gemma)
@@ -58,7 +61,7 @@ def test_norm_against_float64(chunk, dtype, gemma) -> None:
     assert_matches(out.double(), exact, tolerance=TOLERANCE[dtype])
     assert_matches(x.grad.double(), exact_x.grad, tolerance=TOLERANCE[dtype])
     with torch.no_grad():
-        assert torch.equal(block_ops.rms_norm(x, weight, 1e-5, gemma), out)
+        assert torch.equal(rms_norm(x, weight, 1e-5, gemma), out)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "halves"])
@@ -70,7 +73,7 @@ def test_gated_product_against_float64(chunk, dtype, activation, layout) -> None
     if layout == "contiguous":
         gate, up = gate.contiguous(), up.contiguous()
     grad = values(2, 7, INNER, seed=4, dtype=dtype)
-    out = block_ops.gated_product(gate, up, activation)
+    out = gated_product(gate, up, activation)
     out.backward(grad)
     exact_both = both.detach().double().requires_grad_()
     gate, up = exact_both.chunk(2, dim=-1)
@@ -84,11 +87,11 @@ def test_gated_product_against_float64(chunk, dtype, activation, layout) -> None
 
 def test_ops_are_registered_as_torch_wants_them() -> None:
     x, weight, grad = (values(*shape, seed=5, dtype=torch.float32) for shape in ((7, D), (D,), (7, D)))
-    _, scales = block_ops.rms_norm_op(x, weight, 1e-5, False)
-    torch.library.opcheck(block_ops.rms_norm_op, (x, weight, 1e-5, False))
-    torch.library.opcheck(block_ops.rms_norm_gradient, (grad, x, weight, scales, False))
-    torch.library.opcheck(block_ops.gated_product_op, (x, grad, "silu"))
-    torch.library.opcheck(block_ops.gated_product_gradients, (grad, x, grad, "gelu_tanh"))
+    _, scales = rms_norm_op(x, weight, 1e-5, False)
+    torch.library.opcheck(rms_norm_op, (x, weight, 1e-5, False))
+    torch.library.opcheck(rms_norm_gradient, (grad, x, weight, scales, False))
+    torch.library.opcheck(gated_product_op, (x, grad, "silu"))
+    torch.library.opcheck(gated_product_gradients, (grad, x, grad, "gelu_tanh"))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

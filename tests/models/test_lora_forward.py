@@ -10,13 +10,12 @@ import torch
 from kernel_compare import assert_matches, relative_l2
 from measure import peak_bytes
 from peft import LoraConfig, PeftModel, get_peft_model
-from repbend_kernels import keyed_dropout
+from repbend_kernels import keyed_dropout, low_rank, wide_products
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from repbend_fast.errors import UserError
-from repbend_fast.models.layers import lora
 from repbend_fast.models.layers.lora import LowRankForward, lora_dropout, use_low_rank_forward, use_peft_forward
 
 INNER, OUTER, ROWS = 64, 192, 24
@@ -113,8 +112,8 @@ def keyed_peft(model: Any) -> Any:
 @pytest.fixture
 def small_chunks(monkeypatch) -> None:
     """Rows are walked in several chunks, the last one short."""
-    monkeypatch.setattr(lora, "CHUNK_ELEMENTS", {"cpu": 7 * OUTER, "other": 7 * OUTER})
-    monkeypatch.setattr(lora, "LEAST_ROWS", 1)
+    monkeypatch.setattr(low_rank, "CHUNK_ELEMENTS", {"cpu": 7 * OUTER, "other": 7 * OUTER})
+    monkeypatch.setattr(low_rank, "LEAST_ROWS", 1)
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["off", "dropout"])
@@ -216,15 +215,15 @@ def test_sixteen_bit_parts_hold_what_an_fp32_weight_holds() -> None:
     """What the CUDA path feeds its matrix products; one 16-bit part alone has an error of 2⁻⁹."""
     generator = torch.Generator().manual_seed(4)
     left, right = torch.randn(50, 8, generator=generator), torch.randn(8, 70, generator=generator)
-    high, low = lora._parts(right, torch.bfloat16)
+    high, low = wide_products.parts(right, torch.bfloat16)
     assert high.dtype == low.dtype == torch.bfloat16
     assert relative_l2(high.double() + low.double(), right) < 2e-5
     assert relative_l2(high, right) > 1e-3
-    wide_left, wide_right = lora._low_rank_operands(left, right, torch.bfloat16)
+    wide_left, wide_right = wide_products.low_rank_operands(left, right, torch.bfloat16)
     exact = left.double() @ right.double()
     assert relative_l2(wide_left.double() @ wide_right.double(), exact) < 5e-5
     assert relative_l2(left.bfloat16().double() @ right.bfloat16().double(), exact) > 1e-3
-    zero = lora._low_rank_operands(left, torch.zeros(8, 70), torch.bfloat16)
+    zero = wide_products.low_rank_operands(left, torch.zeros(8, 70), torch.bfloat16)
     assert not (zero[0] @ zero[1]).any()
 
 
@@ -324,8 +323,8 @@ def test_fake_tensors(dtype) -> None:
         x = torch.empty(1, rows, INNER, dtype=dtype, requires_grad=True)
         base, a, b = torch.empty(OUTER, INNER, dtype=dtype), torch.empty(8, INNER), torch.empty(OUTER, 8)
         hashes = torch.empty(rows, dtype=torch.int32)
-        source, down = lora._Down.apply(x.reshape(rows, INNER), a.requires_grad_(), hashes, 0, P)
-        y = lora._Up.apply(source @ base.T, down, b.requires_grad_(), 1.5)
+        source, down = low_rank._Down.apply(x.reshape(rows, INNER), a.requires_grad_(), hashes, 0, P)
+        y = low_rank._Up.apply(source @ base.T, down, b.requires_grad_(), 1.5)
         y.sum().backward()
     assert (y.shape, y.dtype) == ((rows, OUTER), dtype)
     for leaf in (x, a, b):
@@ -377,7 +376,7 @@ def test_memory_is_below_peft_s() -> None:
         call()
         sizes[name] = peak_bytes(call, torch.device("cpu"))
     output, source = rows * OUTER * 2, rows * INNER * 2
-    chunk = lora.CHUNK_ELEMENTS["cpu"] * 4
+    chunk = low_rank.CHUNK_ELEMENTS["cpu"] * 4
     # Output, its gradient, the gradient of x, P, Q and hashes; and of a chunk what is added to its gradient, x masked, and the hashes and
     # the widened x that are compared.
     assert sizes["ours"] <= 2 * output + source + rows * (2 * 8 * 4 + 4) + 3.5 * chunk

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
+from repbend_kernels import low_rank, wide_products
 from repbend_kernels.keyed_dropout import KeyedMask, row_hashes
 from test_lora_forward import KEYS, P, inputs, ours, outcome, peft_model
 from torch import Tensor
@@ -26,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("parts")
 @pytest.fixture
 def parts(monkeypatch) -> None:
     """The choice of a CUDA device, and several chunks of rows."""
-    monkeypatch.setattr(lora, "PRODUCTS", "parts")
-    monkeypatch.setattr(lora, "CHUNK_ELEMENTS", {"cpu": 64 * OUT, "other": 64 * OUT})
+    monkeypatch.setattr(wide_products, "PRODUCTS", "parts")
+    monkeypatch.setattr(low_rank, "CHUNK_ELEMENTS", {"cpu": 64 * OUT, "other": 64 * OUT})
 
 
 def wide(*shape: int, seed: int) -> Tensor:
@@ -58,7 +59,7 @@ def assert_rounded_once(got: Tensor, exact: Tensor, dtype: torch.dtype, allowed:
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 def test_forward_against_float64(dtype, dropout) -> None:
     x, a, b, hashes = wide(ROWS, WIDTH, seed=0).to(dtype), wide(RANK, WIDTH, seed=1), wide(OUT, RANK, seed=2), hashes_of(dropout)
-    down = lora.low_rank_down(x, a, hashes, PLACE, P)
+    down = low_rank.low_rank_down(x, a, hashes, PLACE, P)
     exact = kept(x, hashes) @ a.double().T
     assert down.dtype == torch.float32
     assert_matches(down, exact, tolerance=TOLERANCE[dtype])
@@ -67,7 +68,7 @@ def test_forward_against_float64(dtype, dropout) -> None:
     for base in (torch.zeros(ROWS, OUT), wide(ROWS, OUT, seed=3)):
         y = base.to(dtype)
         expected = y.double() + FACTOR * down.double() @ b.double().T
-        lora.add_low_rank_up_(y, down, b, FACTOR)
+        low_rank.add_low_rank_up_(y, down, b, FACTOR)
         assert_rounded_once(y, expected, dtype)
 
 
@@ -76,7 +77,7 @@ def test_forward_against_float64(dtype, dropout) -> None:
 def test_backward_against_float64(dtype, dropout) -> None:
     x, grad = wide(ROWS, WIDTH, seed=0).to(dtype), wide(ROWS, OUT, seed=4).to(dtype)
     a, b, down, hashes = wide(RANK, WIDTH, seed=1), wide(OUT, RANK, seed=2), wide(ROWS, RANK, seed=5), hashes_of(dropout)
-    up, grad_b = lora.low_rank_up_gradients(grad, down, b, FACTOR, [True, True])
+    up, grad_b = low_rank.low_rank_up_gradients(grad, down, b, FACTOR, [True, True])
     assert_matches(up, FACTOR * grad.double() @ b.double(), tolerance=TOLERANCE[dtype], name="Q")
     assert_matches(grad_b, FACTOR * grad.double().T @ down.double(), tolerance=TOLERANCE[dtype], name="dB")
 
@@ -86,7 +87,7 @@ def test_backward_against_float64(dtype, dropout) -> None:
         grad_x = base.to(dtype)
         added = mask * (up.double() @ a.double())
         expected = grad_x.double() + added
-        grad_a = lora.add_low_rank_gradient_(grad_x, x, a, up, hashes, PLACE, P, [True, True])
+        grad_a = low_rank.add_low_rank_gradient_(grad_x, x, a, up, hashes, PLACE, P, [True, True])
         # With a mask the product is rounded before it is added, so twice in all.
         assert_rounded_once(grad_x, expected, dtype, allowed=1.5 if dropout and base.any() else 1.02)
         assert_matches(grad_a, up.double().T @ kept(x, hashes), tolerance=TOLERANCE[dtype], name="dA")
@@ -101,7 +102,7 @@ def test_a_model_s_error_is_that_of_wide_products(monkeypatch, dtype, narrow, dr
     exact = outcome(copy.deepcopy(model).double(), inputs(dtype).double(), keys)
     found = {}
     for products in ("wide", "parts"):
-        monkeypatch.setattr(lora, "PRODUCTS", products)
+        monkeypatch.setattr(wide_products, "PRODUCTS", products)
         found[products] = outcome(model, inputs(dtype), keys)
     for name, value in exact.items():
         assert found["parts"][name].dtype == found["wide"][name].dtype

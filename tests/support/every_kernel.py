@@ -22,8 +22,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def kernels() -> dict[str, tuple[Any, Any]]:
     """Every kernel of the package by name, with the module that launches it."""
-    folder = Path(repbend_kernels.__file__).parent
-    modules = [importlib.import_module(f"repbend_kernels.{path.stem}") for path in sorted(folder.glob("triton_*.py"))]
+    folder = Path(repbend_kernels.__file__).parent / "triton"
+    modules = [importlib.import_module(f"repbend_kernels.triton.{path.stem}") for path in sorted(folder.glob("[!_]*.py"))]
     return {name: (module, kernel) for module in modules for name, kernel in vars(module).items() if name.endswith("_kernel")}
 
 

@@ -6,10 +6,9 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from repbend_kernels import low_rank
 from test_training_numbers import NO_PROGRESS, make_trainer
 from tiny_run import TinyRun
-
-from repbend_fast.models.layers import lora
 
 STEPS, MICRO_BATCHES = 2, 2
 
@@ -19,7 +18,7 @@ def test_no_two_micro_batches_share_seed_or_masks(tiny: TinyRun, monkeypatch: py
     seeds: list[int] = []
     streams: list[str] = []
     drawn: list[set[int]] = []
-    run_backward, run_down = trainer.runner.backward, lora.low_rank_down
+    run_backward, run_down = trainer.runner.backward, low_rank.low_rank_down
 
     def watched_backward(stream: Any, scale: float, *, dropout_seed: int) -> Any:
         seeds.append(dropout_seed)
@@ -34,7 +33,7 @@ def test_no_two_micro_batches_share_seed_or_masks(tiny: TinyRun, monkeypatch: py
     # The first step would run a stream again, to look at its distances.
     monkeypatch.setattr("repbend_fast.training.trainer.is_at_start", lambda model: False)
     monkeypatch.setattr(trainer.runner, "backward", watched_backward)
-    monkeypatch.setattr(lora, "low_rank_down", watched_down)
+    monkeypatch.setattr(low_rank, "low_rank_down", watched_down)
     for _ in range(STEPS):
         trainer._train_step(NO_PROGRESS)  # type: ignore[arg-type]
 

@@ -1,7 +1,7 @@
 """Norms and gated MLPs of one model that keep less for backward, with the values of the layers that they stand for.
 
 Only what the modules do with their inputs changes: the operations are Liger's where ``layers.liger`` bound them, elsewhere those of
-``layers.block_ops``; what comes out can be made again in backward (``layers.recompute``). Of a block of a Llama with 32-bit states that
+``repbend_kernels``; what comes out can be made again in backward (``layers.recompute``). Of a block of a Llama with 32-bit states that
 leaves 4 D + 2 I elements per token, keys and values apart, of 6 D + 4 I; D is the width of a hidden state, I the MLP's.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from repbend_kernels import Activation, gated_product, rms_norm
 from torch import Tensor, nn
 
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.layers.block_ops import Activation, gated_product, rms_norm
 from repbend_fast.models.layers.liger import find_replaceable, uses_liger
 from repbend_fast.models.layers.recompute import recomputable
 

@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .keyed_dropout import FIRST, LAST, SECOND, WEYL
-from .launch import addressable, on_device_of
+from ..keyed_dropout import FIRST, LAST, SECOND, WEYL
+from ..launch import addressable, on_device_of
+
+__all__ = ["COLUMNS", "ROWS", "WARPS", "keyed_dropout_kernel"]
 
 ROWS = 4
 COLUMNS = 1024

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RowAddress, addressable, on_device_of, size_rule
-from .rows import count_rows
-from .triton_parts import inverse_root
+from ..launch import RowAddress, addressable, on_device_of, size_rule
+from ..rows import count_rows
+from .parts import inverse_root
+
+__all__ = ["DIRECTION", "GRADIENT", "NONE", "WHOLE_ROW", "add_rows_kernel", "row_distance_kernel", "size_rule"]
 
 WHOLE_ROW = 8192
 NONE, DIRECTION, GRADIENT = 0, 1, 2

@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .head import logit_gradient_scale
-from .launch import on_device_of
-from .triton_parts import LOWEST, STAGES, capped, lane_merge, lane_update, packing_barrier
+from ..head import logit_gradient_scale
+from ..launch import on_device_of
+from .parts import LOWEST, STAGES, capped, lane_merge, lane_update, packing_barrier
+
+__all__ = ["BLOCK", "WARPS", "kl_div_kernel"]
 
 BLOCK = 2048
 WARPS = 8

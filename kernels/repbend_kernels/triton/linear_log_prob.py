@@ -1,7 +1,7 @@
 """Triton kernel of ``linear_log_prob``: log-probability and gradient of one chunk of logits, read twice, gradient left in their memory.
 
 Pass 1 takes the soft-max statistics; pass 2 ([v = target] − q)/T·slope. A float32 gradient replaces the logits. A 16-bit one, which the
-GEMM back needs, is packed into its own row from the left, as in ``triton_linear_kl_div``.
+GEMM back needs, is packed into its own row from the left, as in ``triton.linear_kl_div``.
 """
 
 import torch
@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .head import logit_gradient_scale
-from .launch import on_device_of
-from .triton_parts import LOWEST, STAGES, capped, lane_merge, lane_update, packing_barrier
+from ..head import logit_gradient_scale
+from ..launch import on_device_of
+from .parts import LOWEST, STAGES, capped, lane_merge, lane_update, packing_barrier
+
+__all__ = ["BLOCK", "WARPS", "log_prob_kernel"]
 
 BLOCK = 4096
 WARPS = 8

@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of, size_rule
-from .triton_parts import inverse_root
+from ..launch import on_device_of, size_rule
+from .parts import inverse_root
+
+__all__ = ["COLUMNS", "WALK", "inverse_length_kernel", "unit_sum_backward_kernel", "unit_sum_kernel"]
 
 COLUMNS = 1024
 WALK = 4096
