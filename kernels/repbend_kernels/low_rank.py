@@ -254,7 +254,7 @@ def lora_down(
     _check_down(x, a, hashes, p)
     if resolve(implementation, x) == "eager":
         return lora_down_reference(x, a, hashes, *((0, 0) if hashes is None else mask_arguments(place, p)))
-    if hashes is None and not torch.is_grad_enabled():
+    if hashes is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Generating comes here for each token, where an op and an autograd function cost more than their work.
         return x, _down(x, a, None, place, p)
     return _Down.apply(x, a, hashes, place, p, remake)
