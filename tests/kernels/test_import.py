@@ -14,8 +14,8 @@ import sys
 import torch
 
 # torch and what it requires itself; numpy is none of it.
-ALLOWED = {"torch", "torchgen", "functorch", "repbend_kernels", "op_calls", "kernel_compare", "typing_extensions", "sympy", "mpmath", "networkx"}
-ALLOWED |= {"jinja2", "markupsafe", "filelock", "fsspec"}
+ALLOWED = {"torch", "torchgen", "functorch", "repbend_kernels", "typing_extensions", "sympy", "mpmath", "networkx"}
+ALLOWED |= {"jinja2", "markupsafe", "filelock", "fsspec", "op_calls", "kernel_compare"}
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
