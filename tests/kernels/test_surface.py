@@ -137,6 +137,22 @@ def test_reaching_inside_is_noticed(code: str, name: str | None) -> None:
     assert found[: 1 if name else None] == ([f"{NAME}.{name}"] if name else [])
 
 
+def defined_ops(code: str) -> list[str]:
+    """Ops that ``code`` registers, and autograd functions that it writes, by name."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        marks = node.decorator_list if isinstance(node, ast.FunctionDef) else node.bases if isinstance(node, ast.ClassDef) else []
+        if any(mark in ast.unparse(expression) for expression in marks for mark in ("custom_op", "autograd.Function")):
+            found.append(node.name)
+    return found
+
+
+def test_every_op_lives_in_the_package() -> None:
+    found = {file.relative_to(ROOT): defined_ops(file.read_text(encoding="utf-8")) for file in (ROOT / "repbend_fast").rglob("*.py")}
+    assert {file: names for file, names in found.items() if names} == {}
+    assert defined_ops((PACKAGE / "rms_norm.py").read_text(encoding="utf-8")) == ["rms_norm_op", "rms_norm_gradient", "_RmsNorm"]
+
+
 def test_which_modules_are_declared() -> None:
     files = [path.relative_to(PACKAGE.parent).with_suffix("").parts for path in PACKAGE.rglob("*.py")]
     modules = {".".join(part for part in parts if part != "__init__") for parts in files}
