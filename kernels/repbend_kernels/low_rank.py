@@ -343,7 +343,14 @@ def _up_scratch(device: torch.device, rows: Tensor, down: Tensor, b: Tensor) -> 
     return small + _in_chunks(rows, device) * width
 
 
-scratch_rule("low_rank_down", "add_low_rank_gradient_")(_down_scratch)
+scratch_rule("low_rank_down")(_down_scratch)
+
+
+@scratch_rule("add_low_rank_gradient_")
+def _(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None) -> int:
+    # A CPU adds the masked 32-bit product to a 16-bit gradient by way of both in 32 bits, of which the rule above knows one.
+    widened = hashes is not None and x.element_size() < 4 and device.type != "cuda"
+    return _down_scratch(device, x, a, hashes) + (4 * _in_chunks(x, device) * x.shape[1] if widened else 0)
 
 
 @scratch_rule("add_low_rank_up_")
