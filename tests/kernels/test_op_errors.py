@@ -7,11 +7,17 @@ import torch
 from repbend_kernels import (
     bend_distance,
     bend_tap,
+    gated_product,
     linear_kl_div,
     linear_log_prob,
+    lora_down,
+    lora_up,
     pairwise_cosine,
+    rms_norm,
     set_debug,
     tap_rows,
+    triplet_sums,
+    triplet_tap,
     window_distance,
 )
 
@@ -31,7 +37,35 @@ def log_prob(hidden=FLAT, weight=WEIGHT, targets=TARGETS, **options):
     return linear_log_prob(hidden, weight, targets, **options)
 
 
+def triplets(hidden=H, reference=R, rows=(ROWS[:1], ROWS[1:]), **options):
+    return triplet_tap(hidden, reference, rows, weights=(1.0, 1.0), margins=(2.0, 2.0), **options)
+
+
 CASES = {
+    "triplets reference rows": (lambda: triplets(reference=R[:1]), ValueError, r"reference: expected shape \[2, 8\] .*got \[1, 8\]"),
+    "triplets reference dtype": (lambda: triplets(reference=R.half()), TypeError, r"reference: expected torch.float32 as hidden has"),
+    "triplets reference with gradient": (lambda: triplets(reference=GRAD), ValueError, r"reference: expected a tensor that requires no"),
+    "triplets rows": (lambda: triplets(rows=(ROWS[:1], ROWS[1:].int())), TypeError, r"rows\[1\]: expected an int64 tensor"),
+    "triplets unit": (lambda: triplets(unit=0.0), ValueError, r"unit: expected a finite number > 0, got 0.0"),
+    "triplet sums without references": (
+        lambda: triplet_sums(H, (ROWS[:1], ROWS[1:]), reference=R),
+        ValueError,
+        r"known: expected together with reference",
+    ),
+    "norm weight": (lambda: rms_norm(H, R[0, :7], 1e-5), ValueError, r"weight: expected shape \[8\] \(width of x\), got \[7\]"),
+    "norm weight with gradient": (lambda: rms_norm(H, GRAD[0], 1e-5), ValueError, r"weight: expected a tensor that requires no gradient"),
+    "norm integers": (lambda: rms_norm(H.long(), R[0], 1e-5), TypeError, r"x: expected float32.*got torch.int64"),
+    "gate shape": (lambda: gated_product(H, H[:1], "silu"), ValueError, r"up: expected shape \[2, 3, 8\] \(as gate\), got \[1, 3, 8\]"),
+    "gate dtype": (lambda: gated_product(H, H.half(), "silu"), TypeError, r"up: expected torch.float32 as gate has, got torch.float16"),
+    "gate activation": (lambda: gated_product(H, H, "relu"), ValueError, r"activation: expected one of silu, gelu_tanh, got 'relu'"),
+    "lora rows": (lambda: lora_down(H, R), ValueError, r"x: expected shape \[N, D\], got \[2, 3, 8\]"),
+    "lora width": (lambda: lora_down(FLAT, R[:, :7]), ValueError, r"a: expected shape \[r, 8\], got \[2, 7\]"),
+    "lora keys not hashed": (lambda: lora_down(FLAT, R, TARGETS, 0, 0.5), TypeError, r"hashes: expected an int32 tensor, got torch.int64"),
+    "lora number of keys": (lambda: lora_down(FLAT, R, TARGETS[:4].int(), 0, 0.5), ValueError, r"hashes: expected shape \[5\]"),
+    "lora probability": (lambda: lora_down(FLAT, R, TARGETS.int(), 0, 1.0), ValueError, r"p: expected 0 < p < 1 with hashes, got 1.0"),
+    "lora result": (lambda: lora_up(FLAT, FLAT[:4, :2], R.T, 1.0), ValueError, r"down: expected shape \[5, r\], got \[4, 2\]"),
+    "lora weight": (lambda: lora_up(FLAT, FLAT[:, :2], R, 1.0), ValueError, r"b: expected shape \[8, 2\], got \[2, 8\]"),
+    "lora down in 16 bits": (lambda: lora_up(FLAT, FLAT[:, :2].half(), R.T, 1.0), TypeError, r"down: expected torch.float32 beside"),
     "tap unknown kind": (lambda: bend_tap(H, R, ROWS, kind="l1"), ValueError, r"kind: expected one of l2, cosine.*got 'l1'"),
     "tap hidden of one dimension": (lambda: bend_tap(R[0], R, ROWS), ValueError, r"hidden: expected shape \[\.\.\., D\].*got \[8\]"),
     "tap hidden of integers": (lambda: bend_tap(H.long(), R, ROWS), TypeError, r"hidden: expected float32.*got torch.int64"),
