@@ -28,7 +28,7 @@ from step_sides import NotPlanned, Side, adapted, set_up, sides_for
 
 from repbend_fast.config.schema import TrainingConfig
 from repbend_fast.models import find_decoder, trainable_parameters
-from repbend_fast.optimizer import build_optimizer
+from repbend_fast.training.optimizer import build_optimizer
 
 
 def profile_side(case: Case, model: Any, side: Side, rounds: int, optimizer: str) -> Row:

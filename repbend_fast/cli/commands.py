@@ -38,10 +38,10 @@ def train(arguments: Namespace) -> int:
         return 0
     check_files(config)
     if arguments.dry_run == "full":
-        from repbend_fast.dry_run import dry_run
+        from repbend_fast.training.dry_run import dry_run
 
         return dry_run(config, resume)
-    from repbend_fast.trainer import train as run_training
+    from repbend_fast.training.trainer import train as run_training
 
     return int(run_training(config, resume).exit_code)
 
@@ -54,7 +54,7 @@ def evaluate(arguments: Namespace) -> int:
     is_run = folder.is_dir()
     config = load_config(str(_run_config(arguments.target)) if is_run else arguments.target, arguments.overrides)
     check_files(config)
-    from repbend_fast.evaluate.command import evaluate_target
+    from repbend_fast.evaluation.sides import evaluate_target
 
     out = None if arguments.out is None else Path(arguments.out).expanduser()
     return evaluate_target(config, folder if is_run else None, out)
@@ -89,7 +89,7 @@ def export(arguments: Namespace) -> int:
     out = folder / "merged" if arguments.out is None else Path(arguments.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not an empty folder; choose another")
-    from repbend_fast.models.export import export_merged
+    from repbend_fast.runs.export import export_merged
 
     export_merged(folder, out)
     print(out)
@@ -109,14 +109,14 @@ def verify(arguments: Namespace) -> int:
 def check_data(arguments: Namespace) -> int:
     """``data check``: a recipe's sources with its tokenizer, or one file."""
     config, tokenizer = _data_to_check(arguments.target, arguments.overrides)
-    from repbend_fast.data.check import run_check
+    from repbend_fast.runs.check_data import run_check
 
     return int(run_check(config, tokenizer))
 
 
 def _data_to_check(target: str, overrides: list[str]) -> tuple[Config, Any]:
     from repbend_fast.config import load_config
-    from repbend_fast.config.recipes import SUFFIXES, recipe_names
+    from repbend_fast.config.shipped import SUFFIXES, recipe_names
     from repbend_fast.nearby import nearest
 
     path = Path(target).expanduser()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import repbend_fast
-from repbend_fast.cli import commands, environment, recipes
+from repbend_fast import environment
+from repbend_fast.cli import commands, recipes
 from repbend_fast.cli import plan as planning
 from repbend_fast.config.overrides import is_assignment, takes_value
 from repbend_fast.errors import UserError

@@ -11,8 +11,8 @@ from repbend_fast.errors import UserError
 
 if TYPE_CHECKING:
     from repbend_fast.config import Config
-    from repbend_fast.memory.cards import Card
-    from repbend_fast.memory.plan import Plan, Planner
+    from repbend_fast.planning.cards import Card
+    from repbend_fast.planning.planner import Plan, Planner
 
 # Recipe and, per budget in GB, the card whose rates the expected time is for.
 TABLE_RECIPES = ("llama-3-8b-instruct", "mistral-7b-instruct-v0.2")
@@ -26,7 +26,7 @@ def show(arguments: Namespace) -> int:
     if arguments.recipe is None:
         raise UserError("RECIPE is missing; `repbend-fast recipes ls` lists the shipped ones (only --table does without)")
     from repbend_fast.config import load_config
-    from repbend_fast.memory.plan import Planner
+    from repbend_fast.planning.planner import Planner
 
     config = load_config(arguments.recipe, arguments.overrides)
     card, device = _target(arguments.card, config)
@@ -64,8 +64,8 @@ def as_record(planner: Planner, plan: Plan) -> dict[str, Any]:
 def _target(name: str | None, config: Config) -> tuple[Card, Any]:
     import torch
 
-    from repbend_fast.memory.cards import card_of, find_card
     from repbend_fast.models.load import resolve_device
+    from repbend_fast.planning.cards import card_of, find_card
 
     if name is not None:
         card = find_card(name)
@@ -76,7 +76,7 @@ def _target(name: str | None, config: Config) -> tuple[Card, Any]:
 
 def _budget(config: Config, card: Card, device: Any, named: bool) -> int | None:
     """The recipe's budget; ``auto``, or none for a named card, is the card's own memory."""
-    from repbend_fast.memory.budget import budget_bytes, parse_budget
+    from repbend_fast.planning.budget import budget_bytes, parse_budget
 
     text = config.memory.budget
     if named and card.memory and (text is None or parse_budget(text) is None):
@@ -85,9 +85,9 @@ def _budget(config: Config, card: Card, device: Any, named: bool) -> int | None:
 
 
 def _lines(planner: Planner, plan: Plan) -> list[str]:
-    from repbend_fast.memory.budget import show_bytes
-    from repbend_fast.memory.cards import EFFICIENCY
-    from repbend_fast.memory.plan import show_levers
+    from repbend_fast.planning.budget import show_bytes
+    from repbend_fast.planning.cards import EFFICIENCY
+    from repbend_fast.planning.planner import show_levers
 
     config, stays = planner.config, plan.standing
     budget = f"budget {show_bytes(plan.budget)}" if plan.budget else "no budget"
@@ -131,8 +131,8 @@ def _table_rows(config: Config, card: str | None) -> list[dict[str, Any]]:
     """Predictions: the run at full depth, which ``plan RECIPE`` adds, would take minutes for all of them."""
     import torch
 
-    from repbend_fast.memory.cards import GB, find_card
-    from repbend_fast.memory.plan import Planner
+    from repbend_fast.planning.cards import GB, find_card
+    from repbend_fast.planning.planner import Planner
 
     rows = []
     planner = Planner(config, torch.device("cuda"), find_card("a100"))
@@ -169,9 +169,9 @@ def _table_config(recipe: str, quantization: str, overrides: list[str]) -> Confi
 
 
 def _table_line(row: dict[str, Any]) -> str:
-    from repbend_fast.memory.budget import show_bytes
-    from repbend_fast.memory.levers import Levers
-    from repbend_fast.memory.plan import show_levers
+    from repbend_fast.planning.budget import show_bytes
+    from repbend_fast.planning.planner import show_levers
+    from repbend_fast.step.levers import Levers
 
     weights = "nf4" if row["quantization"] == "nf4" else "bf16"
     start = f"{row['model'].rsplit('/', 1)[-1]:<26} {weights:<5} {show_bytes(row['budget_bytes']):>9}  {row['card']:<24}"

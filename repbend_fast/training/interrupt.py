@@ -1,0 +1,43 @@
+"""Ctrl-C, or a SIGTERM as schedulers and ``timeout`` send it, once finishes the step and saves; twice stops at once."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from repbend_fast.console import say
+
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Interrupt:
+    """While entered, the first signal of ``SIGNALS`` only sets ``requested``; a second one raises ``KeyboardInterrupt``.
+
+    ``reason`` names the first one.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.reason = ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in SIGNALS:
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: the importer's own handling stays
+                break
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, previous in self._previous.items():
+            # None: a handler that was not set from Python, which Python cannot set again.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested, self.reason = True, SIGNALS[signal.Signals(number)]
+        say("interrupted: saving after this step; press Ctrl-C again to stop at once")
