@@ -21,7 +21,11 @@ setup(
     ],
     # `kernels/` itself is no package: a top-level `kernels` would shadow Hugging Face's package of that name.
     package_dir={"repbend_kernels": "kernels/repbend_kernels", "repbend_fast": "repbend_fast", "repbend_fast.recipes": "recipes"},
-    package_data={"repbend_fast.recipes": ["*.yaml"], "repbend_fast.demo": ["*.json", "*.jsonl"], "repbend_fast.report": ["*.html.j2"]},
+    package_data={
+        "repbend_fast.recipes": ["*.yaml", "overlays/*.yaml"],
+        "repbend_fast.demo": ["*.json", "*.jsonl"],
+        "repbend_fast.report": ["*.html.j2"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",

@@ -6,7 +6,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from repbend_fast.metrics import say
+from repbend_fast.console import say
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 

@@ -26,6 +26,7 @@ from repbend_fast.checkpoint import (
 from repbend_fast.config import Config, resolved_yaml
 from repbend_fast.config.objectives import CustomObjectiveConfig
 from repbend_fast.config.schema import at_depth
+from repbend_fast.console import ProgressLine, say
 from repbend_fast.data.prefetch import PreparedBatches
 from repbend_fast.data.prepare import RunData
 from repbend_fast.dual import KLWeight
@@ -36,7 +37,7 @@ from repbend_fast.interrupt import Interrupt
 from repbend_fast.memory.levers import Levers, levers_of
 from repbend_fast.memory.out_of_memory import is_out_of_memory, optimizer_out_of_memory
 from repbend_fast.memory.plan import Plan, show_plan
-from repbend_fast.metrics import MetricsLog, ProgressLine, peak_memory_bytes, say
+from repbend_fast.metrics import MetricsLog, peak_memory_bytes
 from repbend_fast.models import (
     attach_lora,
     find_decoder,

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from repbend_fast.metrics import say
+from repbend_fast.console import say
 from repbend_fast.runs import saving
 from repbend_fast.trainer import INTERRUPTED
 

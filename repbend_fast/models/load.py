@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from repbend_fast.config.schema import ModelConfig
+from repbend_fast.console import say
 from repbend_fast.errors import UserError, one_line
-from repbend_fast.metrics import say
 from repbend_fast.models.liger import check_liger, use_liger
 from repbend_fast.models.merge import adapter_apart, merge_adapter
 from repbend_fast.nearby import nearest
