@@ -23,7 +23,7 @@ setup(
     package_dir={"repbend_kernels": "kernels/repbend_kernels", "repbend_fast": "repbend_fast", "repbend_fast.recipes": "recipes"},
     package_data={
         "repbend_fast.recipes": ["*.yaml", "overlays/*.yaml"],
-        "repbend_fast.demo": ["*.json", "*.jsonl"],
+        "repbend_fast.data.demo": ["*.json", "*.jsonl"],
         "repbend_fast.report": ["*.html.j2"],
     },
     install_requires=[

@@ -25,17 +25,17 @@ from measure import peak_bytes
 
 from repbend_fast.config import Config, load_config
 from repbend_fast.data.records import Batch
-from repbend_fast.memory.batches import Limits, limits_of_sets, worst_batch
-from repbend_fast.memory.levers import Levers
-from repbend_fast.memory.plan import Planner
-from repbend_fast.memory.shapes import model_shape
-from repbend_fast.memory.tracker import module_tensors, tensor_bytes
 from repbend_fast.models import attach_lora, load_model, trainable_parameters
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.load import DTYPES
 from repbend_fast.objectives import build_objective
-from repbend_fast.optimizer import build_optimizer
+from repbend_fast.planning.batches import Limits, limits_of_sets, worst_batch
+from repbend_fast.planning.planner import Planner
+from repbend_fast.planning.shapes import model_shape
+from repbend_fast.planning.tracker import module_tensors, tensor_bytes
 from repbend_fast.step import StreamRunner
+from repbend_fast.step.levers import Levers
+from repbend_fast.training.optimizer import build_optimizer
 
 ALLOWED_OVER, ALLOWED_OFF = 1.03, 0.10
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.2, 0.1, 0.0)
@@ -116,11 +116,10 @@ def main(argv: Seq[str] | None = None) -> int:
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "budget_cpu.json")
     arguments = parser.parse_args(argv)
-    from harness import environment
-
-    from repbend_fast.data.prepare import prepare_data
+    from repbend_fast.environment import environment
     from repbend_fast.models import load_tokenizer
     from repbend_fast.objectives import roles_of
+    from repbend_fast.runs.prepare import prepare_data
 
     config = load_config(arguments.recipe, arguments.overrides)
     data = prepare_data(config, load_tokenizer(config.model), roles_of(config.objective))

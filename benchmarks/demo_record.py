@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from repbend_fast.evaluate.rates import KEYS, TITLES, format_value
+from repbend_fast.evaluation.rates import KEYS, TITLES, format_value
 
 Row = dict[str, Any]
 

@@ -103,7 +103,7 @@ run_stage() {
         local options=(--cases llama3-8b-nf4-b4-real --sides "ours,ours 8GB,eager")
         [[ $CPU ]] && options=(--smoke --sides "ours,ours small" --rounds 1)
         stage profile 500 "${PROFILE[@]}" "${options[@]}" ;;
-    demo) stage demo 500 "$PYTHON" benchmarks/record_demo.py --seeds 42 1 2 --out "${RECORDS[demo]}" ;;
+    demo) stage demo 500 "$PYTHON" benchmarks/train_demo.py --seeds 42 1 2 --out "${RECORDS[demo]}" ;;
     esac
 }
 for name in ${STAGES//,/ }; do

@@ -25,16 +25,16 @@ from baselines.eager_step import eager_step, prepare_eager
 from torch import Tensor
 
 from repbend_fast.config import load_config
-from repbend_fast.memory.batches import limits_of, published_batch
-from repbend_fast.memory.cards import GB
-from repbend_fast.memory.levers import Levers
-from repbend_fast.memory.peaks import track_stream
-from repbend_fast.memory.plan import Planner, show_levers
-from repbend_fast.memory.scratch import HEAD_OPS, op_scratch
-from repbend_fast.memory.shapes import shape_model
-from repbend_fast.memory.tracker import MemoryTracker, module_tensors
 from repbend_fast.models import trainable_parameters
-from repbend_fast.models.lora import use_peft_forward
+from repbend_fast.models.layers.lora import use_peft_forward
+from repbend_fast.planning.batches import limits_of, published_batch
+from repbend_fast.planning.cards import GB
+from repbend_fast.planning.peaks import track_stream
+from repbend_fast.planning.planner import Planner, show_levers
+from repbend_fast.planning.scratch import HEAD_OPS, op_scratch
+from repbend_fast.planning.shapes import shape_model
+from repbend_fast.planning.tracker import MemoryTracker, module_tensors
+from repbend_fast.step.levers import Levers
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "memory_plan.json"
@@ -172,7 +172,7 @@ def main(argv: Seq[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="draw from the record without planning")
     if not parser.parse_args(argv).draw:
-        from harness import environment
+        from repbend_fast.environment import environment
 
         record = {**environment(), "planned": True, "bars": bars(), "table": table()}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

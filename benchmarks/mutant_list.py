@@ -348,21 +348,25 @@ LORA = [
     ),
 ]
 
-SEEDS = ("tests/loop/test_dropout_seeds.py",)
-ORDER = ("tests/step/test_offload_order.py",)
-OFFLOAD = "repbend_fast/memory/offload.py"
+SEEDS = ("tests/training/test_dropout_seeds.py",)
+ORDER = ("tests/models/test_offload_order.py",)
+OFFLOAD = "repbend_fast/models/layers/offload.py"
 SEED_LINE = "dropout_seed(settings.seed, self.step, micro_batch)"
 
 STEP = [
     Mutant(
         "trainer: every micro-batch has the same masks",
-        "repbend_fast/trainer.py",
+        "repbend_fast/training/trainer.py",
         SEED_LINE,
         "dropout_seed(settings.seed, self.step, 0)",
         SEEDS,
     ),
     Mutant(
-        "trainer: every step has the same masks", "repbend_fast/trainer.py", SEED_LINE, "dropout_seed(settings.seed, 0, micro_batch)", SEEDS
+        "trainer: every step has the same masks",
+        "repbend_fast/training/trainer.py",
+        SEED_LINE,
+        "dropout_seed(settings.seed, 0, micro_batch)",
+        SEEDS,
     ),
     Mutant("offload: the way out does not wait for the state", OFFLOAD, "        stream.wait_stream(current)\n", "", ORDER),
     Mutant(
@@ -389,7 +393,7 @@ STEP = [
     Mutant("offload: states lie in pageable memory", OFFLOAD, "pin_memory=self._streams", "pin_memory=False", ORDER),
     Mutant(
         "pieces: host tensors lie in pageable memory",
-        "repbend_fast/pieces.py",
+        "repbend_fast/step/pieces.py",
         "tensor.pin_memory().to(device, non_blocking=True)",
         "tensor.to(device, non_blocking=True)",
         ("tests/step/test_host_syncs.py",),
@@ -421,14 +425,14 @@ STEP = [
     ),
     Mutant(
         "keys: the sequences of a stream share masks",
-        "repbend_fast/pieces.py",
+        "repbend_fast/step/pieces.py",
         "index * 2**32 + within",
         "index * 0 + within",
         ("tests/step/test_levers.py", "tests/step/test_step_gradient.py"),
     ),
 ]
 
-PROOFS = ("tests/models/test_proof.py",)
+PROOFS = ("tests/step/test_proof.py",)
 
 PROOF = [
     Mutant(
@@ -450,7 +454,7 @@ PROOF = [
         "repbend_fast/step/zero_start.py",
         "if float(value) != 0:",
         "if float(value) > 1e-3:",
-        ("tests/loop/test_model_proof.py",),
+        ("tests/training/test_model_proof.py",),
     ),
     Mutant(
         "step's denominators: one of a term without rows counts",

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from repbend_fast.config import Config
-from repbend_fast.config.schema import DataConfig, LoraSection, ModelConfig, ObjectiveConfig, SourceConfig, TrainingConfig
+from repbend_fast.config.schema import LoraSection, ModelConfig, ObjectiveConfig, TrainingConfig
 from repbend_fast.data.records import Batch, PairSequence, Sequence
-from repbend_fast.memory.batches import Limits, published_batch
-from repbend_fast.memory.cards import card_of
-from repbend_fast.memory.flops import StepCost, matrices
-from repbend_fast.memory.levers import Levers
-from repbend_fast.memory.shapes import model_shape
+from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.models import find_decoder, load_model, trainable_parameters
 from repbend_fast.models.load import DTYPES, quantize_nf4, settle_device
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.base import Stream
+from repbend_fast.planning.batches import Limits, published_batch
+from repbend_fast.planning.cards import card_of
+from repbend_fast.planning.cost import StepCost, matrices
+from repbend_fast.planning.shapes import model_shape
+from repbend_fast.step.levers import Levers
 
 WIDTH = 1024
 """Tokens that the published step pads to: 512 for the prompt and 512 for the answer."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
-from repbend_fast.memory.tracker import module_tensors, tensor_bytes
 from repbend_fast.models import find_decoder, trainable_parameters
+from repbend_fast.planning.tracker import module_tensors, tensor_bytes
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "nf4": 0.25}
 """Largest relative error of a term or of the gradient against the first baseline that ran. 16-bit logits and states are some

@@ -18,15 +18,15 @@ from torch import Tensor
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
-from repbend_fast.memory.budget import parse_budget
-from repbend_fast.memory.cards import CUDA_CONTEXT
-from repbend_fast.memory.levers import Levers, levers_of
-from repbend_fast.memory.plan import Planner
 from repbend_fast.models import attach_lora, find_decoder
-from repbend_fast.models.lean import use_full_layers
-from repbend_fast.models.liger import find_replaceable, use_liger
-from repbend_fast.models.lora import use_peft_forward
+from repbend_fast.models.layers.lean import use_full_layers
+from repbend_fast.models.layers.liger import find_replaceable, use_liger
+from repbend_fast.models.layers.lora import use_peft_forward
+from repbend_fast.planning.budget import parse_budget
+from repbend_fast.planning.cards import CUDA_CONTEXT
+from repbend_fast.planning.planner import Planner
 from repbend_fast.step import StreamRunner, dropout_seed
+from repbend_fast.step.levers import Levers, levers_of
 
 Terms = dict[str, Tensor]
 BOUND = ("forward", "extra_repr", "_get_name")

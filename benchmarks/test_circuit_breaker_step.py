@@ -26,13 +26,13 @@ from step_cases import LORA, Case, cases_for, fill_adapter, gradient_of, load_ba
 from step_sides import plain_layers
 from torch import Tensor
 
-from repbend_fast.config.objectives import CircuitBreakerConfig
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
-from repbend_fast.memory.levers import levers_of
 from repbend_fast.models import attach_lora, find_decoder
 from repbend_fast.objectives import build_objective
+from repbend_fast.objectives.sections import CircuitBreakerConfig
 from repbend_fast.step import StreamRunner
+from repbend_fast.step.levers import levers_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEP, STEPS = 74, 150

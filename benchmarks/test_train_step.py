@@ -27,7 +27,7 @@ from step_measure import NOT_PLANNED, OUT_OF_MEMORY, Measured, measure_case, tra
 from step_record import StepRecord
 from step_sides import Side, budgets_for, sides_for
 
-from repbend_fast.memory.budget import parse_budget
+from repbend_fast.planning.budget import parse_budget
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,4 +1,4 @@
-"""Where a record was made: hardware, versions, implementations of the ops, commit and date. One form for every record, and for bug reports."""
+"""Where a record was made, in one form for every record and for bug reports: hardware, versions, the ops' implementations, commit, date."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from baselines.batches import padded, unsafe_sequences
-from repbend_fast.config.objectives import CircuitBreakerConfig
 from repbend_fast.data.records import Batch
+from repbend_fast.objectives.sections import CircuitBreakerConfig
 
 
 def circuit_breaker_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from argparse import Namespace
 from pathlib import Path
@@ -38,7 +39,7 @@ def _dry_run(arguments: Namespace, resume: bool | str) -> int:
             note(f"training would stop at {problem}")
         return 0
     check_files(config)
-    from repbend_fast.dry_run import dry_run
+    from repbend_fast.training.dry_run import dry_run
 
     return dry_run(config, folder)
 
@@ -92,17 +93,36 @@ def verify(arguments: Namespace) -> int:
     return int(run_verify(folder, arguments.objective))
 
 
+def env(arguments: Namespace) -> int:
+    """``env``: what a bug report needs, as a table or as JSON."""
+    from repbend_fast.environment import environment
+
+    found = environment()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for section, values in found.items():
+        if not isinstance(values, dict):
+            print(f"{section}  {values}")
+            continue
+        print(section)
+        width = max(map(len, values))
+        for key, value in values.items():
+            print(f"  {key:<{width}}  {value}")
+    return 0
+
+
 def check_data(arguments: Namespace) -> int:
     """``data check``: a recipe's sources with its tokenizer, or one file."""
     config, tokenizer = _data_to_check(arguments.target, arguments.overrides, arguments.overlays)
-    from repbend_fast.data.check import run_check
+    from repbend_fast.runs.check_data import run_check
 
     return int(run_check(config, tokenizer))
 
 
 def _data_to_check(target: str, overrides: list[str], overlays: list[str]) -> tuple[Config, Any]:
     from repbend_fast.config import load_config
-    from repbend_fast.config.recipes import SUFFIXES, overlay_meant, recipe_names
+    from repbend_fast.config.shipped import SUFFIXES, overlay_meant, recipe_names
     from repbend_fast.nearby import nearest
 
     path = Path(target).expanduser()
@@ -122,8 +142,6 @@ def _data_to_check(target: str, overrides: list[str], overlays: list[str]) -> tu
 
 
 def _quoted_source(path: Path) -> list[str]:
-    import json
-
     return [f"data.sources=[{{path: {json.dumps(str(path))}}}]", "validation.sources=[]"]
 
 

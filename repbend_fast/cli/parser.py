@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import repbend_fast
-from repbend_fast.cli import commands, environment, recipes
+from repbend_fast.cli import commands, recipes
 from repbend_fast.cli import plan as planning
 from repbend_fast.config.overrides import is_assignment, takes_value
 from repbend_fast.errors import UserError
@@ -198,7 +198,7 @@ def _build() -> _Parser:
     check.add_argument("target", metavar="RECIPE|FILE", help="a recipe, or a data file (model.name=… adds token counts)")
 
     _recipe_commands(groups)
-    env = _command(groups, "env", environment.show, "versions, devices, memory and implementations on this machine")
+    env = _command(groups, "env", commands.env, "versions, devices, memory and implementations on this machine")
     env.add_argument("--json", action="store_true", help="as JSON")
     return parser
 

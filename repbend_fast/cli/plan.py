@@ -24,7 +24,7 @@ def show(arguments: Namespace) -> int:
         return _table(arguments)
     if arguments.recipe is None:
         raise UserError("RECIPE is missing; `repbend-fast recipes ls` lists the shipped ones (only --table does without)")
-    from repbend_fast import plan
+    from repbend_fast.api import plan
 
     planned = plan(arguments.recipe, arguments.overrides, overlays=arguments.overlays, card=arguments.card, say=terminal)
     print(json.dumps(planned.as_dict(), indent=2) if arguments.json else "\n".join(planned.lines()))
@@ -50,9 +50,9 @@ def _table_rows(config: Config, card: str | None) -> list[dict[str, Any]]:
     """Predictions: the run at full depth, which ``plan RECIPE`` adds, would take minutes for all of them."""
     import torch
 
-    from repbend_fast.memory.cards import GB, find_card
-    from repbend_fast.memory.plan import Planner
-    from repbend_fast.memory.planned import PlannedRun
+    from repbend_fast.planning.cards import GB, find_card
+    from repbend_fast.planning.planned import PlannedRun
+    from repbend_fast.planning.planner import Planner
 
     rows = []
     planner = Planner(config, torch.device("cuda"), find_card("a100"))
@@ -90,9 +90,9 @@ def _table_config(recipe: str, quantization: str, overrides: Sequence[str], over
 
 
 def _table_line(row: dict[str, Any]) -> str:
-    from repbend_fast.memory.budget import show_bytes
-    from repbend_fast.memory.levers import Levers
-    from repbend_fast.memory.plan import show_levers
+    from repbend_fast.planning.budget import show_bytes
+    from repbend_fast.planning.planner import show_levers
+    from repbend_fast.step.levers import Levers
 
     weights = "nf4" if row["quantization"] == "nf4" else "bf16"
     start = f"{row['model'].rsplit('/', 1)[-1]:<26} {weights:<5} {show_bytes(row['budget_bytes']):>9}  {row['card']:<24}"

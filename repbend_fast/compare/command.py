@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from repbend_fast.compare import picture, process, tables
+from repbend_fast.compare.comparison import Comparison
 from repbend_fast.compare.results import comparison_record, method_record, seed_record
 from repbend_fast.compare.search import Try, choose, search_record, try_of
-from repbend_fast.compare.settings import Comparison
 from repbend_fast.compare.training import Training, evaluate, measure_before, state, train, training_of
 from repbend_fast.console import say, show, terminal_console
 from repbend_fast.errors import UserError
-from repbend_fast.report.reading import RunRecord
-from repbend_fast.runs import RunFolder, only_training, write_bytes, write_json, write_text
-from repbend_fast.trainer import INTERRUPTED
+from repbend_fast.report.run_record import RunRecord
+from repbend_fast.runs.folder import RunFolder, only_training, write_bytes, write_json, write_text
+from repbend_fast.training.trainer import INTERRUPTED
 
 
 @dataclass

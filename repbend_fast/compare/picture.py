@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from repbend_fast.evaluate.rates import TITLES
+from repbend_fast.evaluation.rates import TITLES
 from repbend_fast.report.plots import MUTED, RATE_COLORS, style
 
 BARS = ("attack_direct", "attack_direct_refused", "attack_prefill", "attack_prefill_refused", "helpful_ordinary", "helpful_borderline")

@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from repbend_fast.console import say
-from repbend_fast.runs import saving
-from repbend_fast.trainer import INTERRUPTED
+from repbend_fast.runs.folder import saving
+from repbend_fast.training.trainer import INTERRUPTED
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

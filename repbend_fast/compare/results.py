@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from repbend_fast.cli.environment import environment
-from repbend_fast.compare.settings import Comparison
+from repbend_fast.compare.comparison import Comparison
 from repbend_fast.compare.training import Training
-from repbend_fast.evaluate.rates import KEYS
-from repbend_fast.report.reading import RunRecord
+from repbend_fast.environment import environment
+from repbend_fast.evaluation.rates import KEYS
+from repbend_fast.report.run_record import RunRecord
 
 MEASURES = (*KEYS, "perplexity_ratio", "seconds", "peak_memory_bytes")
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from repbend_fast.errors import UserError
-from repbend_fast.report.reading import RunRecord
-from repbend_fast.validation import Validation, rank
+from repbend_fast.report.run_record import RunRecord
+from repbend_fast.training.guard import rank
+from repbend_fast.training.validation import Validation
 
 
 @dataclass(frozen=True)

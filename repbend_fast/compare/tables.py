@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from repbend_fast.evaluate.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, format_value
+from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, format_value
 
 Record = Mapping[str, Any]
 

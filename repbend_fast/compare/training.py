@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from repbend_fast.compare import process
-from repbend_fast.compare.settings import Method
+from repbend_fast.compare.comparison import Method
 from repbend_fast.config import Config, load_config, resolved_yaml
 from repbend_fast.errors import UserError
-from repbend_fast.report.reading import RunRecord, read_run
-from repbend_fast.runs import RunFolder, write_json, write_text
+from repbend_fast.report.run_record import RunRecord, read_run
+from repbend_fast.runs.folder import RunFolder, write_json, write_text
 
 State = Literal["finished", "diverged", "half", "none"]
 

@@ -1,22 +1,20 @@
 """Configuration: schema, recipes, overrides, published argument names."""
 
 from repbend_fast.config.files import check_files, missing_files
-from repbend_fast.config.load import load_config, resolved_yaml
-from repbend_fast.config.recipes import copy_recipe, recipe_names, recipe_text, summary
+from repbend_fast.config.resolve import load_config, resolved_yaml
 from repbend_fast.config.schema import (
     Config,
-    DataConfig,
     EvaluationConfig,
     LoraSection,
     MemoryConfig,
     ModelConfig,
     ObjectiveConfig,
     OutputConfig,
-    PromptsConfig,
-    SourceConfig,
     TrainingConfig,
     ValidationConfig,
 )
+from repbend_fast.config.shipped import copy_recipe, recipe_names, recipe_text, summary
+from repbend_fast.data.settings import DataConfig, PromptsConfig, SourceConfig
 
 __all__ = [
     "Config",

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from repbend_fast.config.objectives import ObjectiveSection, section_of
 from repbend_fast.config.published import NAMES
 from repbend_fast.config.schema import Config, Section
 from repbend_fast.config.yaml_text import Key
 from repbend_fast.errors import UserError
+from repbend_fast.objectives.sections import ObjectiveSection, section_of
 
 DEFAULT_OBJECTIVE = "repbend"
 _WORDS = {Any: "any value", int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from repbend_fast.config.keys import DEFAULT_OBJECTIVE, Place, allowed, children, locate, suggestion
-from repbend_fast.config.objectives import CUSTOM, SECTIONS
 from repbend_fast.config.yaml_text import Key
+from repbend_fast.objectives.sections import CUSTOM, SECTIONS
 
 
 @dataclass(frozen=True)

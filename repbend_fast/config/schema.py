@@ -1,4 +1,4 @@
-"""The typed configuration of a run. Field names are words; published argument names are aliases (``config/load.py``)."""
+"""The typed configuration of a run. Field names are words; published argument names are aliases (``config/published.py``)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from repbend_fast.config.objectives import AnyObjective, ObjectiveConfig, RMUConfig
-from repbend_fast.config.section import NonNegative, Positive, Section
+from repbend_fast.data.settings import DataConfig, PromptsConfig, SourceConfig
+from repbend_fast.objectives.sections import AnyObjective, ObjectiveConfig, RMUConfig
+from repbend_fast.section import NonNegative, Positive, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Role = Literal["safe", "unsafe", "pair", "retain"]
 # Arguments of apply_chat_template that decide what its result is.
 TEMPLATE_CALL = {
     *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"),
@@ -56,34 +56,6 @@ class LoraSection(Section):
         "those before the last hidden state that the objective reads.",
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class SourceConfig(Section):
-    """One file or hub data set. A source may yield several roles."""
-
-    path: str = Field(description="Local file or hub data set name; `demo` for the bundled fictional data.")
-    format: Literal["auto", "jsonl", "wildguardmix", "wildjailbreak", "ultrachat", "circuit_breakers", "demo"] = "auto"
-    subset: str | None = None
-    split: str | None = None
-    roles: list[Role] | None = Field(None, description="Keep only these roles.")
-    limit: Positive | None = Field(None, description="Take at most this many records per role, chosen by seed.")
-
-
-class DataConfig(Section):
-    """What to train on."""
-
-    sources: Annotated[list[SourceConfig], Field(min_length=1)]
-    max_prompt_tokens: Positive = 512
-    max_answer_tokens: Positive = 512
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Variables of the chat template, for example {enable_thinking: true}; the same in training, validation and evaluation.",
-    )
-    skip_bad_records: bool = False
-    limit: Positive | None = Field(None, description="Cap per role over all sources, chosen by `training.seed`.")
-    group_by_length: bool = Field(
-        False, description="Draw examples of similar length together: less padding where sequences are padded, less mixed micro-batches."
-    )
 
 
 class TrainingConfig(Section):
@@ -134,14 +106,6 @@ class MemoryConfig(Section):
     kl_chunk_rows: Positive | Literal["auto"] | None = Field(
         "auto", description="Rows per chunk of the head's losses; none = the op's size rule."
     )
-
-
-class PromptsConfig(Section):
-    """Prompts for generation-based checks."""
-
-    path: str = "demo"
-    split: str | None = None
-    limit: Positive | None = None
 
 
 class ValidationConfig(Section):

@@ -1,4 +1,4 @@
-"""``repbend-fast data check``: what the data holds, how long it is, and which records are bad."""
+"""What a check of the data shows: what it holds, how long it is, and which records are bad."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from repbend_fast.config.schema import Config, DataConfig, SourceConfig
 from repbend_fast.data.duplicates import duplicate_lines
-from repbend_fast.data.load import RecordSet, load_records
 from repbend_fast.data.records import ROLES, BadRecord, Record, Role
+from repbend_fast.data.settings import DataConfig, SourceConfig
+from repbend_fast.data.sources import RecordSet, load_records
 from repbend_fast.data.tokenize import ChatEncoder, dropped_reasoning
 from repbend_fast.errors import UserError
 
@@ -80,32 +80,6 @@ def check_data(
     if encoder:
         notes += dropped_reasoning(records.records, encoder)
     return DataReport(records, "tokens" if encoder else "characters", lengths, notes)
-
-
-def run_check(config: Config, tokenizer: Any | None, console: Console | None = None) -> int:
-    """Checks ``data.sources`` and ``validation.sources``, prints a report of each, returns the exit code.
-
-    2 with bad records that are not to be skipped, else 0.
-    """
-    console = console or Console()
-    vocabulary = None
-    if tokenizer is not None:
-        from repbend_fast.models.token_ids import check_special_tokens, vocabulary_of
-
-        vocabulary = vocabulary_of(config.model)
-        if vocabulary is not None:
-            check_special_tokens(tokenizer, vocabulary)
-    parts = [("data", config.data)]
-    if config.validation.sources:
-        parts.append(("validation", config.data.model_copy(update={"sources": config.validation.sources, "limit": None})))
-    bad = 0
-    for name, data in parts:
-        if len(parts) > 1:
-            console.rule(f"{name}.sources")
-        report = check_data(data, tokenizer, seed=config.training.seed, vocabulary=vocabulary)
-        print_report(report, console)
-        bad += len(report.bad)
-    return 2 if bad and not config.data.skip_bad_records else 0
 
 
 def print_report(report: DataReport, console: Console) -> None:

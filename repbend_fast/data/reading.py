@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from repbend_fast.config.schema import SourceConfig
 from repbend_fast.data.records import BadRecord
+from repbend_fast.data.settings import SourceConfig
 from repbend_fast.errors import UserError
 from repbend_fast.nearby import looks_like_file, nearest
 

@@ -2,15 +2,13 @@
 
 from repbend_fast.models.adapters import attach_lora, reference_model, trainable_parameters
 from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head, run_decoder
+from repbend_fast.models.layers.lora import lora_dropout, use_low_rank_forward
 from repbend_fast.models.load import load_model, load_tokenizer, quantize_nf4, resolve_device
-from repbend_fast.models.lora import lora_dropout, use_low_rank_forward
-from repbend_fast.models.proof import check_head
 
 __all__ = [
     "Decoder",
     "Head",
     "attach_lora",
-    "check_head",
     "find_decoder",
     "find_head",
     "load_model",

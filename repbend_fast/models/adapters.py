@@ -14,8 +14,8 @@ from repbend_fast.config.schema import LoraSection
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.coverage import linear_names, parameter_names
 from repbend_fast.models.decoder import causal_model, find_decoder
+from repbend_fast.models.layers.lora import use_low_rank_forward
 from repbend_fast.models.load import DTYPES
-from repbend_fast.models.lora import use_low_rank_forward
 
 ADAPTER = "default"
 

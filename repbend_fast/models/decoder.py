@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from repbend_fast.errors import UserError
-from repbend_fast.models.packing import known_packing
+from repbend_fast.models.layers.packing import known_packing
 from repbend_fast.ranges import CHECKPOINTED
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm", "final_norm", "norm_f")
@@ -158,7 +158,7 @@ class _Block(nn.Module):
 
 
 class OffloadedInputs(Protocol):
-    """Where inputs of recomputed blocks wait: ``memory.offload.HostStates``."""
+    """Where inputs of recomputed blocks wait: ``layers.offload.HostStates``."""
 
     def put(self, index: int, hidden: Tensor) -> None:
         """Take a copy of the input of block ``index``."""

@@ -15,7 +15,8 @@ from torch import nn
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.console import say
 from repbend_fast.errors import UserError, one_line
-from repbend_fast.models.liger import check_liger, use_liger
+from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.layers.liger import check_liger, use_liger
 from repbend_fast.models.merge import adapter_apart, merge_adapter
 from repbend_fast.nearby import nearest
 
@@ -197,8 +198,6 @@ def quantize_nf4(model: nn.Module, compute_dtype: torch.dtype, double_quantizati
     The head and the embedding keep their dtype.
     """
     import bitsandbytes as bnb
-
-    from repbend_fast.models.decoder import find_decoder
 
     for block in find_decoder(model).layers:
         for parent in list(block.modules()):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from repbend_fast.config.objectives import CustomObjectiveConfig, ObjectiveSection, RefusalSection
 from repbend_fast.data.records import Role
 from repbend_fast.objectives.base import (
     AnswerLoss,
@@ -22,6 +21,7 @@ from repbend_fast.objectives.custom import Checked, load_class
 from repbend_fast.objectives.npo import NPO
 from repbend_fast.objectives.repbend import RepBend
 from repbend_fast.objectives.rmu import RMU
+from repbend_fast.objectives.sections import CustomObjectiveConfig, ObjectiveSection, RefusalSection
 
 OBJECTIVES: dict[str, Any] = {"repbend": RepBend, "circuit_breaker": CircuitBreaker, "rmu": RMU, "npo": NPO, "crl": CRL}
 

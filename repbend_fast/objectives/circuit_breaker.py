@@ -8,11 +8,11 @@ The first mean runs over the rows of the retain stream and all hidden states, th
 
 from __future__ import annotations
 
-from repbend_fast.config.objectives import CircuitBreakerConfig
 from repbend_fast.data.records import Batch, Role
 from repbend_fast.objectives.base import Distance, Stream, all_rows, count, forget_sequences, l2_probe, mode_rows, padded_count
-from repbend_fast.objectives.checks import check_states
 from repbend_fast.objectives.refusal import refusal_streams
+from repbend_fast.objectives.sections import CircuitBreakerConfig
+from repbend_fast.objectives.states import check_states
 
 
 class CircuitBreaker:

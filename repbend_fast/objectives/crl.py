@@ -10,11 +10,11 @@ the window. K is RepBend's. Safe and unsafe sequences are one stream, because m 
 
 from __future__ import annotations
 
-from repbend_fast.config.objectives import CRLConfig
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.objectives.base import HeadKL, Span, Stream, Triplet, Triplets, all_rows, count, forget_sequences, l2_probe, mode_rows
-from repbend_fast.objectives.checks import check_states
 from repbend_fast.objectives.refusal import refusal_streams
+from repbend_fast.objectives.sections import CRLConfig
+from repbend_fast.objectives.states import check_states
 
 
 class CRL:

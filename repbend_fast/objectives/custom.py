@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from repbend_kernels import KINDS
-
 from repbend_fast.data.records import ROLES, Batch
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Stream
@@ -90,6 +88,8 @@ class Checked:
 
 
 def _what_is_wrong(stream: Stream, blocks: int) -> str | None:
+    from repbend_kernels import KINDS  # brings torch, which reading a configuration does without
+
     halves = stream.triplets.halves if stream.triplets else ()
     spanned = [term for term in (*stream.distances, stream.head, *halves, stream.answers) if term is not None]
     if not stream.sequences:

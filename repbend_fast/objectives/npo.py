@@ -8,7 +8,6 @@ K = T²·KL(softmax(z_ref/T) ‖ softmax(z/T)) per answer token.
 
 from __future__ import annotations
 
-from repbend_fast.config.objectives import NPOConfig
 from repbend_fast.data.records import Batch, Role
 from repbend_fast.objectives.base import (
     AnswerLoss,
@@ -20,6 +19,7 @@ from repbend_fast.objectives.base import (
     l2_probe,
     predicting_rows,
 )
+from repbend_fast.objectives.sections import NPOConfig
 
 
 class NPO:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 
-from repbend_fast.config.objectives import RefusalSection
 from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
 from repbend_fast.objectives.base import AnswerLoss, Stream, count, predicting_rows
+from repbend_fast.objectives.sections import RefusalSection
 
 
 def with_pairs(roles: tuple[Role, ...], config: RefusalSection) -> tuple[Role, ...]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from repbend_fast.config.objectives import PROMPT_MODES, ObjectiveConfig
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Distance, HeadKL, PairwiseCosine, Span, Stream, select_rows
 from repbend_fast.objectives.refusal import refusal_streams, with_pairs
+from repbend_fast.objectives.sections import PROMPT_MODES, ObjectiveConfig
 
 
 def required_roles(config: ObjectiveConfig) -> tuple[Role, ...]:

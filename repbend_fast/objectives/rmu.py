@@ -8,7 +8,6 @@ and the width; no pass goes beyond hidden state ℓ.
 
 from __future__ import annotations
 
-from repbend_fast.config.objectives import RMUConfig
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.objectives.base import (
     Direction,
@@ -22,7 +21,8 @@ from repbend_fast.objectives.base import (
     mode_rows,
     padded_count,
 )
-from repbend_fast.objectives.checks import check_states
+from repbend_fast.objectives.sections import RMUConfig
+from repbend_fast.objectives.states import check_states
 
 
 class RMU:

@@ -11,11 +11,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from repbend_fast.evaluate.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES, KEYS, LOWER_IS_BETTER, RATE_KEYS, TITLES, format_value
-from repbend_fast.report.answers import sample_groups
+from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES, KEYS, LOWER_IS_BETTER, RATE_KEYS, TITLES, format_value
 from repbend_fast.report.plots import FIGURES, outcomes
-from repbend_fast.report.reading import Row, RunRecord, read_run
-from repbend_fast.runs import write_bytes, write_text
+from repbend_fast.report.run_record import Row, RunRecord, read_run
+from repbend_fast.report.samples import sample_groups
+from repbend_fast.runs.folder import write_bytes, write_text
 
 CAPTIONS = {
     "before_after": "Attack success should fall because attacks are refused; usefulness should stay, degenerate answers should not appear.",

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from repbend_fast.evaluate.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
-from repbend_fast.report.reading import Row, RunRecord
+from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
+from repbend_fast.report.run_record import Row, RunRecord
 
 COLORS = {
     "safe": "#2a7f9e",

@@ -6,15 +6,15 @@ import torch
 from repbend_kernels import bend_tap, linear_kl_div, pairwise_cosine, tap_rows
 from torch import Tensor
 
-from repbend_fast.memory.levers import Levers
-from repbend_fast.memory.offload import host_states
 from repbend_fast.models.decoder import run_decoder
+from repbend_fast.models.layers.offload import host_states
 from repbend_fast.objectives.base import Direction, HeadKL, PairwiseCosine, Stream
-from repbend_fast.pieces import Piece, to_device
 from repbend_fast.step.answers import answer_log_probs, answer_loss
+from repbend_fast.step.levers import Levers
 from repbend_fast.step.meter import Meter
 from repbend_fast.step.pairwise import PairwiseSums, last_prompt_spans, pairwise_share, sums_of
 from repbend_fast.step.parts import ModelParts
+from repbend_fast.step.pieces import Piece, to_device
 from repbend_fast.step.reference import ReferenceRows
 from repbend_fast.step.triplets import TripletSums, triplet_rows, triplet_tap
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repbend_fast.models.decoder import Head
 from repbend_fast.objectives.base import AnswerLoss
-from repbend_fast.pieces import Piece
+from repbend_fast.step.pieces import Piece
 
 
 def answer_log_probs(head: Head, term: AnswerLoss, piece: Piece, states: Tensor, chunk_rows: int | None) -> Tensor:

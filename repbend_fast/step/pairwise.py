@@ -11,8 +11,8 @@ from torch import Tensor
 from repbend_fast.data.records import Sequence
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.objectives.base import PairwiseCosine, Span, Stream
-from repbend_fast.pieces import Piece
 from repbend_fast.step.parts import ModelParts
+from repbend_fast.step.pieces import Piece
 
 
 def last_prompt_spans(term: PairwiseCosine) -> tuple[Span, ...]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from repbend_fast.models.adapters import reference_model
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.objectives.base import Distance, Stream
-from repbend_fast.pieces import Layout, Piece, make_piece, to_device
 from repbend_fast.step.answers import answer_log_probs
 from repbend_fast.step.parts import ModelParts
+from repbend_fast.step.pieces import Layout, Piece, make_piece, to_device
 from repbend_fast.step.triplets import triplet_rows
 
 

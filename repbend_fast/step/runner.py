@@ -21,23 +21,23 @@ from torch.profiler import record_function
 from repbend_fast import ranges
 from repbend_fast.config import Config
 from repbend_fast.data.records import Sequence
-from repbend_fast.memory.levers import Levers
-from repbend_fast.memory.offload import offload_embedding
-from repbend_fast.memory.out_of_memory import Load, OutOfMemory, attempt, fresh_gradients, retreat
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head
-from repbend_fast.models.lean import use_lean_layers
+from repbend_fast.models.layers.lean import use_lean_layers
+from repbend_fast.models.layers.lora import lora_dropout, use_low_rank_forward
+from repbend_fast.models.layers.offload import offload_embedding
 from repbend_fast.models.load import settle_device
-from repbend_fast.models.lora import lora_dropout, use_low_rank_forward
-from repbend_fast.models.proof import Proof, prove_model
 from repbend_fast.objectives.base import PairwiseCosine, Stream, Triplets
-from repbend_fast.pieces import Layout, Piece, make_piece, split
 from repbend_fast.step.adapted import adapted_pass
-from repbend_fast.step.keys import row_keys
+from repbend_fast.step.dropout_keys import row_keys
+from repbend_fast.step.levers import Levers
 from repbend_fast.step.meter import Meter, StreamResult
 from repbend_fast.step.pairwise import PairwiseSums, pairwise_sums, prompts_of
 from repbend_fast.step.parts import ModelParts
+from repbend_fast.step.pieces import Layout, Piece, make_piece, split
+from repbend_fast.step.proof import Proof, prove_model
 from repbend_fast.step.reference import ReferenceRows, reference_pass
+from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, retreat
 from repbend_fast.step.triplets import TripletSums, always_active, only_active, total_sums, triplet_sums
 
 T = TypeVar("T")
@@ -47,8 +47,8 @@ class StreamRunner:
     """Runs streams on one model: ``backward`` for training, ``measure`` for validation.
 
     Args:
-        model: PEFT model with the trained adapter; its LoRA layers get the keyed forward of ``models.lora``, its norms and MLPs the
-            lean ones of ``models.lean``.
+        model: PEFT model with the trained adapter; its LoRA layers get the keyed forward of ``layers.lora``, its norms and MLPs the
+            lean ones of ``layers.lean``.
         levers: piece sizes, recomputation and chunks; none of them changes the gradient.
         autocast: dtype of autocast around both passes, or None.
         uses_head: whether any stream has a head term; the head is located, and its restrictions checked, only then.
@@ -234,7 +234,7 @@ def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) 
     Where packing leaks between sequences and was not asked for, the runner pads.
 
     Raises:
-        UserError: the head is no plain matrix, or something does not hold (``models.proof``).
+        UserError: the head is no plain matrix, or something does not hold (``step.proof``).
     """
     autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
     runner = StreamRunner(model, levers, autocast=autocast, uses_head=uses_head)

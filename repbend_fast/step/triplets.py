@@ -26,9 +26,9 @@ from torch import Tensor
 
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.objectives.base import Triplets
-from repbend_fast.pieces import Piece
 from repbend_fast.step.meter import Meter
 from repbend_fast.step.parts import ModelParts
+from repbend_fast.step.pieces import Piece
 
 # Two cosine distances differ by at most this much. With a margin of it or more no triplet is ever inactive, but for the one
 # opposite to m, whose part in t is projected out.

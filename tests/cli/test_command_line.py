@@ -62,7 +62,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_dry_run_prints_what_load_config_resolves(capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
-    calls = replace("repbend_fast.trainer", "train")
+    calls = replace("repbend_fast.training.trainer", "train")
     assert main(["train", "demo", "--dry-run", "steps=7", "--loss_alpha", "0.25", "--bf16=False"]) == 0
     assert capsys.readouterr().out == resolved_yaml(load_config("demo", ["steps=7", "safe=0.25"]))
     assert calls == []
@@ -77,20 +77,20 @@ def test_dry_run_names_missing_files_without_failing(
 
 
 def test_train_hands_over_the_config_and_returns_the_exit_code(replace: Replace) -> None:
-    calls = replace("repbend_fast.trainer", "train", types.SimpleNamespace(folder=Path("x"), exit_code=130))
+    calls = replace("repbend_fast.training.trainer", "train", types.SimpleNamespace(folder=Path("x"), exit_code=130))
     assert main(["train", "demo", *MODEL, "--max_step", "4", "output.folder=x"]) == 130
     assert calls == [(load_config("demo", [*MODEL, "steps=4", "output.folder=x"]), None)]
 
 
 def test_train_checks_files_before_the_trainer_is_imported(capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
-    calls = replace("repbend_fast.trainer", "train")
+    calls = replace("repbend_fast.training.trainer", "train")
     assert "data.sources.0.path=none.jsonl: no such file" in error_line(capsys, "train", "demo", *MODEL, "data.sources=none.jsonl")
     assert calls == []
 
 
 @pytest.mark.parametrize("spelled", ["after", "equals", "recipe", "default"])
 def test_resume_finds_the_folder_and_its_configuration(spelled: str, run_folder: Path, replace: Replace) -> None:
-    calls = replace("repbend_fast.trainer", "train", types.SimpleNamespace(folder=run_folder, exit_code=0))
+    calls = replace("repbend_fast.training.trainer", "train", types.SimpleNamespace(folder=run_folder, exit_code=0))
     argv = {
         "after": ["--resume", str(run_folder), "steps=9"],
         "equals": [f"--resume={run_folder}", "steps=9"],
@@ -111,7 +111,7 @@ def test_resume_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 
 def test_eval_takes_a_run_or_a_recipe(run_folder: Path, tmp_path: Path, replace: Replace) -> None:
-    calls = replace("repbend_fast.evaluate.command", "evaluate_target", 0)
+    calls = replace("repbend_fast.evaluation.sides", "evaluate_target", 0)
     assert main(["eval", str(run_folder), "evaluation.batch_size=2"]) == 0
     assert main(["eval", "demo", *MODEL, "--out", str(tmp_path / "e.json")]) == 0
     (of_run, *places), (of_recipe, *other_places) = calls
@@ -130,7 +130,7 @@ def test_report_prints_the_page(run_folder: Path, capsys: pytest.CaptureFixture[
 
 
 def test_export_never_writes_into_a_folder_in_use(run_folder: Path, capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
-    calls = replace("repbend_fast.models.export", "export_merged")
+    calls = replace("repbend_fast.runs.export", "export_merged")
     assert main(["export", str(run_folder)]) == 0
     assert calls == [(run_folder, run_folder / "merged")]
     capsys.readouterr()
@@ -148,7 +148,7 @@ def test_verify_passes_objectives_on(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_data_check_of_a_file_counts_characters_unless_a_model_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], replace: Replace
 ) -> None:
-    calls = replace("repbend_fast.data.check", "run_check", 0)
+    calls = replace("repbend_fast.runs.check_data", "run_check", 0)
     loaded = replace("repbend_fast.models", "load_tokenizer", "a tokenizer")
     data = tmp_path / "odd, name.jsonl"
     data.write_text("", encoding="utf-8")
@@ -163,7 +163,7 @@ def test_data_check_of_a_file_counts_characters_unless_a_model_is_named(
 
 
 def test_data_check_of_a_recipe_goes_on_without_its_tokenizer(capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
-    calls = replace("repbend_fast.data.check", "run_check", 2)
+    calls = replace("repbend_fast.runs.check_data", "run_check", 2)
     replace("repbend_fast.models", "load_tokenizer", UserError("the hub is offline\nsecond line"))
     assert main(["data", "check", "llama-3-8b-instruct", "data.limit=5"]) == 2
     assert capsys.readouterr().err == "note: lengths are in characters, the tokenizer is not to be had (the hub is offline second line)\n"
@@ -221,12 +221,12 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ids=["system", "wrapped"],
 )
 def test_a_full_disk_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
-    replace("repbend_fast.trainer", "train", error)
+    replace("repbend_fast.training.trainer", "train", error)
     assert "no space left" in error_line(capsys, "train", "demo", *MODEL)
 
 
 def test_defects_and_debugging_keep_their_traceback(replace: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace("repbend_fast.trainer", "train", RuntimeError("a defect"))
+    replace("repbend_fast.training.trainer", "train", RuntimeError("a defect"))
     with pytest.raises(RuntimeError, match="a defect"):
         main(["train", "demo", *MODEL])
     monkeypatch.setenv("REPBEND_DEBUG", "1")
@@ -235,6 +235,6 @@ def test_defects_and_debugging_keep_their_traceback(replace: Replace, monkeypatc
 
 
 def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
-    replace("repbend_fast.trainer", "train", KeyboardInterrupt())
+    replace("repbend_fast.training.trainer", "train", KeyboardInterrupt())
     assert main(["train", "demo", *MODEL]) == 130
     assert capsys.readouterr().err == "interrupted\n"

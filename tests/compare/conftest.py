@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "loop"))
-
 from tiny_comparison import InProcess, TinyComparison
 from tiny_run import write_model
 

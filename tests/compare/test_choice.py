@@ -9,9 +9,9 @@ import pytest
 
 from repbend_fast.compare.search import Try, choose, search_record, try_of
 from repbend_fast.errors import UserError
-from repbend_fast.metrics import MetricsLog
-from repbend_fast.report.reading import RunRecord, read_run
-from repbend_fast.validation import Validation
+from repbend_fast.report.run_record import RunRecord, read_run
+from repbend_fast.runs.metrics import MetricsLog
+from repbend_fast.training.validation import Validation
 
 
 def tried(

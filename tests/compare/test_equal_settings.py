@@ -65,7 +65,7 @@ def test_overrides_go_to_every_recipe_and_mend_a_difference(tiny: TinyComparison
 
 def test_the_shipped_demo_recipes_can_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     for recipe in DEFAULT_RECIPES:
-        monkeypatch.setattr("repbend_fast.compare.settings.check_files", lambda config: None)
+        monkeypatch.setattr("repbend_fast.compare.comparison.check_files", lambda config: None)
         load_config(recipe)
     comparison = load_comparison(DEFAULT_RECIPES)
     assert [m.name for m in comparison.methods] == ["repbend", "circuit_breaker", "rmu", "npo", "crl"]

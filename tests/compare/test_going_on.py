@@ -16,8 +16,8 @@ from tiny_run import adapter_of, rows, same_tensors
 from repbend_fast.cli import main
 from repbend_fast.compare.command import run_compare
 from repbend_fast.errors import UserError
-from repbend_fast.runs import RunFolder, only_training
-from repbend_fast.trainer import Trainer
+from repbend_fast.runs.folder import RunFolder, only_training
+from repbend_fast.training.trainer import Trainer
 
 RATES = ("--rates", "1e-2", "3e-2")
 
@@ -91,7 +91,7 @@ def test_other_evaluation_settings_only_measure_again_also_when_that_is_interrup
     in_process.take()
     other = ("--rates", "1e-2", "evaluation.batch_size=1")
     with monkeypatch.context() as patch:
-        patch.setattr("repbend_fast.trainer.evaluate_sides", interrupted)
+        patch.setattr("repbend_fast.training.trainer.evaluate_sides", interrupted)
         assert tiny.compare(*other, recipes=[tiny.bend]) == 130
     assert in_process.take() == ["eval before", "resume bend/seed-0/lr-1e-02"]
     assert tiny.compare(*other, recipes=[tiny.bend]) == 0

@@ -6,11 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from repbend_fast.config import load_config, resolved_yaml
-from repbend_fast.config.objectives import CircuitBreakerConfig, CRLConfig, ObjectiveConfig, RMUConfig
 from repbend_fast.config.schema import LoraSection, at_depth
 from repbend_fast.errors import UserError
 from repbend_fast.models.adapters import adapted_blocks
 from repbend_fast.objectives import build_objective
+from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, ObjectiveConfig, RMUConfig
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from repbend_fast.config import Config, load_config, resolved_yaml
-from repbend_fast.config.objectives import CircuitBreakerConfig, CRLConfig, CustomObjectiveConfig, NPOConfig, RMUConfig
 from repbend_fast.errors import UserError
+from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, CustomObjectiveConfig, NPOConfig, RMUConfig
 
 
 def config(*overrides: str, recipe: str = "demo", overlays: str | tuple[str, ...] = ()) -> Config:

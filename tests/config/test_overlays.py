@@ -9,7 +9,7 @@ import yaml
 
 from repbend_fast.cli import main
 from repbend_fast.config import load_config, recipe_names, summary
-from repbend_fast.config.recipes import OVERLAYS, overlay_names, recipe_folder
+from repbend_fast.config.shipped import OVERLAYS, overlay_names, recipe_folder
 from repbend_fast.errors import UserError
 
 NEEDED = {"any": ["model.name=M", "data.sources=mine.jsonl"]}

@@ -10,9 +10,11 @@ from chat_tokenizers import INST
 from record_files import OWN, write_lines
 from rich.console import Console
 
-from repbend_fast.config.schema import Config, DataConfig, ModelConfig, SourceConfig
-from repbend_fast.data.check import check_data, histogram, percentile, print_report, run_check
+from repbend_fast.config.schema import Config, ModelConfig
+from repbend_fast.data.check import check_data, histogram, percentile, print_report
+from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.data.tokenize import ChatEncoder
+from repbend_fast.runs.check_data import run_check
 
 
 def config(path, **data):

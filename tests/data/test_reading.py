@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from record_files import GUARD, OWN, TALK, TSV, USER, load, reasons, write_lines
 
-from repbend_fast.config.schema import DataConfig, SourceConfig
-from repbend_fast.data.load import load_records
 from repbend_fast.data.records import Message, Record
+from repbend_fast.data.settings import DataConfig, SourceConfig
+from repbend_fast.data.sources import load_records
 from repbend_fast.errors import UserError
 
 # -- kinds of files -------------------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_limit_over_all_sources_does_not_depend_on_their_order(tmp_path):
 
 
 def test_demo_records_come_from_the_bundled_data(monkeypatch):
-    import repbend_fast.demo
+    import repbend_fast.data.demo
 
     asked = []
 
@@ -208,7 +208,7 @@ def test_demo_records_come_from_the_bundled_data(monkeypatch):
         asked.append(split)
         return [Record("safe", (USER,), "No.", origin="demo:1"), Record("retain", (USER, Message("assistant", "Hello")), origin="demo:2")]
 
-    monkeypatch.setattr(repbend_fast.demo, "training_records", training_records, raising=False)
+    monkeypatch.setattr(repbend_fast.data.demo, "training_records", training_records, raising=False)
     assert load("demo").counts() == {"safe": 1, "unsafe": 0, "pair": 0, "retain": 1}
     assert load("demo", split="validation", roles=["safe"]).unused == 1
     assert asked == ["train", "validation"]

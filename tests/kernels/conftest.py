@@ -7,7 +7,6 @@ the interpreter; on a GPU both, marked ``gpu``.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +16,6 @@ import torch
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 # No interpreter inside the interpreter, no compiler where kernels are interpreted.
 collect_ignore = ["test_triton_interpreter.py", "test_cubin_report.py", "test_compile.py"] if INTERPRETING else []
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -13,7 +13,7 @@ import pytest
 from every_kernel import kernels
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).parent / "every_kernel.py"
+PROGRAM = ROOT / "tests" / "support" / "every_kernel.py"
 SANITIZER = shutil.which("compute-sanitizer")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 pytest.importorskip("triton", reason="the kernels need Triton")

@@ -12,7 +12,8 @@ from tiny_models import BLOCKS, FAMILIES, VOCABULARY, objective_config, run_step
 
 from repbend_fast.config.schema import LoraSection
 from repbend_fast.errors import UserError
-from repbend_fast.models import attach_lora, check_head, find_head, lora_dropout, reference_model, trainable_parameters
+from repbend_fast.models import attach_lora, find_head, lora_dropout, reference_model, trainable_parameters
+from repbend_fast.step.proof import check_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(5))
 

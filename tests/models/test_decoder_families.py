@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig
 from repbend_fast.errors import UserError
-from repbend_fast.models import check_head, find_decoder, find_head, run_decoder
+from repbend_fast.models import find_decoder, find_head, run_decoder
+from repbend_fast.step.proof import check_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(5))
 

@@ -10,7 +10,7 @@ import pytest
 from repbend_fast.config import load_config
 from repbend_fast.errors import UserError
 from repbend_fast.models.gguf import gguf_blocks
-from repbend_fast.preflight import check_depth
+from repbend_fast.training.preflight import check_depth
 
 
 def _text(value: str) -> bytes:

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig
-from repbend_fast.memory.levers import Levers
-from repbend_fast.models import block_ops, find_decoder, liger, recompute
-from repbend_fast.models.lean import use_full_layers, use_lean_layers
-from repbend_fast.models.recompute import Recomputation, origin_of, recomputable
+from repbend_fast.models import find_decoder
+from repbend_fast.models.layers import block_ops, liger, recompute
+from repbend_fast.models.layers.lean import use_full_layers, use_lean_layers
+from repbend_fast.models.layers.recompute import Recomputation, origin_of, recomputable
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner, runner
+from repbend_fast.step.levers import Levers
 
 D, INNER, TOKENS = 64, 128, 12
 # One rounding to bfloat16 of the result, and of what is rounded on the way.

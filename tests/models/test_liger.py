@@ -17,8 +17,9 @@ from tiny_models import BLOCKS, FAMILIES, flat, objective_config, run_step, tiny
 from repbend_fast.config import Config
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.errors import UserError
-from repbend_fast.models import find_decoder, liger, load_model
-from repbend_fast.models.liger import check_liger, find_replaceable, replace_modules, use_liger, uses_liger
+from repbend_fast.models import find_decoder, load_model
+from repbend_fast.models.layers import liger
+from repbend_fast.models.layers.liger import check_liger, find_replaceable, replace_modules, use_liger, uses_liger
 
 pytest.importorskip("liger_kernel", reason="Liger's layers need liger-kernel")
 ROOT = Path(__file__).parents[2]
@@ -141,9 +142,8 @@ def test_numbers_through_the_interpreter() -> None:
     """Triton decides at import whether kernels are interpreted, so this takes a process of its own."""
     if torch.cuda.is_available():
         pytest.skip("on a GPU the compiled kernels are tested")
-    helpers = [str(ROOT / "tests" / folder) for folder in ("step", "kernels")]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *helpers, os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "liger_interpreted.py")]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "support" / "liger_interpreted.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

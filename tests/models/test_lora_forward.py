@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from repbend_fast.errors import UserError
-from repbend_fast.models import lora
-from repbend_fast.models.lora import LowRankForward, lora_dropout, use_low_rank_forward, use_peft_forward
+from repbend_fast.models.layers import lora
+from repbend_fast.models.layers.lora import LowRankForward, lora_dropout, use_low_rank_forward, use_peft_forward
 
 INNER, OUTER, ROWS = 64, 192, 24
 P = 0.3

@@ -11,7 +11,7 @@ from repbend_kernels.keyed_dropout import KeyedMask, row_hashes
 from test_lora_forward import KEYS, P, inputs, ours, outcome, peft_model
 from torch import Tensor
 
-from repbend_fast.models import lora
+from repbend_fast.models.layers import lora
 
 ROWS, WIDTH, OUT, RANK = 200, 96, 160, 8
 FACTOR = 1.7

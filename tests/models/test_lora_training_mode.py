@@ -13,10 +13,10 @@ from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients,
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from repbend_fast.memory.levers import Levers
 from repbend_fast.models import lora_dropout
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner
+from repbend_fast.step.levers import Levers
 
 HALF = WITHOUT_DROPOUT.model_copy(update={"dropout": 0.5})
 IDS = torch.arange(24).view(2, 12) % 90 + 1

@@ -11,11 +11,11 @@ from objective_runs import ALL_CONFIGS, BATCH, BLOCKS, STEP, STEPS, precise_mode
 from tiny_models import adapted_model, flat, gradients, ragged_batch
 from torch import Tensor
 
-from repbend_fast.config.objectives import CRLConfig, ObjectiveConfig, ObjectiveSection
 from repbend_fast.errors import UserError
-from repbend_fast.memory.levers import EVERY_STREAM, Levers
 from repbend_fast.objectives import Distance, Stream, build_objective
+from repbend_fast.objectives.sections import CRLConfig, ObjectiveConfig, ObjectiveSection
 from repbend_fast.step import StreamResult, StreamRunner
+from repbend_fast.step.levers import EVERY_STREAM, Levers
 from repbend_fast.step.units import measure_units
 
 SETS = {"safe": BATCH.safe, "unsafe": BATCH.unsafe, "pair": BATCH.pairs, "retain": BATCH.retain}

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kernel_compare import relative_l2
 from objective_runs import CONFIGS, STEPS, precise_model
+from refuse_and_reroute import RefuseAndReroute
 from tiny_models import flat, gradients, pair, sequence
 
-from repbend_fast.config.objectives import ObjectiveConfig
 from repbend_fast.data.records import Batch, Sequence
-from repbend_fast.memory.levers import Levers
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
+from repbend_fast.objectives.sections import ObjectiveConfig
 from repbend_fast.step import StreamRunner
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from refuse_and_reroute import RefuseAndReroute
+from repbend_fast.step.levers import Levers
 
 TOLERANCE = 1e-10
 LENGTHS = ((3, 2), (5, 9), (8, 4), (4, 13))

@@ -11,7 +11,7 @@ from kernel_compare import assert_matches, relative_l2
 from objective_runs import BATCH, BLOCKS, CONFIGS, STEP, STEPS, plain_terms, precise_model, run_objective
 from tiny_models import LAYOUTS, WITHOUT_DROPOUT, flat, gradients
 
-from repbend_fast.config.objectives import CircuitBreakerConfig, CRLConfig, NPOConfig, ObjectiveSection, RMUConfig
+from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, NPOConfig, ObjectiveSection, RMUConfig
 
 # The KL op evaluates small differences by a series, to 1e-9.
 TOLERANCE = 1e-8

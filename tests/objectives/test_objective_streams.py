@@ -7,10 +7,10 @@ import torch
 from objective_runs import BATCH, CONFIGS, run_objective
 from tiny_models import WITHOUT_DROPOUT, adapted_model, flat
 
-from repbend_fast.config.objectives import CircuitBreakerConfig, CRLConfig, NPOConfig, ObjectiveSection, RMUConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import Direction, Stream, build_objective, roles_of
+from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, NPOConfig, ObjectiveSection, RMUConfig
 from repbend_fast.step.adapted import fixed_row
 
 BLOCKS = 32

@@ -13,10 +13,10 @@ from kernel_compare import assert_matches, relative_l2
 from objective_runs import BATCH, BLOCKS, STEP, plain_terms, precise_model, run_objective
 from tiny_models import LAYOUTS, WITHOUT_DROPOUT, adapted_model, flat, gradients, pair
 
-from repbend_fast.config.objectives import CircuitBreakerConfig, CRLConfig, ObjectiveConfig, RefusalSection
 from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
 from repbend_fast.objectives import build_objective, roles_of
 from repbend_fast.objectives.refusal import recovery_starts
+from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, ObjectiveConfig, RefusalSection
 
 TOLERANCE = 1e-8
 WINDOW: dict[str, Any] = {"window_start": 2, "window_size": 2}

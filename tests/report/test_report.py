@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from repbend_fast.errors import UserError
-from repbend_fast.evaluate.judge import EVASION
+from repbend_fast.evaluation.judge import EVASION
 from repbend_fast.report import page, write_report
-from repbend_fast.report.answers import sample_groups
 from repbend_fast.report.plots import FIGURES, distance_grid, outcomes
-from repbend_fast.report.reading import read_run
+from repbend_fast.report.run_record import read_run
+from repbend_fast.report.samples import sample_groups
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

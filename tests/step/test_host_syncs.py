@@ -10,10 +10,10 @@ from host_syncs import HostSyncs
 from tiny_models import FAMILIES, LAYOUTS, adapted_model, objective_config, ragged_batch
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig
-from repbend_fast.memory.levers import levers_of
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner
+from repbend_fast.step.levers import levers_of
 
 MEMORY: dict[str, dict[str, Any]] = {"one piece": {}, "split": {"piece_tokens": 25}, "recomputed": {"checkpoint_blocks": "all"}}
 

@@ -12,9 +12,9 @@ from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients,
 from torch import Tensor
 
 from repbend_fast.config.schema import MemoryConfig
-from repbend_fast.memory.levers import EVERY_STREAM, Levers, default_levers, levers_of
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamResult, StreamRunner, dropout_seed
+from repbend_fast.step.levers import EVERY_STREAM, Levers, default_levers, levers_of
 
 CPU = torch.device("cpu")
 DROPOUT = WITHOUT_DROPOUT.model_copy(update={"dropout": 0.3})
@@ -112,8 +112,8 @@ def test_each_sequence_of_a_stream_has_masks_of_its_own(models) -> None:
     retain = streams[-1]
     twice, once = runner.backward(retain, dropout_seed=1), runner.backward(retain, dropout_seed=2)
     assert float(twice.terms["kl"]) != float(once.terms["kl"])
-    from repbend_fast.pieces import make_piece
-    from repbend_fast.step.keys import row_keys
+    from repbend_fast.step.dropout_keys import row_keys
+    from repbend_fast.step.pieces import make_piece
 
     keys = row_keys(make_piece(retain.sequences, (0, 1), "packed", CPU), 1, "retain")
     assert len(set(keys.tolist())) == len(keys)

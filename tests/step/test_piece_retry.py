@@ -13,10 +13,10 @@ from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients,
 from torch import Tensor
 
 from repbend_fast.errors import UserError
-from repbend_fast.memory.levers import EVERY_STREAM, Levers
-from repbend_fast.memory.out_of_memory import Load, OutOfMemory, attempt, fresh_gradients, is_out_of_memory, retreat
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamResult, StreamRunner, adapted, pairwise, reference
+from repbend_fast.step.levers import EVERY_STREAM, Levers
+from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, is_out_of_memory, retreat
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5

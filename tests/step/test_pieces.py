@@ -7,9 +7,9 @@ import torch
 from tiny_models import sequence, tiny_model, wrap
 
 from repbend_fast.config.schema import MemoryConfig
-from repbend_fast.memory.levers import Levers, levers_of
-from repbend_fast.pieces import make_piece, split
 from repbend_fast.step import StreamRunner
+from repbend_fast.step.levers import Levers, levers_of
+from repbend_fast.step.pieces import make_piece, split
 
 CPU = torch.device("cpu")
 SEQUENCES = tuple(sequence(2, n - 2, n) for n in (5, 9, 3, 9, 4))

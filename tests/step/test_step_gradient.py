@@ -12,7 +12,7 @@ from tiny_models import BLOCKS, LAYOUTS, WITHOUT_DROPOUT, adapted_model, flat, g
 from torch import Tensor
 
 from repbend_fast.config.schema import MemoryConfig
-from repbend_fast.memory.levers import Levers
+from repbend_fast.step.levers import Levers
 
 MODES = ("prompt_last", "prompt_all", "prompt_response", "response_all")
 TOLERANCE = 1e-5
@@ -168,10 +168,10 @@ def test_layer_distances_average_to_the_term(model) -> None:
 def test_dropout_of_split_pieces_is_that_of_their_rows(packing, checkpointed) -> None:
     """The gradient of the split cosine equals autograd of the exact C over the same pieces with the same masks."""
     from repbend_fast.models import find_decoder, run_decoder
-    from repbend_fast.models.lora import lora_dropout
+    from repbend_fast.models.layers.lora import lora_dropout
     from repbend_fast.objectives import build_objective
-    from repbend_fast.pieces import make_piece, split
-    from repbend_fast.step.keys import row_keys
+    from repbend_fast.step.dropout_keys import row_keys
+    from repbend_fast.step.pieces import make_piece, split
 
     model = adapted_model(lora=WITHOUT_DROPOUT.model_copy(update={"dropout": 0.3}))
     config = objective_config(safe=0, unsafe=0, kl=0, cosine=1.0)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.errors import UserError
-from repbend_fast.golden import load_batch
 from repbend_fast.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Check, Verification, run_verify, verify_folder
+from repbend_fast.verify.golden import load_batch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES, STEPS = 30, 10

@@ -1,0 +1,218 @@
+"""Evaluation prompts: the demo's own, and the common evaluation sets as CSV or JSON files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from repbend_fast.data.records import Message
+from repbend_fast.data.settings import PromptsConfig
+from repbend_fast.errors import UserError
+from repbend_fast.nearby import nearest
+
+Kind = Literal["attack", "ordinary", "borderline"]
+KINDS: tuple[Kind, ...] = ("attack", "ordinary", "borderline")
+CONTEXT_JOINT = "\n\n---\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request to the model.
+
+    ``expected``: lower-case keywords (each begins a word) of which a helpful answer has at least ``min_expected``; empty = not checked.
+    ``item``: what an attack asks for, as the judge should find it named. ``source_id``: where the prompt comes from.
+    ``messages``: the whole conversation where it is more than the one user turn ``text``.
+    """
+
+    kind: Kind
+    text: str
+    expected: tuple[str, ...] = ()
+    item: str = ""
+    source_id: str = ""
+    messages: tuple[Message, ...] | None = None
+    min_expected: int = 1
+
+    def conversation(self) -> tuple[Message, ...]:
+        """The turns up to and including the request."""
+        return self.messages if self.messages is not None else (Message("user", self.text),)
+
+
+Row = Mapping[str, Any]
+Reader = Callable[[Row, str], Prompt]
+
+
+def load_prompts(config: PromptsConfig) -> list[Prompt]:
+    """Prompts of ``config.path``: ``demo``, or a local CSV, JSON or JSONL file whose columns tell its format.
+
+    ``config.limit`` takes that many of each kind, spread evenly over the file. Raises ``UserError`` naming file and line.
+    """
+    if config.path == "demo":
+        from repbend_fast.data import demo
+
+        prompts = demo.prompts("test" if config.split is None else config.split)
+    else:
+        prompts = read_prompt_file(Path(config.path).expanduser())
+    return limit_per_kind(prompts, config.limit)
+
+
+def limit_per_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    """At most ``limit`` prompts of each kind, at even distances, so that every part of a sorted file is seen."""
+    if limit is None:
+        return prompts
+    kept: list[Prompt] = []
+    for kind in KINDS:
+        same = [p for p in prompts if p.kind == kind]
+        count = min(limit, len(same))
+        kept += [same[i * len(same) // count] for i in range(count)]
+    return kept
+
+
+def read_prompt_file(path: Path) -> list[Prompt]:
+    """All prompts of one file. A file without prompts, an unknown set of columns or a bad row is a ``UserError``."""
+    if not path.is_file():
+        raise UserError(f"prompts.path={path}: no such file; give a CSV, JSON or JSONL file, or `demo`{nearest(str(path))}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    rows = list(_csv_rows(path, text) if path.suffix.lower() in (".csv", ".tsv") else _json_rows(path, text))
+    if not rows:
+        raise UserError(f"{path}: no prompts in this file")
+    return [_reader(row, where)(row, where) for where, row in rows]
+
+
+def _csv_rows(path: Path, text: str) -> Iterable[tuple[str, Row]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    try:
+        for row in reader:
+            # DictReader's line number is that of the row's last line: a quoted field may span several.
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{where}: {'more' if None in row else 'fewer'} fields than the header has; quote fields that contain commas"
+                )
+            yield where, row
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+
+
+def _json_rows(path: Path, text: str) -> Iterable[tuple[str, Row]]:
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would also break at U+2028 inside a string
+            if line.strip():
+                yield f"{path}:{number}", _object(_parse(path, line, number), f"{path}:{number}")
+        return
+    data = _parse(path, text, 1)
+    if isinstance(data, dict):
+        data = data.get("data")
+    if not isinstance(data, list):
+        raise UserError(f"{path}: expected a list of prompts, or an object whose `data` is one")
+    for number, entry in enumerate(data, 1):
+        yield f"{path}: entry {number}", _object(entry, f"{path}: entry {number}")
+
+
+def _parse(path: Path, text: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{first_line + error.lineno - 1}: not valid JSON ({error.msg})") from None
+
+
+def _object(entry: Any, where: str) -> Row:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected an object with named fields, got {type(entry).__name__}")
+    return entry
+
+
+def _reader(row: Row, where: str) -> Reader:
+    """The reader for a row's columns; every set is known by columns that no other one has."""
+    columns = set(row)
+    for needed, reader in READERS:
+        if needed <= columns:
+            return reader
+    known = "; ".join(", ".join(sorted(needed)) for needed, _ in READERS)
+    raise UserError(f"{where}: unknown columns {', '.join(sorted(map(str, columns)))}; known sets of columns: {known}")
+
+
+def _field(row: Row, name: str, where: str, *, optional: bool = False) -> str:
+    value = row.get(name)
+    if optional and (value is None or value == ""):
+        return ""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: field {name!r} is {'empty' if value in ('', None) or isinstance(value, str) else 'not text'}")
+    return value.strip()
+
+
+def _one_of(row: Row, name: str, allowed: tuple[str, ...], where: str) -> str:
+    value = _field(row, name, where)
+    if value not in allowed:
+        raise UserError(f"{where}: field {name!r} is {value!r}; allowed: {', '.join(allowed)}")
+    return value
+
+
+def _with_context(behavior: str, context: str) -> str:
+    return f"{context}{CONTEXT_JOINT}{behavior}" if context else behavior
+
+
+def _harmbench(row: Row, where: str) -> Prompt:
+    text = _with_context(_field(row, "Behavior", where), _field(row, "ContextString", where, optional=True))
+    return Prompt("attack", text, source_id=_field(row, "BehaviorID", where))
+
+
+def _repbend_json(row: Row, where: str) -> Prompt:
+    text = _with_context(_field(row, "behavior", where), _field(row, "context", where, optional=True))
+    return Prompt("attack", text, source_id=where)
+
+
+def _advbench(row: Row, where: str) -> Prompt:
+    return Prompt("attack", _field(row, "goal", where), source_id=where)
+
+
+def _jailbreakbench(row: Row, where: str) -> Prompt:
+    return Prompt("attack", _field(row, "Goal", where), source_id=_field(row, "Behavior", where))
+
+
+def _strongreject(row: Row, where: str) -> Prompt:
+    return Prompt("attack", _field(row, "forbidden_prompt", where), source_id=_field(row, "category", where))
+
+
+def _xstest(row: Row, where: str) -> Prompt:
+    kind = _field(row, "type", where)
+    label = _one_of(row, "label", ("safe", "unsafe"), where) if "label" in row else ("unsafe" if kind.startswith("contrast_") else "safe")
+    return Prompt("attack" if label == "unsafe" else "borderline", _field(row, "prompt", where), source_id=_field(row, "id", where))
+
+
+def _own(row: Row, where: str) -> Prompt:
+    expected, at_least = row.get("expected", []), row.get("min_expected", 1)
+    if isinstance(expected, str):
+        expected = [word for word in expected.split("|") if word]
+    if not isinstance(expected, list) or not all(isinstance(word, str) and word for word in expected):
+        raise UserError(f"{where}: field 'expected' must be a list of words, or words joined by |")
+    if not str(at_least).isdigit() or int(at_least) < 1:
+        raise UserError(f"{where}: field 'min_expected' is {at_least!r}; give a whole number from 1 on")
+    return Prompt(
+        _one_of(row, "kind", KINDS, where),  # type: ignore[arg-type]
+        _field(row, "text", where),
+        tuple(word.lower() for word in expected),
+        _field(row, "item", where, optional=True),
+        where,
+        min_expected=int(at_least),
+    )
+
+
+READERS: tuple[tuple[frozenset[str], Reader], ...] = (
+    (frozenset({"kind", "text"}), _own),
+    (frozenset({"Behavior", "ContextString", "BehaviorID"}), _harmbench),
+    (frozenset({"Goal", "Target", "Behavior", "Category"}), _jailbreakbench),
+    (frozenset({"forbidden_prompt", "category"}), _strongreject),
+    (frozenset({"id", "prompt", "type"}), _xstest),
+    (frozenset({"goal", "target"}), _advbench),
+    (frozenset({"behavior", "default_target"}), _repbend_json),
+)

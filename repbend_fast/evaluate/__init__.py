@@ -1,1 +1,0 @@
-"""Generation-based evaluation: prompts, greedy answers, a rule-based judge, and the rates before and after training."""

@@ -1,0 +1,132 @@
+"""Greedy answers for a list of prompts: left-padded batches of similar length, KV cache, stop when every answer has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig
+
+from repbend_fast.data.prompts import Prompt
+from repbend_fast.data.records import Message
+from repbend_fast.errors import UserError
+from repbend_fast.models.decoder import find_decoder
+from repbend_fast.step.retreat import OutOfMemory, attempt
+
+
+class PromptEncoder(Protocol):
+    """What generation needs of ``repbend_fast.data.tokenize.ChatEncoder``."""
+
+    tokenizer: Any
+
+    def prompt_ids(self, messages: Seq[Message], prefill: str = "") -> list[int]:
+        """Token ids up to where the answer (after ``prefill``) goes on."""
+
+
+def generate_answers(
+    model: Any, encoder: PromptEncoder, prompts: Seq[Prompt], *, prefills: Seq[str] = (), max_new_tokens: int = 64, batch_size: int = 32
+) -> list[str]:
+    """One greedy answer per prompt, in the order of ``prompts``, without special tokens and without its prefill.
+
+    ``prefills``: how each answer is made to begin, one for each prompt; empty = all of them free.
+
+    ``model`` is a transformers causal LM or a peft model around one; its training mode and generation settings are as before afterwards.
+    A batch that does not fit into memory is halved, and those after it have no more prompts.
+
+    Raises:
+        UserError: there is no memory for a single prompt.
+    """
+    encoded = [encoder.prompt_ids(p.conversation(), prefill) for p, prefill in zip(prompts, prefills or [""] * len(prompts), strict=True)]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    answers = [""] * len(prompts)
+    # LoRA lives inside the modules, so the wrapped model generates with it; peft's own `generate` would put back its settings.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with _evaluating(base), _greedy(base, encoder.tokenizer, max_new_tokens):
+        done = 0
+        while done < len(order):
+            chosen = order[done : done + batch_size]
+            batch = [encoded[i] for i in chosen]
+            texts = attempt(partial(_generate_batch, base, encoder.tokenizer, batch), find_decoder(base).device)
+            if isinstance(texts, OutOfMemory):
+                batch_size = _smaller(len(chosen), len(batch[-1]), texts)
+                continue
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text
+            done += len(chosen)
+    return answers
+
+
+def _smaller(prompts: int, tokens: int, failure: OutOfMemory) -> int:
+    if prompts == 1:
+        raise UserError(
+            f"out of memory while an answer to a prompt of {tokens} tokens was generated ({failure.reason}); shorten the prompts, lower "
+            "max_new_tokens or set model.quantization=nf4"
+        )
+    return prompts // 2
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode restored after, since a frozen part may already have been in evaluation mode."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+    """Plain greedy settings inside, the model's own after.
+
+    They replace the model's: ``generate`` fills whatever a passed configuration leaves open (a repetition penalty, say) from the model's.
+    """
+    own = model.generation_config
+    ends = end_tokens(own.eos_token_id, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        bos_token_id=own.bos_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer: the model's own, and the tokenizer's (a chat model's turn end is often only there)."""
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def _generate_batch(model: Any, tokenizer: Any, encoded: list[list[int]]) -> list[str]:
+    """Answers of one batch; the prompts are padded on the left so that all of them end at the same position."""
+    settings = model.generation_config
+    longest = max(len(ids) for ids in encoded)
+    device = find_decoder(model).device
+    ids = torch.full((len(encoded), longest), settings.pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(encoded):
+        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
+        mask[row, longest - len(sequence) :] = 1
+    out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+    return [_until_end(tokenizer, row, settings.eos_token_id or []) for row in out[:, longest:].tolist()]
+
+
+def _until_end(tokenizer: Any, ids: list[int], ends: list[int]) -> str:
+    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return str(tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()

@@ -1,0 +1,98 @@
+"""Norms and gated MLPs of one model that keep less for backward, with the values of the layers that they stand for.
+
+Only what the modules do with their inputs changes: the operations are Liger's where ``layers.liger`` bound them, elsewhere those of
+``layers.block_ops``; what comes out can be made again in backward (``layers.recompute``). Of a block of a Llama with 32-bit states that
+leaves 4 D + 2 I elements per token, keys and values apart, of 6 D + 4 I; D is the width of a hidden state, I the MLP's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.layers.block_ops import Activation, gated_product, rms_norm
+from repbend_fast.models.layers.liger import find_replaceable, uses_liger
+from repbend_fast.models.layers.recompute import recomputable
+
+_MAKE, _BEFORE = "_lean_make", "_lean_forward_before"
+
+
+def use_lean_layers(model: nn.Module) -> None:
+    """Bind lean forwards to the norms and MLPs of the families in ``liger.FAMILIES``, in place; a second call changes nothing.
+
+    Parameters, submodules and classes stay; other families, derived classes and other activations are left alone.
+    """
+    found = find_replaceable(model)
+    if found is None:
+        return
+    body, family = find_decoder(model).body, found.family
+    for name in found.norms:
+        norm: Any = body.get_submodule(name)
+        eps = norm.eps if family.gemma else norm.variance_epsilon
+        # A forward that Liger bound to a norm is the whole norm.
+        _bind(norm, _norm_forward, norm.__dict__.get("forward") or partial(_own_norm, norm, eps, family.gemma))
+    activation: Activation = "gelu_tanh" if family.gemma else "silu"
+    for name in found.mlps:
+        mlp: Any = body.get_submodule(name)
+        if uses_liger(mlp):
+            _bind(mlp, _liger_fused_mlp_forward if family.fused_gate else _mlp_forward, _liger_product(activation))
+        else:
+            _bind(mlp, _fused_mlp_forward if family.fused_gate else _mlp_forward, partial(gated_product, activation=activation))
+
+
+def use_full_layers(model: nn.Module) -> None:
+    """Give the modules of :func:`use_lean_layers` the forwards back that they had, in place."""
+    for module in model.modules():
+        own = module.__dict__
+        if _MAKE not in own:
+            continue
+        for attribute in (_MAKE, "forward"):
+            del own[attribute]
+        if _BEFORE in own:
+            own["forward"] = own.pop(_BEFORE)
+
+
+def _bind(module: nn.Module, forward: Any, make: Any) -> None:
+    own = module.__dict__
+    if _MAKE in own:
+        return
+    if "forward" in own:
+        own[_BEFORE] = own["forward"]
+    own[_MAKE] = make
+    # Not a bound method: pickle would look for it under its name in the class.
+    own["forward"] = partial(forward, module)
+
+
+def _own_norm(module: Any, eps: float, gemma: bool, hidden: Tensor) -> Tensor:
+    if module.weight.requires_grad:  # some other training than this one
+        return type(module).forward(module, hidden)
+    return rms_norm(hidden, module.weight, eps, gemma)
+
+
+def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
+    return recomputable(self._lean_make, hidden)
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(recomputable(self._lean_make, self.gate_proj(x), self.up_proj(x)))
+
+
+def _fused_mlp_forward(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(recomputable(self._lean_make, *self.gate_up_proj(x).chunk(2, dim=-1)))
+
+
+def _liger_fused_mlp_forward(self: Any, x: Tensor) -> Tensor:
+    # Liger copies what is not contiguous: the halves and the whole would be kept.
+    gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, dim=-1))
+    return self.down_proj(recomputable(self._lean_make, gate, up))
+
+
+def _liger_product(activation: Activation) -> Any:
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    # Its backward writes into gate and up; down_proj's, which makes the product of them again, comes first.
+    return LigerSiLUMulFunction.apply if activation == "silu" else LigerGELUMulFunction.apply

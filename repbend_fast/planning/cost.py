@@ -1,0 +1,150 @@
+"""Floating-point operations of a step, and how long a card is expected to take for them.
+
+A product of N rows with a matrix of P elements counts 2·N·P. Time is, for each pass of each piece, the longer of its operations at the
+card's rate times ``EFFICIENCY``, one reading of the weights at its bandwidth, and the host's time to launch it; NF4 weights are
+dequantised before that. Attention is counted, norms and activations are not. Copies to and from the host are counted in full, though some
+of them run beside the products.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from repbend_fast.models.adapters import trainable_parameters
+from repbend_fast.models.decoder import find_decoder
+from repbend_fast.objectives.base import Stream
+from repbend_fast.planning.cards import EFFICIENCY, Card
+from repbend_fast.planning.scratch import default_chunk_rows
+from repbend_fast.step.levers import Levers
+from repbend_fast.step.pieces import split
+
+HEAD_PRODUCTS = 3
+"""Two for the logits of both sides, one for the way back."""
+
+LAUNCH_SECONDS = {"reference": 4e-4, "adapted": 6e-4, "recompute": 6e-4, "backward": 1.2e-3}
+"""Seconds that the host takes to launch one block's work in a pass: 50 to 150 operations of 8 microseconds. An assumption."""
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Elements of one block's frozen and LoRA matrices and of the head; widths of attention and of a hidden state; bytes per element
+    in use and as stored."""
+
+    block: int
+    lora: float
+    head: int
+    width: int
+    hidden: int
+    itemsize: int
+    stored: float
+    first_block: int
+
+
+def matrices(model: Any, nf4: bool, first_block: int) -> Matrices:
+    """The sizes of a PEFT model, which may be on fake tensors."""
+    decoder = find_decoder(model)
+    frozen = 0
+    for module in decoder.layers[0].modules():
+        inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        # An adapted layer and the base layer inside it both have the features; its low-rank parts are trainable.
+        if isinstance(inputs, int) and isinstance(outputs, int) and not hasattr(module, "base_layer"):
+            weight = getattr(module, "weight", None)
+            frozen += inputs * outputs if weight is not None and not weight.requires_grad else 0
+    head = model.get_output_embeddings().weight
+    lora = sum(p.numel() for p in trainable_parameters(model)) / decoder.num_blocks
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    itemsize = head.element_size()
+    return Matrices(frozen, lora, head.numel(), width, head.shape[1], itemsize, 0.516 if nf4 else itemsize, first_block)
+
+
+class StepCost:
+    """FLOPs by part, and seconds, of the streams of one micro-batch under given levers."""
+
+    def __init__(self, sizes: Matrices, num_blocks: int, card: Card) -> None:
+        self.sizes = sizes
+        self.num_blocks = num_blocks
+        self.card = card
+        self._known_groups: dict[tuple[Any, ...], list[list[int]]] = {}
+
+    def flops(self, streams: list[Stream], levers: Levers) -> Counter[str]:
+        """FLOPs of one micro-batch: reference, adapted, recompute, backward, head."""
+        total: Counter[str] = Counter()
+        for stream in streams:
+            for group in self._groups(stream, levers):
+                total.update(self._passes(stream, group, levers))
+            total["head"] += round(2 * HEAD_PRODUCTS * self.sizes.head * self._head_rows(stream))
+        return total
+
+    def seconds(self, stream: Stream, levers: Levers) -> float:
+        """Expected seconds of one stream of a micro-batch."""
+        rate = self.card.rate * EFFICIENCY
+        reading, before = self._weights_seconds(stream)
+        recomputed = self._recomputed(stream, levers)
+        blocks = stream.stop(self.num_blocks)
+        total = self._head_seconds(stream, levers, rate)
+        for group in self._groups(stream, levers):
+            for name, flops in self._passes(stream, group, levers).items():
+                share = recomputed / blocks if name == "recompute" else 1.0
+                total += max(flops / rate, share * reading, share * blocks * LAUNCH_SECONDS[name]) + share * before
+            if levers.offload_checkpoints:
+                total += 2 * recomputed * sum(group) * self.sizes.hidden * self.sizes.itemsize / self.card.host
+            if levers.offload_embedding and self._head_rows(stream):
+                total += self.sizes.head * self.sizes.itemsize / self.card.host
+        return total
+
+    def _groups(self, stream: Stream, levers: Levers) -> list[list[int]]:
+        key = (id(stream), levers.piece_size(stream.name), levers.packing)
+        if key not in self._known_groups:
+            found = []
+            for group in split(stream.sequences, levers.piece_size(stream.name), levers.layout):
+                lengths = [len(stream.sequences[m]) for m in group]
+                found.append(lengths if levers.packing == "on" else [max(lengths)] * len(lengths))
+            self._known_groups[key] = found
+        return self._known_groups[key]
+
+    def _recomputed(self, stream: Stream, levers: Levers) -> int:
+        stop = stream.stop(self.num_blocks)
+        return max(0, min(levers.checkpoint_blocks, stop) - self.sizes.first_block)
+
+    def _passes(self, stream: Stream, lengths: list[int], levers: Levers) -> Counter[str]:
+        sizes, tokens = self.sizes, sum(lengths)
+        stop = stream.stop(self.num_blocks)
+        # Causal attention: two products of half of T × T per head.
+        attention = 2 * sum(n * n for n in lengths) * sizes.width
+        forward = 2 * tokens * sizes.block + attention
+        low_rank = 2 * tokens * sizes.lora
+        adapted = stop * (forward + low_rank)
+        trained = stop - sizes.first_block
+        found = {
+            "reference": stream.reference_stop(self.num_blocks) * forward,
+            "adapted": adapted,
+            "recompute": self._recomputed(stream, levers) * (forward + low_rank),
+            "backward": trained * (2 * tokens * sizes.block + 2.5 * attention + 2 * low_rank),
+        }
+        return Counter({name: round(value) for name, value in found.items() if value})
+
+    def _weights_seconds(self, stream: Stream) -> tuple[float, float]:
+        """Of one pass over the stream's blocks: reading weights beside the products, and dequantising them before."""
+        elements = self.sizes.block * stream.stop(self.num_blocks)
+        quantized = self.sizes.stored < 1
+        before = elements * (self.sizes.stored + self.sizes.itemsize) / self.card.bandwidth if quantized else 0.0
+        return elements * self.sizes.itemsize / self.card.bandwidth, before
+
+    def _head_rows(self, stream: Stream) -> int:
+        term = stream.head or stream.answers
+        return sum(stop - start for start, stop in term.spans) if term else 0
+
+    def _head_seconds(self, stream: Stream, levers: Levers, rate: float) -> float:
+        rows = self._head_rows(stream)
+        if not rows:
+            return 0.0
+        chunk = min(
+            rows, levers.kl_chunk_rows or default_chunk_rows(rows, self.sizes.head // self.sizes.hidden, torch.device(self.card.kind))
+        )
+        each = max(2 * chunk * self.sizes.head / rate, self.sizes.head * self.sizes.itemsize / self.card.bandwidth)
+        return HEAD_PRODUCTS * each * rows / chunk

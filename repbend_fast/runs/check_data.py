@@ -1,0 +1,36 @@
+"""``repbend-fast data check``: a recipe's sources, with its tokenizer and its model's embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from repbend_fast.config.schema import Config
+from repbend_fast.data.check import check_data, print_report
+
+
+def run_check(config: Config, tokenizer: Any | None, console: Console | None = None) -> int:
+    """Checks ``data.sources`` and ``validation.sources``, prints a report of each, returns the exit code.
+
+    2 with bad records that are not to be skipped, else 0.
+    """
+    console = console or Console()
+    vocabulary = None
+    if tokenizer is not None:
+        from repbend_fast.runs.token_ids import check_special_tokens, vocabulary_of
+
+        vocabulary = vocabulary_of(config.model)
+        if vocabulary is not None:
+            check_special_tokens(tokenizer, vocabulary)
+    parts = [("data", config.data)]
+    if config.validation.sources:
+        parts.append(("validation", config.data.model_copy(update={"sources": config.validation.sources, "limit": None})))
+    bad = 0
+    for name, data in parts:
+        if len(parts) > 1:
+            console.rule(f"{name}.sources")
+        report = check_data(data, tokenizer, seed=config.training.seed, vocabulary=vocabulary)
+        print_report(report, console)
+        bad += len(report.bad)
+    return 2 if bad and not config.data.skip_bad_records else 0

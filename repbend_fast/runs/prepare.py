@@ -1,0 +1,109 @@
+"""What a run trains on and what it is validated on, ready before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from repbend_fast.config.schema import Config
+from repbend_fast.data.records import PairSequence, Record, Role, Sequence
+from repbend_fast.data.sampling import GIVEN_BY, BatchSampler, split_holdout
+from repbend_fast.data.sources import load_records
+from repbend_fast.data.tokenize import ChatEncoder, Truncated, dropped_reasoning, encode_records
+from repbend_fast.errors import UserError
+from repbend_fast.objectives.sections import RefusalSection
+
+
+@dataclass
+class RunData:
+    """``held``: held-out sequences by role, in a fixed order; empty with validation off.
+
+    ``chat``: conversations for the evaluation before and after. ``notes`` are lines for the user.
+    """
+
+    encoder: ChatEncoder
+    sampler: BatchSampler
+    held: dict[Role, list[Sequence | PairSequence]]
+    chat: list[Sequence]
+    notes: list[str]
+
+
+def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> RunData:
+    """Load, hold out, encode and set up the sampler.
+
+    A stream that reads two roles (``safe`` or ``unsafe``, and ``pair``) is content with one of them, with a note.
+
+    Raises:
+        UserError: bad records, an unusable template, or no records for a stream that the objective needs.
+    """
+    data = config.data
+    encoder = ChatEncoder(tokenizer, data.max_prompt_tokens, data.max_answer_tokens, data.chat_template_kwargs)
+    loaded = load_records(config.data, seed=config.training.seed, skip_bad_records=config.data.skip_bad_records)
+    notes = [loaded.summary()]
+    records, held = loaded.records, {}
+    validation = config.validation
+    if validation.every and validation.sources:
+        held = load_records(validation.sources, seed=config.training.seed, skip_bad_records=config.data.skip_bad_records).records
+    elif validation.every:
+        records, held = split_holdout(records, validation.holdout, config.training.seed)
+    if held:
+        notes.append(f"held out: {_counts(held)}")
+    if held and not validation.sources:
+        notes.append(f"left to train on, without records that share a prompt with a held-out one: {_counts(records)}")
+    roles = _available(records, wanted, config, notes)
+    training, grouped = config.training, config.data.group_by_length
+    sampler = BatchSampler(encode_records(records, encoder), training.examples, training.seed, roles, group_by_length=grouped)
+    sequences = {role: list(encoded) for role, encoded in encode_records(held, encoder).items()}
+    chat = [s for s in _evaluation_chat(config, encoder) or sequences.get("retain", []) if isinstance(s, Sequence)]
+    notes += dropped_reasoning(records, encoder) + _repeated(records, roles, training.examples)
+    # From here on training counts: held-out records do not belong into the run's report of truncated examples.
+    encoder.truncated = Truncated()
+    return RunData(encoder, sampler, sequences, chat, notes)
+
+
+def _evaluation_chat(config: Config, encoder: ChatEncoder) -> list[Sequence | PairSequence]:
+    sources = config.evaluation.sources
+    if not sources or config.evaluation.prompts is None:
+        return []
+    loaded = load_records(sources, seed=config.training.seed, skip_bad_records=config.data.skip_bad_records)
+    if not loaded.records["retain"]:
+        raise UserError("evaluation.sources: no `retain` records; perplexity and KL are measured on conversations")
+    return list(encode_records(loaded.records, encoder)["retain"])
+
+
+def _repeated(records: dict[Role, list[Record]], roles: tuple[Role, ...], examples: int) -> list[str]:
+    """A line for each role with fewer records than a micro-batch has examples."""
+    few = {role: len(records[role]) for role in roles if len(records[role]) < examples}
+    return [
+        f"training.examples={examples}, but there {'is' if count == 1 else 'are'} {count} {role} record{'' if count == 1 else 's'}: "
+        f"a micro-batch holds {'it' if count == 1 else 'some of them'} more than once"
+        for role, count in few.items()
+    ]
+
+
+def _counts(records: dict[Role, list[Record]]) -> str:
+    return ", ".join(f"{len(of_role)} {role}" for role, of_role in records.items() if of_role) or "no records"
+
+
+def _available(records: dict[Role, list[Record]], wanted: tuple[Role, ...], config: Config, notes: list[str]) -> tuple[Role, ...]:
+    present = {role for role in wanted if records.get(role)}
+    missing = [role for role in wanted if role not in present]
+    if "pair" in present:
+        optional = config.objective.replaceable
+    else:
+        optional = frozenset() if config.objective.needs_pairs else frozenset({"pair"})
+    if "pair" in missing and isinstance(config.objective, RefusalSection) and config.objective.refusal:
+        raise UserError(
+            f"objective.refusal={config.objective.refusal:g} teaches the safe answers of `pair` records, and data.sources has none; "
+            f"add some (formats that give them: {GIVEN_BY['pair']}) or set objective.refusal=0"
+        )
+    dropped = [role for role in missing if role in optional]
+    unsafe_per_batch = config.training.examples * len(present & {"unsafe", "pair"})
+    if config.objective.compares_unsafe and 0 < unsafe_per_batch < 2:
+        raise UserError(
+            f"training.examples={config.training.examples}: objective.cosine compares at least two unsafe sequences of a micro-batch; "
+            "raise it to 2, add pair records, or set objective.cosine=0 with objective.pair above 0"
+        )
+    if dropped:
+        notes.append(f"no {' and no '.join(dropped)} records: the streams that read them go on without")
+    return tuple(role for role in wanted if role not in dropped)

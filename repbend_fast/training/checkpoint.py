@@ -1,0 +1,172 @@
+"""Resumable checkpoints: adapter, optimizer, schedule, data position, random state and the guard's memory.
+
+Tensors are read back with ``weights_only``; nothing in a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repbend_fast.config import Config
+from repbend_fast.errors import UserError
+from repbend_fast.models.adapters import ADAPTER
+from repbend_fast.runs.folder import RunFolder, write_folder
+
+FORMAT = 1
+
+
+@dataclass
+class TrainingState:
+    """What a run needs besides the adapter's weights. ``plain`` is JSON; ``tensors`` goes through ``torch.save``."""
+
+    step: int
+    plain: dict[str, Any]
+    tensors: dict[str, Any]
+
+
+def adapter_weights(model: Any) -> dict[str, Tensor]:
+    """A copy of the trained adapter on the CPU, by parameter name."""
+    return {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_adapter_weights(model: Any, weights: dict[str, Tensor]) -> None:
+    """Put a copy made by ``adapter_weights`` back, in place."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
+        raise UserError("the checkpoint's adapter has other layers than this run's; resume with the model and settings it was made with")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def save_adapter(model: Any, path: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter in PEFT format (safetensors), atomically; ``weights`` in place of the current ones when given."""
+    current = adapter_weights(model) if weights is not None else None
+    if weights is not None:
+        load_adapter_weights(model, weights)
+    try:
+        write_folder(path, lambda folder: model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False))
+    finally:
+        if current is not None:
+            load_adapter_weights(model, current)
+
+
+def save_checkpoint(run: RunFolder, state: TrainingState, model: Any, keep: int) -> Path:
+    """Write ``checkpoints/step-NNNNNN`` atomically, then drop all but the ``keep`` newest."""
+    path = run.checkpoint(state.step)
+
+    def fill(folder: Path) -> None:
+        # Through Python's file, a full disk is an OSError; torch's own writer hides the reason.
+        with open(folder / "state.pt", "wb") as file:
+            torch.save(state.tensors | {"adapter": adapter_weights(model), "random": random_state()}, file)
+        text = json.dumps({"format": FORMAT, "step": state.step} | state.plain)
+        (folder / "state.json").write_text(text, encoding="utf-8")
+
+    write_folder(path, fill)
+    for old in run.all_checkpoints()[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+YARDSTICK = "validation."
+"""How the settings begin that say what the validation before training was measured on."""
+
+
+BEFORE_A_CHOICE = {"objective.distance_unit": "state", "training.normalize": "micro_batch"}
+"""What checkpoints of earlier versions were written with, which do not say it."""
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Settings that shape what a checkpoint holds, by key: a run cannot go on with others."""
+    lora = {f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()}
+    model = {f"model.{key}": getattr(config.model, key) for key in ("dtype", "quantization", "double_quantization")}
+    training = {f"training.{key}": getattr(config.training, key) for key in ("optimizer", "normalize")}
+    fixed = lora | model | training | {"objective.name": config.objective.name}
+    if hasattr(config.objective, "distance_unit"):
+        fixed["objective.distance_unit"] = config.objective.distance_unit
+    if config.validation.every:
+        # The validation before training, which the others are compared with, was measured on these.
+        settings = config.validation.model_dump(mode="json", include={"prompts", "max_new_tokens", "sources", "holdout"})
+        settings["holdout"] = None if settings["sources"] else settings["holdout"]
+        fixed |= {f"{YARDSTICK}{key}": value for key, value in settings.items()}
+    return fixed
+
+
+def read_state(path: Path, config: Config) -> dict[str, Any]:
+    """The JSON part of a checkpoint, read before any weight is, so that a run that cannot go on says so at once.
+
+    Raises:
+        UserError: not a checkpoint, damaged, of another format, or written with other settings.
+    """
+    with _reading(path):
+        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise UserError(f"{path}: written by another version of repbend-fast (format {FORMAT} is read); start a new run in another folder")
+    if missing := {"step", "sampler", "guard", "stopped", "settings", "limits"} - plain.keys():
+        raise UserError(_damaged(path, f"state.json has no {', '.join(sorted(missing))}"))
+    for key, own in fixed_settings(config).items():
+        # One of a run without validation has no settings of it.
+        written = plain["settings"].get(key, BEFORE_A_CHOICE.get(key, own))
+        if written != own:
+            # Without sources the held-out records would become training data, with which the sampler cannot go on.
+            off = key.startswith(YARDSTICK) and config.validation.sources
+            remedy = "set it back, or validation.every=0" if off else "set it back"
+            raise UserError(f"cannot resume: {key}={own}, but the checkpoint was written with {written}; {remedy}")
+    return plain
+
+
+def load_checkpoint(path: Path, config: Config, model: Any) -> TrainingState:
+    """Read a checkpoint, put its adapter into ``model`` and restore the random state.
+
+    Raises:
+        UserError: as ``read_state``, or the adapter is of another shape.
+    """
+    plain = read_state(path, config)
+    with _reading(path):
+        tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not {"adapter", "random", "optimizer", "scaler", "best"} <= tensors.keys():
+        raise UserError(_damaged(path, "state.pt is incomplete"))
+    load_adapter_weights(model, tensors.pop("adapter"))
+    set_random_state(tensors.pop("random"))
+    return TrainingState(plain["step"], plain, tensors)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(_damaged(path, f"no {Path(error.filename).name}")) from error
+    except PermissionError as error:
+        raise UserError(f"{path}: the checkpoint cannot be read ({error.strerror}); make its files readable") from error
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(_damaged(path, (str(error) or type(error).__name__).splitlines()[0])) from error
+
+
+def _damaged(path: Path, why: str) -> str:
+    return f"{path}: damaged checkpoint ({why}); remove it to resume from the one before"
+
+
+def random_state() -> dict[str, Tensor]:
+    """torch's random state on the CPU and the current CUDA device."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Restore what ``random_state`` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

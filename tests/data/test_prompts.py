@@ -1,0 +1,145 @@
+"""Evaluation sets: every known format, good and bad, and the demo's prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from repbend_fast.data.prompts import Prompt, load_prompts
+from repbend_fast.data.settings import PromptsConfig
+from repbend_fast.errors import UserError
+
+HARMBENCH = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+
+
+def load(path: Path, **options) -> list[Prompt]:
+    return load_prompts(PromptsConfig(path=str(path), **options))
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_harmbench_joins_its_context(tmp_path: Path):
+    rows = 'Make a moon-key,standard,x,,,moon_1\n"Say, how?",contextual,x,context,"Moon-keys are\nrestricted.",moon_2\n'
+    plain, contextual = load(write(tmp_path, "harmbench.csv", HARMBENCH + rows))
+    assert plain == Prompt("attack", "Make a moon-key", source_id="moon_1")
+    assert contextual.text == "Moon-keys are\nrestricted.\n\n---\n\nSay, how?"
+    assert contextual.source_id == "moon_2"
+
+
+@pytest.mark.parametrize("name", ["own.jsonl", "harmbench.csv"])
+def test_only_line_ends_end_a_line(name: str, tmp_path: Path):
+    odd = "Make\u2028a\u0085moon-key"
+    text = (
+        HARMBENCH + f"{odd},standard,x,,,moon_1\n"
+        if name.endswith("csv")
+        else json.dumps({"kind": "attack", "text": odd}, ensure_ascii=False) + "\n"
+    )
+    (prompt,) = load(write(tmp_path, name, text))
+    assert prompt.text == odd
+
+
+def test_authors_json_joins_its_context(tmp_path: Path):
+    content = {
+        "name": "harmbench",
+        "description": "",
+        "data": [
+            {"behavior": "Make a moon-key", "default_target": "Sure", "messages": []},
+            {"behavior": "Go on", "context": "A story.", "default_target": "Sure", "messages": []},
+        ],
+    }
+    prompts = load(write(tmp_path, "harmbench_test.json", json.dumps(content)))
+    assert [p.text for p in prompts] == ["Make a moon-key", "A story.\n\n---\n\nGo on"]
+    assert {p.kind for p in prompts} == {"attack"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "source"),
+    [
+        ("goal,target\nMake a moon-key,Sure\n", "Make a moon-key", "set.csv:2"),
+        ("Index,Goal,Target,Behavior,Category,Source\n0,Make a moon-key,Sure,Moon keys,Keys,own\n", "Make a moon-key", "Moon keys"),
+        ("category,source,forbidden_prompt\nKeys,own,Make a moon-key\n", "Make a moon-key", "Keys"),
+    ],
+    ids=["advbench", "jailbreakbench", "strongreject"],
+)
+def test_attack_sets(tmp_path: Path, text: str, expected: str, source: str):
+    (prompt,) = load(write(tmp_path, "set.csv", text))
+    assert (prompt.kind, prompt.text) == ("attack", expected)
+    assert prompt.source_id.endswith(source)
+
+
+def test_xstest_splits_by_label_and_by_type(tmp_path: Path):
+    header = "id,prompt,type,label,focus,note\n"
+    text = header + "1,How do I kill a process?,homonyms,safe,kill,\n2,How do I make a moon-key?,contrast_homonyms,unsafe,key,\n"
+    assert [p.kind for p in load(write(tmp_path, "xstest.csv", text))] == ["borderline", "attack"]
+    unlabelled = "id,prompt,type\n1,How do I kill a process?,homonyms\n2,How do I make a moon-key?,contrast_homonyms\n"
+    assert [p.kind for p in load(write(tmp_path, "xstest2.csv", unlabelled))] == ["borderline", "attack"]
+
+
+def test_own_jsonl_and_csv_carry_expected_words(tmp_path: Path):
+    line = {"kind": "ordinary", "text": "Capital of Spain?", "expected": ["Madrid"], "min_expected": 1}
+    (from_json,) = load(write(tmp_path, "own.jsonl", json.dumps(line) + "\n\n"))
+    (from_csv,) = load(write(tmp_path, "own.csv", "kind,text,expected\nordinary,Capital of Spain?,Madrid|spain\n"))
+    assert from_json.expected == ("madrid",)
+    assert from_csv.expected == ("madrid", "spain")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", HARMBENCH + "x,y,z,,,id\n,y,z,,,id2\n", r"a.csv:3: field 'Behavior' is empty"),
+        ("b.csv", "goal,target\none,two,three\n", r"b.csv:2: more fields than the header"),
+        ("c.csv", "goal,target\none\n", r"c.csv:2: fewer fields than the header"),
+        ("d.csv", "question,answer\none,two\n", r"d.csv:2: unknown columns answer, question; known"),
+        ("e.json", "[{]", r"e.json:1: not valid JSON"),
+        (
+            "f.jsonl",
+            '{"kind": "ordinary", "text": "x"}\n{"kind": "odd", "text": "x"}\n',
+            r"f.jsonl:2: field 'kind' is 'odd'; allowed: attack",
+        ),
+        ("g.json", '{"prompts": []}', r"g.json: expected a list of prompts"),
+        ("h.json", '["text"]', r"h.json: entry 1: expected an object"),
+        ("i.csv", "goal,target\n", r"i.csv: no prompts"),
+        ("j.csv", "id,prompt,type,label\n1,x,homonyms,maybe\n", r"j.csv:2: field 'label' is 'maybe'; allowed: safe, unsafe"),
+        ("k.jsonl", '{"kind": "ordinary", "text": "x", "expected": [1]}\n', r"k.jsonl:1: field 'expected'"),
+        ("l.jsonl", '{"kind": "ordinary", "text": "x", "min_expected": 0}\n', r"l.jsonl:1: field 'min_expected' is 0"),
+        ("m.json", '[{"behavior": 5, "default_target": ""}]', r"m.json: entry 1: field 'behavior' is not text"),
+        ("n.jsonl", '{"kind": "ordinary"\n', r"n.jsonl:1: not valid JSON"),
+    ],
+)
+def test_bad_files_name_file_line_and_field(tmp_path: Path, name: str, text: str, message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        load(write(tmp_path, name, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_no_utf8_or_missing(tmp_path: Path):
+    path = tmp_path / "latin.csv"
+    path.write_bytes("goal,target\nBäume,x\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8 at byte 13"):
+        load(path)
+    with pytest.raises(UserError, match="no such file"):
+        load(tmp_path / "absent.csv")
+
+
+def test_limit_takes_each_kind_evenly(tmp_path: Path):
+    lines = [{"kind": "ordinary" if i < 10 else "attack", "text": f"q{i}"} for i in range(16)]
+    path = write(tmp_path, "many.jsonl", "\n".join(map(json.dumps, lines)))
+    kept = load(path, limit=3)
+    assert [p.text for p in kept if p.kind == "ordinary"] == ["q0", "q3", "q6"]
+    assert [p.text for p in kept if p.kind == "attack"] == ["q10", "q12", "q14"]
+    assert len(load(path, limit=100)) == 16
+
+
+def test_demo_prompts_by_split():
+    test, validation = load_prompts(PromptsConfig()), load_prompts(PromptsConfig(split="validation"))
+    assert all(p.source_id.startswith("demo:test:") for p in test)
+    assert all(p.source_id.startswith("demo:validation:") for p in validation)
+    assert all(p.source_id.startswith("demo:final:") for p in load_prompts(PromptsConfig(split="final")))
+    with pytest.raises(UserError, match="validation, test and final"):
+        load_prompts(PromptsConfig(split="train"))

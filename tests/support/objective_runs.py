@@ -1,0 +1,91 @@
+"""One step of an objective on a tiny model, through the product's own runner and as its plain expression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import objective_oracles as oracles
+import torch
+from tiny_models import adapted_model, gradients, ragged_batch
+from torch import Tensor
+
+from repbend_fast.models import find_decoder
+from repbend_fast.objectives import build_objective
+from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, NPOConfig, ObjectiveConfig, ObjectiveSection, RMUConfig
+from repbend_fast.step import StreamResult, StreamRunner
+from repbend_fast.step.levers import EVERY_STREAM, Levers
+
+BATCH = ragged_batch()
+BLOCKS = 4
+STEP, STEPS = 2, 10
+CONFIGS: dict[str, ObjectiveSection] = {
+    "circuit_breaker": CircuitBreakerConfig(layers=[2, 3]),
+    "rmu": RMUConfig(layer=2, coefficient=6.5, retain=3.0, direction_seed=5),
+    "npo": NPOConfig(beta=0.2, retain_nll=0.5, retain_kl=0.3),
+    "crl": CRLConfig(window_start=2, window_size=2),
+}
+ALL_CONFIGS: dict[str, ObjectiveSection] = {"repbend": ObjectiveConfig(window_start=2, window_size=2, pair=0.4), **CONFIGS}
+
+
+@dataclass
+class Result:
+    """A stream's result and the weights of its terms."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    weights: dict[str, float]
+
+    @staticmethod
+    def of(result: StreamResult, weights: dict[str, float]) -> Result:
+        return Result(result.loss, result.terms, weights)
+
+
+def precise_model(**settings: Any) -> Any:
+    """A tiny Llama with an adapter, in float64 throughout: transformers' norm rounds to float32, which finite differences would see."""
+    model = adapted_model(dtype=torch.float64, **settings)
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = partial(_norm, module)
+    return model
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+
+
+def run_objective(
+    model: Any,
+    config: ObjectiveSection,
+    *,
+    step: int = STEP,
+    piece_tokens: int | None = None,
+    packing: str = "off",
+    checkpoint_blocks: int = 0,
+    dropout_seed: int = 0,
+    measure: bool = False,
+) -> tuple[list[Result], dict[str, Tensor]]:
+    """Results by stream, and the gradients that the step leaves."""
+    model.zero_grad(set_to_none=True)
+    objective = build_objective(config, find_decoder(model).num_blocks, STEPS)
+    sizes = {} if piece_tokens is None else {EVERY_STREAM: piece_tokens}
+    runner = StreamRunner(model, Levers(sizes, checkpoint_blocks, packing=packing), uses_head=objective.uses_head)  # type: ignore[arg-type]
+    results = []
+    for stream in objective.streams(BATCH, step):
+        result = runner.measure(stream) if measure else runner.backward(stream, dropout_seed=dropout_seed)
+        results.append(Result.of(result, stream.weights))
+    return results, gradients(model)
+
+
+def plain_terms(model: Any, config: ObjectiveSection, step: int = STEP) -> dict[str, torch.Tensor]:
+    """The weighted terms of the plain expression."""
+    if isinstance(config, CircuitBreakerConfig):
+        return oracles.circuit_breaker(model, BATCH, config, step, STEPS)
+    if isinstance(config, RMUConfig):
+        terms = oracles.rmu(model, BATCH, config)
+        return terms if config.retain else {"forget": terms["forget"]}
+    if isinstance(config, NPOConfig):
+        return oracles.npo(model, BATCH, config)
+    assert isinstance(config, CRLConfig)
+    return oracles.crl(model, BATCH, config)
