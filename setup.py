@@ -45,8 +45,6 @@ setup(
     ],
     extras_require={
         "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
-        "tracking": ["tensorboard>=2.18"],
-        "evaluation": ["lm-eval>=0.4.9"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from repbend_fast import api
 from repbend_fast.console import note, terminal
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from repbend_fast.config import Config
@@ -152,6 +152,5 @@ def _tokenizer(config: Config) -> Any:
     try:
         return load_tokenizer(config.model)
     except (UserError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        note(f"lengths are in characters, the tokenizer is not to be had ({reason[:200]})")
+        note(f"lengths are in characters, the tokenizer is not to be had ({one_line(error)})")
         return None

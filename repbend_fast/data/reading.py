@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from repbend_fast.data.records import BadRecord
 from repbend_fast.data.settings import SourceConfig
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.nearby import looks_like_file, nearest
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -215,4 +215,4 @@ def _encodable(text: str) -> bool:
 def _brief(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return one_line(error)

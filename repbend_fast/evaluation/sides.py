@@ -15,7 +15,7 @@ from repbend_fast.console import say, show
 from repbend_fast.data.prompts import load_prompts
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.data.tokenize import ChatEncoder
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.evaluation.chat import chat_statistics
 from repbend_fast.evaluation.measure import run_evaluation
 from repbend_fast.evaluation.rates import table
@@ -133,8 +133,7 @@ def _adapted(base: Any, folder: RunFolder) -> Any:
     try:
         return PeftModel.from_pretrained(base, str(folder.adapter), is_trainable=True).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder.adapter}: not an adapter of this model ({reason[:200]}); resume the run to write it again") from error
+        raise UserError(f"{folder.adapter}: not an adapter of this model ({one_line(error)}); resume the run to write it again") from error
 
 
 def _runner(model: Any, config: Config, uses_head: bool) -> StreamRunner:
