@@ -212,9 +212,11 @@ def training_config(
     from repbend_fast.config import load_config as load
 
     folder = None if isinstance(resume, bool) else Path(resume).expanduser()
-    if config is None and folder is None:
-        raise UserError("neither a recipe nor the folder of a run to resume; name one of them")
-    settings = load(run_config(folder) if config is None and folder else config or "", overrides, overlays=overlays)
+    if config is None:
+        if folder is None:
+            raise UserError("neither a recipe nor the folder of a run to resume; name one of them")
+        config = run_config(folder)
+    settings = load(config, overrides, overlays=overlays)
     if resume is False:
         return settings, None
     folder = folder or Path(settings.output.folder)

@@ -1,4 +1,4 @@
-"""Evaluation prompts: the demo's own, and the common evaluation sets as CSV or JSON files."""
+"""Evaluation prompts: the demo's own, and the common evaluation sets as files or from the hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from repbend_fast.data.records import Message
-from repbend_fast.data.settings import PromptsConfig
+from repbend_fast.data.reading import read_rows
+from repbend_fast.data.records import BadRecord, Message
+from repbend_fast.data.settings import PromptsConfig, SourceConfig
 from repbend_fast.errors import UserError
-from repbend_fast.nearby import nearest
+from repbend_fast.nearby import is_hub_name, nearest
 
 Kind = Literal["attack", "ordinary", "borderline"]
 KINDS: tuple[Kind, ...] = ("attack", "ordinary", "borderline")
 CONTEXT_JOINT = "\n\n---\n\n"
+_TEXT_FILES = (".csv", ".tsv", ".json", ".jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,9 @@ Reader = Callable[[Row, str], Prompt]
 
 
 def load_prompts(config: PromptsConfig) -> list[Prompt]:
-    """Prompts of ``config.path``: ``demo``, or a local CSV, JSON or JSONL file whose columns tell its format.
+    """Prompts of ``config.path``: ``demo``, or a file, a folder or a hub data set whose columns tell their format.
 
+    Files are CSV, TSV, JSON or JSONL, all of them also with ``.gz``, or parquet. ``config.split`` is the hub's and the demo's.
     ``config.limit`` takes that many of each kind, spread evenly over the file. Raises ``UserError`` naming file and line.
     """
     if config.path == "demo":
@@ -56,7 +59,9 @@ def load_prompts(config: PromptsConfig) -> list[Prompt]:
 
         prompts = demo.prompts("test" if config.split is None else config.split)
     else:
-        prompts = read_prompt_file(Path(config.path).expanduser())
+        path = Path(config.path).expanduser()
+        whole = path.suffix.lower() in _TEXT_FILES or not (path.exists() or is_hub_name(config.path))
+        prompts = read_prompt_file(path) if whole else _typed_prompts(config, path)
     return limit_per_kind(prompts, config.limit)
 
 
@@ -70,6 +75,19 @@ def limit_per_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
         count = min(limit, len(same))
         kept += [same[i * len(same) // count] for i in range(count)]
     return kept
+
+
+def _typed_prompts(config: PromptsConfig, path: Path) -> list[Prompt]:
+    """Prompts as the reader of records gives rows: packed files, parquet, folders and the hub, where a number may be one."""
+    found = []
+    for row in read_rows(SourceConfig(path=config.path, split=None if path.is_file() else config.split)):
+        if isinstance(row, BadRecord):
+            raise UserError(f"{row.origin}: {row.reason}")
+        fields = {name: str(value) if type(value) is int else value for name, value in row.fields.items()}
+        found.append(_reader(fields, row.origin)(fields, row.origin))
+    if not found:
+        raise UserError(f"{config.path}: no prompts in it")
+    return found
 
 
 def read_prompt_file(path: Path) -> list[Prompt]:

@@ -136,13 +136,13 @@ def test_training_is_silent_gives_the_commands_result_and_leaves_the_process_as_
 
 
 def test_what_a_command_prints_is_said(tiny: TinyRun, capfd: pytest.CaptureFixture[str]) -> None:
-    overrides = ["steps=2", "warmup_steps=1", "--bf16", "False"]
+    overrides = ["steps=2", "warmup_steps=1", "--report_to", "none"]
     said: list[str] = []
     train(tiny.recipe, overrides, say=said.append)
     assert capfd.readouterr() == ("", "")
     assert main(["train", str(tiny.recipe), *overrides]) == 0
     out, err = capfd.readouterr()
-    assert err.startswith("note: --bf16=")
+    assert err.startswith("note: --report_to=none: ")
     printed = [*(line.rstrip("\n") for line in err.splitlines()), *out.splitlines()]
     clock = re.compile(r"[\d,]+ tok/s|in [\d.]+ s\b|run[.\d]*")
     lines = [clock.sub("", line) for text in said for line in text.splitlines()]
@@ -159,7 +159,6 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(whole: TinyRun, tiny
     run = train(tiny.recipe, say=interrupting)
     assert run.interrupted
     assert signal.getsignal(signal.SIGTERM) is before
-    assert not run.adapter.joinpath("finished").exists()
     done = train(resume=run.folder)
     assert (done.folder, done.interrupted) == (run.folder, False)
     assert reproducible(done.folder) == reproducible(whole.path)
@@ -204,11 +203,14 @@ def test_a_run_and_a_recipe_are_measured(measured: TinyRun, capfd: pytest.Captur
     assert set(run.evaluation.before) >= {"attack_direct", "helpful_ordinary", "perplexity", "kl", "samples", "counts"}
     again = evaluate(run.folder)
     assert again.file == run.folder / "evaluation.json"
-    assert (again.before, again.after) == (run.evaluation.before, run.evaluation.after)
+    assert again.after is not None
+    assert again.before == run.evaluation.before
+    for name in ("attack_direct", "helpful_ordinary", "perplexity", "kl"):
+        assert again.after[name] == pytest.approx(run.evaluation.after[name], rel=1e-4, abs=1e-6)
     out = measured.folder / "found.json"
     bare = evaluate(config, out=out)
     assert (bare.after, bare.file) == (None, out)
-    assert bare.before["perplexity"] == again.before["perplexity"]
+    assert bare.before["perplexity"] == pytest.approx(again.before["perplexity"], rel=1e-4)
     assert json.loads(out.read_text(encoding="utf-8")) == {"before": bare.before}
     assert capfd.readouterr() == ("", "")
     said: list[str] = []
