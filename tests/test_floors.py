@@ -18,22 +18,8 @@ GROUND = "ground"
 """The single files of the package that no list names, which every room may use."""
 ROOMS = (
     GROUND,
-    *(
-        "data",
-        "objectives",
-        "config",
-        "models",
-        "step",
-        "planning",
-        "runs",
-        "evaluation",
-        "report",
-        "training",
-        "verify",
-        "compare",
-        "api",
-        "cli",
-    ),
+    *("data", "objectives", "config", "models", "step", "planning", "runs", "evaluation", "report", "training"),
+    *("verify", "compare", "api", "cli"),
 )
 ROOF = "__init__"
 """The package's own file: what users import from. It may use every room, and no room may use it."""
