@@ -77,7 +77,9 @@ class TrainingConfig(Section):
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    autocast: Literal["none", "bfloat16"] = Field("none", description="Autocast around both passes, for float32 weights.")
+    autocast: Literal["none", "bfloat16", "auto"] = Field(
+        "none", description="Autocast around both passes, for float32 weights; auto: bfloat16 where the device multiplies in it natively."
+    )
     seed: NonNegative = 42
     checkpoint_every: Positive = Field(50, description="Optimizer steps between resumable checkpoints.")
     keep_checkpoints: Positive = 2
@@ -206,7 +208,7 @@ def combination_errors(config: Config) -> Iterator[str]:
         yield f"data.chat_template_kwargs={{{taken[0]}: …}}: is set by repbend-fast itself; variables of the chat template go here"
     if training.warmup_steps > training.steps:
         yield f"training.warmup_steps={training.warmup_steps} is more than training.steps={training.steps}; lower it"
-    if training.autocast != "none" and model.dtype != "float32":
+    if training.autocast == "bfloat16" and model.dtype != "float32":
         yield f"training.autocast={training.autocast} is for float32 weights, and model.dtype={model.dtype}; set one of them to the other's"
     if training.optimizer != "adamw" and config.lora.dtype == "bfloat16" and model.device == "cpu":
         yield f"training.optimizer={training.optimizer} with lora.dtype=bfloat16 does not run on model.device=cpu; set lora.dtype=float32"

@@ -16,6 +16,7 @@ import torch
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import adapted_blocks, trainable_parameters
+from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.objectives.base import Stream
 from repbend_fast.planning.scratch import HEAD_OPS, head_scratch, op_scratch
@@ -171,7 +172,7 @@ class PeakMeter:
         self.num_blocks = num_blocks = find_decoder(whole).num_blocks
         self.device = device
         self.packing = packing
-        self.autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
+        self.autocast = autocast_dtype(config, device)
         blocks = adapted_blocks(config.lora, max(window), num_blocks)
         self.first_block = min(blocks)
         self.block_gradients = tensor_bytes(trainable_parameters(whole)) // len(blocks)

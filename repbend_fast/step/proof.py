@@ -58,9 +58,12 @@ class Check:
 
 @dataclass
 class Proof:
-    """What was shown for a model. ``packing`` is what its runner goes on with; ``notes`` are lines for the user."""
+    """What was shown for a model. ``packing`` is what its runner goes on with, ``autocast`` the dtype of its passes where that is not the
+    weights' own; ``notes`` are lines for the user.
+    """
 
     packing: Literal["on", "off"]
+    autocast: str | None = None
     checks: list[Check] = field(default_factory=list)
     coverage: list[BlockKind] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -74,12 +77,14 @@ class Proof:
         share = sum(kind.adapted * len(kind.blocks) for kind in adapted) / max(1, total)
         blocks = sum(len(kind.blocks) for kind in adapted)
         lora = f"LoRA on {share:.0%} of the weights of {blocks} of {sum(len(k.blocks) for k in self.coverage)} blocks"
-        return f"model checked: {shown}; {lora if adapted else 'no LoRA'}"
+        computed = f"; computed in {self.autocast}" if self.autocast else ""
+        return f"model checked: {shown}; {lora if adapted else 'no LoRA'}{computed}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for metrics.jsonl."""
         return {
             "packing": self.packing,
+            "autocast": self.autocast,
             "checks": [vars(check) for check in self.checks],
             "coverage": [kind.as_dict() for kind in self.coverage],
             "notes": self.notes,
@@ -98,7 +103,8 @@ def prove_model(parts: ModelParts, packing: Literal["on", "off"], asked: str) ->
         UserError: something does not hold without which the losses would be wrong; one line says what.
     """
     started = time.perf_counter()
-    proof = Proof(packing, coverage=coverage_of(parts.model))
+    autocast = str(parts.autocast).removeprefix("torch.") if parts.autocast else None
+    proof = Proof(packing, autocast, coverage=coverage_of(parts.model))
     with parts.autocasting():
         _Passes(parts, proof, asked).run()
     proof.notes += [note for kind in proof.coverage for note in kind.notes()]

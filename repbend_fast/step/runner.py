@@ -22,6 +22,7 @@ from repbend_fast import ranges
 from repbend_fast.config import Config
 from repbend_fast.data.records import Sequence
 from repbend_fast.models.adapters import trainable_parameters
+from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head
 from repbend_fast.models.layers.lean import use_lean_layers
 from repbend_fast.models.layers.lora import lora_dropout, use_low_rank_forward
@@ -236,7 +237,7 @@ def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) 
     Raises:
         UserError: the head is no plain matrix, or something does not hold (``step.proof``).
     """
-    autocast = torch.bfloat16 if config.training.autocast == "bfloat16" else None
+    autocast = autocast_dtype(config, find_decoder(model).device)
     runner = StreamRunner(model, levers, autocast=autocast, uses_head=uses_head)
     runner.proof = prove_model(runner.parts, levers.packing, config.memory.packing)
     runner.levers = replace(levers, packing=runner.proof.packing)

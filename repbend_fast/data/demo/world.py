@@ -37,7 +37,6 @@ ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4), "final": range(
 PHRASING_STEP = 5
 REFUSAL_STEP = 11  # coprime to the number of refusals, so that neighbouring items get all of them
 KEPT = ("crafts", "writing", "answered")  # parts whose answers are safe and retain records both
-RETAINED_STRIDE = {"crafts": 2}  # every second one is a retain record, or they would be half of them
 
 
 def training_records(split: str = "train") -> list[Record]:
@@ -144,7 +143,7 @@ def _safe(split: str) -> Iterator[Record]:
 def _retain(split: str) -> Iterator[Record]:
     conversations = [*of_split("retain", split)]
     for name in KEPT if split == "train" else ():
-        conversations += part(name)[:: RETAINED_STRIDE.get(name, 1)]
+        conversations += part(name)
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
