@@ -111,6 +111,7 @@ def main(argv: Seq[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--with", action="append", default=[], dest="overlays", metavar="OVERLAY")
     parser.add_argument("--shares", type=lambda text: tuple(map(float, text.split(","))), default=SHARES)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--random", action="store_true")
@@ -121,7 +122,7 @@ def main(argv: Seq[str] | None = None) -> int:
     from repbend_fast.objectives import roles_of
     from repbend_fast.runs.prepare import prepare_data
 
-    config = load_config(arguments.recipe, arguments.overrides)
+    config = load_config(arguments.recipe, arguments.overrides, overlays=arguments.overlays)
     data = prepare_data(config, load_tokenizer(config.model), roles_of(config.objective))
     limits = limits_of_sets(data.sampler.sets, config)
     base = random_model(config) if arguments.random else load_model(config.model)
