@@ -128,7 +128,14 @@ def main(argv: Seq[str] | None = None) -> int:
     base = random_model(config) if arguments.random else load_model(config.model)
     rows = grid(config, base, limits, arguments.shares, arguments.steps)
     lengths = {"prompt": limits.prompt, "answer": limits.answer, "conversation": limits.conversation}
-    record = {**environment(), "recipe": arguments.recipe, "examples": config.training.examples, "longest": lengths, "rows": rows}
+    record = {
+        **environment(),
+        "recipe": arguments.recipe,
+        "overlays": arguments.overlays,
+        "examples": config.training.examples,
+        "longest": lengths,
+        "rows": rows,
+    }
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(arguments.out)
     return 0 if kept(rows) else 1
