@@ -142,7 +142,7 @@ def test_packed_files_and_parquet_hold_prompts_too(tmp_path: Path):
     assert [(p.kind, p.text) for p in load(tmp_path / "set.csv.gz")] == [("attack", "Make a moon-key")]
     with gzip.open(tmp_path / "bad.csv.gz", "wt", encoding="utf-8") as file:
         file.write("goal,target\none,two,three\n")
-    with pytest.raises(UserError, match=r"bad\.csv\.gz:2: 3 cells, but the header has 2"):
+    with pytest.raises(UserError, match=r"bad\.csv\.gz:2: more fields than the header has"):
         load(tmp_path / "bad.csv.gz")
     with pytest.raises(UserError, match=r"none\.csv\.gz: no such file"):
         load(tmp_path / "none.csv.gz")
