@@ -189,7 +189,6 @@ def test_what_cannot_be_trained_is_a_user_error(tiny: TinyRun, tmp_path: Path) -
         (lambda: evaluate(tmp_path), "not the folder of a run, it holds no config.yaml"),
         (lambda: export(tmp_path), "not the folder of a run, it holds no config.yaml"),
         (lambda: plan(tiny.recipe, card="9999"), "9999: not in the table"),
-        (lambda: plan(tiny.recipe, {"memory.budget": "1MB"}), "the smallest that can is"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             call()
@@ -239,11 +238,14 @@ def test_a_merged_model_is_a_folder_of_its_own(copied: Path, tmp_path: Path, cap
 def test_a_plan_is_what_the_command_prints(tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
     planned = plan(load_config(tiny.recipe), card="4060")
     assert capsys.readouterr() == ("", "")
-    assert main(["plan", str(tiny.recipe), "--card", "4060", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(planned.as_dict()))
     assert main(["plan", str(tiny.recipe), "--card", "4060"]) == 0
     assert capsys.readouterr().out.splitlines() == planned.lines()
+    record = json.loads(json.dumps(planned.as_dict()))
+    assert (record["card"], record["total_bytes"], record["seconds_per_step"]) == (
+        planned.card.name,
+        planned.total_bytes,
+        planned.seconds_per_step,
+    )
     assert planned.card.name == "RTX 4060 8 GB"
     assert planned.total_bytes == planned.plan.total > 0
     assert planned.seconds_per_step is not None
-    assert plan(tiny.recipe).seconds_per_step is None
