@@ -63,6 +63,7 @@ class TrainingConfig(Section):
 
     steps: Positive = 300
     examples: Positive = Field(4, description="Examples per micro-batch: B safe, B unsafe, B pairs, B retain.")
+    retain_examples: Positive | None = Field(None, description="Retain examples per micro-batch, if another number than examples.")
     accumulation: Positive = 4
     normalize: Literal["micro_batch", "step"] = Field(
         "micro_batch",

@@ -21,6 +21,8 @@ MEGABATCH = 50
 class BatchSampler:
     """Draws ``examples`` sequences of every required role per micro-batch, each role in its own reshuffled epochs.
 
+    ``retain_examples`` are those of ``retain``, where they are another number.
+
     The order of a role depends on the seed, the role and the epoch alone, so adding a role changes no other. ``sets`` may be encoded
     lazily; a set that has ``fingerprint()`` is hashed through it, any other by its ids.
 
@@ -38,6 +40,7 @@ class BatchSampler:
         seed: int,
         required_roles: Iterable[Role],
         group_by_length: bool = False,
+        retain_examples: int | None = None,
     ) -> None:
         wanted = set(required_roles)
         self.roles: tuple[Role, ...] = tuple(r for r in ROLES if r in wanted)
@@ -48,6 +51,7 @@ class BatchSampler:
                 )
         self.sets = {role: sets[role] for role in self.roles}
         self.examples = examples
+        self.retain_examples = retain_examples or examples
         self.seed = seed
         self.group_by_length = group_by_length
         self._lengths = {role: _set_lengths(of_role) for role, of_role in self.sets.items()} if group_by_length else {}
@@ -56,8 +60,8 @@ class BatchSampler:
         self._fingerprint: str | None = None
 
     def next_batch(self) -> Batch:
-        """The next micro-batch: ``examples`` entries per required role, in ``pairs`` for role ``pair``; other roles are empty."""
-        drawn: dict[str, tuple[Any, ...]] = {role: tuple(self._draw(role) for _ in range(self.examples)) for role in self.roles}
+        """The next micro-batch: its entries of every required role, in ``pairs`` for role ``pair``; other roles are empty."""
+        drawn: dict[str, tuple[Any, ...]] = {role: tuple(self._draw(role) for _ in range(self._per_batch(role))) for role in self.roles}
         return Batch(drawn.get("safe", ()), drawn.get("unsafe", ()), drawn.get("pair", ()), drawn.get("retain", ()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,6 +70,7 @@ class BatchSampler:
         return {
             "seed": self.seed,
             "examples": self.examples,
+            "retain_examples": self.retain_examples,
             "group_by_length": self.group_by_length,
             "fingerprint": self.fingerprint(),
             "places": places,
@@ -76,9 +81,11 @@ class BatchSampler:
         for section, key, own in (
             ("training", "seed", self.seed),
             ("training", "examples", self.examples),
+            ("training", "retain_examples", self.retain_examples),
             ("data", "group_by_length", self.group_by_length),
         ):
-            written = state.get(key, False)
+            # Older checkpoints have none of the last two.
+            written = state.get(key, state["examples"] if key == "retain_examples" else False)
             if written != own:
                 raise UserError(f"cannot resume: {section}.{key}={own}, but the checkpoint was written with {written}; set it back")
         if state.get("fingerprint") != self.fingerprint() or set(state["places"]) != set(self.roles):
@@ -94,6 +101,9 @@ class BatchSampler:
             parts = {role: _set_fingerprint(examples) for role, examples in self.sets.items()}
             self._fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return self._fingerprint
+
+    def _per_batch(self, role: Role) -> int:
+        return self.retain_examples if role == "retain" else self.examples
 
     def _draw(self, role: Role) -> Encoded:
         epoch, position = self._place[role]
@@ -111,8 +121,8 @@ class BatchSampler:
             order = _shuffled(range(len(self.sets[role])), generator)
             if self.group_by_length:
                 # Micro-batches run on across epochs: the first examples of this one may complete the last batch of the one before.
-                lead = -epoch * len(order) % self.examples
-                order = _grouped(order, self._lengths[role], self.examples, lead, generator)
+                size = self._per_batch(role)
+                order = _grouped(order, self._lengths[role], size, -epoch * len(order) % size, generator)
             cached = (epoch, order)
             self._orders[role] = cached
         return cached[1]

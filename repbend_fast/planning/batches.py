@@ -76,16 +76,17 @@ def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bo
     return Batch((sequence,) * count, (sequence,) * count, (), chat)
 
 
-def worst_batch(examples: int, limits: Limits) -> Batch:
-    """A micro-batch of the longest sequences of every role."""
+def worst_batch(examples: int, limits: Limits, retain_examples: int | None = None) -> Batch:
+    """A micro-batch of the longest sequences of every role, of ``retain`` as many as ``examples`` unless said otherwise."""
     prompt = max(1, limits.longest - limits.answer)
     sequence = Sequence((1,) * limits.longest, prompt)
     chat = Sequence((1,) * limits.longest, 0)
-    return Batch((sequence,) * examples, (sequence,) * examples, (PairSequence(sequence, sequence),) * examples, (chat,) * examples)
+    pairs = (PairSequence(sequence, sequence),) * examples
+    return Batch((sequence,) * examples, (sequence,) * examples, pairs, (chat,) * (retain_examples or examples))
 
 
-def published_batch(examples: int, limits: Limits, pairs: bool, seed: int) -> Batch:
-    """One micro-batch with lengths from the published distribution, cut to the limits."""
+def published_batch(examples: int, limits: Limits, pairs: bool, seed: int, retain_examples: int | None = None) -> Batch:
+    """One micro-batch with lengths from the published distribution, cut to the limits; ``retain_examples`` as in ``worst_batch``."""
     generator = random.Random(f"lengths:{seed}")
 
     def tokens(most: int) -> int:
@@ -107,5 +108,5 @@ def published_batch(examples: int, limits: Limits, pairs: bool, seed: int) -> Ba
         tuple(answer_to(tokens(limits.prompt)) for _ in each),
         tuple(answer_to(tokens(limits.prompt)) for _ in each),
         tuple(both() for _ in each) if pairs else (),
-        tuple(chat() for _ in each),
+        tuple(chat() for _ in range(retain_examples or examples)),
     )

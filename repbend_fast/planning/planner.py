@@ -106,8 +106,9 @@ class Planner:
     @cached_property
     def expected(self) -> list[list[Stream]]:
         """Micro-batches of published lengths, as streams."""
-        examples = self.config.training.examples
-        batches = (published_batch(examples, self.limits, self.pairs, seed) for seed in range(LENGTH_BATCHES))
+        training = self.config.training
+        examples, retain = training.examples, training.retain_examples
+        batches = (published_batch(examples, self.limits, self.pairs, seed, retain) for seed in range(LENGTH_BATCHES))
         return [self.objective.streams(batch, 0) for batch in batches]
 
     def plan(self, budget: int | None, check: bool = True) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from repbend_fast.config.schema import Config
+from repbend_fast.config.schema import Config, TrainingConfig
 from repbend_fast.data.formats import formats_that_give
 from repbend_fast.data.records import PairSequence, Record, Role, Sequence
 from repbend_fast.data.sampling import BatchSampler, split_holdout
@@ -53,10 +53,11 @@ def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> Ru
         notes.append(f"left to train on, without records that share a prompt with a held-out one: {_counts(records)}")
     roles = _available(records, wanted, config, notes)
     training, grouped = config.training, config.data.group_by_length
-    sampler = BatchSampler(encode_records(records, encoder), training.examples, training.seed, roles, group_by_length=grouped)
+    encoded = encode_records(records, encoder)
+    sampler = BatchSampler(encoded, training.examples, training.seed, roles, grouped, training.retain_examples)
     sequences = {role: list(encoded) for role, encoded in encode_records(held, encoder).items()}
     chat = [s for s in _evaluation_chat(config, encoder) or sequences.get("retain", []) if isinstance(s, Sequence)]
-    notes += dropped_reasoning(records, encoder) + _repeated(records, roles, training.examples)
+    notes += dropped_reasoning(records, encoder) + _repeated(records, roles, training)
     # From here on training counts: held-out records do not belong into the run's report of truncated examples.
     encoder.truncated = Truncated()
     return RunData(encoder, sampler, sequences, chat, notes)
@@ -72,14 +73,18 @@ def _evaluation_chat(config: Config, encoder: ChatEncoder) -> list[Sequence | Pa
     return list(encode_records(loaded.records, encoder)["retain"])
 
 
-def _repeated(records: dict[Role, list[Record]], roles: tuple[Role, ...], examples: int) -> list[str]:
+def _repeated(records: dict[Role, list[Record]], roles: tuple[Role, ...], training: TrainingConfig) -> list[str]:
     """A line for each role with fewer records than a micro-batch has examples."""
-    few = {role: len(records[role]) for role in roles if len(records[role]) < examples}
-    return [
-        f"training.examples={examples}, but there {'is' if count == 1 else 'are'} {count} {role} record{'' if count == 1 else 's'}: "
-        f"a micro-batch holds {'it' if count == 1 else 'some of them'} more than once"
-        for role, count in few.items()
-    ]
+    own = training.retain_examples
+    notes = []
+    for role in roles:
+        key, examples = ("retain_examples", own) if role == "retain" and own else ("examples", training.examples)
+        if (count := len(records[role])) < examples:
+            there = f"there {'is' if count == 1 else 'are'} {count} {role} record{'' if count == 1 else 's'}"
+            notes.append(
+                f"training.{key}={examples}, but {there}: a micro-batch holds {'it' if count == 1 else 'some of them'} more than once"
+            )
+    return notes
 
 
 def _counts(records: dict[Role, list[Record]]) -> str:

@@ -28,6 +28,7 @@ def differing(tiny: TinyComparison, **sections: object) -> str:
     [
         ("training", {"steps": 6}, "training.steps: 4 and 6", "training.steps=4"),
         ("training", {"accumulation": 2}, "training.accumulation: 2 and 4", "training.examples=2 training.accumulation=1"),
+        ("training", {"retain_examples": 6}, "training.retain_examples: null and 6", "training.retain_examples=null"),
         ("training", {"warmup_steps": 0}, "training.warmup_steps: 1 and 0", "training.warmup_steps=1"),
         ("model", {"dtype": "bfloat16"}, "model.dtype: float32 and bfloat16", "model.dtype=float32"),
         ("data", {"max_answer_tokens": 9}, "data.max_answer_tokens: 512 and 9", "data.max_answer_tokens=512"),

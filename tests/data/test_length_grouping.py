@@ -137,3 +137,13 @@ def test_lazy_records_are_grouped_without_encoding_them(make_tokenizer, monkeypa
     for _ in range(4):
         lengths = [len(s) - s.prompt_length for s in source.next_batch().safe]
         assert max(lengths) < 20 or min(lengths) > 20
+
+
+def test_retain_has_epochs_of_its_own_batches() -> None:
+    sets = {"safe": sequences(published_lengths(51, "safe")), "retain": sequences(published_lengths(51, "retain"))}
+    source = BatchSampler(sets, 2, 3, ("safe", "retain"), group_by_length=True, retain_examples=5)
+    taken = [source.next_batch() for _ in range(102)]
+    order = [s.ids[0] for batch in taken for s in batch.retain]
+    assert all(sorted(order[i : i + 51]) == list(range(51)) for i in range(0, 510, 51))
+    # Mixed by chance a batch of five spans two thirds of the range of lengths.
+    assert sum(max(map(len, b.retain)) - min(map(len, b.retain)) for b in taken) / len(taken) < 200

@@ -23,8 +23,8 @@ def make_sets(safe=7, unsafe=5, pair=6, retain=11):
     return {"safe": sequences(safe, 100), "unsafe": sequences(unsafe, 200), "pair": pairs, "retain": sequences(retain, 500)}
 
 
-def sampler(seed=3, examples=2, roles=ALL, **sizes):
-    return BatchSampler(make_sets(**sizes), examples, seed, roles)
+def sampler(seed=3, examples=2, roles=ALL, retain_examples=None, **sizes):
+    return BatchSampler(make_sets(**sizes), examples, seed, roles, retain_examples=retain_examples)
 
 
 def batches(source, count):
@@ -44,6 +44,14 @@ def test_batches_have_the_asked_size_even_across_epochs():
     for batch in batches(sampler(examples=4), 9):
         assert [len(x) for x in (batch.safe, batch.unsafe, batch.pairs, batch.retain)] == [4, 4, 4, 4]
         assert all(isinstance(p, PairSequence) for p in batch.pairs)
+
+
+def test_retain_may_have_examples_of_its_own():
+    drawn = batches(sampler(retain_examples=5), 9)
+    assert {tuple(len(x) for x in (b.safe, b.unsafe, b.pairs, b.retain)) for b in drawn} == {(2, 2, 2, 5)}
+    in_turn = [sequence for batch in drawn for sequence in batch.retain]
+    assert [sequence for batch in batches(sampler(), 22) for sequence in batch.retain] == in_turn[:44]
+    assert [b.safe for b in drawn] == [b.safe for b in batches(sampler(), 9)]
 
 
 def test_order_depends_on_seed_and_role_alone():
@@ -80,12 +88,25 @@ def test_resuming_gives_the_same_batches(taken):
         ({"roles": ("safe", "unsafe")}, "data, tokenizer or token limits differ"),
         ({"seed": 4}, r"training\.seed=4, but the checkpoint was written with 3"),
         ({"examples": 3}, r"training\.examples=3, but the checkpoint was written with 2"),
+        ({"retain_examples": 5}, r"training\.retain_examples=5, but the checkpoint was written with 2"),
     ],
 )
 def test_resuming_on_something_else_is_refused(other, words):
     state = sampler().state_dict()
     with pytest.raises(UserError, match="cannot resume: " + words):
         sampler(**other).load_state_dict(state)
+
+
+def test_a_checkpoint_from_before_retain_had_a_number_of_its_own_is_resumed():
+    source = sampler()
+    batches(source, 3)
+    state = source.state_dict()
+    del state["retain_examples"]
+    resumed = sampler()
+    resumed.load_state_dict(state)
+    assert batches(resumed, 9) == batches(source, 9)
+    with pytest.raises(UserError, match=r"training\.retain_examples=5, but the checkpoint was written with 2"):
+        sampler(retain_examples=5).load_state_dict(state)
 
 
 def test_one_changed_token_changes_the_fingerprint():

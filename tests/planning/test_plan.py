@@ -36,6 +36,13 @@ def test_planned_peak_without_a_budget_is_the_measured_one(small: Planner) -> No
     assert plan.total == pytest.approx(measured["bytes"], rel=0.10)
 
 
+def test_retain_examples_are_planned_for(small: Planner) -> None:
+    training = small.config.training.model_copy(update={"retain_examples": 5})
+    planner = Planner(small.config.model_copy(update={"training": training}), CPU)
+    assert [{s.name: len(s.sequences) for s in streams}["retain"] for streams in planner.expected] == [5] * len(planner.expected)
+    assert planner.plan(None).total > small.plan(None).total
+
+
 @pytest.mark.slow
 def test_budgets_are_kept(small: Planner) -> None:
     rows = grid(small.config, random_model(small.config), small.limits, (0.6, 0.25, 0.0), steps=2)

@@ -198,6 +198,9 @@ def test_commands_on_a_run_without_an_adapter(command: str, whole: TinyRun, tiny
 
 def test_fewer_records_than_examples_are_noted(tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_records(tiny.folder / "few.jsonl", [r for i, r in enumerate(make_records(count=3)) if i % 4 != 1 or i == 1])
-    tiny.train(f"data.sources={path}", "training.steps=2", "training.examples=3", "validation.every=0")
+    tiny.train(f"data.sources={path}", "training.steps=2", "training.examples=3", "training.retain_examples=4", "validation.every=0")
     notes = [line for line in capsys.readouterr().out.splitlines() if "more than once" in line]
-    assert notes == ["training.examples=3, but there is 1 unsafe record: a micro-batch holds it more than once"]
+    assert notes == [
+        "training.examples=3, but there is 1 unsafe record: a micro-batch holds it more than once",
+        "training.retain_examples=4, but there are 3 retain records: a micro-batch holds some of them more than once",
+    ]
