@@ -45,8 +45,7 @@ def load_config(
         UserError: unknown, duplicate or ambiguous key, wrong type, value out of range, impossible combination, missing or invalid
             file. One line that names key, value and what is allowed.
     """
-    above = [overlays] if isinstance(overlays, str | os.PathLike) else list(overlays)
-    overlays = [os.fspath(overlay) for overlay in above]
+    above = [os.fspath(overlay) for overlay in ([overlays] if isinstance(overlays, str | os.PathLike) else overlays)]
     settings = _Settings(note)
     if isinstance(recipe, Config):
         name = "the configuration"
@@ -54,11 +53,11 @@ def load_config(
     else:
         path, name = find_recipe(os.fspath(recipe))
         settings.add_file(path, name, ())
-    for overlay in overlays:
+    for overlay in above:
         settings.add_file(*find_overlay(overlay), (), overlay=True)
     settings.add_overrides(parse_overrides(defaults))
     settings.add_overrides(parse_overrides(overrides))
-    settings.name_folder("-".join(map(bare_name, (name, *overlays))))
+    settings.name_folder("-".join(map(bare_name, (name, *above))))
     try:
         return Config.model_validate(settings.tree)
     except ValidationError as error:
