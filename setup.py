@@ -23,7 +23,7 @@ setup(
     ],
     package_dir={"repbend_fast": "repbend_fast", "repbend_fast.recipes": "recipes"},
     package_data={
-        "repbend_fast.recipes": ["*.yaml"],
+        "repbend_fast.recipes": ["*.yaml", "overlays/*.yaml"],
         "repbend_fast.data.demo": ["*.json", "*.jsonl"],
         "repbend_fast.report": ["*.html.j2"],
     },
@@ -47,8 +47,6 @@ setup(
     ],
     extras_require={
         "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
-        "tracking": ["tensorboard>=2.18"],
-        "evaluation": ["lm-eval>=0.4.9"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -111,24 +111,31 @@ def main(argv: Seq[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--with", action="append", default=[], dest="overlays", metavar="OVERLAY")
     parser.add_argument("--shares", type=lambda text: tuple(map(float, text.split(","))), default=SHARES)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "budget_cpu.json")
     arguments = parser.parse_args(argv)
-    from harness import environment
-
+    from repbend_fast.environment import environment
     from repbend_fast.models import load_tokenizer
     from repbend_fast.objectives import roles_of
     from repbend_fast.runs.prepare import prepare_data
 
-    config = load_config(arguments.recipe, arguments.overrides)
+    config = load_config(arguments.recipe, arguments.overrides, overlays=arguments.overlays)
     data = prepare_data(config, load_tokenizer(config.model), roles_of(config.objective))
     limits = limits_of_sets(data.sampler.sets, config)
     base = random_model(config) if arguments.random else load_model(config.model)
     rows = grid(config, base, limits, arguments.shares, arguments.steps)
     lengths = {"prompt": limits.prompt, "answer": limits.answer, "conversation": limits.conversation}
-    record = {**environment(), "recipe": arguments.recipe, "examples": config.training.examples, "longest": lengths, "rows": rows}
+    record = {
+        **environment(),
+        "recipe": arguments.recipe,
+        "overlays": arguments.overlays,
+        "examples": config.training.examples,
+        "longest": lengths,
+        "rows": rows,
+    }
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(arguments.out)
     return 0 if kept(rows) else 1

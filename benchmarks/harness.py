@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from repbend_fast.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -82,45 +79,9 @@ def rates(stats: Any, work: Work, machine: Machine, calls: int) -> dict[str, Any
     return found
 
 
-def hardware_name() -> str:
-    """The GPU's name, or the CPU's model and number of cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.processor() or platform.machine()} x{os.cpu_count()}"
-
-
 def hardware_slug() -> str:
     """A file name from the hardware's name; every CPU is ``cpu``, so that the record of a CPU has one place."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") if torch.cuda.is_available() else "cpu"
-
-
-def commit() -> str:
-    """The checkout's commit; where there is no git or no repository, ``COMMIT`` of the environment, else ``unknown``."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        found = ""
-    return found or os.environ.get("COMMIT") or "unknown"
-
-
-def environment() -> dict[str, Any]:
-    """Hardware, versions, commit and date of a record."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "peft", "bitsandbytes", "liger_kernel"):
-        try:
-            versions[name] = metadata.version(name.replace("_", "-"))
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return {
-        "hardware": hardware_name(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def merged(

@@ -99,7 +99,7 @@ def our_bar(planner: Planner, label: str, budget: int | None, longest: bool) -> 
 def bars() -> list[dict[str, Any]]:
     """The published step, then ours with and without recomputation and in NF4."""
     plain = Planner(load_config("llama-3-8b-instruct", ["memory.budget=null", "memory.checkpoint_blocks=auto"]), CUDA)
-    packed = Planner(load_config("llama-3-8b-instruct-qlora"), CUDA)
+    packed = Planner(load_config("llama-3-8b-instruct", overlays="qlora"), CUDA)
     return [
         eager_bar("llama-3-8b-instruct"),
         our_bar(plain, "ours, bf16,\npublished lengths", None, longest=False),
@@ -172,7 +172,7 @@ def main(argv: Seq[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="draw from the record without planning")
     if not parser.parse_args(argv).draw:
-        from harness import environment
+        from repbend_fast.environment import environment
 
         record = {**environment(), "planned": True, "bars": bars(), "table": table()}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

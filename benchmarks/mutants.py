@@ -35,8 +35,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
-from harness import RESULTS, environment
+from harness import RESULTS
 from mutant_list import MUTANTS, Mutant
+
+from repbend_fast.environment import environment
 
 ROOT = Path(__file__).parents[1]
 KILLED, SURVIVED, UNSEEN, FAULTY = "killed", "survived", "not visible here", "faulty"

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, environment, hardware_slug, merged, wait
+from harness import RESULTS, hardware_slug, merged, wait
 from profile_parts import Row, add_up, busy_seconds, profile_table, read
 from step_cases import LORA, Case, cases_for, load_base, real_tokens
 from step_sides import NotPlanned, Side, adapted, set_up, sides_for
 
 from repbend_fast.config.schema import TrainingConfig
+from repbend_fast.environment import environment
 from repbend_fast.models import find_decoder, trainable_parameters
 from repbend_fast.training.optimizer import build_optimizer
 

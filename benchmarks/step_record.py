@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import Machine, environment, merged
+from harness import Machine, merged
+
+from repbend_fast.environment import environment
 
 Row = dict[str, Any]
 

@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import commit
-
 from repbend_fast.environment import environment
 from repbend_fast.evaluation.rates import KEYS
 
@@ -55,8 +53,9 @@ def main() -> int:
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         found = run_seed(seed, arguments.folder / f"seed-{seed}", arguments.overrides)
-        seeds = sorted([*_others(arguments.out, commit(), arguments.overrides, seed), found], key=lambda each: each["seed"])
-        record = {"commit": commit(), "environment": environment(), "overrides": arguments.overrides, "seeds": seeds}
+        where = environment()
+        seeds = sorted([*_others(arguments.out, where["commit"], arguments.overrides, seed), found], key=lambda each: each["seed"])
+        record = {**where, "overrides": arguments.overrides, "seeds": seeds}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -1,18 +1,81 @@
-"""What the user is told on the terminal: lines, and the progress of a run."""
+"""What a run tells its user while it works: lines, tables, a live bar. On the terminal, to a caller's function, or nowhere."""
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
-console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+Say = Callable[[str], None]
+"""Takes what is said, a line or a few at a time, without the last line's end."""
+_TABLE_WIDTH = 100
+
+
+def terminal(text: str) -> None:
+    """Print a line for the user as it is: paths keep their brackets, and a command to copy is not wrapped."""
+    terminal_console().print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+@cache
+def terminal_console() -> Console:
+    """Standard output, as ``rich`` draws on it."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+# A thread that a caller starts has the terminal again, as the threads of a comparison need it.
+_listener: ContextVar[Say | None] = ContextVar("listener", default=terminal)
+
+
+@contextmanager
+def saying(listener: Say | None) -> Iterator[None]:
+    """What is said inside goes to ``listener``; to nobody with None."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def say(text: str) -> None:
-    """Print a line for the user as it is: paths keep their brackets, and a command to copy is not wrapped."""
-    console.print(text, markup=False, emoji=False, soft_wrap=True)
+    """Say a line, or a few."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(text)
+
+
+def note(text: str) -> None:
+    """Say what a user may have to know, though it stops nothing. On a terminal it goes to standard error, out of the way of results."""
+    if _listener.get() is terminal:
+        print(f"note: {text}", file=sys.stderr)
+    else:
+        say(f"note: {text}")
+
+
+def show(renderable: Any) -> None:
+    """Show a table or another thing that ``rich`` draws; a listener gets it as text."""
+    listener = _listener.get()
+    if listener is terminal:
+        terminal_console().print(renderable)
+    elif listener is not None:
+        from rich.console import Console
+
+        drawn = Console(file=io.StringIO(), width=_TABLE_WIDTH, highlight=False)
+        with drawn.capture() as text:
+            drawn.print(renderable)
+        listener(text.get().rstrip("\n"))
 
 
 class ProgressLine:
@@ -21,9 +84,11 @@ class ProgressLine:
     def __init__(self, steps: int, done: int) -> None:
         self.steps = steps
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if _listener.get() is terminal and terminal_console().is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
             columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[values]}"), console=console)
+            self._bar = Progress(*columns, TextColumn("{task.fields[values]}"), console=terminal_console())
             self._task = self._bar.add_task("bending", total=steps, completed=done, values="")
 
     def __enter__(self) -> ProgressLine:
@@ -42,3 +107,54 @@ class ProgressLine:
             self._bar.update(self._task, completed=step, values=values)
         else:
             say(f"step {step}/{self.steps}  {values}")
+
+
+def hush() -> None:
+    """Silence notices of other libraries that say nothing to a user, and only those, for the rest of the process.
+
+    Progress bars of downloads and loading stay where there is a terminal to draw them on.
+    """
+    _ignore_noise()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """As :func:`hush` inside; away from a terminal without progress bars of models being loaded either."""
+    logger = logging.getLogger(_CPU_KERNEL_LOGGER)
+    kept = list(logger.filters)
+    with warnings.catch_warnings(), _without_bars(_listener.get() is not terminal):
+        _ignore_noise()
+        try:
+            yield
+        finally:
+            logger.filters[:] = kept
+
+
+@contextmanager
+def _without_bars(wanted: bool) -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    switch = wanted and transformers_logging.is_progress_bar_enabled()
+    if switch:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if switch:
+            transformers_logging.enable_progress_bar()
+
+
+_CPU_KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
+
+
+def _ignore_noise() -> None:
+    # peft asks transformers by a name that transformers has renamed.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # bitsandbytes looks on the hub for a CPU kernel of inference, which training must not use: it has no backward.
+    logging.getLogger(_CPU_KERNEL_LOGGER).addFilter(_not_about_the_hub_kernel)
+
+
+def _not_about_the_hub_kernel(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")

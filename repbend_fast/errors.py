@@ -12,6 +12,9 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Another library's message on one line of at most 240 characters, to stand inside a :class:`UserError`'s."""
-    text = " ".join(str(error).split())
+    """Another library's message on one line of at most 240 characters, to stand inside a :class:`UserError`'s.
+
+    The error's kind, where it says nothing.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."

@@ -17,6 +17,16 @@ def looks_like_file(name: str) -> bool:
     return suffix in DATA_SUFFIXES or (len(suffix) > 2 and bool(difflib.get_close_matches(suffix, DATA_SUFFIXES, 1, 0.75)))
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path: hub names have one slash at most and begin with a letter or a digit."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is one of a data set with its owner, as in ``owner/name``; a bare word may as well be a file."""
+    return "/" in name and not is_path(name) and not looks_like_file(name)
+
+
 def nearest(name: str) -> str:
     """``; did you mean NAME?`` with the most similar name in the same folder, by its stem first; empty where there is none."""
     path = Path(name).expanduser()

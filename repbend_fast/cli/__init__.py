@@ -11,12 +11,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from repbend_fast.cli.commands import EXIT_INTERRUPTED
 from repbend_fast.cli.parser import parse
-from repbend_fast.cli.quiet import hush
+from repbend_fast.console import hush
 from repbend_fast.errors import UserError
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 _NO_SPACE = ("no space left on device", "os error 28")
 
 

@@ -2,62 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repbend_fast.errors import UserError
+from repbend_fast import api
+from repbend_fast.console import note, terminal
+from repbend_fast.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from repbend_fast.config import Config
 
-RUN_CONFIG = "config.yaml"
+EXIT_INTERRUPTED = 130
 
 
 def train(arguments: Namespace) -> int:
     """``train``: a dry run prints the configuration, a full one what is shown for the model, anything else trains."""
-    from repbend_fast.config import check_files, load_config, missing_files, resolved_yaml
-
-    resume = None if arguments.resume is None else Path(arguments.resume).expanduser()
-    named = bool(arguments.resume)
-    if arguments.recipe is None and not named:
+    if arguments.recipe is None and not arguments.resume:
         raise UserError("RECIPE is missing; `repbend-fast recipes ls` lists the shipped ones")
-    recipe = arguments.recipe if arguments.recipe is not None else str(_run_config(str(resume)))
-    config = load_config(recipe, arguments.overrides)
-    if resume is not None:
-        resume = resume if named else Path(config.output.folder)
-        if not resume.is_dir():
-            raise UserError(f"--resume {resume}: no such folder; train without --resume to start it")
-        config.output.folder = str(resume)
+    resume = False if arguments.resume is None else arguments.resume or True
+    if arguments.dry_run is not None:
+        return _dry_run(arguments, resume)
+    run = api.train(arguments.recipe, arguments.overrides, overlays=arguments.overlays, resume=resume, say=terminal)
+    return EXIT_INTERRUPTED if run.interrupted else 0
+
+
+def _dry_run(arguments: Namespace, resume: bool | str) -> int:
+    from repbend_fast.config import check_files, missing_files, resolved_yaml
+
+    config, folder = api.training_config(arguments.recipe, arguments.overrides, arguments.overlays, resume)
     if arguments.dry_run == "plain":
         print(resolved_yaml(config), end="")
         for problem in missing_files(config):
-            print(f"note: training would stop at {problem}", file=sys.stderr)
+            note(f"training would stop at {problem}")
         return 0
     check_files(config)
-    if arguments.dry_run == "full":
-        from repbend_fast.training.dry_run import dry_run
+    from repbend_fast.training.dry_run import dry_run
 
-        return dry_run(config, resume)
-    from repbend_fast.training.trainer import train as run_training
-
-    return int(run_training(config, resume).exit_code)
+    return dry_run(config, folder)
 
 
 def evaluate(arguments: Namespace) -> int:
     """``eval``: a run's folder, or a recipe."""
-    from repbend_fast.config import check_files, load_config
-
-    folder = Path(arguments.target).expanduser()
-    is_run = folder.is_dir()
-    config = load_config(str(_run_config(arguments.target)) if is_run else arguments.target, arguments.overrides)
-    check_files(config)
-    from repbend_fast.evaluation.sides import evaluate_target
-
-    out = None if arguments.out is None else Path(arguments.out).expanduser()
-    return evaluate_target(config, folder if is_run else None, out)
+    api.evaluate(arguments.target, arguments.overrides, overlays=arguments.overlays, out=arguments.out, say=terminal)
+    return 0
 
 
 def compare(arguments: Namespace) -> int:
@@ -65,18 +55,22 @@ def compare(arguments: Namespace) -> int:
     from repbend_fast.compare import DEFAULT_RECIPES, load_comparison, run_compare
 
     options: dict[str, Any] = {name: value for name in ("seeds", "rates", "jobs") if (value := getattr(arguments, name)) is not None}
-    words = [*arguments.recipes, *([] if arguments.out is None else ["--out", arguments.out])]
+    words = [
+        *arguments.recipes,
+        *(f"--with={overlay}" for overlay in arguments.overlays),
+        *([] if arguments.out is None else ["--out", arguments.out]),
+    ]
     for name, value in options.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if arguments.out is not None:
         options["folder"] = Path(arguments.out).expanduser()
-    comparison = load_comparison(arguments.recipes or DEFAULT_RECIPES, arguments.overrides, **options)
+    comparison = load_comparison(arguments.recipes or DEFAULT_RECIPES, arguments.overrides, overlays=arguments.overlays, **options)
     return run_compare(comparison, shlex.join(["repbend-fast", "compare", *words, *arguments.overrides]))
 
 
 def report(arguments: Namespace) -> int:
     """``report``: writes ``report.html`` and prints its path."""
-    folder = _run_config(arguments.run).parent
+    folder = api.run_config(arguments.run).parent
     from repbend_fast.report import write_report
 
     print(write_report(folder))
@@ -85,14 +79,7 @@ def report(arguments: Namespace) -> int:
 
 def export(arguments: Namespace) -> int:
     """``export``: writes the merged model and prints its folder."""
-    folder = _run_config(arguments.run).parent
-    out = folder / "merged" if arguments.out is None else Path(arguments.out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: exists and is not an empty folder; choose another")
-    from repbend_fast.runs.export import export_merged
-
-    export_merged(folder, out)
-    print(out)
+    print(api.export(arguments.run, arguments.out, say=terminal))
     return 0
 
 
@@ -106,37 +93,55 @@ def verify(arguments: Namespace) -> int:
     return int(run_verify(folder, arguments.objective))
 
 
+def env(arguments: Namespace) -> int:
+    """``env``: what a bug report needs, as a table or as JSON."""
+    from repbend_fast.environment import environment
+
+    found = environment()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for section, values in found.items():
+        if not isinstance(values, dict):
+            print(f"{section}  {values}")
+            continue
+        print(section)
+        width = max(map(len, values))
+        for key, value in values.items():
+            print(f"  {key:<{width}}  {value}")
+    return 0
+
+
 def check_data(arguments: Namespace) -> int:
     """``data check``: a recipe's sources with its tokenizer, or one file."""
-    config, tokenizer = _data_to_check(arguments.target, arguments.overrides)
+    config, tokenizer = _data_to_check(arguments.target, arguments.overrides, arguments.overlays)
     from repbend_fast.runs.check_data import run_check
 
     return int(run_check(config, tokenizer))
 
 
-def _data_to_check(target: str, overrides: list[str]) -> tuple[Config, Any]:
+def _data_to_check(target: str, overrides: list[str], overlays: list[str]) -> tuple[Config, Any]:
     from repbend_fast.config import load_config
-    from repbend_fast.config.shipped import SUFFIXES, recipe_names
+    from repbend_fast.config.shipped import SUFFIXES, overlay_meant, recipe_names
     from repbend_fast.nearby import nearest
 
     path = Path(target).expanduser()
     if target in recipe_names() or target.endswith(SUFFIXES):
-        config = load_config(target, overrides)
+        config = load_config(target, overrides, overlays=overlays)
         return config, _tokenizer(config)
     if not path.is_file():
-        raise UserError(f"{target}: neither a recipe nor a file; `repbend-fast recipes ls` lists the recipes{nearest(target)}")
+        remedy = overlay_meant(target) or f"`repbend-fast recipes ls` lists the recipes{nearest(target)}"
+        raise UserError(f"{target}: neither a recipe nor a file; {remedy}")
     # Any valid recipe can carry the file; its model counts only if the user names one.
     bare = load_config("demo")
-    config = load_config("demo", ["model.gguf_file=null", *_quoted_source(path), *overrides])
+    config = load_config("demo", ["model.gguf_file=null", *_quoted_source(path), *overrides], overlays=overlays)
     if config.model.name == bare.model.name:
-        print("note: lengths are in characters; model.name=… adds token counts", file=sys.stderr)
+        note("lengths are in characters; model.name=… adds token counts")
         return config, None
     return config, _tokenizer(config)
 
 
 def _quoted_source(path: Path) -> list[str]:
-    import json
-
     return [f"data.sources=[{{path: {json.dumps(str(path))}}}]", "validation.sources=[]"]
 
 
@@ -147,15 +152,5 @@ def _tokenizer(config: Config) -> Any:
     try:
         return load_tokenizer(config.model)
     except (UserError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        print(f"note: lengths are in characters, the tokenizer is not to be had ({reason[:200]})", file=sys.stderr)
+        note(f"lengths are in characters, the tokenizer is not to be had ({one_line(error)})")
         return None
-
-
-def _run_config(run: str) -> Path:
-    folder = Path(run).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{run}: no such folder; name the folder of a run")
-    if not (folder / RUN_CONFIG).is_file():
-        raise UserError(f"{run}: not the folder of a run, it holds no {RUN_CONFIG}")
-    return folder / RUN_CONFIG

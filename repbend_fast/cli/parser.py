@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import repbend_fast
-from repbend_fast import environment
 from repbend_fast.cli import commands, recipes
 from repbend_fast.cli import plan as planning
 from repbend_fast.config.overrides import is_assignment, takes_value
@@ -26,23 +25,26 @@ exit codes
   0 done   1 a check failed   2 input to mend, named in one line (REPBEND_DEBUG=1: with traceback)   130 interrupted, resumable
 """
 
-# Options of the commands that take overrides, and whether a value follows (+ = numbers). Every other option is an override.
-_OWN_OPTIONS: dict[str, str] = {
-    "--dry-run": "",
-    "--resume": "?",
-    "--out": "1",
-    "--card": "1",
-    "--table": "",
-    "--json": "",
-    "--seeds": "+",
-    "--rates": "+",
-    "--jobs": "1",
-    "--help": "",
-    "-h": "",
-}
-
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that remembers its commands and, by every spelling, its options: whatever else looks like an option is an override."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.commands: Mapping[str, _Parser] = {}
+        self.options: dict[str, argparse.Action] = {}
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        action: argparse.Action = super().add_argument(*args, **kwargs)
+        self.options.update(dict.fromkeys(action.option_strings, action))
+        return action
+
+    def add_commands(self) -> Any:
+        """What ``_command`` adds commands to."""
+        groups = self.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        self.commands = groups.choices
+        return groups
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
 
@@ -55,45 +57,61 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: after printing help or the version.
     """
     parser = _build()
-    command = next((token for token in argv if not token.startswith("-")), None)
-    takes_overrides = command in ("train", "eval", "plan", "compare") or (command == "data" and "check" in argv)
-    if not takes_overrides:
+    command, words = _command_of(parser, argv)
+    if not command.get_default("takes_overrides"):
         return parser.parse_args(list(argv))
-    kept, overrides = _split(argv)
-    if command == "compare":
-        # argparse takes a list of recipes in one place only, and options may stand between them. One without its value stays last.
-        kept.remove("compare")
-        kept = ["compare", *sorted(kept, key=_place)]
-    arguments = parser.parse_args(kept)
+    kept, overrides = _split(command, argv)
+    # argparse takes a list of recipes in one place only, and options may stand between them. One without its value stays last.
+    for word in words:
+        kept.remove(word)
+    arguments = parser.parse_args([*words, *sorted(kept, key=_place)])
     arguments.overrides = overrides
     return arguments
+
+
+def _command_of(parser: _Parser, argv: Sequence[str]) -> tuple[_Parser, list[str]]:
+    """The parser of the command that is meant, and the words that name it."""
+    words: list[str] = []
+    for token in argv:
+        if not parser.commands:
+            break
+        if token.startswith("-"):
+            continue
+        if token not in parser.commands:
+            break
+        parser = parser.commands[token]
+        words.append(token)
+    return parser, words
 
 
 def _place(token: str) -> int:
     return 1 if not token.startswith("-") else 0 if "=" in token else 2
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split(command: _Parser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separates what argparse knows from overrides, which look like options too."""
     kept: list[str] = []
     overrides: list[str] = []
     i = 0
     while i < len(argv):
-        # With an optional value, argparse would take a recipe that follows for it.
-        token = "--dry-run=plain" if argv[i] == "--dry-run" else argv[i]
+        token = argv[i]
         name, equals, _ = token.partition("=")
-        own = _OWN_OPTIONS.get(name)
+        own = command.options.get(name)
         follows = not equals and takes_value(argv, i)
-        if token.startswith("-") and own == "+":
+        if own is not None and own.nargs == "+":
             numbers = _numbers(argv, i + 1)
             if not equals and not numbers:
-                raise UserError(f"{name}: no number follows; see `repbend-fast compare --help`")
+                raise UserError(f"{name}: no number follows; see `{command.prog} --help`")
             kept += [token] if equals else []
             kept += [f"{name}={number}" for number in numbers]
             i += len(numbers)
-        elif token.startswith("-") and own is not None:
-            kept.append(f"{token}={argv[i + 1]}" if own and follows else token)
-            i += 1 if own and follows else 0
+        elif own is not None and own.nargs == 0:
+            kept.append(token)
+        elif own is not None and own.nargs == "?" and own.choices and not equals:
+            kept.append(f"{token}={own.const}")  # alone it must not take a recipe that follows for its value
+        elif own is not None:
+            kept.append(f"{token}={argv[i + 1]}" if follows else token)
+            i += 1 if follows else 0
         elif token.startswith("--"):
             overrides += [token, argv[i + 1]] if follows else [token]
             i += 1 if follows else 0
@@ -115,7 +133,7 @@ def _numbers(argv: Sequence[str], start: int) -> list[str]:
     return found
 
 
-def _build() -> argparse.ArgumentParser:
+def _build() -> _Parser:
     parser = _Parser(
         prog="repbend-fast",
         description="Representation Bending (RepBend) safety training of chat models on one GPU or CPU.",
@@ -123,12 +141,14 @@ def _build() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"repbend-fast {repbend_fast.__version__}")
-    groups = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    groups = parser.add_commands()
 
     train = _command(groups, "train", commands.train, "train a model by a recipe", overrides=True)
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe (`recipes ls`) or a YAML file")
     train.add_argument(
         "--dry-run",
+        nargs="?",
+        const="plain",
         choices=("plain", "full"),
         metavar="full",
         help="print the resolved configuration and stop; --dry-run=full loads the model and prints what is shown for it",
@@ -173,12 +193,12 @@ def _build() -> argparse.ArgumentParser:
     verify.add_argument("--objective", action="append", metavar="NAME", help="fail if this objective has no case; repeatable")
 
     data = groups.add_parser("data", help="look at data before training", description="Look at data before training.")
-    data_groups = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    data_groups = data.add_commands()
     check = _command(data_groups, "check", commands.check_data, "counts per role, lengths and bad records", overrides=True)
     check.add_argument("target", metavar="RECIPE|FILE", help="a recipe, or a data file (model.name=… adds token counts)")
 
     _recipe_commands(groups)
-    env = _command(groups, "env", environment.show, "versions, devices, memory and implementations on this machine")
+    env = _command(groups, "env", commands.env, "versions, devices, memory and implementations on this machine")
     env.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -187,16 +207,18 @@ def _compare_command(groups: Any) -> None:
     compare = _command(groups, "compare", commands.compare, "train several methods with equal settings and compare them", overrides=True)
     compare.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipes or YAML files (default: the demo's, one per method)")
     compare.add_argument("--out", metavar="DIR", help="where runs and results go (default: runs/compare)")
-    compare.add_argument("--seeds", action="append", type=int, metavar="N …", help="seeds; rates are tried with the first (default: 0)")
     compare.add_argument(
-        "--rates", action="append", type=float, metavar="RATE …", help="learning rates that each method tries (default: 5e-4 1e-3 2e-3)"
+        "--seeds", action="extend", nargs="+", type=int, metavar="N", help="rates are tried with the first of them (default: 0)"
+    )
+    compare.add_argument(
+        "--rates", action="extend", nargs="+", type=float, metavar="RATE", help="that each method tries (default: 5e-4 1e-3 2e-3)"
     )
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at once, which share the CPU's cores (default: 1)")
 
 
 def _recipe_commands(groups: Any) -> None:
     parser = groups.add_parser("recipes", help="list, show and copy the shipped recipes", description="The shipped recipes.")
-    sub = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = parser.add_commands()
     _command(sub, "ls", recipes.ls, "names and what they are for")
     show = _command(sub, "show", recipes.show, "print a recipe with its comments")
     show.add_argument("recipe", metavar="NAME")
@@ -205,8 +227,8 @@ def _recipe_commands(groups: Any) -> None:
     copy.add_argument("target", nargs="?", default=".", metavar="DEST", help="file or folder (default: here)")
 
 
-def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool = False) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = groups.add_parser(
+def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool = False) -> _Parser:
+    parser: _Parser = groups.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
@@ -214,14 +236,23 @@ def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool
         epilog=_OVERRIDES if overrides else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(handler=handler, overrides=[])
+    parser.set_defaults(handler=handler, overrides=[], takes_overrides=overrides)
+    if overrides:
+        parser.add_argument(
+            "--with",
+            action="append",
+            default=[],
+            dest="overlays",
+            metavar="OVERLAY",
+            help="an overlay (`recipes ls`) or a YAML file on top",
+        )
     return parser
 
 
 _USAGE = {
-    "train": "train RECIPE [key=value …] [--name value …] [--dry-run[=full]] [--resume [FOLDER]]",
-    "eval": "eval RUN_OR_RECIPE [key=value …] [--out FILE]",
-    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [key=value …]",
-    "plan": "plan [RECIPE] [key=value …] [--card NAME] [--table] [--json]",
-    "check": "data check RECIPE|FILE [key=value …]",
+    "train": "train RECIPE [--with OVERLAY] [key=value …] [--name value …] [--dry-run[=full]] [--resume [FOLDER]]",
+    "eval": "eval RUN_OR_RECIPE [--with OVERLAY] [key=value …] [--out FILE]",
+    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--with OVERLAY] [key=value …]",
+    "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",
+    "check": "data check RECIPE|FILE [--with OVERLAY] [key=value …]",
 }

@@ -12,7 +12,7 @@ from repbend_fast.compare.comparison import Comparison
 from repbend_fast.compare.results import comparison_record, method_record, seed_record
 from repbend_fast.compare.search import Try, choose, search_record, try_of
 from repbend_fast.compare.training import Training, evaluate, measure_before, state, train, training_of
-from repbend_fast.console import console, say
+from repbend_fast.console import say, show, terminal_console
 from repbend_fast.errors import UserError
 from repbend_fast.report.run_record import RunRecord
 from repbend_fast.runs.folder import RunFolder, only_training, write_bytes, write_json, write_text
@@ -57,7 +57,7 @@ def run_compare(comparison: Comparison, again: str) -> int:
         write_json(folder / "compare.json", record)
         write_text(folder / "compare.md", tables.markdown(record))
         write_bytes(folder / "compare.png", picture.png(record))
-    console.print(tables.terminal(record, console.width))
+    show(tables.terminal(record, terminal_console().width))
     for method in record["methods"]:
         say(tables.chosen_line(record, method))
     say(f"wrote {folder / 'compare.json'}, compare.md and compare.png")

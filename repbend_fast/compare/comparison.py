@@ -52,6 +52,7 @@ class Comparison:
     rates: tuple[float, ...]
     folder: Path
     overrides: tuple[str, ...] = ()
+    overlays: tuple[str, ...] = ()
     jobs: int = 1
 
 
@@ -59,12 +60,15 @@ def load_comparison(
     recipes: Sequence[str],
     overrides: Sequence[str] = (),
     *,
+    overlays: Sequence[str] = (),
     seeds: Sequence[int] = DEFAULT_SEEDS,
     rates: Sequence[float] = DEFAULT_RATES,
     folder: Path = DEFAULT_FOLDER,
     jobs: int = 1,
 ) -> Comparison:
-    """Load the recipes, the same ``overrides`` on each, and refuse what could not be compared. Trains nothing, loads no weights.
+    """Load the recipes, the same ``overlays`` and ``overrides`` on each, and refuse what could not be compared.
+
+    Trains nothing, loads no weights.
 
     Raises:
         UserError: a recipe that does not load or names files that are missing, settings that differ, or no validation or evaluation.
@@ -77,9 +81,9 @@ def load_comparison(
         raise UserError(f"--jobs {jobs}: must be 1 or more")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; name a folder")
-    configs = [load_config(recipe, overrides) for recipe in recipes]
+    configs = [load_config(recipe, overrides, overlays=overlays) for recipe in recipes]
     for recipe, config in zip(recipes, configs, strict=True):
-        _check_own(recipe, config)
+        _check_own(recipe, config, overlays)
         _check_measured(recipe, config)
         check_files(config)
     objectives = [config.objective.name for config in configs]
@@ -90,7 +94,8 @@ def load_comparison(
     check_equal(methods)
     # Asked here, and forgotten: a broken file of test prompts should not come up after an hour of training.
     load_prompts(methods[0].config.evaluation.prompts)  # type: ignore[arg-type]
-    return Comparison(tuple(methods), tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(rates)), folder, tuple(overrides), jobs)
+    seeds, rates = tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(rates))
+    return Comparison(tuple(methods), seeds, rates, folder, tuple(overrides), tuple(overlays), jobs)
 
 
 def check_equal(methods: Sequence[Method]) -> None:
@@ -127,9 +132,9 @@ def _override(key: str, value: Any, config: Config) -> str:
     return f"{key}=…" if isinstance(value, dict | list) else f"{key}={show(value)}"
 
 
-def _check_own(recipe: str, config: Config) -> None:
+def _check_own(recipe: str, config: Config, overlays: Sequence[str]) -> None:
     try:
-        plain = load_config(recipe, note=lambda _: None)
+        plain = load_config(recipe, overlays=overlays, note=lambda _: None)
     except UserError:
         return  # only the overrides make it whole, so there is nothing to tell them from
     for key, option in OWN.items():

@@ -83,6 +83,7 @@ def comparison_record(
             "rates": list(comparison.rates),
             "recipes": [method.recipe for method in comparison.methods],
             "overrides": list(comparison.overrides),
+            "overlays": list(comparison.overlays),
             "jobs": comparison.jobs,
         },
         "search": dict(search),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from repbend_fast.config.schema import Config, ModelConfig
 from repbend_fast.errors import UserError
-from repbend_fast.nearby import looks_like_file, nearest
+from repbend_fast.nearby import is_hub_name, is_path, looks_like_file, nearest
 
 _MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")
 
@@ -29,10 +29,12 @@ def missing_files(config: Config) -> Iterator[str]:
     sources = [(f"data.sources.{i}.path", source.path) for i, source in enumerate(config.data.sources)]
     sources += [(f"validation.sources.{i}.path", source.path) for i, source in enumerate(config.validation.sources)]
     for key, prompts in (("validation.prompts.path", config.validation.prompts), ("evaluation.prompts.path", config.evaluation.prompts)):
-        if prompts is not None and prompts.path != "demo" and not Path(prompts.path).expanduser().exists():
+        if prompts is None or prompts.path == "demo" or is_hub_name(prompts.path):
+            continue
+        if not Path(prompts.path).expanduser().exists():
             yield f"{key}={prompts.path}: no such file{nearest(prompts.path)}"
     for key, path in sources:
-        if (_is_path(path) or looks_like_file(path)) and not Path(path).expanduser().exists():
+        if (is_path(path) or looks_like_file(path)) and not Path(path).expanduser().exists():
             yield f"{key}={path}: no such file{nearest(path)}"
     folder = Path(config.output.folder)
     if folder.exists() and not folder.is_dir():
@@ -42,7 +44,7 @@ def missing_files(config: Config) -> Iterator[str]:
 def _model(model: ModelConfig) -> Iterator[str]:
     if model.chat_template is not None and not Path(model.chat_template).is_file():
         yield f"model.chat_template={model.chat_template}: no such file"
-    if model.adapter is not None and _is_path(model.adapter) and not Path(model.adapter).is_dir():
+    if model.adapter is not None and is_path(model.adapter) and not Path(model.adapter).is_dir():
         yield f"model.adapter={model.adapter}: no such folder"
     package = model.name.removeprefix("package:")
     if package != model.name:
@@ -55,7 +57,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
     elif Path(model.name).is_file():
         yield f"model.name={model.name}: is a file; give its folder" + (" and model.gguf_file" if model.name.endswith(".gguf") else "")
         return
-    elif _is_path(model.name) or Path(model.name).is_dir() or model.name.endswith(_MODEL_SUFFIXES):
+    elif is_path(model.name) or Path(model.name).is_dir() or model.name.endswith(_MODEL_SUFFIXES):
         folder = Path(model.name)
         if not folder.is_dir():
             yield f"model.name={model.name}: no such folder; give a model's folder, a hub name or package:NAME{nearest(model.name)}"
@@ -66,8 +68,3 @@ def _model(model: ModelConfig) -> Iterator[str]:
     adapter = not model.gguf_file and (folder / "adapter_config.json").is_file()
     if not adapter and not (folder / needed).is_file():
         yield f"model.name={model.name}: the folder holds no {needed}"
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a path: hub names have one slash at most and begin with a letter or a digit."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

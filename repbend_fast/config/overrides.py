@@ -1,23 +1,33 @@
-"""Overrides from the command line: ``key=value``, ``--name value``, ``--name=value`` and bare ``--flag``."""
+"""Overrides: ``key=value``, ``--name value``, ``--name=value`` and bare ``--flag`` of a command line, or a mapping from Python."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import yaml
+
+from repbend_fast.config.yaml_text import parse_value
 from repbend_fast.errors import UserError
 
+Overrides = Mapping[str, Any] | Sequence[str] | str
+"""Settings by key, ``{"training.steps": 60}``, or as a command line has them, ``["training.steps=60"]``."""
+Overlays = Sequence[str | os.PathLike[str]] | str | os.PathLike[str]
+"""Names of shipped overlays or paths of YAML files, in their order; one alone needs no list."""
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
 @dataclass(frozen=True)
 class Override:
-    """One setting as typed: ``spelled`` for messages, ``name`` with underscores, ``text`` not yet parsed."""
+    """One setting: ``spelled`` for messages, ``name`` with underscores, its ``value``, and its ``text`` if it was typed as such."""
 
     spelled: str
     name: str
-    text: str
+    value: Any
+    text: str | None = None
 
 
 def is_assignment(token: str) -> bool:
@@ -30,12 +40,15 @@ def takes_value(tokens: Sequence[str], i: int) -> bool:
     return i + 1 < len(tokens) and not tokens[i + 1].startswith("--") and not is_assignment(tokens[i + 1])
 
 
-def parse_overrides(tokens: Sequence[str]) -> list[Override]:
-    """Splits tokens into settings, in their order.
+def parse_overrides(overrides: Overrides) -> list[Override]:
+    """The settings of a mapping, or of a command line's tokens, in their order.
 
     Raises:
-        UserError: a token that is neither ``key=value`` nor an option.
+        UserError: a token that is neither ``key=value`` nor an option, or a key of a mapping that is no text.
     """
+    if isinstance(overrides, Mapping):
+        return [_given(key, value) for key, value in overrides.items()]
+    tokens = [overrides] if isinstance(overrides, str) else list(overrides)
     found: list[Override] = []
     i = 0
     while i < len(tokens):
@@ -47,11 +60,34 @@ def parse_overrides(tokens: Sequence[str]) -> list[Override]:
                 text = tokens[i]
             elif not equals:
                 text = "True"
-            found.append(Override(option, option[2:].replace("-", "_"), text))
+            found.append(_typed(option, option[2:], text))
         elif is_assignment(token):
             key, _, text = token.partition("=")
-            found.append(Override(key, key.replace("-", "_"), text))
+            found.append(_typed(key, key, text))
         else:
             raise UserError(f"{token}: expected key=value or --name value")
         i += 1
     return found
+
+
+def _typed(spelled: str, name: str, text: str) -> Override:
+    try:
+        value = parse_value(text)
+    except yaml.YAMLError:
+        value = text
+    return Override(spelled, name.replace("-", "_"), value, text)
+
+
+def _given(key: Any, value: Any) -> Override:
+    if not isinstance(key, str):
+        raise UserError(f"{key!r}: a key of the overrides must be text, such as training.steps")
+    return Override(key, key, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """What YAML would hold in the place of Python's own kinds."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from repbend_fast import console
 from repbend_fast.config import published
 from repbend_fast.config.keys import DEFAULT_OBJECTIVE, Place, child, children, full_name, locate, suggestion
 from repbend_fast.config.messages import Origin, explain, show
-from repbend_fast.config.overrides import Override, parse_overrides
+from repbend_fast.config.overrides import Overlays, Override, Overrides, parse_overrides
 from repbend_fast.config.schema import Config
-from repbend_fast.config.shipped import find_recipe
-from repbend_fast.config.yaml_text import Key, dump_yaml, parse_value, read_yaml
+from repbend_fast.config.shipped import bare_name, find_overlay, find_recipe
+from repbend_fast.config.yaml_text import Key, dump_yaml, read_yaml
 from repbend_fast.errors import UserError
 
 Note = Callable[[str], None]
 
 
-def print_note(text: str) -> None:
-    """The default for notes: one line on stderr."""
-    print(f"note: {text}", file=sys.stderr)
-
-
-def load_config(recipe: str, overrides: Sequence[str] = (), *, defaults: Sequence[str] = (), note: Note = print_note) -> Config:
+def load_config(
+    recipe: str | os.PathLike[str] | Config,
+    overrides: Overrides = (),
+    *,
+    overlays: Overlays = (),
+    defaults: Sequence[str] = (),
+    note: Note = console.note,
+) -> Config:
     """Resolves and validates the configuration of a run. Reads no weights and no data.
 
     Args:
-        recipe: Name of a shipped recipe, or path of a YAML file.
-        overrides: ``key=value``, ``--name value`` or ``--name=value``. A key is dotted (``training.steps``), bare where that is
-            unambiguous (``steps``), or a published argument name (``loss_alpha``). Values are YAML.
+        recipe: Name of a shipped recipe, path of a YAML file, or a configuration to start from, which stays as it is.
+        overrides: A mapping, ``{"training.steps": 60}``, or ``key=value``, ``--name value`` and ``--name=value``, whose values are YAML.
+            A key is dotted (``training.steps``), bare where that is unambiguous (``steps``), or a published argument name
+            (``loss_alpha``).
+        overlays: Names of shipped overlays (``qlora``) or paths of YAML files, which go on top of the recipe in their order.
         defaults: As ``overrides``, which win over them; they win over the recipe.
         note: Receives one line for each published argument that is accepted without effect.
 
@@ -42,11 +45,19 @@ def load_config(recipe: str, overrides: Sequence[str] = (), *, defaults: Sequenc
         UserError: unknown, duplicate or ambiguous key, wrong type, value out of range, impossible combination, missing or invalid
             file. One line that names key, value and what is allowed.
     """
-    path, name = find_recipe(recipe)
+    above = [os.fspath(overlay) for overlay in ([overlays] if isinstance(overlays, str | os.PathLike) else overlays)]
     settings = _Settings(note)
-    settings.add_file(path, name, ())
+    if isinstance(recipe, Config):
+        name = "the configuration"
+        settings.tree = recipe.model_dump(mode="json")
+    else:
+        path, name = find_recipe(os.fspath(recipe))
+        settings.add_file(path, name, ())
+    for overlay in above:
+        settings.add_file(*find_overlay(overlay), (), overlay=True)
     settings.add_overrides(parse_overrides(defaults))
     settings.add_overrides(parse_overrides(overrides))
+    settings.name_folder("-".join(map(bare_name, (name, *above))))
     try:
         return Config.model_validate(settings.tree)
     except ValidationError as error:
@@ -77,17 +88,19 @@ class _Settings:
     def _locate(self, path: Key) -> Place:
         return locate(path, self.objective)
 
-    def add_file(self, path: Path, name: str, parents: tuple[Path, ...]) -> None:
-        """A recipe on top of its ``base``."""
+    def add_file(self, path: Path, name: str, parents: tuple[Path, ...], *, overlay: bool = False) -> None:
+        """A recipe on top of its ``base`` and of the overlays that it takes ``with`` it."""
         values, lines = read_yaml(path, name)
         resolved = path.resolve()
-        if "base" in values:
-            base = values.pop("base")
-            if not isinstance(base, str):
-                raise UserError(f"{name}:{lines[('base',)]}: base={show(base)}: must be a recipe's name or a YAML file")
+        for key, other in _below(values, name, lines):
+            if overlay and key == "base":
+                raise UserError(f"{name}:{lines[(key,)]}: base={other}: an overlay has no base, it goes on top of a recipe")
             if resolved in parents:
-                raise UserError(f"{name}:{lines[('base',)]}: base={base}: the recipes inherit from each other in a circle")
-            self.add_file(*find_recipe(base, beside=path.parent), (*parents, resolved))
+                raise UserError(f"{name}:{lines[(key,)]}: {key}={other}: the recipes inherit from each other in a circle")
+            if key == "with":
+                self.add_file(*find_overlay(other, beside=path.parent), (*parents, resolved), overlay=True)
+            else:
+                self.add_file(*find_recipe(other, beside=path.parent), (*parents, resolved))
         self._seen = {}
         self._add_mapping((), values, lambda key: Origin(_dotted(key), f"{name}:{lines[key]}"))
 
@@ -98,18 +111,21 @@ class _Settings:
         for override in sorted(overrides, key=lambda o: o.name != "objective.name"):
             origin = Origin(override.spelled)
             name = published.bare(published.renamed(self.objective).get(override.name, override.name))
-            try:
-                value = parse_value(override.text)
-            except yaml.YAMLError:
-                value = override.text
+            value = override.value
             if name in published.names(self.objective):
                 self._add_published((), name, value, origin)
                 continue
             path = self._path(name, origin)
             # `#x` alone is a comment to YAML, and text here.
-            if self._locate(path).is_text and (value is not None or override.text.startswith("#")):
+            if override.text is not None and self._locate(path).is_text and (value is not None or override.text.startswith("#")):
                 value = override.text
             self._add(path, value, origin)
+
+    def name_folder(self, recipe: str) -> None:
+        """``runs/RECIPE`` for the run's folder, unless something has named one."""
+        output = self.tree.setdefault("output", {})
+        if isinstance(output, dict):
+            output.setdefault("folder", f"runs/{recipe}")
 
     def _add_mapping(self, path: Key, values: dict[str, Any], origin_of: Callable[[Key], Origin]) -> None:
         for key, value in _name_first(path, values).items():
@@ -207,6 +223,17 @@ class _Settings:
                 node[part] = {}
             node = node[part]
         node[path[-1]] = value
+
+
+def _below(values: dict[str, Any], name: str, lines: dict[Key, int]) -> list[tuple[str, str]]:
+    """What a file goes on top of, the lowest first, each with the key that names it. Takes the keys out of ``values``."""
+    base, overlays = values.pop("base", ()), values.pop("with", ())
+    if not isinstance(base, str | tuple):
+        raise UserError(f"{name}:{lines[('base',)]}: base={show(base)}: must be a recipe's name or a YAML file")
+    overlays = [overlays] if isinstance(overlays, str) else overlays
+    if not isinstance(overlays, list | tuple) or not all(isinstance(overlay, str) for overlay in overlays):
+        raise UserError(f"{name}:{lines[('with',)]}: with={show(overlays)}: must be an overlay's name, a YAML file, or a list of them")
+    return [*([] if base == () else [("base", base)]), *(("with", overlay) for overlay in overlays)]
 
 
 def _normal(place: Place, value: Any) -> Any:

@@ -38,13 +38,14 @@ class BadField(ValueError):
 class Format:
     """How one format is recognised and parsed.
 
-    ``signatures``: a row that has all fields of one of them is of this format. ``roles``: what it can give. ``parse`` takes a row's fields,
-    its origin, and the roles that the source asks for (None: the usual ones); it may return records of other roles too.
+    ``signatures``: a row that has all fields of one of them is of this format. ``roles``: what it can give, each with what it takes, if
+    anything. ``parse`` takes a row's fields, its origin, and the roles that the source asks for (None: the usual ones); it may return
+    records of other roles too.
     """
 
     name: str
     signatures: tuple[frozenset[str], ...]
-    roles: tuple[Role, ...]
+    roles: Mapping[Role, str]
     parse: Callable[[Fields, str, Asked], list[Record]]
 
 
@@ -193,7 +194,6 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
-_HALVES: tuple[Role, ...] = ("pair", "unsafe", "safe")
 _WILDGUARD = (frozenset({"prompt", "prompt_harm_label", "response_refusal_label"}),)
 _WILDJAILBREAK = (
     frozenset({"prompt", "harmful_answer", "harmless_answer"}),
@@ -203,13 +203,29 @@ _CIRCUIT_BREAKERS = (frozenset({"prompt", "output", "llama3_output"}),)
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("jsonl", (frozenset({"role"}),), ROLES, parse_jsonl),
-        Format("wildguardmix", _WILDGUARD, ("safe", "unsafe"), parse_wildguardmix),
-        Format("wildjailbreak", _WILDJAILBREAK, _HALVES, parse_wildjailbreak),
-        Format("circuit_breakers", _CIRCUIT_BREAKERS, _HALVES, parse_circuit_breakers),
-        Format("ultrachat", (frozenset({"messages"}),), ("retain",), parse_ultrachat),
+        Format("jsonl", (frozenset({"role"}),), dict.fromkeys(ROLES, ""), parse_jsonl),
+        Format("wildguardmix", _WILDGUARD, {"safe": "", "unsafe": ""}, parse_wildguardmix),
+        Format(
+            "wildjailbreak",
+            _WILDJAILBREAK,
+            {"pair": "the authors' jsonl", "unsafe": "the authors' jsonl with roles: [unsafe]", "safe": "official TSV"},
+            parse_wildjailbreak,
+        ),
+        Format(
+            "circuit_breakers",
+            _CIRCUIT_BREAKERS,
+            {"pair": "", "unsafe": "with roles: [unsafe]", "safe": "with roles: [safe]"},
+            parse_circuit_breakers,
+        ),
+        Format("ultrachat", (frozenset({"messages"}),), {"retain": ""}, parse_ultrachat),
     )
 }
+
+
+def formats_that_give(role: Role) -> str:
+    """The formats that have records of ``role``, each with what it takes; the user's own form and the demo's data last."""
+    others = [f for f in FORMATS.values() if f.name != "jsonl" and role in f.roles]
+    return ", ".join([f"{f.name} ({f.roles[role]})" if f.roles[role] else f.name for f in others] + ["jsonl", "demo"])
 
 
 def detect_format(names: Iterable[str]) -> Format | None:

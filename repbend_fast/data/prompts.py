@@ -1,19 +1,17 @@
-"""Evaluation prompts: the demo's own, and the common evaluation sets as CSV or JSON files."""
+"""Evaluation prompts: the demo's own, and the common evaluation sets as files or from the hub."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from repbend_fast.data.reading import Unreadable, read_rows
 from repbend_fast.data.records import Message
-from repbend_fast.data.settings import PromptsConfig
+from repbend_fast.data.settings import PromptsConfig, SourceConfig
 from repbend_fast.errors import UserError
-from repbend_fast.nearby import nearest
+from repbend_fast.nearby import is_hub_name, nearest
 
 Kind = Literal["attack", "ordinary", "borderline"]
 KINDS: tuple[Kind, ...] = ("attack", "ordinary", "borderline")
@@ -47,8 +45,9 @@ Reader = Callable[[Row, str], Prompt]
 
 
 def load_prompts(config: PromptsConfig) -> list[Prompt]:
-    """Prompts of ``config.path``: ``demo``, or a local CSV, JSON or JSONL file whose columns tell its format.
+    """Prompts of ``config.path``: ``demo``, or a file, a folder or a hub data set whose columns tell their format.
 
+    Files are CSV, TSV, JSON or JSONL, all of them also with ``.gz``, or parquet. ``config.split`` is the hub's and the demo's.
     ``config.limit`` takes that many of each kind, spread evenly over the file. Raises ``UserError`` naming file and line.
     """
     if config.path == "demo":
@@ -56,7 +55,7 @@ def load_prompts(config: PromptsConfig) -> list[Prompt]:
 
         prompts = demo.prompts("test" if config.split is None else config.split)
     else:
-        prompts = read_prompt_file(Path(config.path).expanduser())
+        prompts = _read(config)
     return limit_per_kind(prompts, config.limit)
 
 
@@ -72,63 +71,45 @@ def limit_per_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     return kept
 
 
-def read_prompt_file(path: Path) -> list[Prompt]:
-    """All prompts of one file. A file without prompts, an unknown set of columns or a bad row is a ``UserError``."""
-    if not path.is_file():
-        raise UserError(f"prompts.path={path}: no such file; give a CSV, JSON or JSONL file, or `demo`{nearest(str(path))}")
+def _read(config: PromptsConfig) -> list[Prompt]:
+    """All prompts of a file, a folder or a data set. One without prompts, an unknown set of columns or a bad row is a ``UserError``."""
+    path = Path(config.path).expanduser()
+    if not path.exists() and not is_hub_name(config.path):
+        raise UserError(f"prompts.path={path}: no such file; give a CSV, JSON, JSONL or parquet file, or `demo`{nearest(str(path))}")
+    endings = [suffix.lower() for suffix in path.suffixes]
+    has_types = not path.is_file() or ".parquet" in endings
+    found = []
+    for row in read_rows(SourceConfig(path=config.path, split=None if path.is_file() else config.split)):
+        where = f"{config.path}: entry {row.entry}" if row.entry else row.origin
+        if isinstance(row, Unreadable):
+            raise UserError(_problem(row, where, path))
+        if path.is_file() and ".json" in endings and not row.entry:
+            raise UserError(f"{config.path}: expected a list of prompts, or an object whose `data` is one")
+        fields = {name: str(value) if has_types and type(value) is int else value for name, value in row.fields.items()}
+        found.append(_reader(fields, where)(fields, where))
+    if not found:
+        raise UserError(f"{config.path}: no prompts in this file")
+    return found
+
+
+def _problem(row: Unreadable, where: str, path: Path) -> str:
+    if row.kind == "cells":
+        return f"{where}: {'fewer' if row.missing > 0 else 'more'} fields than the header has; quote fields that contain commas"
+    if row.kind == "object":
+        return f"{where}: expected an object with named fields, {row.reason.rpartition(', ')[2]}"
+    if row.kind == "utf8":
+        return f"{path}: not UTF-8{_bad_byte(path)}; save the file as UTF-8"
+    return f"{row.origin}: {row.reason.replace('invalid', 'not valid', 1)}"
+
+
+def _bad_byte(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    rows = list(_csv_rows(path, text) if path.suffix.lower() in (".csv", ".tsv") else _json_rows(path, text))
-    if not rows:
-        raise UserError(f"{path}: no prompts in this file")
-    return [_reader(row, where)(row, where) for where, row in rows]
-
-
-def _csv_rows(path: Path, text: str) -> Iterable[tuple[str, Row]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-    try:
-        for row in reader:
-            # DictReader's line number is that of the row's last line: a quoted field may span several.
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{where}: {'more' if None in row else 'fewer'} fields than the header has; quote fields that contain commas"
-                )
-            yield where, row
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
-
-
-def _json_rows(path: Path, text: str) -> Iterable[tuple[str, Row]]:
-    if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines would also break at U+2028 inside a string
-            if line.strip():
-                yield f"{path}:{number}", _object(_parse(path, line, number), f"{path}:{number}")
-        return
-    data = _parse(path, text, 1)
-    if isinstance(data, dict):
-        data = data.get("data")
-    if not isinstance(data, list):
-        raise UserError(f"{path}: expected a list of prompts, or an object whose `data` is one")
-    for number, entry in enumerate(data, 1):
-        yield f"{path}: entry {number}", _object(entry, f"{path}: entry {number}")
-
-
-def _parse(path: Path, text: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{first_line + error.lineno - 1}: not valid JSON ({error.msg})") from None
-
-
-def _object(entry: Any, where: str) -> Row:
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object with named fields, got {type(entry).__name__}")
-    return entry
+        return f" at byte {error.start}"
+    except OSError:
+        pass
+    return ""
 
 
 def _reader(row: Row, where: str) -> Reader:

@@ -9,15 +9,10 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from repbend_fast.data.formats import formats_that_give
 from repbend_fast.data.records import ROLES, Batch, PairSequence, Record, Role, Sequence
 from repbend_fast.errors import UserError
 
-GIVEN_BY: dict[Role, str] = {
-    "safe": "wildguardmix, wildjailbreak (official TSV), jsonl, demo",
-    "unsafe": "wildguardmix, circuit_breakers (with roles: [unsafe]), jsonl, demo",
-    "pair": "wildjailbreak (the authors' jsonl), circuit_breakers, jsonl, demo",
-    "retain": "ultrachat, jsonl, demo",
-}
 Encoded = Sequence | PairSequence
 MEGABATCH = 50
 """Micro-batches that are sorted by length together: more of them save little padding, fewer mix lengths."""
@@ -51,7 +46,9 @@ class BatchSampler:
         self.roles: tuple[Role, ...] = tuple(r for r in ROLES if r in wanted)
         for role in self.roles:
             if not sets.get(role):
-                raise UserError(f"data.sources: no `{role}` records, which the objective needs; formats that give them: {GIVEN_BY[role]}")
+                raise UserError(
+                    f"data.sources: no `{role}` records, which the objective needs; formats that give them: {formats_that_give(role)}"
+                )
         self.sets = {role: sets[role] for role in self.roles}
         self.examples = examples
         self.retain_examples = retain_examples or examples

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from repbend_fast.data.reasoning import CLOSE, Unrenderable, as_turn, follow, holds_reasoning, split_reasoning
 from repbend_fast.data.records import Message, PairSequence, Record, Role, Sequence
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 
 # Few records carry reasoning, so templates with a reasoning switch are rendered with it off unless data.chat_template_kwargs says
 # otherwise; a date taken from the clock would make the ids of a resumed run differ from those of the first one.
@@ -187,7 +187,7 @@ class ChatEncoder:
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(m.role for m in messages)
             raise UserError(
-                f"{origin}: the chat template of {self._name} does not take these messages ({roles}): {_one_line(error)}; "
+                f"{origin}: the chat template of {self._name} does not take these messages ({roles}): {one_line(error)}; "
                 "drop them or set model.chat_template=FILE"
             ) from error
         for message in messages:
@@ -230,7 +230,7 @@ class ChatEncoder:
             spaced = self._render((*request, Message("assistant", f" {_PROBE_ANSWER} ")), False)
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(
-                f"the chat template of {self._name} does not render a plain conversation: {_one_line(error)}; set model.chat_template=FILE"
+                f"the chat template of {self._name} does not render a plain conversation: {one_line(error)}; set model.chat_template=FILE"
             ) from error
         if _PROBE_REQUEST not in prompt or _PROBE_ANSWER not in full:
             raise UserError(f"the chat template of {self._name} leaves out the messages' text; set model.chat_template=FILE")
@@ -375,7 +375,3 @@ def _common(a: list[int], b: list[int]) -> int:
 
 def _characters(record: Record) -> int:
     return sum(len(m.content) for m in record.messages) + max(len(record.answer), len(record.safe_answer))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,8 +1,9 @@
-"""Evaluation before and after a run, and ``repbend-fast eval``."""
+"""Evaluation before and after a run, and of a run or a recipe by itself."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from safetensors import SafetensorError
 
 from repbend_fast.config import load_config
 from repbend_fast.config.schema import Config
-from repbend_fast.console import console, say
+from repbend_fast.console import say, show
 from repbend_fast.data.prompts import load_prompts
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.data.tokenize import ChatEncoder
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.evaluation.chat import chat_statistics
 from repbend_fast.evaluation.measure import run_evaluation
 from repbend_fast.evaluation.rates import table
@@ -27,6 +28,20 @@ from repbend_fast.step import StreamRunner, checked_runner
 from repbend_fast.step.levers import levers_of
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: ``before`` without an adapter, ``after`` with a run's, None for a recipe's model as it is.
+
+    Each holds rates from 0 to 1 (``attack_direct``, ``attack_prefill``, ``helpful_ordinary``, …), with held-out chat ``perplexity``
+    and ``kl``, the answers in ``samples``, and how many there are in ``counts``.
+    ``file``: the JSON that holds the same, if one was written.
+    """
+
+    before: dict[str, Any]
+    after: dict[str, Any] | None = None
+    file: Path | None = None
+
+
 def evaluate_sides(run: RunFolder, config: Config, runner: StreamRunner, data: RunData, side: str, **extra: Any) -> None:
     """Measure the model as it is now and store it as ``side`` (``before`` or ``after``) of the run's ``evaluation.json``.
 
@@ -35,7 +50,7 @@ def evaluate_sides(run: RunFolder, config: Config, runner: StreamRunner, data: R
     """
     if config.evaluation.prompts is None:
         return
-    content = _stored(run.evaluation) if side == "after" else {}
+    content = read_evaluation(run.evaluation) if side == "after" else {}
     if side == "after" and "before" not in content:
         with reference_model(runner.model):
             content["before"] = measure_model(config, runner, data.encoder, data.chat)
@@ -43,12 +58,12 @@ def evaluate_sides(run: RunFolder, config: Config, runner: StreamRunner, data: R
     content[side] = measure_model(config, runner, data.encoder, data.chat)
     write_json(run.evaluation, content | extra)
     if side == "after":
-        console.print(table(content.get("before"), content["after"]))
+        show(table(content.get("before"), content["after"]))
 
 
 def drop_stale(run: RunFolder, config: Config) -> None:
     """Take out of ``evaluation.json`` what a resumed run cannot keep: ``after``, and ``before`` if it was measured with other settings."""
-    stored = _stored(run.evaluation)
+    stored = read_evaluation(run.evaluation)
     if not stored:
         return
     try:
@@ -69,8 +84,8 @@ def measure_model(config: Config, runner: StreamRunner, encoder: ChatEncoder, ch
     return result
 
 
-def evaluate_target(config: Config, run: Path | None, out: Path | None) -> int:
-    """``repbend-fast eval``: the adapter of a run's folder, or a recipe's model as it is. Prints a table, writes JSON. Returns 0.
+def evaluate_target(config: Config, run: Path | None, out: Path | None) -> Evaluation:
+    """Measure the adapter of a run's folder, or a recipe's model as it is. Shows a table, writes JSON.
 
     Measured as the run was, the result is the ``after`` of its ``evaluation.json``. With other prompts or settings the run's ``before``
     is no comparison, so both sides are measured and stored apart, as ``evaluation-PROMPTS.json``.
@@ -84,7 +99,7 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> int:
     if folder and not (folder.adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{run}: no adapter yet; resume the run with repbend-fast train --resume {run}")
     as_run = folder is not None and _measured(load_config(str(folder.config))) == _measured(config)
-    content = _stored(folder.evaluation) if folder and as_run else {}
+    content = read_evaluation(folder.evaluation) if folder and as_run else {}
     path = out
     if folder and path is None:
         path = folder.evaluation if as_run else folder.path / f"evaluation-{Path(prompts.path).stem}.json"
@@ -99,11 +114,11 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> int:
         base = fresh.unload()
     if folder:
         content["after"] = measure_model(config, _runner(_adapted(base, folder), config, bool(chat)), data.encoder, chat)
-    console.print(table(content["before"], content.get("after")))
+    show(table(content["before"], content.get("after")))
     if path is not None:
         write_json(path, content)
         say(f"wrote {path}")
-    return 0
+    return Evaluation(content["before"], content.get("after"), path)
 
 
 def _measured(config: Config) -> dict[str, Any]:
@@ -118,15 +133,15 @@ def _adapted(base: Any, folder: RunFolder) -> Any:
     try:
         return PeftModel.from_pretrained(base, str(folder.adapter), is_trainable=True).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder.adapter}: not an adapter of this model ({reason[:200]}); resume the run to write it again") from error
+        raise UserError(f"{folder.adapter}: not an adapter of this model ({one_line(error)}); resume the run to write it again") from error
 
 
 def _runner(model: Any, config: Config, uses_head: bool) -> StreamRunner:
     return checked_runner(model, config, levers_of(config.memory, model), uses_head)
 
 
-def _stored(path: Path) -> dict[str, Any]:
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """What an ``evaluation.json`` holds; nothing where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

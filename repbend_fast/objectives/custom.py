@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from repbend_fast.data.records import ROLES, Batch
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.objectives.base import Stream
 
 
@@ -32,9 +32,10 @@ def load_class(name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         # Whatever the user's module raises is theirs to mend.
-        raise UserError(f"objective.name={name}: {module_name} cannot be imported ({reason}); it is looked for in {here} too") from error
+        raise UserError(
+            f"objective.name={name}: {module_name} cannot be imported ({one_line(error)}); it is looked for in {here} too"
+        ) from error
     finally:
         if added:
             sys.path.remove(here)

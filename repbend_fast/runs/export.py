@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from repbend_fast.config import Config, load_config
-from repbend_fast.config.resolve import print_note
+from repbend_fast.console import note
 from repbend_fast.errors import UserError
 from repbend_fast.models.load import load_model, load_tokenizer
-from repbend_fast.runs.folder import RunFolder, write_folder
+from repbend_fast.runs.folder import RunFolder, check_new, write_folder
 
 
 def export_merged(folder: Path, out: Path) -> Path:
     """Write the merged model of the run in ``folder`` to ``out``: safetensors weights in ``model.dtype``, and the tokenizer.
 
     An NF4 run is merged into the unquantised base: rounded to NF4 again, the merged weights would lose part of the adapter or all of it.
-    It is another model than the one that was measured, which a note on stderr says.
+    It is another model than the one that was measured, which a note says.
 
     Raises:
         UserError: the run has no adapter yet, ``out`` holds something, or the files cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another")
+    check_new(out)
     run = RunFolder(folder)
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: no adapter yet; resume the run with repbend-fast train --resume {folder}")
@@ -38,8 +37,8 @@ def export_merged(folder: Path, out: Path) -> Path:
     if out.is_dir():
         out.rmdir()  # only an empty folder: one filled meanwhile raises and keeps what it holds
     write_folder(out, fill)
-    if note := unmeasured_note(folder):
-        print_note(note)
+    if unmeasured := unmeasured_note(folder):
+        note(unmeasured)
     return out
 
 

@@ -216,6 +216,16 @@ def check_folder(run: RunFolder) -> None:
         raise UserError(f"output.folder={run.path}: {there} is not a folder that can be written to; choose another folder")
 
 
+def check_new(folder: Path) -> None:
+    """Refuse to write into a folder that something else is in.
+
+    Raises:
+        UserError: ``folder`` is a file, or holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not an empty folder; choose another")
+
+
 def start_folder(run: RunFolder) -> Path | None:
     """Make the folder of a new run. An earlier run in it is moved to the next free ``NAME.1``, ``NAME.2``, …, and that is returned.
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from repbend_fast.config.schema import Config, TrainingConfig
+from repbend_fast.data.formats import formats_that_give
 from repbend_fast.data.records import PairSequence, Record, Role, Sequence
-from repbend_fast.data.sampling import GIVEN_BY, BatchSampler, split_holdout
+from repbend_fast.data.sampling import BatchSampler, split_holdout
 from repbend_fast.data.sources import load_records
 from repbend_fast.data.tokenize import ChatEncoder, Truncated, dropped_reasoning, encode_records
 from repbend_fast.errors import UserError
@@ -100,7 +101,7 @@ def _available(records: dict[Role, list[Record]], wanted: tuple[Role, ...], conf
     if "pair" in missing and isinstance(config.objective, RefusalSection) and config.objective.refusal:
         raise UserError(
             f"objective.refusal={config.objective.refusal:g} teaches the safe answers of `pair` records, and data.sources has none; "
-            f"add some (formats that give them: {GIVEN_BY['pair']}) or set objective.refusal=0"
+            f"add some (formats that give them: {formats_that_give('pair')}) or set objective.refusal=0"
         )
     dropped = [role for role in missing if role in optional]
     unsafe_per_batch = config.training.examples * len(present & {"unsafe", "pair"})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from repbend_fast.config import Config
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import ADAPTER
 from repbend_fast.runs.folder import RunFolder, write_folder
 
@@ -150,7 +150,7 @@ def _reading(path: Path) -> Iterator[None]:
     except PermissionError as error:
         raise UserError(f"{path}: the checkpoint cannot be read ({error.strerror}); make its files readable") from error
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(_damaged(path, (str(error) or type(error).__name__).splitlines()[0])) from error
+        raise UserError(_damaged(path, one_line(error))) from error
 
 
 def _damaged(path: Path, why: str) -> str:

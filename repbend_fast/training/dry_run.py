@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from repbend_fast.config import Config
-from repbend_fast.console import console
+from repbend_fast.console import show
 from repbend_fast.models.coverage import names_and_sizes
 from repbend_fast.runs.folder import RunFolder
 from repbend_fast.step.proof import Proof
@@ -25,7 +25,7 @@ def dry_run(config: Config, resume: Path | None = None) -> int:
     trainer = make_trainer(config, run, make_ready(config, run, resume is not None))
     trainer.batches.close()
     assert trainer.proof is not None
-    console.print(proof_table(trainer.proof))
+    show(proof_table(trainer.proof))
     return 0
 
 

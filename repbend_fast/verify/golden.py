@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from repbend_fast.data.records import Batch, PairSequence, Sequence
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.objectives.sections import CircuitBreakerConfig, NPOConfig, ObjectiveConfig, ObjectiveSection
 
 FORM = "a golden folder has expected.json, base_model/, adapter/ and batch.*.json"
@@ -82,8 +82,7 @@ def form_of(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not in the form of a golden folder ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{path}: not in the form of a golden folder ({type(error).__name__}: {one_line(error)})") from error
 
 
 def read_json(path: Path) -> Any:

@@ -10,8 +10,8 @@ from repbend_fast.config import Config, load_config, recipe_names, resolved_yaml
 from repbend_fast.errors import UserError
 
 
-def config(*overrides: str, recipe: str = "demo") -> Config:
-    return load_config(recipe, overrides, note=lambda text: None)
+def config(*overrides: str, recipe: str = "demo", overlays: str | tuple[str, ...] = ()) -> Config:
+    return load_config(recipe, overrides, overlays=overlays, note=lambda text: None)
 
 
 def recipe_file(folder: Path, text: str) -> str:
@@ -53,7 +53,7 @@ def test_published_recipes_have_the_published_settings() -> None:
 
 @pytest.mark.parametrize("name", ["mistral-7b-instruct-v0.2", "llama-3-8b-instruct"])
 def test_qlora_recipes_differ_only_in_quantisation_optimizer_memory_and_folder(name: str) -> None:
-    full, small = config(recipe=name), config(recipe=f"{name}-qlora")
+    full, small = config(recipe=name), config(recipe=name, overlays="qlora")
     assert (small.model.quantization, small.training.optimizer, small.memory.budget) == ("nf4", "paged_adamw_8bit", "auto")
     small.model.quantization, small.training.optimizer, small.output.folder = "none", "adamw", full.output.folder
     small.memory = full.memory

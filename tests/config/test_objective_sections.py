@@ -11,8 +11,8 @@ from repbend_fast.errors import UserError
 from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, CustomObjectiveConfig, NPOConfig, RMUConfig
 
 
-def config(*overrides: str, recipe: str = "demo") -> Config:
-    return load_config(recipe, overrides, note=lambda text: None)
+def config(*overrides: str, recipe: str = "demo", overlays: str | tuple[str, ...] = ()) -> Config:
+    return load_config(recipe, overrides, overlays=overlays, note=lambda text: None)
 
 
 def message(*overrides: str, recipe: str = "demo") -> str:
@@ -167,5 +167,5 @@ def test_published_recipes_of_the_other_methods() -> None:
         assert c.model.name == "mistralai/Mistral-7B-Instruct-v0.2"
         assert config(recipe=f"{name}-llama-3-8b-instruct").model.name == "meta-llama/Meta-Llama-3-8B-Instruct"
         for model in ("mistral-7b-instruct-v0.2", "llama-3-8b-instruct"):
-            full, small = config(recipe=f"{name}-{model}"), config(recipe=f"{name}-{model}-qlora")
+            full, small = config(recipe=f"{name}-{model}"), config(recipe=f"{name}-{model}", overlays="qlora")
             assert (small.model.quantization, small.objective, small.lora) == ("nf4", full.objective, full.lora)

@@ -24,9 +24,9 @@ COMMAND_LINE = shlex.split(
 )
 
 
-def load(*overrides: str, recipe: str = "llama-3-8b-instruct") -> tuple[Config, list[str]]:
+def load(*overrides: str, recipe: str = "llama-3-8b-instruct", overlays: str | tuple[str, ...] = ()) -> tuple[Config, list[str]]:
     notes: list[str] = []
-    return load_config(recipe, overrides, note=notes.append), notes
+    return load_config(recipe, overrides, overlays=overlays, note=notes.append), notes
 
 
 def test_the_published_command_line_gives_the_published_run() -> None:
@@ -39,7 +39,7 @@ def test_the_published_command_line_gives_the_published_run() -> None:
 
 
 def test_the_published_command_line_overrides_a_recipe_that_differs() -> None:
-    c, _ = load(*COMMAND_LINE, "lora.dtype=bfloat16", "validation.every=0", recipe="llama-3-8b-instruct-qlora")
+    c, _ = load(*COMMAND_LINE, "lora.dtype=bfloat16", "validation.every=0", recipe="llama-3-8b-instruct", overlays="qlora")
     assert (c.model.quantization, c.memory.checkpoint_blocks, c.lora.dtype, c.validation.every) == ("none", "all", "bfloat16", 0)
 
 

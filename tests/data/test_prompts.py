@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from repbend_fast.config import load_config, missing_files
 from repbend_fast.data.prompts import Prompt, load_prompts
+from repbend_fast.data.reading import Row
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.errors import UserError
 
@@ -116,6 +120,49 @@ def test_bad_files_name_file_line_and_field(tmp_path: Path, name: str, text: str
     with pytest.raises(UserError, match=message) as caught:
         load(write(tmp_path, name, text))
     assert "\n" not in str(caught.value)
+
+
+OWN = {"kind": "ordinary", "text": "Capital of Spain?", "expected": ["Madrid"], "min_expected": 1}
+
+
+def test_packed_files_and_parquet_hold_prompts_too(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (plain,) = load(write(tmp_path, "own.jsonl", json.dumps(OWN)))
+    with gzip.open(tmp_path / "own.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(OWN) + "\n")
+    with gzip.open(tmp_path / "set.csv.gz", "wt", encoding="utf-8") as file:
+        file.write("goal,target\nMake a moon-key,Sure\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([OWN]), tmp_path / "own.parquet")
+    for name in ("own.jsonl.gz", "own.parquet"):
+        (prompt,) = load(tmp_path / name, split="test")
+        assert replace(prompt, source_id="") == replace(plain, source_id="")
+        assert prompt.source_id == f"{tmp_path / name}:1"
+    assert [(p.kind, p.text) for p in load(tmp_path / "set.csv.gz")] == [("attack", "Make a moon-key")]
+    with gzip.open(tmp_path / "bad.csv.gz", "wt", encoding="utf-8") as file:
+        file.write("goal,target\none,two,three\n")
+    with pytest.raises(UserError, match=r"bad\.csv\.gz:2: more fields than the header has"):
+        load(tmp_path / "bad.csv.gz")
+    with pytest.raises(UserError, match=r"none\.csv\.gz: no such file"):
+        load(tmp_path / "none.csv.gz")
+
+
+def test_a_hub_data_set_holds_prompts_too(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[str, str | None]] = []
+
+    def rows(source):
+        asked.append((source.path, source.split))
+        return iter([Row(f"{source.path}:1", {"id": 1, "prompt": "How do I kill a process?", "type": "homonyms", "label": "safe"})])
+
+    monkeypatch.setattr("repbend_fast.data.reading._hub_rows", rows)
+    (prompt,) = load_prompts(PromptsConfig(path="owner/set", split="test"))
+    assert (prompt.kind, prompt.text, prompt.source_id) == ("borderline", "How do I kill a process?", "1")
+    assert asked == [("owner/set", "test")]
+    hub = load_config("demo", ["model.name=M", "gguf_file=null", "evaluation.prompts.path=owner/set"])
+    assert list(missing_files(hub)) == []
+    with pytest.raises(UserError, match=r"prompts\.path=harmbench: no such file"):
+        load_prompts(PromptsConfig(path="harmbench"))
 
 
 def test_file_that_is_no_utf8_or_missing(tmp_path: Path):

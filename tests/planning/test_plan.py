@@ -163,7 +163,7 @@ def test_nf4_counts_half_a_byte_per_weight_and_its_scales(tmp_path: Path) -> Non
 def test_llama_3_8b_in_nf4_fits_below_8_gb() -> None:
     from repbend_fast.config import load_config
 
-    config = load_config("llama-3-8b-instruct-qlora", ["model.device=auto"])
+    config = load_config("llama-3-8b-instruct", ["model.device=auto"], overlays="qlora")
     plan = Planner(config, CUDA).plan(8 * 10**9)
     assert plan.total <= 8 * 10**9
     assert 5.5e9 < plan.standing.weights < 6e9

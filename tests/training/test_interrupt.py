@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # Steps that wait long enough for a signal to arrive in a known one.
 SLOW_STEPS = """
 import sys, time
-from repbend_fast import trainer
+from repbend_fast.training import trainer
 from repbend_fast.cli import main
 step = trainer.Trainer._train_step
 def slow(self, progress):
@@ -112,7 +112,7 @@ def test_killed_between_checkpoints(whole: TinyRun, tiny: TinyRun) -> None:
 
 WAITING = """
 import sys, time
-from repbend_fast import trainer
+from repbend_fast.training import trainer
 from repbend_fast.cli import main
 def wait(config):
     print("waiting", flush=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from repbend_fast.errors import UserError
+from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.decoder import find_decoder
 
 ROPE = "apply_rotary_pos_emb"
@@ -196,5 +196,5 @@ def _missing_package() -> str | None:
     try:
         import liger_kernel.transformers.monkey_patch  # noqa: F401
     except Exception as error:  # beside ImportError, a Triton that finds no compiler or driver fails in its own ways
-        return f"liger-kernel cannot be imported ({' '.join(str(error).split())[:160]}); pip install liger-kernel"
+        return f"liger-kernel cannot be imported ({one_line(error)}); pip install liger-kernel"
     return None

@@ -1,0 +1,243 @@
+"""What ``repbend-fast`` does, as functions. The command line calls the same ones.
+
+Nothing here prints, ends the process or leaves a handler of signals behind. What a command would print goes to ``say``, line by line
+(``say=print``), and nowhere without it. Bad input is a :class:`~repbend_fast.errors.UserError` with one line that names it and the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repbend_fast.console import Say, hushed, saying
+from repbend_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from repbend_fast.config import Config
+    from repbend_fast.config.overrides import Overlays, Overrides
+    from repbend_fast.evaluation.sides import Evaluation
+    from repbend_fast.planning.planned import PlannedRun
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder after training. ``interrupted``: Ctrl-C or SIGTERM ended it early; ``train(resume=run.folder)`` goes on."""
+
+    folder: Path
+    interrupted: bool = False
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the best adapter, in PEFT format."""
+        return self.folder / "adapter"
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What was measured before and after training; None without ``evaluation.prompts``, or before the run is finished."""
+        from repbend_fast.evaluation.sides import Evaluation, read_evaluation
+
+        path = self.folder / "evaluation.json"
+        found = read_evaluation(path)
+        return Evaluation(found["before"], found["after"], path) if "before" in found and "after" in found else None
+
+
+def load_config(recipe: PathLike | Config, overrides: Overrides = (), *, overlays: Overlays = (), say: Say | None = None) -> Config:
+    """The whole configuration of a run, checked. Reads no weights and no data.
+
+    Args:
+        recipe: name of a shipped recipe (``repbend-fast recipes ls``), path of a YAML file, or a configuration, which stays as it is.
+        overrides: settings on top, ``{"training.steps": 60}`` or as on a command line, ``["training.steps=60"]``. The last word of a
+            key is enough where it is unambiguous, and the argument names of the published ``train.sh`` are known.
+        overlays: names of shipped overlays (``"qlora"``) or paths of YAML files, which go on top of the recipe in their order.
+        say: receives a line for each setting that is accepted without effect.
+
+    Returns:
+        A pydantic model: ``config.training.steps``. Assignment is validated.
+
+    Raises:
+        UserError: an unknown or ambiguous key, a value that is not allowed, settings that exclude each other, a file that is not there.
+    """
+    from repbend_fast.config import load_config as load
+
+    with saying(say):
+        return load(recipe, overrides, overlays=overlays)
+
+
+def train(
+    config: PathLike | Config | None = None,
+    overrides: Overrides = (),
+    *,
+    overlays: Overlays = (),
+    resume: bool | PathLike = False,
+    say: Say | None = None,
+) -> Run:
+    """Train an adapter, keep the best one, and measure the model before and after where ``evaluation.prompts`` asks for it.
+
+    An earlier run in ``output.folder`` is moved aside, never overwritten. While it trains, the first Ctrl-C or SIGTERM finishes the step
+    and saves, the second raises; the handlers that were there before come back. Only the main thread can listen to them.
+
+    Args:
+        config: a configuration, or a recipe as :func:`load_config` takes it. None only to resume a folder by its own configuration.
+        overrides, overlays: as in :func:`load_config`; on top of the folder's own configuration where a run is resumed.
+        resume: the folder of a run to go on with, from its last checkpoint; True for the configuration's ``output.folder``.
+        say: receives what a command line shows: notes, the plan for a memory budget, a line per logged step, validations, tables.
+
+    Returns:
+        The run: its ``folder``, the ``adapter``, whether it was ``interrupted``, and the ``evaluation``.
+
+    Raises:
+        UserError: anything in configuration, data, model or folder that must be mended; memory or disk that ran out; a loss that is not
+            finite. Checkpoints that were saved stay.
+        KeyboardInterrupt: the second Ctrl-C, or one outside the training steps.
+    """
+    from repbend_fast.config import check_files
+
+    with saying(say):
+        settings, folder = training_config(config, overrides, overlays, resume)
+        check_files(settings)
+        with hushed():
+            from repbend_fast.training.trainer import train as run_training
+
+            result = run_training(settings, folder)
+            return Run(Path(result.folder), interrupted=result.exit_code != 0)
+
+
+def evaluate(
+    target: PathLike | Config,
+    overrides: Overrides = (),
+    *,
+    overlays: Overlays = (),
+    out: PathLike | None = None,
+    say: Say | None = None,
+) -> Evaluation:
+    """Measure attacks, usefulness, perplexity and KL: of a run with its adapter, or of a recipe's model as it is.
+
+    Args:
+        target: the folder of a run, a recipe as :func:`load_config` takes it, or a configuration.
+        overrides, overlays: as in :func:`load_config`; ``{"evaluation.prompts.path": "harmbench.csv"}`` asks other prompts.
+        out: where the JSON goes. By default a run's ``evaluation.json``, ``evaluation-PROMPTS.json`` beside it where prompts or
+            settings are not the run's own, and no file for a recipe.
+        say: receives the table and the file's name.
+
+    Returns:
+        ``before`` without adapter and, for a run, ``after`` with it: rates from 0 to 1 by name, such as ``after["attack_direct"]``.
+
+    Raises:
+        UserError: a run without an adapter, prompts or data that cannot be read, a file that cannot be written.
+    """
+    from repbend_fast.config import Config, check_files
+
+    with saying(say):
+        folder = None if isinstance(target, Config) else Path(target).expanduser()
+        folder = folder if folder is not None and folder.is_dir() else None
+        config = load_config(target if folder is None else run_config(folder), overrides, overlays=overlays, say=say)
+        check_files(config)
+        with hushed():
+            from repbend_fast.evaluation.sides import evaluate_target
+
+            return evaluate_target(config, folder, None if out is None else Path(out).expanduser())
+
+
+def export(run: PathLike, out: PathLike | None = None, *, say: Say | None = None) -> Path:
+    """Merge a run's adapter into its model and save an ordinary transformers folder: safetensors and tokenizer.
+
+    A run on NF4 weights is merged into the unquantised base, another model than the one that was measured; ``say`` gets a line about it.
+
+    Args:
+        run: the folder of a run.
+        out: a folder that is not there yet or is empty; ``merged`` in the run's by default.
+        say: receives notes.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        UserError: no run or no adapter there yet, ``out`` holds something, or it cannot be written.
+    """
+    from repbend_fast.runs.folder import check_new
+
+    with saying(say):
+        folder = run_config(run).parent
+        target = folder / "merged" if out is None else Path(out).expanduser()
+        check_new(target)
+        with hushed():
+            from repbend_fast.runs.export import export_merged
+
+            export_merged(folder, target)
+            return target
+
+
+def plan(
+    config: PathLike | Config,
+    overrides: Overrides = (),
+    *,
+    overlays: Overlays = (),
+    card: str | None = None,
+    say: Say | None = None,
+) -> PlannedRun:
+    """Say beforehand whether a run fits, with which levers, and how fast it would be. Needs no weights and no GPU.
+
+    Args:
+        config: a configuration, or a recipe as :func:`load_config` takes it.
+        overrides, overlays: as in :func:`load_config`; ``{"memory.budget": "8GB"}`` plans for that much.
+        card: a card's name, such as ``"4060"``, ``"3090"`` or ``"a100"``; by default this machine's device.
+        say: receives notes.
+
+    Returns:
+        The plan: ``total_bytes``, ``seconds_per_step``, ``as_dict()``, ``lines()``.
+
+    Raises:
+        UserError: an unknown card, a model that cannot be planned, or a budget that cannot be kept, with the smallest that can.
+    """
+    with saying(say):
+        settings = load_config(config, overrides, overlays=overlays, say=say)
+        with hushed():
+            from repbend_fast.planning.planned import planned_run
+
+            return planned_run(settings, card)
+
+
+def training_config(
+    config: PathLike | Config | None, overrides: Overrides, overlays: Overlays, resume: bool | PathLike
+) -> tuple[Config, Path | None]:
+    """The configuration that :func:`train` would train, and the folder that it would go on with; None for a new run.
+
+    Raises:
+        UserError: as :func:`load_config`; neither a configuration nor a folder, or a folder that is not there.
+    """
+    from repbend_fast.config import load_config as load
+
+    folder = None if isinstance(resume, bool) else Path(resume).expanduser()
+    if config is None:
+        if folder is None:
+            raise UserError("neither a recipe nor the folder of a run to resume; name one of them")
+        config = run_config(folder)
+    settings = load(config, overrides, overlays=overlays)
+    if resume is False:
+        return settings, None
+    folder = folder or Path(settings.output.folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder to resume; train it from the start without resuming")
+    settings.output.folder = str(folder)
+    return settings, folder
+
+
+def run_config(run: PathLike) -> Path:
+    """The configuration that a run's folder holds.
+
+    Raises:
+        UserError: no such folder, or not the folder of a run.
+    """
+    from repbend_fast.runs.folder import RunFolder
+
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{run}: no such folder; name the folder of a run")
+    path = RunFolder(folder).config
+    if not path.is_file():
+        raise UserError(f"{run}: not the folder of a run, it holds no {path.name}")
+    return path
