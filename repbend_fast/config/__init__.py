@@ -8,13 +8,13 @@ from repbend_fast.config.schema import (
     LoraSection,
     MemoryConfig,
     ModelConfig,
-    ObjectiveConfig,
     OutputConfig,
     TrainingConfig,
     ValidationConfig,
 )
 from repbend_fast.config.shipped import copy_recipe, recipe_names, recipe_text, summary
 from repbend_fast.data.settings import DataConfig, PromptsConfig, SourceConfig
+from repbend_fast.objectives.repbend import RepBendConfig
 
 __all__ = [
     "Config",
@@ -23,9 +23,9 @@ __all__ = [
     "LoraSection",
     "MemoryConfig",
     "ModelConfig",
-    "ObjectiveConfig",
     "OutputConfig",
     "PromptsConfig",
+    "RepBendConfig",
     "SourceConfig",
     "TrainingConfig",
     "ValidationConfig",
