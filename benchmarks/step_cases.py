@@ -21,7 +21,7 @@ from repbend_fast.models import find_decoder, load_model, trainable_parameters
 from repbend_fast.models.load import DTYPES, quantize_nf4, settle_device
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.repbend import RepBendConfig
-from repbend_fast.objectives.terms import Stream
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.batches import Limits, published_batch
 from repbend_fast.planning.cards import card_of
 from repbend_fast.planning.cost import StepCost, matrices

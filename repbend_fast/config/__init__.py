@@ -14,7 +14,6 @@ from repbend_fast.config.schema import (
 )
 from repbend_fast.config.shipped import copy_recipe, recipe_names, recipe_text, summary
 from repbend_fast.data.settings import DataConfig, PromptsConfig, SourceConfig
-from repbend_fast.objectives.repbend import RepBendConfig
 
 __all__ = [
     "Config",
@@ -25,7 +24,6 @@ __all__ = [
     "ModelConfig",
     "OutputConfig",
     "PromptsConfig",
-    "RepBendConfig",
     "SourceConfig",
     "TrainingConfig",
     "ValidationConfig",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from repbend_fast.data.records import Batch, Role
-from repbend_fast.objectives.terms import Stream
+from repbend_fast.objectives.streams import Stream
 
 
 @dataclass(frozen=True)

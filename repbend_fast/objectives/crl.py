@@ -28,7 +28,8 @@ from repbend_fast.objectives.rows import (
     safe_sequences,
 )
 from repbend_fast.objectives.sections import TITLES, AnswerMode, RefusalConfig, WindowConfig
-from repbend_fast.objectives.terms import Stream, Triplet, Triplets
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Triplet, Triplets
 from repbend_fast.section import Weight
 
 

@@ -19,7 +19,7 @@ from repbend_fast.data.records import ROLES, Batch, Role
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.sections import MethodConfig
-from repbend_fast.objectives.terms import Stream, StreamError
+from repbend_fast.objectives.streams import Stream, StreamError
 
 
 def load_class(name: str) -> Any:

@@ -12,7 +12,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
-from repbend_fast.objectives.terms import Stream, rows_in
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import rows_in
 
 Key = tuple[Any, ...]
 

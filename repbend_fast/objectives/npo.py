@@ -15,7 +15,8 @@ from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import answer_rows, count, forget_sequences, mean_distance, predicting_rows, retain_kl
 from repbend_fast.objectives.sections import KL_TERM, TITLES, KLLimitConfig, Quirks
-from repbend_fast.objectives.terms import AnswerLoss, Stream, Term
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import AnswerLoss, Term
 from repbend_fast.section import AboveZero, Weight
 
 

@@ -14,7 +14,8 @@ import math
 from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.objectives.rows import count, predicting_rows
 from repbend_fast.objectives.sections import RefusalConfig
-from repbend_fast.objectives.terms import AnswerLoss, Stream
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import AnswerLoss
 
 
 def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | None) -> tuple[Stream, ...]:

@@ -21,7 +21,8 @@ from repbend_fast.objectives.refusal import refusal_streams
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import NOTHING, all_rows, forget_sequences, retain_kl, safe_sequences, select_rows
 from repbend_fast.objectives.sections import KL_TERM, TITLES, Quirks, RefusalConfig, WindowConfig
-from repbend_fast.objectives.terms import Distance, PairwiseCosine, Span, Stream, Term, rows_in
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Distance, PairwiseCosine, Span, Term, rows_in
 from repbend_fast.section import AboveZero, Positive, Weight
 
 PUBLISHED_WEIGHTS = {"alpha": "safe", "beta": "unsafe", "gamma": "cosine", "epsilon": "kl"}

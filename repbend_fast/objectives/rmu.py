@@ -18,7 +18,8 @@ from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import all_rows, count, forget_sequences, mean_distance, mode_rows, padded_count
 from repbend_fast.objectives.sections import AnswerMode, Auto, DistanceUnit, MethodConfig, PaddedLength, Quirks, at_share
 from repbend_fast.objectives.states import check_states
-from repbend_fast.objectives.terms import Direction, Distance, Span, Stream
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Direction, Distance, Span
 from repbend_fast.section import AboveZero, NonNegative, Positive, Weight
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from repbend_fast.data.records import Batch, Sequence
-from repbend_fast.objectives.terms import Distance, HeadKL, Span, Stream, Unit, rows_in
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Distance, HeadKL, Span, Unit, rows_in
 
 NOTHING: Span = (0, 0)
 """No row of a sequence."""

@@ -17,7 +17,7 @@ from repbend_kernels.blocks import default_chunk_rows
 
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.objectives.terms import Stream
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.cards import EFFICIENCY, Card
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.pieces import split

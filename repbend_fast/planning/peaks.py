@@ -18,7 +18,8 @@ from repbend_fast.config import Config
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import adapted_blocks, trainable_parameters
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.objectives.terms import Stream, rows_in
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import rows_in
 from repbend_fast.planning.scratch import HEAD_OPS, op_scratch
 from repbend_fast.planning.shapes import fake_zeros, shape_model
 from repbend_fast.planning.tracker import MemoryTracker, module_tensors, tensor_bytes

@@ -16,7 +16,7 @@ import torch
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective
-from repbend_fast.objectives.terms import Stream
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.batches import Limits, even_batch, limits_of, published_batch
 from repbend_fast.planning.budget import Standing, budget_bytes, show_bytes, standing, taken
 from repbend_fast.planning.cards import GB, Card, card_of

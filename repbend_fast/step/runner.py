@@ -27,7 +27,8 @@ from repbend_fast.models.layers.lean import use_lean_layers
 from repbend_fast.models.layers.lora import lora_dropout, use_low_rank_forward
 from repbend_fast.models.layers.offload import offload_embedding
 from repbend_fast.models.load import settle_device
-from repbend_fast.objectives.terms import Stream, Term
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Term
 from repbend_fast.step.dropout_keys import row_keys
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.meter import Meter, StreamResult

@@ -19,7 +19,7 @@ from torch import Tensor
 from repbend_fast.data.records import Batch, Role
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Objective
-from repbend_fast.objectives.terms import Stream
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.step.runner import StreamRunner
 
 RECORDS = 8

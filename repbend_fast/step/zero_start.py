@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from repbend_fast.errors import UserError
-from repbend_fast.objectives.terms import Stream
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.step.meter import StreamResult
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from repbend_fast.objectives.sections import KL_TERM, KLLimitConfig, MethodConfig
-from repbend_fast.objectives.terms import Stream
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.step import StreamResult
 
 RATE = 0.05

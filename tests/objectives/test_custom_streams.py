@@ -9,7 +9,8 @@ import pytest
 from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.custom import Checked
-from repbend_fast.objectives.terms import Distance, HeadKL, Stream
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Distance, HeadKL
 
 SEQUENCES = (Sequence((1, 2, 3), 1), Sequence((4, 5), 1))
 TERM = Distance("near", (1, 2), ((0, 3), (1, 2)), 1.0, 4.0)

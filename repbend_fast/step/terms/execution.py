@@ -20,7 +20,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor
 
 from repbend_fast.data.records import Sequence
-from repbend_fast.objectives.terms import Stream, Term
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Term
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.meter import Meter, StreamResult
 from repbend_fast.step.parts import ModelParts
