@@ -177,10 +177,10 @@ class Config(Section):
         """LoRA goes where the method wants it unless the settings say otherwise."""
         objective = values.get("objective") if isinstance(values, dict) else None
         lora = values.get("lora", {}) if isinstance(values, dict) else None
-        method = section_of(objective.get("name")) if isinstance(objective, dict) else None
-        if method is None or not isinstance(lora, dict):
+        if not isinstance(objective, dict) or not isinstance(lora, dict):
             return values
-        wanted = method.wanted_lora(objective)
+        method = section_of(objective.get("name"))
+        wanted = method.wanted_lora(objective) if method else {}
         return {**values, "lora": wanted | lora} if wanted else values
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         lengths = tuple(len(sequence) for sequence in self.sequences)
-        twice = [name for name, times in Counter(name for term in self.terms for name in term.weights).items() if times > 1]
+        twice = [name for name, times in Counter(name for term in self.terms for name in term.names).items() if times > 1]
         wrong = f"two of its terms are named {twice[0]}" if twice else next(filter(None, (t.wrong(lengths) for t in self.terms)), None)
         if wrong:
             raise StreamError(f"stream {self.name}: {wrong}")
@@ -54,7 +54,7 @@ class Stream:
 
     def term(self, name: str) -> Any:
         """The term of that name, None where there is none."""
-        return next((term for term in self.terms if name in term.weights), None)
+        return next((term for term in self.terms if name in term.names), None)
 
     def weighed(self, name: str, weight: float) -> Stream:
         """The stream with another weight of the term ``name``, if it has one."""

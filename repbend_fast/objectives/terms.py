@@ -1,7 +1,6 @@
-"""Terms of a loss, as they are declared.
+"""Terms of a loss as they are declared: what each reads, compares and weighs. How a kind is computed stands in ``step/terms``.
 
-A term says what it reads, compares and weighs, and nobody asks what kind it is; how a kind is computed stands in ``step/terms``. A kind
-of its own is a frozen dataclass that derives from :class:`Term` and an execution that names it.
+Nobody asks of what kind a term is. A kind of one's own is a frozen dataclass that derives from :class:`Term`, and its execution.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ Unit = Literal["state", "reference"]
 DISTANCE_KINDS = {"l2": 1, "cosine": 0, "relu_cosine": 0, "mse": 2}
 """The kinds of distance, and the power of a length that each is; cosines have no unit."""
 
-KL_BOUND = 1e-5
-"""The KL's sums over the vocabulary round, in nats per token."""
+KL_BOUND = 1e-5  # nats per token: the KL's sums over the vocabulary round
 
 
 def rows_in(spans: Iterable[Span]) -> int:
@@ -51,8 +49,13 @@ class Term:
         def layers(self) -> tuple[int, ...]: ...
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the values that it reports."""
+        return (self.name,)
+
+    @property
     def weights(self) -> dict[str, float]:
-        """The values that it reports, by name, and the weight of each in the loss."""
+        """The weight of each of its values in the loss, by name."""
         return {self.name: self.weight}
 
     @property
@@ -62,8 +65,7 @@ class Term:
 
     def with_parts(self, parts: tuple[Any, ...]) -> Term:
         """The term with other ``parts``."""
-        (found,) = parts
-        return found  # type: ignore[no-any-return]
+        return parts[0]  # type: ignore[no-any-return]
 
     @property
     def divides(self) -> bool:
@@ -184,13 +186,13 @@ class Distance(Term):
         return self.against is not None
 
     @property
-    def _compares_itself(self) -> bool:
-        return self.target is None and self.against is None
-
-    @property
     def start_bound(self) -> float | None:
         # Cosines hide a difference: their gradient is not 0 where it is.
         return 0.0 if self._compares_itself and DISTANCE_KINDS[self.kind] else None
+
+    @property
+    def _compares_itself(self) -> bool:
+        return self.target is None and self.against is None
 
     @property
     def described(self) -> str:
@@ -279,6 +281,10 @@ class Triplets(Term):
         return f"{self.safe.name} and {self.unsafe.name}"
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(half.name for half in self.halves)
+
+    @property
     def weights(self) -> dict[str, float]:
         return {half.name: half.weight for half in self.halves}
 
@@ -297,8 +303,7 @@ class Triplets(Term):
         return self.halves
 
     def with_parts(self, parts: tuple[Any, ...]) -> Triplets:
-        safe, unsafe = parts
-        return replace(self, safe=safe, unsafe=unsafe)
+        return replace(self, safe=parts[0], unsafe=parts[1])
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -318,12 +323,10 @@ class Triplets(Term):
         return sum(rows_in(half.spans if chosen is None else (half.spans[m] for m in chosen)) for half in self.halves)
 
     def moved(self, shift: int, top: int) -> tuple[Triplets, int]:
-        cut, halves = 0, []
-        for half in self.halves:
-            kept = _moved(half.layers, shift) or (top,)
-            cut += rows_in(half.spans) * (len(half.layers) - len(kept))
-            halves.append(replace(half, layers=kept))
-        return replace(self, safe=halves[0], unsafe=halves[1]), cut
+        kept = [_moved(half.layers, shift) or (top,) for half in self.halves]
+        cut = sum(rows_in(half.spans) * (len(half.layers) - len(layers)) for half, layers in zip(self.halves, kept))
+        safe, unsafe = (replace(half, layers=layers) for half, layers in zip(self.halves, kept))
+        return replace(self, safe=safe, unsafe=unsafe), cut
 
     def start_probes(self, num_blocks: int) -> tuple[Distance, ...]:
         return tuple(Distance(half.name, half.layers, half.spans, 1.0, 1.0) for half in self.halves if half.layers)
@@ -342,7 +345,7 @@ class HeadTerm(Term):
     """A term that reads the logits of the frozen head."""
 
     reads_head: ClassVar[bool] = True
-    layers: ClassVar[tuple[int, ...]] = ()  # type: ignore[misc]
+    layers: ClassVar[tuple[int, ...]] = ()
 
     def start_probes(self, num_blocks: int) -> tuple[Distance, ...]:
         return (Distance(self.name, (num_blocks,), self.spans, 1.0, 1.0),) if self.compares_head else ()

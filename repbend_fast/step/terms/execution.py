@@ -108,7 +108,7 @@ class Execution(Generic[Kind]):
     @classmethod
     def report(cls, term: Any, meter: Meter, result: StreamResult, sums: Any) -> None:
         """Enter the term's values of the whole stream into ``result``."""
-        for name in term.weights:
+        for name in term.names:
             if name in meter.values:
                 result.terms[name] = meter.values[name]
 
