@@ -65,7 +65,7 @@ class Term:
 
     def with_parts(self, parts: tuple[Any, ...]) -> Term:
         """The term with other ``parts``."""
-        return parts[0]  # type: ignore[no-any-return]
+        return parts[0]
 
     @property
     def divides(self) -> bool:
