@@ -169,8 +169,10 @@ class StreamRunner:
     def _piece(self, run: _Run, piece: Piece) -> Meter:
         meter = Meter()
         meter.tokens = piece.tokens
+        # A first pass that ran out of memory has moved the levers for the piece too.
+        sums = [self._sums(run, piece, number) for number in range(len(run.stream.terms))]
         place = self._place(run.stream, piece, meter)
-        executions = [execution_of(term)(term, place, self._sums(run, place, number)) for number, term in enumerate(run.stream.terms)]
+        executions = [execution_of(term)(term, place, known) for term, known in zip(run.stream.terms, sums)]
         with record_function(ranges.REFERENCE):
             reference_pass(place, executions)
         with lora_dropout(self.model, run.keys(piece)):
@@ -187,12 +189,12 @@ class StreamRunner:
     def _place(self, stream: Stream, piece: Piece, meter: Meter) -> Place:
         return Place(self.parts, stream, piece, self.levers, meter)
 
-    def _sums(self, run: _Run, place: Place, number: int) -> Any:
+    def _sums(self, run: _Run, piece: Piece, number: int) -> Any:
         """What term ``number`` knows of the whole stream, where it is split."""
         known, kind = run.sums.get(number), execution_of(run.stream.terms[number])
-        if known is not None or len(place.piece.members) == len(run.stream.sequences):
+        if known is not None or len(piece.members) == len(run.stream.sequences):
             return known
-        sums = kind.first_pass(run.stream.terms[number], _FirstPass(self, run), place.piece)
+        sums = kind.first_pass(run.stream.terms[number], _FirstPass(self, run), piece)
         if not kind.sums_lack_piece:
             run.sums[number] = sums
         return sums
