@@ -29,13 +29,14 @@ from repbend_fast.models.layers.offload import offload_embedding
 from repbend_fast.models.load import settle_device
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Term
+from repbend_fast.step.adapted import adapted_pass
 from repbend_fast.step.dropout_keys import row_keys
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.meter import Meter, StreamResult
 from repbend_fast.step.parts import ModelParts
-from repbend_fast.step.passes import adapted_pass, reference_pass
 from repbend_fast.step.pieces import Layout, Piece, make_piece, split
 from repbend_fast.step.proof import Proof, prove_model
+from repbend_fast.step.reference import reference_pass
 from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, retreat
 from repbend_fast.step.terms import Execution, Place, execution_of
 

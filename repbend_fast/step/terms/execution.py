@@ -13,6 +13,7 @@ An execution is freed with its piece, so that nothing of a piece that ran out of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -140,3 +141,12 @@ def execution_of(term: Term) -> type[Execution[Any]]:
             return EXECUTIONS[kind]
     name = type(term).__name__
     raise TypeError(f"{term.described}: nothing says how a {name} is computed; decorate an Execution with step.terms.executes({name})")
+
+
+def by_layer(executions: Seq[Execution[Any]], layers_of: Callable[[Term], Iterable[int]]) -> dict[int, list[Execution[Any]]]:
+    """The executions that have something to do at a hidden state, by hidden state, in their order."""
+    found: dict[int, list[Execution[Any]]] = {}
+    for execution in executions:
+        for layer in layers_of(execution.term):
+            found.setdefault(layer, []).append(execution)
+    return found

@@ -1,0 +1,40 @@
+"""The adapted pass: taps between the blocks, and the loss of one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repbend_fast.models.decoder import run_decoder
+from repbend_fast.models.layers.offload import host_states
+from repbend_fast.step.terms import Execution, Place, by_layer
+
+
+def adapted_pass(place: Place, executions: Sequence[Execution[Any]]) -> Tensor:
+    """The piece's share of the stream's weighted loss, differentiable in the adapter.
+
+    What the reference pass kept is used up: its buffers become gradient directions.
+    """
+    parts, last = place.parts, place.parts.decoder.num_blocks
+    tapping = by_layer(executions, lambda term: {*term.layers, *((last,) if term.reads_head else ())})
+
+    def visit(layer: int, hidden: Tensor) -> Tensor:
+        for execution in tapping.get(layer, ()):
+            hidden = execution.tap(layer, hidden)
+        return hidden
+
+    with parts.autocasting():
+        run_decoder(
+            parts.decoder,
+            place.piece.input_ids,
+            position_ids=place.piece.position_ids,
+            stop=place.stream.stop(last),
+            visit=visit,
+            checkpoint_blocks=place.levers.checkpoint_blocks,
+            offload=host_states(place.levers.offload_checkpoints, parts.device),
+        )
+    losses = [loss for execution in executions for loss in execution.losses()]
+    return torch.stack(losses).sum()

@@ -1,0 +1,31 @@
+"""The reference pass: trained adapter off, no gradient, and only the rows kept that a term compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from repbend_fast.models.adapters import reference_model
+from repbend_fast.models.decoder import run_decoder
+from repbend_fast.step.terms import Execution, Place, by_layer
+
+
+def reference_pass(place: Place, executions: Sequence[Execution[Any]]) -> None:
+    """Each term keeps what it compares with; nothing runs where no term does, nor beyond the last hidden state that one reads."""
+    parts, last = place.parts, place.parts.decoder.num_blocks
+    keeping = by_layer(executions, lambda term: {*term.compared_layers, *((last,) if term.compares_head else ())})
+    stop = max(keeping, default=0)
+    if stop == 0:
+        return
+
+    def visit(layer: int, hidden: Tensor) -> Tensor:
+        for execution in keeping.get(layer, ()):
+            execution.keep(layer, hidden)
+        return hidden
+
+    with reference_model(parts.model), parts.autocasting():
+        run_decoder(parts.decoder, place.piece.input_ids, position_ids=place.piece.position_ids, stop=stop, visit=visit)
+        for execution in executions:
+            execution.compare()
