@@ -87,7 +87,7 @@ def our_bar(planner: Planner, label: str, budget: int | None, longest: bool) -> 
     tracker = MemoryTracker(op_scratch(CUDA), apart=HEAD_OPS, category=category)
     here = replace(plan.levers, piece_tokens={}, offload_checkpoints=False, offload_embedding=False)
     track_stream(tracker, planner.model, stream, here, None)
-    rows = sum(stop - start for start, stop in stream.head.spans) if stream.head else 0
+    rows = stream.head_rows()
     chunks = planner.meter.chunk_bytes(rows, plan.levers.kl_chunk_rows) if rows else 0
     found = tracker.peak_categories
     head = max(0, (tracker.at_op or 0) + chunks - tracker.peak)

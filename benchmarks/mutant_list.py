@@ -472,20 +472,20 @@ PROOF = [
     Mutant(
         "first batch: a distance that is not 0 passes",
         "repbend_fast/step/zero_start.py",
-        "if float(value) != 0:",
-        "if float(value) > 1e-3:",
+        "if not abs(float(value)) <= bound:",
+        "if not abs(float(value)) <= bound + 1e-3:",
         ("tests/training/test_model_proof.py",),
     ),
     Mutant(
         "step's denominators: one of a term without rows counts",
         "repbend_fast/objectives/normalize.py",
-        "term.denominator if _counts(term) else 0",
-        "term.denominator",
+        "part.denominator if part.divides else 0",
+        "part.denominator",
         ("tests/objectives/test_normalize_step.py",),
     ),
     Mutant(
         "units: the unit is left out of the gradient",
-        "repbend_fast/step/adapted.py",
+        "repbend_fast/step/terms/distance.py",
         "term.weight / term.denominator / unit",
         "term.weight / term.denominator",
         ("tests/objectives/test_distance_unit.py",),
@@ -498,7 +498,7 @@ OBJECTIVES = [
     Mutant(
         "repbend: rows do not count in the denominator",
         "repbend_fast/objectives/repbend.py",
-        "max(1, rows * counted)",
+        "max(1, rows_in(spans) * counted)",
         "max(1, counted)",
         STREAMS,
     ),
@@ -507,9 +507,9 @@ OBJECTIVES = [
     ),
     Mutant(
         "answers: targets are the rows' own tokens",
-        "repbend_fast/step/answers.py",
-        "reshape(-1)[rows + 1]",
-        "reshape(-1)[rows]",
+        "repbend_fast/step/terms/answer_loss.py",
+        "reshape(-1)[self.rows + 1]",
+        "reshape(-1)[self.rows]",
         ("tests/objectives/test_objective_gradients.py",),
     ),
 ]

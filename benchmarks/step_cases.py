@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from repbend_fast.config import Config
-from repbend_fast.config.schema import LoraSection, ModelConfig, ObjectiveConfig, TrainingConfig
+from repbend_fast.config.schema import LoraSection, ModelConfig, TrainingConfig
 from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.models import find_decoder, load_model, trainable_parameters
 from repbend_fast.models.load import DTYPES, quantize_nf4, settle_device
 from repbend_fast.objectives import build_objective
-from repbend_fast.objectives.base import Stream
+from repbend_fast.objectives.repbend import RepBendConfig
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.batches import Limits, published_batch
 from repbend_fast.planning.cards import card_of
 from repbend_fast.planning.cost import StepCost, matrices
@@ -80,9 +81,9 @@ class Case:
         return f"{self.model.name}-{self.weights}-b{self.examples}-{self.lengths}"
 
     @property
-    def objective(self) -> ObjectiveConfig:
+    def objective(self) -> RepBendConfig:
         """The published weights on the model's window."""
-        return ObjectiveConfig(window_start=self.model.window[0], window_size=self.model.window[1])
+        return RepBendConfig(window_start=self.model.window[0], window_size=self.model.window[1])
 
     @property
     def limits(self) -> Limits:

@@ -30,7 +30,7 @@ from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.models import attach_lora, find_decoder
 from repbend_fast.objectives import build_objective
-from repbend_fast.objectives.sections import CircuitBreakerConfig
+from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import levers_of
 

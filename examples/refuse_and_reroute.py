@@ -18,8 +18,8 @@ from typing import Any
 
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
-from repbend_fast.objectives import AnswerLoss, Distance, HeadKL, Stream
-from repbend_fast.objectives.base import all_rows, answer_rows, count, l2_probe, predicting_rows
+from repbend_fast.objectives import AnswerLoss, Distance, HeadKL, Probes, Stream
+from repbend_fast.objectives.rows import all_rows, answer_rows, count, mean_distance, predicting_rows
 
 DEFAULTS: dict[str, Any] = {"layers": [10, 20], "refuse": 1.0, "reroute": 1.0, "keep": 1.0}
 
@@ -45,16 +45,16 @@ class RefuseAndReroute:
         safe, unsafe = tuple(p.safe for p in batch.pairs), tuple(p.unsafe for p in batch.pairs)
         learned, rerouted, kept = predicting_rows(safe), answer_rows(unsafe), all_rows(batch.retain)
         return [
-            Stream("safe", safe, answers=AnswerLoss("refuse", learned, settings["refuse"], count(learned))),
+            Stream("safe", safe, (AnswerLoss("refuse", learned, settings["refuse"], count(learned)),)),
             Stream(
                 "unsafe",
                 unsafe,
                 (Distance("reroute", self.layers, rerouted, settings["reroute"], count(rerouted) * len(self.layers), kind="relu_cosine"),),
             ),
-            Stream("retain", batch.retain, head=HeadKL("kl", kept, settings["keep"], count(kept), temperature=2.0)),
+            Stream("retain", batch.retain, (HeadKL("kl", kept, settings["keep"], count(kept), temperature=2.0),)),
         ]
 
-    def probes(self, batch: Batch) -> list[Stream]:
+    def probes(self, batch: Batch) -> Probes:
         """What the guard measures: how far unsafe and safe answers have moved."""
         unsafe, safe = tuple(p.unsafe for p in batch.pairs), tuple(p.safe for p in batch.pairs)
-        return [*l2_probe("unsafe", unsafe, self.layers), *l2_probe("safe", safe, self.layers)]
+        return Probes(mean_distance("unsafe", unsafe, self.layers), mean_distance("safe", safe, self.layers))

@@ -7,13 +7,13 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from repbend_fast.config.schema import ObjectiveConfig
 from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.objectives.repbend import RepBendConfig
 
 PROMPT_MODES = ("prompt_last", "prompt_all")
 
 
-def safe_sequences(batch: Batch, config: ObjectiveConfig) -> list[Sequence]:
+def safe_sequences(batch: Batch, config: RepBendConfig) -> list[Sequence]:
     """Safe prompts with safe answers and, where answers are read, unsafe prompts with safe answers."""
     return list(batch.safe) + ([] if config.loss_mode in PROMPT_MODES else [p.safe for p in batch.pairs])
 
@@ -47,7 +47,7 @@ def row_mask(sequences: Seq[Sequence], mode: str, width: int | None = None, devi
     return chosen.to(device)
 
 
-def unsafe_row_mask(batch: Batch, config: ObjectiveConfig, width: int | None = None, device: torch.device | None = None) -> Tensor:
+def unsafe_row_mask(batch: Batch, config: RepBendConfig, width: int | None = None, device: torch.device | None = None) -> Tensor:
     """Rows of U; with ``published_quirks`` and ``prompt_last`` those of the first B sequences only, as the published code has it."""
     rows = row_mask(unsafe_sequences(batch), config.loss_mode, width, device)
     if config.published_quirks and config.loss_mode == "prompt_last":
@@ -61,16 +61,16 @@ def prompt_states(hidden: Tensor, sequences: Seq[Sequence]) -> Tensor:
     return hidden[..., torch.arange(len(sequences), device=hidden.device), positions, :]
 
 
-def kl_count(sequences: Seq[Sequence], config: ObjectiveConfig) -> int:
+def kl_count(sequences: Seq[Sequence], config: RepBendConfig) -> int:
     """What the summed KL is divided by: sequences or tokens."""
     return len(sequences) if config.kl_reduction == "sequence" else sum(len(s) for s in sequences)
 
 
-def weights(config: ObjectiveConfig) -> dict[str, float]:
+def weights(config: RepBendConfig) -> dict[str, float]:
     """The weight of each term in the total loss: α·S − β·U + γ·C + ε·K + η·P."""
     return {"safe": config.safe, "unsafe": -config.unsafe, "cosine": config.cosine, "kl": config.kl, "pair": config.pair}
 
 
-def weighted_sum(terms: dict[str, Tensor], config: ObjectiveConfig) -> Tensor:
+def weighted_sum(terms: dict[str, Tensor], config: RepBendConfig) -> Tensor:
     """The total loss of the given terms."""
     return torch.stack([weights(config)[name] * value for name, value in terms.items()]).sum()

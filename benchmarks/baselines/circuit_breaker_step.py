@@ -16,7 +16,7 @@ from torch import Tensor
 
 from baselines.batches import padded, unsafe_sequences
 from repbend_fast.data.records import Batch
-from repbend_fast.objectives.sections import CircuitBreakerConfig
+from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 
 
 def circuit_breaker_step(

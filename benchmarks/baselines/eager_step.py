@@ -17,8 +17,8 @@ from torch import Tensor
 from baselines.batches import kl_count, padded, prompt_states, row_mask, safe_sequences, unsafe_row_mask, unsafe_sequences, weighted_sum
 from baselines.distances import published_pairwise_cosine
 from baselines.heads import kl_of_logits
-from repbend_fast.config.schema import ObjectiveConfig
 from repbend_fast.data.records import Batch
+from repbend_fast.objectives.repbend import RepBendConfig
 
 
 def prepare_eager(model: Any) -> None:
@@ -27,7 +27,7 @@ def prepare_eager(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def eager_step(model: Any, batch: Batch, config: ObjectiveConfig, width: int | None = None) -> dict[str, Tensor]:
+def eager_step(model: Any, batch: Batch, config: RepBendConfig, width: int | None = None) -> dict[str, Tensor]:
     """One step: the gradient of the weighted sum is added to the adapter's parameters; returns the unweighted terms S, U, C, K.
 
     Args:
@@ -38,7 +38,7 @@ def eager_step(model: Any, batch: Batch, config: ObjectiveConfig, width: int | N
     return {name: value.detach() for name, value in terms.items()}
 
 
-def eager_terms(model: Any, batch: Batch, config: ObjectiveConfig, width: int | None = None) -> dict[str, Tensor]:
+def eager_terms(model: Any, batch: Batch, config: RepBendConfig, width: int | None = None) -> dict[str, Tensor]:
     """S, U, C, K as scalars of one graph over all streams."""
     device = next(model.parameters()).device
     safe, unsafe, retain = safe_sequences(batch, config), unsafe_sequences(batch), list(batch.retain)

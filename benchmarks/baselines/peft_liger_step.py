@@ -27,8 +27,8 @@ from baselines.batches import (
 )
 from baselines.distances import published_pairwise_cosine
 from baselines.heads import liger_chunked_kl, liger_fused_kl
-from repbend_fast.config.schema import ObjectiveConfig
 from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.objectives.repbend import RepBendConfig
 
 
 def prepare_peft_liger(model: Any) -> None:
@@ -37,7 +37,7 @@ def prepare_peft_liger(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def peft_liger_step(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[str, Tensor]:
+def peft_liger_step(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     """One step: the gradient of the weighted sum is added to the adapter's parameters; returns the unweighted terms S, U, C, K."""
     terms: dict[str, Tensor] = {}
     for stream in (_safe, _unsafe, _retain):
@@ -47,7 +47,7 @@ def peft_liger_step(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[s
     return terms
 
 
-def _safe(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[str, Tensor]:
+def _safe(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     sequences = safe_sequences(batch, config)
     ids, mask = padded(sequences, device=model.device)
     rows = row_mask(sequences, config.loss_mode, device=model.device)
@@ -59,7 +59,7 @@ def _safe(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[str, Tensor
     return {"safe": _distance(states, reference, rows, len(layers) + every)}
 
 
-def _unsafe(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[str, Tensor]:
+def _unsafe(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     sequences, layers = unsafe_sequences(batch), list(config.window)
     ids, mask = padded(sequences, device=model.device)
     rows = unsafe_row_mask(batch, config, device=model.device)
@@ -69,7 +69,7 @@ def _unsafe(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[str, Tens
     return {"unsafe": _distance(states, reference, rows, len(layers)), "cosine": published_pairwise_cosine(prompts)}
 
 
-def _retain(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[str, Tensor]:
+def _retain(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     sequences: list[Sequence] = list(batch.retain)
     ids, mask = padded(sequences, device=model.device)
     real = mask.bool()

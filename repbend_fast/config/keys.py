@@ -16,9 +16,9 @@ from repbend_fast.config.published import NAMES
 from repbend_fast.config.schema import Config, Section
 from repbend_fast.config.yaml_text import Key
 from repbend_fast.errors import UserError
-from repbend_fast.objectives.sections import ObjectiveSection, section_of
+from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of
+from repbend_fast.objectives.sections import MethodConfig
 
-DEFAULT_OBJECTIVE = "repbend"
 _WORDS = {Any: "any value", int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -43,7 +43,7 @@ class Place:
     def section(self) -> type[Section] | None:
         """The section class, for a section, an optional one, and the one of the objective in force."""
         found = [arm for arm in arms(self.annotation) if isinstance(arm, type) and issubclass(arm, Section)]
-        if len(found) > 1 and issubclass(found[0], ObjectiveSection):
+        if len(found) > 1 and issubclass(found[0], MethodConfig):
             return section_of(self.objective) or found[0]
         return found[0] if found else None
 

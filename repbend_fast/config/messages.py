@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from repbend_fast.config.keys import DEFAULT_OBJECTIVE, Place, allowed, children, locate, suggestion
+from repbend_fast.config.keys import Place, allowed, children, locate, suggestion
 from repbend_fast.config.yaml_text import Key
-from repbend_fast.objectives.sections import CUSTOM, SECTIONS
+from repbend_fast.objectives.registry import CUSTOM, DEFAULT_OBJECTIVE, SETTINGS
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def explain(error: ValidationError, origins: Mapping[Key, Origin], name: str, ob
     if kind.startswith("union_tag"):
         path, value = ("objective", "name"), value.get("name") if isinstance(value, dict) else value
         spelled = _origin(origins, path) or Origin("objective.name", name)
-        near = suggestion(value, list(SECTIONS)) if isinstance(value, str) else ""
-        return f"{spelled.prefix}{spelled.spelled}={show(value)}: must be one of {', '.join(SECTIONS)}, or module:Class of your own" + (
+        near = suggestion(value, list(SETTINGS)) if isinstance(value, str) else ""
+        return f"{spelled.prefix}{spelled.spelled}={show(value)}: must be one of {', '.join(SETTINGS)}, or module:Class of your own" + (
             near if "did you mean" in near else ""
         )
     if kind == "value_error" and not path:
@@ -71,7 +71,7 @@ def explain(error: ValidationError, origins: Mapping[Key, Origin], name: str, ob
 
 def _untagged(path: tuple[int | str, ...]) -> Key:
     """pydantic puts the objective's name between the section and its keys."""
-    return (path[0], *path[2:]) if len(path) > 1 and path[0] == "objective" and path[1] in (*SECTIONS, CUSTOM) else path
+    return (path[0], *path[2:]) if len(path) > 1 and path[0] == "objective" and path[1] in (*SETTINGS, CUSTOM) else path
 
 
 def _wrong_value(place: Place, value: Any, origin: Origin | None, name: str, error: Any) -> str:

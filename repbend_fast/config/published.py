@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, SETTINGS
+
 Settings = list[tuple[str, Any]]
 
 RENAMED: dict[str, str] = {
@@ -53,19 +55,7 @@ RENAMED: dict[str, str] = {
 }
 
 # The same script names the other methods' settings with the same letters.
-RENAMED_FOR: dict[str, dict[str, str]] = {
-    "circuit_breaker": {"alpha": "objective.coefficient", "loss_alpha": "objective.coefficient"},
-    "rmu": {"alpha": "objective.retain", "loss_alpha": "objective.retain", "steering_coeff": "objective.coefficient"},
-    "npo": {
-        "alpha": "objective.retain_nll",
-        "loss_alpha": "objective.retain_nll",
-        "beta": "objective.beta",
-        "loss_beta": "objective.beta",
-        "gamma": "objective.retain_kl",
-        "loss_gamma": "objective.retain_kl",
-    },
-    "crl": {"loss_margin_p": "objective.safe_margin", "loss_margin_n": "objective.unsafe_margin"},
-}
+RENAMED_FOR: dict[str, dict[str, str]] = {name: settings.published_names for name, settings in SETTINGS.items()}
 
 _REPORTS = "metrics are written to metrics.jsonl of the run"
 _STEPS = "the length of a run is training.steps"
@@ -227,7 +217,7 @@ def bare(name: str) -> str:
     return last if section and SECTION_OF.get(last) == section else name
 
 
-def translate(name: str, value: Any, objective: str = "repbend") -> Translation:
+def translate(name: str, value: Any, objective: str = DEFAULT_OBJECTIVE) -> Translation:
     """What the published argument ``name`` with ``value`` sets here.
 
     Raises:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from repbend_fast.data.settings import DataConfig, PromptsConfig, SourceConfig
-from repbend_fast.objectives.sections import AnyObjective, ObjectiveConfig, RMUConfig
+from repbend_fast.objectives.registry import any_settings, default_settings, section_of, stream_names
+from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.section import NonNegative, Positive, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -17,7 +18,10 @@ TEMPLATE_CALL = {
     *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"),
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-StreamName = Literal["safe", "unsafe", "forget", "triplet", "retain", "refusal"]
+if TYPE_CHECKING:
+    AnyObjective = MethodConfig
+else:
+    AnyObjective = any_settings()
 
 
 class ModelConfig(Section):
@@ -95,7 +99,7 @@ class MemoryConfig(Section):
     """
 
     budget: str | None = Field(None, description="Memory that training may use, for example 8GB or 7.5GiB; auto = what the device has.")
-    piece_tokens: Positive | dict[StreamName, Positive] | Literal["auto"] | None = Field(
+    piece_tokens: Positive | dict[str, Positive] | Literal["auto"] | None = Field(
         "auto", description="Tokens per piece of a stream, padding included, for all streams or by stream; none = one piece."
     )
     packing: Literal["auto", "on", "off"] = Field(
@@ -162,7 +166,7 @@ class Config(Section):
 
     model: ModelConfig
     lora: LoraSection = LoraSection()
-    objective: AnyObjective = ObjectiveConfig()
+    objective: AnyObjective = default_settings()
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     memory: MemoryConfig = MemoryConfig()
@@ -173,14 +177,14 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _objective_lora(cls, values: Any) -> Any:
-        """RMU trains few matrices: LoRA goes on them unless the settings say otherwise."""
+        """LoRA goes where the method wants it unless the settings say otherwise."""
         objective = values.get("objective") if isinstance(values, dict) else None
         lora = values.get("lora", {}) if isinstance(values, dict) else None
-        if not isinstance(objective, dict) or objective.get("name") != "rmu" or not isinstance(lora, dict):
+        if not isinstance(objective, dict) or not isinstance(lora, dict):
             return values
-        layer = objective.get("layer", RMUConfig().layer)
-        known = layer == "auto" or (type(layer) is int and layer > 0)
-        return {**values, "lora": RMUConfig.trained_modules(layer) | lora} if known else values
+        method = section_of(objective.get("name"))
+        wanted = method.wanted_lora(objective) if method else {}
+        return {**values, "lora": wanted | lora} if wanted else values
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
@@ -205,6 +209,7 @@ def combination_errors(config: Config) -> Iterator[str]:
             yield f"lora.blocks={blocks}: must be different block numbers, at least one, or to_window or last_three"
         elif last is not None and min(blocks) >= last:
             yield f"lora.blocks={blocks} lie behind the window, which ends at hidden state {last}; include a block below {last}"
+    yield from _unknown_streams(config)
     if taken := sorted(TEMPLATE_CALL & config.data.chat_template_kwargs.keys()):
         yield f"data.chat_template_kwargs={{{taken[0]}: …}}: is set by repbend-fast itself; variables of the chat template go here"
     if training.warmup_steps > training.steps:
@@ -225,3 +230,12 @@ def combination_errors(config: Config) -> Iterator[str]:
                 f"validation.sources has {source.path} (split {source.split}), which data.sources trains on; name another split or "
                 "file, or leave validation.sources empty to hold records out"
             )
+
+
+def _unknown_streams(config: Config) -> Iterator[str]:
+    """Sizes of pieces for streams that nothing has: a recipe may name those of other methods, which it is compared with."""
+    sizes, own = config.memory.piece_tokens, config.objective.stream_names
+    if not isinstance(sizes, dict) or own is None:
+        return
+    for name in sorted(sizes.keys() - stream_names()):
+        yield f"memory.piece_tokens.{name}: objective {config.objective.name} has no such stream; it has {', '.join(own)}"

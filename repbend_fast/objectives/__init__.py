@@ -1,32 +1,22 @@
 """Objectives: each says which streams, rows, layers, distances and weights it uses."""
 
-from typing import Any
+import importlib
+import pkgutil
 
 from repbend_fast.data.records import Role
-from repbend_fast.objectives.base import (
-    AnswerLoss,
-    Direction,
-    Distance,
-    HeadKL,
-    Objective,
-    PairwiseCosine,
-    Span,
-    Stream,
-    Triplet,
-    Triplets,
-)
-from repbend_fast.objectives.circuit_breaker import CircuitBreaker
-from repbend_fast.objectives.crl import CRL
-from repbend_fast.objectives.custom import Checked, load_class
-from repbend_fast.objectives.npo import NPO
-from repbend_fast.objectives.repbend import RepBend
-from repbend_fast.objectives.rmu import RMU
-from repbend_fast.objectives.sections import CustomObjectiveConfig, ObjectiveSection, RefusalSection
+from repbend_fast.objectives.base import Objective, Probes
+from repbend_fast.objectives.custom import Checked, CustomObjectiveConfig, load_class
+from repbend_fast.objectives.registry import OBJECTIVES
+from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import AnswerLoss, Direction, Distance, HeadKL, PairwiseCosine, Span, Term, Triplet, Triplets
 
-OBJECTIVES: dict[str, Any] = {"repbend": RepBend, "circuit_breaker": CircuitBreaker, "rmu": RMU, "npo": NPO, "crl": CRL}
+# A method is entered by being in this folder.
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 
-def build_objective(config: ObjectiveSection, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> Objective:
+def build_objective(config: MethodConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> Objective:
     """The objective that ``config.name`` names.
 
     Args:
@@ -39,17 +29,13 @@ def build_objective(config: ObjectiveSection, num_blocks: int, steps: int | None
     """
     if isinstance(config, CustomObjectiveConfig):
         return Checked(load_class(config.name)(config.settings, num_blocks, steps), config.name, num_blocks)
-    config = config.at_depth(num_blocks)
-    if isinstance(config, RefusalSection):
-        return OBJECTIVES[config.name](config, num_blocks, steps, seed)
-    return OBJECTIVES[config.name](config, num_blocks, steps)
+    found: Objective = OBJECTIVES[config.name](config.at_depth(num_blocks), num_blocks, steps, seed)
+    return found
 
 
-def roles_of(config: ObjectiveSection) -> tuple[Role, ...]:
+def roles_of(config: MethodConfig) -> tuple[Role, ...]:
     """The roles that an objective reads, known before any model is."""
-    if isinstance(config, CustomObjectiveConfig):
-        return tuple(load_class(config.name).roles)
-    return OBJECTIVES[config.name].required_roles(config)
+    return config.roles
 
 
 __all__ = [
@@ -60,9 +46,10 @@ __all__ = [
     "HeadKL",
     "Objective",
     "PairwiseCosine",
-    "RepBend",
+    "Probes",
     "Span",
     "Stream",
+    "Term",
     "Triplet",
     "Triplets",
     "build_objective",

@@ -10,32 +10,72 @@ the window. K is RepBend's. Safe and unsafe sequences are one stream, because m 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
 from repbend_fast.data.records import Batch, Role, Sequence
-from repbend_fast.objectives.base import HeadKL, Span, Stream, Triplet, Triplets, all_rows, count, forget_sequences, l2_probe, mode_rows
+from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.refusal import refusal_streams
-from repbend_fast.objectives.sections import CRLConfig
-from repbend_fast.objectives.states import check_states
+from repbend_fast.objectives.registry import method
+from repbend_fast.objectives.rows import (
+    NOTHING,
+    all_rows,
+    count,
+    forget_sequences,
+    mean_distance,
+    mode_rows,
+    retain_kl,
+    safe_sequences,
+)
+from repbend_fast.objectives.sections import TITLES, AnswerMode, RefusalConfig, WindowConfig
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Triplet, Triplets
+from repbend_fast.section import Weight
 
 
+class CRLConfig(RefusalConfig, WindowConfig):
+    """CRL: triplets around the mean adapted unsafe state, safe·S + unsafe·U + kl·K."""
+
+    place: ClassVar[int] = 5
+    stream_names: ClassVar[tuple[str, ...]] = ("triplet", "retain", "refusal")
+    titles: ClassVar[dict[str, str]] = {"safe": "safe: triplet loss", "unsafe": "unsafe: triplet loss", **TITLES}
+    published_names: ClassVar[dict[str, str]] = {"loss_margin_p": "objective.safe_margin", "loss_margin_n": "objective.unsafe_margin"}
+
+    name: Literal["crl"] = "crl"
+    safe: Weight = 0.5
+    unsafe: Weight = 0.6
+    kl: Weight = 0.7
+    safe_margin: Weight = 2.0
+    unsafe_margin: Weight = 3.0
+    loss_mode: AnswerMode = "response_all"
+
+    def errors(self) -> Iterator[str]:
+        yield from super().errors()
+        if self.safe == 0 and self.unsafe == 0 and self.refusal == 0:
+            yield (
+                "objective.safe=0 with objective.unsafe=0: KL alone has no gradient while LoRA is at its start; give one, or "
+                "objective.refusal, a weight above 0"
+            )
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        roles: tuple[Role, ...] = ("safe", "unsafe", "pair") if self.safe else ("unsafe", "pair") if self.unsafe else ("pair",)
+        return (*roles, "retain") if self.kl else roles
+
+
+@method(CRLConfig)
 class CRL:
     """Streams ``triplet`` (safe sequences, then unsafe ones) and ``retain``."""
 
     def __init__(self, config: CRLConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
         del steps  # the weights are constant
-        config = config.at_depth(num_blocks)
-        check_states("objective.window_start + window_size - 1", [max(config.window)], num_blocks)
+        config = config.within(num_blocks)
         self.config = config
         self.num_blocks = num_blocks
         self.last_state = max(config.window)
         self.seed = seed
         self.uses_head = config.kl > 0 or config.refusal > 0
-        self.roles = self.required_roles(config)
-
-    @staticmethod
-    def required_roles(config: CRLConfig) -> tuple[Role, ...]:
-        """The roles whose records the terms with a weight read."""
-        roles: tuple[Role, ...] = ("safe", "unsafe", "pair") if config.safe else ("unsafe", "pair") if config.unsafe else ("pair",)
-        return (*roles, "retain") if config.kl else roles
+        self.roles = config.roles
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
         config = self.config
@@ -44,26 +84,25 @@ class CRL:
         retain = self._retain(batch.retain if config.kl else ())
         return [*(s for s in (*triplet, retain) if s.sequences), *refusal_streams(config, batch, step, self.seed)]
 
-    def probes(self, batch: Batch) -> list[Stream]:
+    def probes(self, batch: Batch) -> Probes:
         layers = tuple(x for x in self.config.window if x > 0)
         unit = self.config.distance_unit
-        return [*l2_probe("unsafe", forget_sequences(batch), layers, unit), *l2_probe("safe", self._safe_sequences(batch), layers, unit)]
+        bent = mean_distance("unsafe", forget_sequences(batch), layers, unit)
+        return Probes(bent, mean_distance("safe", self._safe_sequences(batch), layers, unit))
 
     def _safe_sequences(self, batch: Batch) -> tuple[Sequence, ...]:
-        return (*batch.safe, *(pair.safe for pair in batch.pairs)) if self.config.safe else ()
+        return safe_sequences(batch) if self.config.safe else ()
 
     def _triplet(self, batch: Batch) -> Stream:
         config, safe, unsafe = self.config, self._safe_sequences(batch), forget_sequences(batch)
-        nothing: Span = (0, 0)
-        safe_spans = (*mode_rows(safe, config.loss_mode), *(nothing for _ in unsafe))
-        unsafe_spans = (*(nothing for _ in safe), *mode_rows(unsafe, config.loss_mode))
+        safe_spans = (*mode_rows(safe, config.loss_mode), *(NOTHING for _ in unsafe))
+        unsafe_spans = (*(NOTHING for _ in safe), *mode_rows(unsafe, config.loss_mode))
         # The embeddings cannot be moved, but their constant triplets belong to the published value.
         layers = tuple(range(self.num_blocks + 1)) if config.alpha_mode == "all" else config.window
         kept = Triplet("safe", layers, safe_spans, config.safe, count(safe_spans) * len(layers), config.safe_margin)
         bent = Triplet("unsafe", config.window, unsafe_spans, config.unsafe, count(unsafe_spans) * len(config.window), config.unsafe_margin)
-        return Stream("triplet", (*safe, *unsafe), triplets=Triplets(kept, bent, config.distance_unit))
+        return Stream("triplet", (*safe, *unsafe), (Triplets(kept, bent, config.distance_unit),))
 
     def _retain(self, sequences: tuple[Sequence, ...]) -> Stream:
-        spans = all_rows(sequences)
-        denominator = max(1, len(spans)) if self.config.kl_reduction == "sequence" else count(spans)
-        return Stream("retain", sequences, head=HeadKL("kl", spans, self.config.kl, denominator, self.config.temperature))
+        config = self.config
+        return Stream("retain", sequences, (retain_kl(all_rows(sequences), config.kl, config.temperature, config.kl_reduction),))

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from repbend_fast.data.records import ROLES, Batch
+from pydantic import Field
+
+from repbend_fast.data.records import ROLES, Batch, Role
 from repbend_fast.errors import UserError, one_line
-from repbend_fast.objectives.base import Stream
+from repbend_fast.objectives.base import Probes
+from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.streams import Stream, StreamError
 
 
 def load_class(name: str) -> Any:
@@ -51,6 +55,29 @@ def load_class(name: str) -> Any:
     return found
 
 
+class CustomObjectiveConfig(MethodConfig):
+    """An objective of your own: ``name: package.module:Class``, its settings under ``settings``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    settings: dict[str, Any] = Field(default_factory=dict, description="Handed to the class as they are.")
+
+    @property
+    def needs_pairs(self) -> bool:
+        return True
+
+    @property
+    def replaceable(self) -> frozenset[str]:
+        return frozenset()  # what the class does without a role is not known
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return tuple(load_class(self.name).roles)
+
+    @property
+    def counts_in_reference(self) -> bool:
+        return True  # whether one of its terms does is seen in its streams
+
+
 class Checked:
     """An objective of the user's own whose streams are looked at before they run: what they name must be there."""
 
@@ -68,20 +95,39 @@ class Checked:
         Raises:
             UserError: there are none, or one that cannot run.
         """
-        found = self._checked(self._own.streams(batch, step), "streams")
+        found = self._checked(lambda: self._own.streams(batch, step), "streams")
         if not found:
             raise UserError(f"objective.name={self._name}: streams gives none for a batch, so that there is nothing to train on")
         return found
 
-    def probes(self, batch: Batch) -> list[Stream]:
-        """The objective's probes, checked alike."""
-        return self._checked(self._own.probes(batch), "probes")
+    def probes(self, batch: Batch) -> Probes:
+        """The objective's probes, checked alike.
 
-    def _checked(self, streams: Iterable[Stream], method: str) -> list[Stream]:
-        found = list(streams)
+        Raises:
+            UserError: they are no ``Probes``, or have a stream that cannot run.
+        """
+        made: list[Any] = []
+
+        def streams() -> Iterable[Stream]:
+            made.append(self._own.probes(batch))
+            return made[0] if isinstance(made[0], Probes) else ()
+
+        self._checked(streams, "probes")
+        if not isinstance(made[0], Probes):
+            raise UserError(
+                f"objective.name={self._name}: probes gives a {type(made[0]).__name__}; it must give Probes(bent, kept), which "
+                "repbend_fast.objectives has"
+            )
+        return made[0]
+
+    def _checked(self, make: Callable[[], Iterable[Stream]], method: str) -> list[Stream]:
+        try:
+            found = list(make())
+        except StreamError as error:
+            raise UserError(f"objective.name={self._name}: {method}: {error}") from error
         for stream in found:
             wrong = _what_is_wrong(stream, self._blocks)
-            if (stream.head or stream.answers) and not self._own.uses_head:
+            if stream.reads_head and not self._own.uses_head:
                 wrong = "it reads logits, and uses_head is false"
             if wrong:
                 raise UserError(f"objective.name={self._name}: {method}: stream {stream.name}: {wrong}")
@@ -89,29 +135,14 @@ class Checked:
 
 
 def _what_is_wrong(stream: Stream, blocks: int) -> str | None:
-    from repbend_kernels import KINDS  # brings torch, which reading a configuration does without
-
-    halves = stream.triplets.halves if stream.triplets else ()
-    spanned = [term for term in (*stream.distances, stream.head, *halves, stream.answers) if term is not None]
     if not stream.sequences:
         return "it has no sequences; leave it out where there are none"
-    if not spanned and stream.pairwise is None:
+    if not stream.terms:
         return "it has no term; leave it out where it has none"
     beyond = [layer for layer in stream.layers if not 0 <= layer <= blocks]
     if beyond or not stream.stop(blocks):
         return f"hidden states {', '.join(map(str, beyond or stream.layers))} cannot be bent; the model has 1 … {blocks}"
-    for term in spanned:
-        lengths = [len(sequence) for sequence in stream.sequences]
-        if len(term.spans) != len(lengths):
-            return f"term {term.name} has {len(term.spans)} spans for {len(lengths)} sequences"
-        for (start, stop), length in zip(term.spans, lengths):
-            if not 0 <= start <= stop <= length:
-                return f"term {term.name} has the span ({start}, {stop}) in a sequence of {length} tokens"
-        if not term.denominator > 0:
-            return f"term {term.name} has the denominator {term.denominator:g}; it must be above 0"
-    for distance in stream.distances:
-        if distance.kind not in KINDS:
-            return f"term {distance.name} is of kind {distance.kind!r}; there are {', '.join(KINDS)}"
-        if distance.limit is not None and distance.kind != "l2":
-            return f"term {distance.name} has a limit, which only kind 'l2' can have"
+    for part in (part for term in stream.terms for part in term.parts):
+        if not part.denominator > 0:
+            return f"term {part.name} has the denominator {part.denominator:g}; it must be above 0"
     return None

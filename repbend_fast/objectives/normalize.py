@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from repbend_fast.objectives.base import AnswerLoss, Span, Stream, Triplets
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import rows_in
 
 Key = tuple[Any, ...]
 
@@ -26,51 +27,30 @@ def over_step(micro_batches: Seq[list[Stream]]) -> list[list[Stream]]:
     denominators: defaultdict[Key, float] = defaultdict(float)
     rows: defaultdict[Key, int] = defaultdict(int)
 
-    def count(key: Key, term: Any) -> Any:
-        denominators[key] += term.denominator if _counts(term) else 0
-        rows[key] += _rows(term.spans)
-        return term
+    def count(key: Key, part: Any) -> Any:
+        denominators[key] += part.denominator if part.divides else 0
+        rows[key] += rows_in(part.spans)
+        return part
 
-    def divide(key: Key, term: Any) -> Any:
+    def divide(key: Key, part: Any) -> Any:
         total = denominators[key]
         changed = {"denominator": total / len(micro_batches)} if total else {}
-        if hasattr(term, "rows") and rows[key]:
+        if hasattr(part, "rows") and rows[key]:
             changed["rows"] = rows[key] / len(micro_batches)
-        return replace(term, **changed)
+        return replace(part, **changed)
 
     for streams in micro_batches:
-        _each_term(streams, count)
-    return [_each_term(streams, divide) for streams in micro_batches]
+        _each_part(streams, count)
+    return [_each_part(streams, divide) for streams in micro_batches]
 
 
-def _rows(spans: tuple[Span, ...]) -> int:
-    return sum(stop - start for start, stop in spans)
-
-
-def _counts(term: Any) -> bool:
-    """Whether the denominator is the term's own: one without rows has 1, to divide by. Preference has a value without rows too."""
-    preference = isinstance(term, AnswerLoss) and term.beta is not None
-    return bool(term.spans) if preference else _rows(term.spans) > 0
-
-
-def _each_term(streams: list[Stream], work: Callable[[Key, Any], Any]) -> list[Stream]:
-    """The streams with ``work`` done on every term that has a denominator. Terms of one name are told apart by their order."""
-    names: Counter[Key] = Counter()
+def _each_part(streams: list[Stream], work: Callable[[Key, Any], Any]) -> list[Stream]:
+    """The streams with ``work`` done on every part of a term that has a denominator. Streams of one name are told apart by their order."""
+    names: Counter[str] = Counter()
     found = []
     for stream in streams:
-        names[stream.name,] += 1
-        place = (stream.name, names[stream.name,])
-
-        def each(value: Any, place: Key = place) -> Any:
-            if isinstance(value, tuple):
-                return tuple(each(item, place) for item in value)
-            if isinstance(value, Triplets):
-                return Triplets(each(value.safe, place), each(value.unsafe, place))
-            if not hasattr(value, "denominator"):
-                return value
-            names[*place, value.name] += 1
-            return work((*place, value.name, names[*place, value.name]), value)
-
-        parts = {f.name: getattr(stream, f.name) for f in fields(stream) if f.init and f.name not in ("name", "sequences")}
-        found.append(replace(stream, **{name: each(value) for name, value in parts.items()}))
+        names[stream.name] += 1
+        place = (stream.name, names[stream.name])
+        terms = (term.with_parts(tuple(work((*place, part.name), part) for part in term.parts)) for term in stream.terms)
+        found.append(replace(stream, terms=tuple(terms)))
     return found

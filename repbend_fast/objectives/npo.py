@@ -8,53 +8,86 @@ K = T²·KL(softmax(z_ref/T) ‖ softmax(z/T)) per answer token.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar, Literal
+
 from repbend_fast.data.records import Batch, Role
-from repbend_fast.objectives.base import (
-    AnswerLoss,
-    HeadKL,
-    Stream,
-    answer_rows,
-    count,
-    forget_sequences,
-    l2_probe,
-    predicting_rows,
-)
-from repbend_fast.objectives.sections import NPOConfig
+from repbend_fast.objectives.base import Probes
+from repbend_fast.objectives.registry import method
+from repbend_fast.objectives.rows import answer_rows, count, forget_sequences, mean_distance, predicting_rows, retain_kl
+from repbend_fast.objectives.sections import KL_TERM, TITLES, KLLimitConfig, Quirks
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import AnswerLoss, Term
+from repbend_fast.section import AboveZero, Weight
 
 
+class NPOConfig(KLLimitConfig):
+    """NPO: L = −(2/β)·mean log σ(β(NLL − NLL_ref)) on forget (+ retain_nll·NLL + retain_kl·T²KL on retain)."""
+
+    place: ClassVar[int] = 4
+    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    titles: ClassVar[dict[str, str]] = {KL_TERM: TITLES[KL_TERM], "forget": "forget", "nll": "NLL on retain conversations"}
+    published_names: ClassVar[dict[str, str]] = {
+        "alpha": "objective.retain_nll",
+        "loss_alpha": "objective.retain_nll",
+        "beta": "objective.beta",
+        "loss_beta": "objective.beta",
+        "gamma": "objective.retain_kl",
+        "loss_gamma": "objective.retain_kl",
+    }
+    kl_key: ClassVar[str] = "retain_kl"
+
+    name: Literal["npo"] = "npo"
+    beta: AboveZero = 0.1
+    retain_nll: Weight = 0.0
+    retain_kl: Weight = 0.0
+    temperature: AboveZero = 2.0
+    published_quirks: Quirks = False
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("unsafe", "pair", "retain") if self.retain_nll or self.retain_kl else ("unsafe", "pair")
+
+    @classmethod
+    def recorded(cls, case: dict[str, Any], expected: dict[str, Any]) -> NPOConfig:
+        """See :class:`MethodConfig`."""
+        if case["kl_reduction"] != "per label token":
+            raise ValueError(f"kl_reduction {case['kl_reduction']!r}, expected 'per label token'")
+        settings: dict[str, Any] = {key: float(case[key]) for key in ("beta", "retain_kl", "temperature")}
+        return cls(**settings, published_quirks=True)
+
+
+@method(NPOConfig)
 class NPO:
     """Stream ``forget``, and ``retain`` where one of its terms has a weight."""
 
     uses_head = True
 
-    def __init__(self, config: NPOConfig, num_blocks: int, steps: int | None = None) -> None:
-        del steps  # the weights are constant
+    def __init__(self, config: NPOConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
+        del steps, seed  # the weights are constant, and nothing is drawn
         self.config = config
         self.last_state = num_blocks
-        self.roles = self.required_roles(config)
-
-    @staticmethod
-    def required_roles(config: NPOConfig) -> tuple[Role, ...]:
-        """The roles whose records the terms with a weight read."""
-        return ("unsafe", "pair", "retain") if config.retain_nll or config.retain_kl else ("unsafe", "pair")
+        self.roles = config.roles
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
         del step
         sequences = forget_sequences(batch)
         loss = AnswerLoss("forget", predicting_rows(sequences), 1.0, max(1, len(sequences)), self.config.beta)
-        streams = [Stream("forget", sequences, answers=loss)]
+        streams = [Stream("forget", sequences, (loss,))]
         if "retain" in self.roles:
             streams.append(self._retain(batch))
         return streams
 
-    def probes(self, batch: Batch) -> list[Stream]:
+    def probes(self, batch: Batch) -> Probes:
         layers = (self.last_state,)
-        return [*l2_probe("forget", forget_sequences(batch), layers), *l2_probe("retain", batch.retain, layers)]
+        return Probes(mean_distance("forget", forget_sequences(batch), layers), mean_distance("retain", batch.retain, layers))
 
     def _retain(self, batch: Batch) -> Stream:
         config, predicting = self.config, predicting_rows(batch.retain)
         # A slip of the published code: its KL reads the logits at the answer's tokens, one position after those that predict them.
         compared = answer_rows(batch.retain) if config.published_quirks else predicting
-        kl = HeadKL("kl", compared, config.retain_kl, count(compared), config.temperature) if config.retain_kl else None
-        nll = AnswerLoss("nll", predicting, config.retain_nll, count(predicting)) if config.retain_nll else None
-        return Stream("retain", batch.retain, head=kl, answers=nll)
+        terms: list[Term] = []
+        if config.retain_kl:
+            terms.append(retain_kl(compared, config.retain_kl, config.temperature))
+        if config.retain_nll:
+            terms.append(AnswerLoss("nll", predicting, config.retain_nll, count(predicting)))
+        return Stream("retain", batch.retain, tuple(terms))

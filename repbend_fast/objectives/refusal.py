@@ -11,17 +11,14 @@ from __future__ import annotations
 import hashlib
 import math
 
-from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
-from repbend_fast.objectives.base import AnswerLoss, Stream, count, predicting_rows
-from repbend_fast.objectives.sections import RefusalSection
+from repbend_fast.data.records import Batch, PairSequence, Sequence
+from repbend_fast.objectives.rows import count, predicting_rows
+from repbend_fast.objectives.sections import RefusalConfig
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import AnswerLoss
 
 
-def with_pairs(roles: tuple[Role, ...], config: RefusalSection) -> tuple[Role, ...]:
-    """``roles`` and, where the term has a weight, ``pair``."""
-    return (*roles, "pair") if config.refusal and "pair" not in roles else roles
-
-
-def refusal_streams(config: RefusalSection, batch: Batch, step: int, seed: int | None) -> tuple[Stream, ...]:
+def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | None) -> tuple[Stream, ...]:
     """The stream ``refusal``, where the term has a weight and the batch has pairs.
 
     Args:
@@ -32,7 +29,7 @@ def refusal_streams(config: RefusalSection, batch: Batch, step: int, seed: int |
     starts = recovery_starts(config, batch.pairs, step, seed)
     sequences = tuple(recovering(pair, start) for pair, start in zip(batch.pairs, starts, strict=True))
     spans = predicting_rows(sequences)
-    return (Stream("refusal", sequences, answers=AnswerLoss("refusal", spans, config.refusal, count(spans))),)
+    return (Stream("refusal", sequences, (AnswerLoss("refusal", spans, config.refusal, count(spans)),)),)
 
 
 def recovering(pair: PairSequence, start: int) -> Sequence:
@@ -41,7 +38,7 @@ def recovering(pair: PairSequence, start: int) -> Sequence:
     return Sequence((*pair.unsafe.ids[:begun], *pair.safe.ids[pair.safe.prompt_length :]), begun)
 
 
-def recovery_starts(config: RefusalSection, pairs: tuple[PairSequence, ...], step: int, seed: int | None) -> list[int]:
+def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step: int, seed: int | None) -> list[int]:
     """k of each pair: 0, or 1 … ``recovery_tokens`` for ``recovery_share`` of them, never the whole unsafe answer.
 
     Of n pairs either of the two whole numbers next to share · n are chosen, share · n of them on average. Which ones is drawn anew in each

@@ -8,41 +8,78 @@ and the width; no pass goes beyond hidden state ℓ.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
 from repbend_fast.data.records import Batch, Role, Sequence
-from repbend_fast.objectives.base import (
-    Direction,
-    Distance,
-    Span,
-    Stream,
-    all_rows,
-    count,
-    forget_sequences,
-    l2_probe,
-    mode_rows,
-    padded_count,
-)
-from repbend_fast.objectives.sections import RMUConfig
+from repbend_fast.objectives.base import Probes
+from repbend_fast.objectives.registry import method
+from repbend_fast.objectives.rows import all_rows, count, forget_sequences, mean_distance, mode_rows, padded_count
+from repbend_fast.objectives.sections import AnswerMode, Auto, DistanceUnit, MethodConfig, PaddedLength, Quirks, at_share
 from repbend_fast.objectives.states import check_states
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Direction, Distance, Span
+from repbend_fast.section import AboveZero, NonNegative, Positive, Weight
 
 
+class RMUConfig(MethodConfig):
+    """RMU: L = MSE(h(forget), c·u) + retain·MSE(h(retain), r(retain)) at one hidden state."""
+
+    place: ClassVar[int] = 3
+    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    titles: ClassVar[dict[str, str]] = {"forget": "forget", "retain": "retain: kept at the reference"}
+    published_names: ClassVar[dict[str, str]] = {
+        "alpha": "objective.retain",
+        "loss_alpha": "objective.retain",
+        "steering_coeff": "objective.coefficient",
+    }
+
+    name: Literal["rmu"] = "rmu"
+    layer: Positive | Auto = Field(8, description="Hidden state that is steered: 8 is the output of block 7; auto = as deep as 8 of 32.")
+    distance_unit: DistanceUnit = "state"
+    coefficient: AboveZero = Field(6.5, description="c, the length of the fixed random direction, in distance_unit.")
+    retain: Weight = 1200.0
+    direction_seed: NonNegative = Field(42, description="Seed of the fixed random direction u.")
+    loss_mode: AnswerMode = "prompt_response"
+    published_quirks: Quirks = False
+    padded_length: PaddedLength = None
+
+    @property
+    def last_state(self) -> int | None:
+        return None if isinstance(self.layer, str) else self.layer
+
+    def at_depth(self, num_blocks: int) -> Self:
+        return self.model_copy(update={"layer": at_share(8, num_blocks) if self.layer == "auto" else self.layer})
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("unsafe", "pair", "retain") if self.retain else ("unsafe", "pair")
+
+    @classmethod
+    def wanted_lora(cls, written: dict[str, Any]) -> dict[str, Any]:
+        """The published choice of what is trained: one matrix of the last three blocks before the layer."""
+        layer = written.get("layer", cls().layer)
+        if layer != "auto" and not (type(layer) is int and layer > 0):
+            return {}
+        blocks = "last_three" if isinstance(layer, str) else list(range(max(0, layer - 3), layer))
+        return {"target_modules": ["down_proj"], "blocks": blocks}
+
+
+@method(RMUConfig)
 class RMU:
     """Streams ``forget`` (which needs no reference) and ``retain``."""
 
     uses_head = False
 
-    def __init__(self, config: RMUConfig, num_blocks: int, steps: int | None = None) -> None:
-        del steps  # the weights are constant
+    def __init__(self, config: RMUConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
+        del steps, seed  # the weights are constant, and nothing is drawn
         config = config.at_depth(num_blocks)
         assert not isinstance(config.layer, str)
         check_states("objective.layer", [config.layer], num_blocks)
         self.config = config
         self.last_state = config.layer
-        self.roles = self.required_roles(config)
-
-    @staticmethod
-    def required_roles(config: RMUConfig) -> tuple[Role, ...]:
-        """The roles whose records the terms with a weight read."""
-        return ("unsafe", "pair", "retain") if config.retain else ("unsafe", "pair")
+        self.roles = config.roles
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
         del step
@@ -53,9 +90,10 @@ class RMU:
             streams.append(self._stream("retain", batch.retain, all_rows(batch.retain), self.config.retain, None))
         return streams
 
-    def probes(self, batch: Batch) -> list[Stream]:
+    def probes(self, batch: Batch) -> Probes:
         layers, unit = (self.last_state,), self.config.distance_unit
-        return [*l2_probe("forget", forget_sequences(batch), layers, unit), *l2_probe("retain", batch.retain, layers, unit)]
+        bent = mean_distance("forget", forget_sequences(batch), layers, unit)
+        return Probes(bent, mean_distance("retain", batch.retain, layers, unit))
 
     def _stream(
         self, name: str, sequences: tuple[Sequence, ...], spans: tuple[Span, ...], weight: float, target: Direction | None

@@ -17,7 +17,7 @@ from repbend_kernels.blocks import default_chunk_rows
 
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.objectives.base import Stream
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.cards import EFFICIENCY, Card
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.pieces import split
@@ -77,7 +77,7 @@ class StepCost:
         for stream in streams:
             for group in self._groups(stream, levers):
                 total.update(self._passes(stream, group, levers))
-            total["head"] += round(2 * HEAD_PRODUCTS * self.sizes.head * self._head_rows(stream))
+            total["head"] += round(2 * HEAD_PRODUCTS * self.sizes.head * stream.head_rows())
         return total
 
     def seconds(self, stream: Stream, levers: Levers) -> float:
@@ -93,7 +93,7 @@ class StepCost:
                 total += max(flops / rate, share * reading, share * blocks * LAUNCH_SECONDS[name]) + share * before
             if levers.offload_checkpoints:
                 total += 2 * recomputed * sum(group) * self.sizes.hidden * self.sizes.itemsize / self.card.host
-            if levers.offload_embedding and self._head_rows(stream):
+            if levers.offload_embedding and stream.head_rows():
                 total += self.sizes.head * self.sizes.itemsize / self.card.host
         return total
 
@@ -135,12 +135,8 @@ class StepCost:
         before = elements * (self.sizes.stored + self.sizes.itemsize) / self.card.bandwidth if quantized else 0.0
         return elements * self.sizes.itemsize / self.card.bandwidth, before
 
-    def _head_rows(self, stream: Stream) -> int:
-        term = stream.head or stream.answers
-        return sum(stop - start for start, stop in term.spans) if term else 0
-
     def _head_seconds(self, stream: Stream, levers: Levers, rate: float) -> float:
-        rows = self._head_rows(stream)
+        rows = stream.head_rows()
         if not rows:
             return 0.0
         chunk = min(

@@ -19,7 +19,8 @@ from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import adapted_blocks, trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.objectives.base import Stream
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import rows_in
 from repbend_fast.planning.scratch import HEAD_OPS, op_scratch
 from repbend_fast.planning.shapes import fake_zeros, shape_model
 from repbend_fast.planning.tracker import MemoryTracker, module_tensors, tensor_bytes
@@ -66,7 +67,7 @@ def measure_piece(model: Any, stream: Stream, levers: Levers, device: torch.devi
 
 def track_stream(tracker: MemoryTracker, model: Any, stream: Stream, levers: Levers, autocast: torch.dtype | None) -> int:
     """Run ``stream`` under ``tracker``; returns the bytes of the model and of accumulated gradients, which it watches."""
-    runner = StreamRunner(model, levers, autocast=autocast, uses_head=stream.head is not None or stream.answers is not None)
+    runner = StreamRunner(model, levers, autocast=autocast, uses_head=stream.reads_head)
     # Constants take no memory, whatever their values.
     runner.units.update(dict.fromkeys(stream.layers, 1.0))
     trained = trainable_parameters(model)
@@ -140,29 +141,8 @@ class StreamPeak:
 def shallow(stream: Stream, stop: int, to: int) -> tuple[Stream, int]:
     """``stream`` as the top ``to`` of its ``stop`` blocks see it, and how many (rows × layers) of references were cut away."""
     shift = stop - to
-    cut = 0
-
-    def moved(layers: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(layer - shift for layer in layers if layer > shift)
-
-    distances = []
-    for term in stream.distances:
-        rows = sum(end - start for start, end in term.spans) if term.target is None else 0
-        kept = moved(term.layers)
-        cut += rows * (len(term.layers) - len(kept))
-        if kept:
-            distances.append(replace(term, layers=kept))
-    changes: dict[str, Any] = {"distances": tuple(distances)}
-    if stream.pairwise:
-        changes["pairwise"] = replace(stream.pairwise, layers=moved(stream.pairwise.layers) or (to,))
-    if stream.triplets:
-        halves: dict[str, Any] = {}
-        for name, half in (("safe", stream.triplets.safe), ("unsafe", stream.triplets.unsafe)):
-            kept = moved(half.layers) or (to,)
-            cut += sum(end - start for start, end in half.spans) * (len(half.layers) - len(kept))
-            halves[name] = replace(half, layers=kept)
-        changes["triplets"] = replace(stream.triplets, **halves)
-    return replace(stream, **changes), cut
+    found = [term.moved(shift, to) for term in stream.terms]
+    return replace(stream, terms=tuple(term for term, _ in found if term is not None)), sum(cut for _, cut in found)
 
 
 class PeakMeter:
@@ -229,8 +209,7 @@ class PeakMeter:
         rows, layers = _rows(large)
         per_position = rows / positions[1]
         lighter = max(0, int(per_position * longest - single_rows)) * layers * self.width * self.itemsize
-        head = large.head or large.answers
-        head_rows = sum(end - start for start, end in head.spans) / positions[1] if head else 0.0
+        head_rows = large.head_rows() / positions[1]
         return StreamPeak(
             small.name,
             positions,
@@ -262,9 +241,7 @@ class PeakMeter:
 
 
 def _rows(stream: Stream) -> tuple[int, int]:
-    """Rows of the stream's widest distance, and over how many layers references of all distances are kept."""
-    rows = [sum(end - start for start, end in term.spans) for term in stream.distances if term.target is None]
-    if not rows or not max(rows):
-        return 0, 0
-    weighted = sum(n * len(term.layers) for n, term in zip(rows, (t for t in stream.distances if t.target is None)))
-    return max(rows), round(weighted / max(rows))
+    """Rows of the term that compares most of them, and over how many layers references of all terms are kept."""
+    compared = [(rows_in(term.compared_spans), len(term.compared_layers)) for term in stream.terms]
+    most = max((rows for rows, _ in compared), default=0)
+    return (most, round(sum(rows * layers for rows, layers in compared) / most)) if most else (0, 0)

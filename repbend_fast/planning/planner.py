@@ -16,7 +16,7 @@ import torch
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective
-from repbend_fast.objectives.base import Stream
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.batches import Limits, even_batch, limits_of, published_batch
 from repbend_fast.planning.budget import Standing, budget_bytes, show_bytes, standing, taken
 from repbend_fast.planning.cards import GB, Card, card_of
@@ -99,7 +99,7 @@ class Planner:
         found = []
         for name, whole in self._streams(2, self.limits.longest).items():
             longest = max(map(len, whole.sequences))
-            rows = max((stop - start for term in whole.distances for start, stop in term.spans), default=longest)
+            rows = max((stop - start for term in whole.terms for start, stop in term.compared_spans), default=longest)
             found.append(self.meter.stream_peak(small[name], large[name], counts[name] * longest, longest, rows))
         return found
 
@@ -167,7 +167,7 @@ class Planner:
     @cached_property
     def comparing(self) -> set[str]:
         """Streams that compare the halves of pairs."""
-        return {s.name for s in self.expected[0] if any(term.against is not None for term in s.distances)}
+        return {s.name for s in self.expected[0] if any(term.compares_pairs for term in s.terms)}
 
     def _free(self, name: str) -> bool:
         """Whether a lever is the planner's to choose."""

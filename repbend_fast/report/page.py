@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES, KEYS, LOWER_IS_BETTER, RATE_KEYS, TITLES, format_value
+from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE
 from repbend_fast.report.plots import FIGURES, outcomes
 from repbend_fast.report.run_record import Row, RunRecord, read_run
 from repbend_fast.report.samples import sample_groups
@@ -86,7 +87,7 @@ def _complaints(run: RunRecord) -> list[tuple[int, str, str]]:
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """Short facts for the head of the page."""
-    out = [("objective", str(run.setting("objective", "name") or ("repbend" if run.config else "unknown")))]
+    out = [("objective", str(run.setting("objective", "name") or (DEFAULT_OBJECTIVE if run.config else "unknown")))]
     if run.steps:
         out.append(("steps", str(run.steps[-1]["step"])))
     if run.best_step is not None:

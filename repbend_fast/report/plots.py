@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
+from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of, titles_of
+from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.report.run_record import Row, RunRecord
 
 COLORS = {
@@ -38,20 +40,6 @@ OUTCOME_COLORS = {
     "refused": "#4c956c",
     "degenerate": "#d0a23c",
 }
-TERM_TITLES = {
-    "loss": "total loss",
-    "safe": "safe: distance kept small",
-    "unsafe": "unsafe: distance made large",
-    "cosine": "cosine: unsafe states alike",
-    "kl": "KL on retain conversations",
-    "pair": "pair: unsafe to safe",
-    "reroute": "reroute: cosine to the reference",
-    "forget": "forget",
-    "retain": "retain: kept at the reference",
-    "nll": "NLL on retain conversations",
-    "refusal": "refusal: NLL of the safe answers",
-}
-TRIPLET_TITLES = {"safe": "safe: triplet loss", "unsafe": "unsafe: triplet loss"}
 BEST_COLOR, STOP_COLOR, MUTED = "#2f9e44", "#c92a2a", "#6c757d"
 
 
@@ -88,15 +76,20 @@ def numbers(rows: list[Row], *path: str) -> tuple[list[int], list[float]]:
     return steps, values
 
 
+def _objective(run: RunRecord) -> Any:
+    """Its name."""
+    return run.setting("objective", "name") or DEFAULT_OBJECTIVE
+
+
 def losses(run: RunRecord) -> Figure | None:
     """One small panel per loss term, and the total."""
     found = {name: None for row in run.steps if isinstance(row.get("terms"), Mapping) for name in row["terms"]}
-    names = sorted(found, key=lambda name: list(TERM_TITLES).index(name) if name in TERM_TITLES else len(TERM_TITLES))
+    titles = {"loss": "total loss", **titles_of(_objective(run))}
+    names = sorted(found, key=lambda name: list(titles).index(name) if name in titles else len(titles))
     series = {"loss": numbers(run.steps, "loss")} | {name: numbers(run.steps, "terms", name) for name in names}
     shown = {name: points for name, points in series.items() if points[0] and (name == "loss" or any(points[1]))}
     if not shown:
         return None
-    titles = TERM_TITLES | (TRIPLET_TITLES if run.setting("objective", "name") == "crl" else {})
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(10, 2.5 * lines), layout="constrained")
@@ -135,8 +128,7 @@ def distances(run: RunRecord) -> Figure | None:
         half = (steps[-1] - steps[0]) / max(1, len(steps) - 1) / 2 or 0.5
         extent = (steps[0] - half, steps[-1] + half, layers[0] - 0.5, layers[-1] + 0.5)
         image = axes.imshow(grid, aspect="auto", origin="lower", extent=extent, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
-        own = run.setting("objective", "name") in (None, "repbend")
-        style(axes, f"{stream} stream: {'mean distance to the reference' if own else 'value of its term'}")
+        style(axes, f"{stream} stream: {(section_of(_objective(run)) or MethodConfig).layers_title}")
         axes.set_ylabel("hidden state", fontsize=8, color=MUTED)
         axes.grid(False)
         if run.best_step is not None and extent[0] <= run.best_step <= extent[1]:

@@ -12,7 +12,7 @@ from repbend_fast.data.sampling import BatchSampler, split_holdout
 from repbend_fast.data.sources import load_records
 from repbend_fast.data.tokenize import ChatEncoder, Truncated, dropped_reasoning, encode_records
 from repbend_fast.errors import UserError
-from repbend_fast.objectives.sections import RefusalSection
+from repbend_fast.objectives.sections import RefusalConfig
 
 
 @dataclass
@@ -98,7 +98,7 @@ def _available(records: dict[Role, list[Record]], wanted: tuple[Role, ...], conf
         optional = config.objective.replaceable
     else:
         optional = frozenset() if config.objective.needs_pairs else frozenset({"pair"})
-    if "pair" in missing and isinstance(config.objective, RefusalSection) and config.objective.refusal:
+    if "pair" in missing and isinstance(config.objective, RefusalConfig) and config.objective.refusal:
         raise UserError(
             f"objective.refusal={config.objective.refusal:g} teaches the safe answers of `pair` records, and data.sources has none; "
             f"add some (formats that give them: {formats_that_give('pair')}) or set objective.refusal=0"

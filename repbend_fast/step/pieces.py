@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repbend_fast.data.records import Sequence
-from repbend_fast.objectives.base import Span
+from repbend_fast.objectives.terms import Span
 
 Layout = Literal["padded", "packed"]
 

@@ -1,7 +1,7 @@
 """One stream of a training step: reference pass, adapted pass with taps, backward; then everything of it is freed.
 
 Streams are additive, so finishing each before the next gives the same gradient with the largest stream's memory instead of
-the sum. Terms that couple the sequences of a stream (pairwise cosine, triplets) stay exact where it is split into pieces: their
+the sum. Terms that couple the sequences of a stream stay exact where it is split into pieces: their
 sums are taken beforehand, and each piece then differentiates the exact derivative. A piece is atomic: one that runs out of
 memory leaves nothing behind and is done again in smaller ones.
 """
@@ -9,8 +9,8 @@ memory leaves nothing behind and is done again in smaller ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,18 +28,18 @@ from repbend_fast.models.layers.lean import use_lean_layers
 from repbend_fast.models.layers.lora import lora_dropout, use_low_rank_forward
 from repbend_fast.models.layers.offload import offload_embedding
 from repbend_fast.models.load import settle_device
-from repbend_fast.objectives.base import PairwiseCosine, Stream, Triplets
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Term
 from repbend_fast.step.adapted import adapted_pass
 from repbend_fast.step.dropout_keys import row_keys
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.meter import Meter, StreamResult
-from repbend_fast.step.pairwise import PairwiseSums, pairwise_sums, prompts_of
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.pieces import Layout, Piece, make_piece, split
 from repbend_fast.step.proof import Proof, prove_model
-from repbend_fast.step.reference import ReferenceRows, reference_pass
+from repbend_fast.step.reference import reference_pass
 from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, retreat
-from repbend_fast.step.triplets import TripletSums, always_active, only_active, total_sums, triplet_sums
+from repbend_fast.step.terms import Execution, Place, execution_of
 
 T = TypeVar("T")
 
@@ -127,21 +127,30 @@ class StreamRunner:
         return self._run(_Run(stream))
 
     @torch.no_grad()
-    def reference_rows(self, stream: Stream) -> Iterator[tuple[Piece, ReferenceRows]]:
-        """What the stream's terms compare with, piece by piece."""
+    def reference_rows(self, stream: Stream) -> Iterator[list[dict[int, Tensor]]]:
+        """The rows that the stream's terms compare with, piece by piece: of each term by hidden state."""
 
-        def work(piece: Piece) -> tuple[Piece, ReferenceRows]:
-            return piece, reference_pass(self.parts, stream, piece, self.layout, self.levers.kl_chunk_rows)
+        def work(piece: Piece) -> list[dict[int, Tensor]]:
+            return [execution.kept for execution in self.compared(stream.terms, stream, piece)]
 
         yield from self._each_piece(stream, stream.sequences, work)
 
+    def compared(self, terms: Iterable[Term], stream: Stream, piece: Piece) -> list[Execution[Any]]:
+        """The executions of ``terms`` behind a reference pass over a piece of ``stream``."""
+        place = self._place(stream, piece, Meter())
+        executions = [execution_of(term)(term, place) for term in terms]
+        reference_pass(place, executions)
+        return executions
+
     def _run(self, run: _Run) -> StreamResult:
-        meter = Meter(run.stream, self.device)
+        meter = Meter()
         for done in self._each_piece(run.stream, run.stream.sequences, lambda piece: self._piece(run, piece)):
             meter.merge(done)
-        if run.sums and run.stream.pairwise:
-            meter.add(run.stream.pairwise.name, run.sums.value())
-        return meter.result()
+        result = StreamResult(torch.zeros((), device=self.device), tokens=meter.tokens)
+        for number, term in enumerate(run.stream.terms):
+            execution_of(term).report(term, meter, result, run.sums.get(number))
+        result.weigh(run.stream.weights)
+        return result
 
     def _each_piece(
         self, stream: Stream, sequences: tuple[Sequence, ...], work: Callable[[Piece], T], members: Iterable[int] | None = None
@@ -160,55 +169,41 @@ class StreamRunner:
                 yield result
 
     def _piece(self, run: _Run, piece: Piece) -> Meter:
-        stream, whole = run.stream, len(piece.members) == len(run.stream.sequences)
-        sums = run.sums
-        if stream.pairwise and not whole and sums is None:
-            # The piece's own states complete them: no prompt of it runs twice.
-            sums = self._pairwise_sums(run, stream.pairwise, without=piece)
-        if stream.triplets and not whole and run.triplet_sums is None:
-            run.triplet_sums = self._triplet_sums(run, stream.triplets)
-        meter = Meter(stream, self.device)
+        meter = Meter()
         meter.tokens = piece.tokens
+        # A first pass that ran out of memory has moved the levers for the piece too.
+        sums = [self._sums(run, piece, number) for number in range(len(run.stream.terms))]
+        place = self._place(run.stream, piece, meter)
+        executions = [execution_of(term)(term, place, known) for term, known in zip(run.stream.terms, sums)]
         with record_function(ranges.REFERENCE):
-            reference = reference_pass(self.parts, stream, piece, self.layout, self.levers.kl_chunk_rows)
+            reference_pass(place, executions)
         with lora_dropout(self.model, run.keys(piece)):
             with record_function(ranges.ADAPTED):
-                loss = adapted_pass(self.parts, stream, piece, reference, sums, self.levers, meter, run.triplet_sums)
+                loss = adapted_pass(place, executions)
             if run.scale is not None and loss.requires_grad:
                 # Recomputed blocks run in here and draw their masks from the same keys.
                 with fresh_gradients(self.parameters), record_function(ranges.BACKWARD):
                     (loss * run.scale).backward()
         # Only now: a piece that ran out of memory is cut anew, and its parts are not in the sums.
-        run.sums = sums
+        run.sums = {number: execution.sums for number, execution in enumerate(executions)}
         return meter
 
-    def _pairwise_sums(self, run: _Run, term: PairwiseCosine, without: Piece) -> PairwiseSums:
-        others = [member for member in range(len(run.stream.sequences)) if member not in without.members]
+    def _place(self, stream: Stream, piece: Piece, meter: Meter) -> Place:
+        return Place(self.parts, stream, piece, self.levers, meter)
 
-        def work(prompts: Piece) -> PairwiseSums:
-            with lora_dropout(self.model, run.keys(prompts)), record_function(ranges.SUMS):
-                return pairwise_sums(self.parts, term, prompts)
-
-        total, *rest = self._each_piece(run.stream, prompts_of(run.stream), work, others)
-        for sums in rest:
-            total.add(sums)
-        return total
-
-    def _triplet_sums(self, run: _Run, term: Triplets) -> dict[int, TripletSums]:
-        def work(piece: Piece, known: dict[int, TripletSums] | None = None) -> dict[int, TripletSums]:
-            rows = reference_pass(self.parts, run.stream, piece, self.layout).triplets if known else None
-            with lora_dropout(self.model, run.keys(piece)), record_function(ranges.SUMS):
-                return triplet_sums(self.parts, term, piece, known, rows)
-
-        everything = total_sums(self._each_piece(run.stream, run.stream.sequences, work))
-        if always_active(term):
-            return everything
-        return only_active(everything, total_sums(self._each_piece(run.stream, run.stream.sequences, partial(work, known=everything))))
+    def _sums(self, run: _Run, piece: Piece, number: int) -> Any:
+        """What term ``number`` knows of the whole stream, where it is split."""
+        known, kind = run.sums.get(number), execution_of(run.stream.terms[number])
+        if known is not None or len(piece.members) == len(run.stream.sequences):
+            return known
+        sums = kind.first_pass(run.stream.terms[number], _FirstPass(self, run), piece)
+        if not kind.sums_lack_piece:
+            run.sums[number] = sums
+        return sums
 
     def _retreat(self, stream: Stream, piece: Piece, failure: OutOfMemory) -> None:
-        rows = [sum(term.spans[m][1] - term.spans[m][0] for m in piece.members) for term in (stream.head, stream.answers) if term]
         vocabulary = self.head.weight.shape[0] if self.head is not None else 0
-        load = Load(stream.name, len(piece.members), piece.positions, max(rows, default=0), vocabulary)
+        load = Load(stream.name, len(piece.members), piece.positions, stream.head_rows(piece.members), vocabulary)
         self.levers, change = retreat(self.levers, load, self.decoder.num_blocks, self.device)
         if self.on_out_of_memory:
             self.on_out_of_memory(f"out of memory ({load}): {change} from here on", failure.reason)
@@ -216,17 +211,39 @@ class StreamRunner:
 
 @dataclass
 class _Run:
-    """One call of ``backward``, or of ``measure`` where ``scale`` and ``seed`` are None. The sums exist once the stream is split."""
+    """One call of ``backward``, or of ``measure`` where ``scale`` and ``seed`` are None.
+
+    ``sums``: by number of the term, what its first pass has taken over the whole stream, once that is split.
+    """
 
     stream: Stream
     scale: float | None = None
     seed: int | None = None
-    sums: PairwiseSums | None = None
-    triplet_sums: dict[int, TripletSums] | None = None
+    sums: dict[int, Any] = field(default_factory=dict)
 
     def keys(self, piece: Piece) -> Tensor | None:
         """The dropout keys of a piece's rows; None = no dropout."""
         return None if self.seed is None else row_keys(piece, self.seed, self.stream.name)
+
+
+class _FirstPass:
+    """See :class:`~repbend_fast.step.terms.FirstPass`."""
+
+    def __init__(self, runner: StreamRunner, run: _Run) -> None:
+        self.parts, self.stream = runner.parts, run.stream
+        self._runner, self._run = runner, run
+
+    def each(self, sequences: tuple[Sequence, ...], work: Callable[[Piece], T], members: Iterable[int] | None = None) -> Iterator[T]:
+        return self._runner._each_piece(self.stream, sequences, work, members)
+
+    @contextmanager
+    def sums(self, piece: Piece) -> Iterator[None]:
+        with lora_dropout(self.parts.model, self._run.keys(piece)), record_function(ranges.SUMS), torch.no_grad():
+            yield
+
+    def reference(self, term: Term, piece: Piece) -> Execution[Any]:
+        (execution,) = self._runner.compared((term,), self.stream, piece)
+        return execution
 
 
 def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) -> StreamRunner:

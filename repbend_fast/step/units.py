@@ -18,7 +18,8 @@ from torch import Tensor
 
 from repbend_fast.data.records import Batch, Role
 from repbend_fast.errors import UserError
-from repbend_fast.objectives.base import Objective, Stream
+from repbend_fast.objectives.base import Objective
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.step.runner import StreamRunner
 
 RECORDS = 8
@@ -77,23 +78,13 @@ def _batches(sets: Mapping[Role, Seq[Any]]) -> Iterator[Batch]:
 
 def _norms(runner: StreamRunner, stream: Stream, known: Mapping[int, float]) -> Iterator[tuple[int, Tensor]]:
     """``(layer, norms of its reference rows)`` per piece, the norms on the CPU, [R]."""
-    # A fixed target is no reference row, so such terms read the model's own rows here.
-    distances = tuple(
-        replace(term, layers=layers, target=None)
-        for term in stream.distances
-        if term.unit_power and (layers := tuple(layer for layer in term.layers if layer not in known))
-    )
-    triplets = stream.triplets if stream.triplets and stream.triplets.unit_power else None
-    if not distances and (triplets is None or set(triplets.safe.layers) <= known.keys()):
+    asked = tuple(rows for term in stream.terms for rows in term.unit_rows(known))
+    if not asked:
         return
-    asked = replace(stream, distances=distances, triplets=triplets, pairwise=None, head=None, answers=None)
-    for piece, rows in runner.reference_rows(asked):
-        for (_, layer), states in rows.distances.items():
-            yield layer, _row_norms(states)
-        safe = piece.rows(triplets.safe.spans).shape[0] if triplets else 0
-        for layer, states in rows.triplets.items():
-            if layer not in known:
-                yield layer, _row_norms(states[:safe])
+    for of_terms in runner.reference_rows(replace(stream, terms=asked)):
+        for rows in of_terms:
+            for layer, states in rows.items():
+                yield layer, _row_norms(states)
 
 
 def _row_norms(states: Tensor) -> Tensor:

@@ -13,11 +13,8 @@ import torch
 from torch import nn
 
 from repbend_fast.errors import UserError
-from repbend_fast.objectives.base import Distance, Stream
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.step.meter import StreamResult
-
-KL_BOUND = 1e-5
-"""The KL's sums over the vocabulary round, in nats per token."""
 
 
 def is_at_start(model: nn.Module) -> bool:
@@ -28,20 +25,8 @@ def is_at_start(model: nn.Module) -> bool:
 
 def probe_of(stream: Stream, num_blocks: int) -> Stream | None:
     """A stream of l2 distances where ``stream``'s own terms compare with the reference in a way that is not 0 at the start."""
-    found = [
-        Distance(term.name, term.layers, term.spans, 1.0, 1.0)
-        for term in stream.distances
-        if term.target is None and term.against is None and not _vanishes(term)
-    ]
-    if stream.triplets:
-        found += [Distance(half.name, half.layers, half.spans, 1.0, 1.0) for half in stream.triplets.halves if half.layers]
-    if stream.head:
-        found.append(Distance(stream.head.name, (num_blocks,), stream.head.spans, 1.0, 1.0))
-    if stream.answers and stream.answers.beta is not None:
-        found.append(Distance(stream.answers.name, (num_blocks,), stream.answers.spans, 1.0, 1.0))
-    if not found:
-        return None
-    return replace(stream, distances=tuple(found), pairwise=None, head=None, triplets=None, answers=None)
+    probes = tuple(probe for term in stream.terms for probe in term.start_probes(num_blocks))
+    return replace(stream, terms=probes) if probes else None
 
 
 def check_zero(stream: Stream, result: StreamResult) -> None:
@@ -50,20 +35,16 @@ def check_zero(stream: Stream, result: StreamResult) -> None:
     Raises:
         UserError: names the term, the hidden state and the value.
     """
-    for term in stream.distances:
-        if term.target is not None or term.against is not None or not _vanishes(term):
+    for term in stream.terms:
+        bound = term.start_bound
+        if bound is None:
             continue
-        for layer, value in sorted(result.layers.get(term.name, {}).items()):
-            if float(value) != 0:
-                raise _not_zero(f"the distance {term.name} at hidden state {layer}", float(value))
-    if stream.head:
-        kl = float(result.terms[stream.head.name])
-        if not abs(kl) <= KL_BOUND:
-            raise _not_zero(f"the KL of {stream.head.name}", kl)
-
-
-def _vanishes(term: Distance) -> bool:
-    return term.kind in ("l2", "mse")
+        layers = sorted(result.layers.get(term.name, {}).items())
+        for layer, value in layers:
+            if not abs(float(value)) <= bound:
+                raise _not_zero(f"the {term.described} at hidden state {layer}", float(value))
+        if not layers and not abs(float(result.terms[term.name])) <= bound:
+            raise _not_zero(f"the {term.described}", float(result.terms[term.name]))
 
 
 def _not_zero(what: str, value: float) -> UserError:

@@ -9,13 +9,13 @@ steps hold ordinary answers more firmly; while it is below, the weight falls and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from repbend_fast.objectives.base import Stream
-from repbend_fast.objectives.sections import KLLimitSection, ObjectiveSection
+from repbend_fast.objectives.sections import KL_TERM, KLLimitConfig, MethodConfig
+from repbend_fast.objectives.streams import Stream
 from repbend_fast.step import StreamResult
 
 RATE = 0.05
@@ -34,20 +34,20 @@ class KLWeight:
     highest: float
 
     @classmethod
-    def of(cls, config: ObjectiveSection) -> KLWeight | None:
+    def of(cls, config: MethodConfig) -> KLWeight | None:
         """That of an objective's settings; None where no limit is set."""
-        if not isinstance(config, KLLimitSection) or config.kl_limit is None:
+        if not isinstance(config, KLLimitConfig) or config.kl_limit is None:
             return None
         start = config.kl_weight
         return cls(start, config.kl_limit, config.kl_rate or RATE * start / config.kl_limit, config.kl_max or HIGHEST * start)
 
     def weigh(self, stream: Stream) -> Stream:
         """The stream with λ as the weight of its KL, if it has one."""
-        return replace(stream, head=replace(stream.head, weight=self.value)) if stream.head else stream
+        return stream.weighed(KL_TERM, self.value)
 
     def measured(self, streams: list[Stream], results: list[StreamResult], accumulation: int) -> Tensor | None:
         """K of a step as a device scalar, None without a KL: reading it is left to the trainer, who waits for the device anyway."""
-        found = [result.terms[stream.head.name].float() for stream, result in zip(streams, results, strict=True) if stream.head]
+        found = [result.terms[KL_TERM].float() for stream, result in zip(streams, results, strict=True) if stream.term(KL_TERM)]
         return torch.stack(found).sum() / accumulation if found else None
 
     def update(self, kl: float) -> None:

@@ -29,7 +29,6 @@ from repbend_fast.models import (
 from repbend_fast.models.load import DTYPES
 from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
-from repbend_fast.objectives.sections import CustomObjectiveConfig
 from repbend_fast.planning.planner import Plan, show_plan
 from repbend_fast.runs.folder import RunFolder, only_training, start_folder, write_json, write_text
 from repbend_fast.runs.metrics import MetricsLog, peak_memory_bytes
@@ -218,8 +217,7 @@ class Trainer:
 
     def use_units(self, known: dict[int, float]) -> None:
         """Measure the units that the objective's distances count in, where it asks for any, and keep them in the run's folder."""
-        section = self.config.objective
-        if not isinstance(section, CustomObjectiveConfig) and getattr(section, "distance_unit", "state") == "state":
+        if not self.config.objective.counts_in_reference:
             return
         units = measure_units(self.runner, self.objective, self.data.sampler.sets, known)
         self.runner.units.update(units)

@@ -28,7 +28,8 @@ HELPFUL_LIMITS = {"max_helpful_drop": "helpful_ordinary", "max_borderline_drop":
 class Validation:
     """One validation. ``rates`` are fractions 0 … 1; ``distance`` is mean l2 per stream and hidden state.
 
-    ``settled``: at the guard's target, with a learning rate that has fallen to 0.
+    ``settled``: at the guard's target, with a learning rate that has fallen to 0. ``probes``: the names in ``distance`` of what is to be
+    bent and of what is to be kept; None in rows of earlier versions.
     """
 
     step: int
@@ -40,6 +41,7 @@ class Validation:
     over: list[str] = field(default_factory=list)
     settled: bool = False
     best: bool = False
+    probes: tuple[str | None, str | None] | None = None
 
     @property
     def attacks(self) -> list[float]:
@@ -76,11 +78,8 @@ class Validation:
     def bending(self) -> float:
         """Mean distance of what is to be bent minus mean distance of what is to be kept, over hidden states."""
         means = {name: sum(v.values()) / len(v) for name, v in self.distance.items() if v}
-        bent: tuple[str, ...] = ("unsafe", "forget")
-        kept: tuple[str, ...] = ("safe", "retain")
-        if not means.keys() & {*bent, *kept}:  # an objective's own names: what is bent comes first
-            bent, kept = (tuple(means)[:1], tuple(means)[1:2])
-        return next((means[n] for n in bent if n in means), 0.0) - next((means[n] for n in kept if n in means), 0.0)
+        bent, kept = self.probes or _earlier_probes(list(means))
+        return (means.get(bent, 0.0) if bent else 0.0) - (means.get(kept, 0.0) if kept else 0.0)
 
     def row(self) -> dict[str, Any]:
         """The ``validation`` row of metrics.jsonl."""
@@ -96,6 +95,7 @@ class Validation:
             stream: {layer: math.nan if value is None else value for layer, value in layers.items()}
             for stream, layers in row.get("distance", {}).items()
         }
+        named["probes"] = tuple(row["probes"]) if row.get("probes") else None
         return cls(**named, rates={key: row[key] for key in RATE_KEYS if row.get(key) is not None})
 
 
@@ -131,7 +131,7 @@ class Validator:
             if retain and self.runner.head is not None:
                 statistics: ChatStatistics = chat_statistics(self.runner, retain)
                 result.kl, result.perplexity = statistics.kl, statistics.perplexity
-            result.distance = self._distances()
+            result.distance, result.probes = self._distances()
             if self.prompts:
                 settings = self.config.validation
                 batch_size = self.config.evaluation.batch_size
@@ -141,13 +141,23 @@ class Validator:
                 result.rates = dict(answers.rates)
         return result
 
-    def _distances(self) -> dict[str, dict[str, float]]:
-        """Mean distance per stream and hidden state, over the rows of the first held-out examples of each role."""
+    def _distances(self) -> tuple[dict[str, dict[str, float]], tuple[str | None, str | None]]:
+        """Mean distance per probe and hidden state, over the first held-out examples, and the names of what is bent and kept."""
         part = {role: tuple(examples[:DISTANCE_EXAMPLES]) for role, examples in self.held.items()}
         batch = Batch(part.get("safe", ()), part.get("unsafe", ()), part.get("pair", ()), part.get("retain", ()))  # type: ignore[arg-type]
         means: dict[str, dict[str, float]] = {}
-        for stream in self.objective.probes(batch):
-            name = stream.distances[0].name
+        probes = self.objective.probes(batch)
+        for stream in probes:
+            name = stream.terms[0].name
             layers = self.runner.measure(stream).layers[name]
             means[name] = {str(layer): round(float(value), 6) for layer, value in sorted(layers.items())}
-        return means
+        bent, kept = (None if stream is None else stream.terms[0].name for stream in (probes.bent, probes.kept))
+        return means, (bent, kept)
+
+
+def _earlier_probes(names: list[str]) -> tuple[str | None, str | None]:
+    """What a row that does not say it has bent and kept: known names by what they are, an objective's own by their order."""
+    known = [next((name for name in names if name in side), None) for side in (("unsafe", "forget"), ("safe", "retain"))]
+    if known == [None, None]:
+        return names[0] if names else None, names[1] if len(names) > 1 else None
+    return known[0], known[1]

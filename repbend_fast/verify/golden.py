@@ -1,6 +1,6 @@
 """Golden folders: recorded cases of the published implementations, read as batches and objectives' settings.
 
-A case names its batch, its objective (``repbend`` where it names none) and that objective's settings as its publication spells
+A case names its batch, its objective (the default where it names none) and that objective's settings as its publication spells
 them. What is read with ``published_quirks`` on.
 """
 
@@ -15,11 +15,10 @@ from typing import Any
 
 from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.errors import UserError, one_line
-from repbend_fast.objectives.sections import CircuitBreakerConfig, NPOConfig, ObjectiveConfig, ObjectiveSection
+from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, SETTINGS
+from repbend_fast.objectives.sections import MethodConfig
 
 FORM = "a golden folder has expected.json, base_model/, adapter/ and batch.*.json"
-WEIGHTS = {"alpha": "safe", "beta": "unsafe", "gamma": "cosine", "epsilon": "kl"}
-LOSS_MODES = {"request_last": "prompt_last", "request_all": "prompt_all", "request_response": "prompt_response"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Case:
 
     key: str
     batch: Batch
-    config: ObjectiveSection
+    config: MethodConfig
     loss: float
     grad_norm: float
     step: int = 0
@@ -37,7 +36,7 @@ class Case:
 
 def objective_of(case: dict[str, Any]) -> str:
     """The name of a case's objective."""
-    return str(case.get("objective", "repbend"))
+    return str(case.get("objective", DEFAULT_OBJECTIVE))
 
 
 def read_case(folder: Path, key: str, values: dict[str, Any], settings: dict[str, Any], expected: dict[str, Any]) -> Case:
@@ -103,39 +102,7 @@ def _sequence(prompt: list[int], answer: list[int]) -> Sequence:
     return Sequence((*prompt, *answer), len(prompt))
 
 
-def _repbend(case: dict[str, Any], expected: dict[str, Any]) -> ObjectiveConfig:
-    window = expected["window"]
-    if window != list(range(window[0], window[0] + len(window))):
-        raise ValueError(f"window {window} is not a run of consecutive hidden states")
-    weights: dict[str, Any] = {ours: float(case[theirs]) for theirs, ours in WEIGHTS.items()}
-    return ObjectiveConfig(
-        **weights,
-        window_start=window[0],
-        window_size=len(window),
-        loss_mode=LOSS_MODES.get(case["loss_mode"], case["loss_mode"]),
-        alpha_mode=case["alpha_mode"],
-        published_quirks=True,
-    )
-
-
-def _circuit_breaker(case: dict[str, Any], expected: dict[str, Any]) -> CircuitBreakerConfig:
-    del expected
-    # The recorded batches have equal lengths and no padding, so the published mean over padding is over real tokens.
-    layers = case["target_hidden_states"]
-    return CircuitBreakerConfig(coefficient=float(case["alpha"]), layers=layers, published_quirks=True, padded_length=None)
-
-
-def _npo(case: dict[str, Any], expected: dict[str, Any]) -> NPOConfig:
-    del expected
-    if case["kl_reduction"] != "per label token":
-        raise ValueError(f"kl_reduction {case['kl_reduction']!r}, expected 'per label token'")
-    settings: dict[str, Any] = {key: float(case[key]) for key in ("beta", "retain_kl", "temperature")}
-    return NPOConfig(**settings, published_quirks=True)
-
-
-READERS: dict[str, Callable[[dict[str, Any], dict[str, Any]], ObjectiveSection]] = {
-    "repbend": _repbend,
-    "circuit_breaker": _circuit_breaker,
-    "npo": _npo,
+READERS: dict[str, Callable[[dict[str, Any], dict[str, Any]], MethodConfig]] = {
+    name: settings.recorded for name, settings in SETTINGS.items() if settings.recorded is not None
 }
 """How the settings of each objective's cases are read; these are the objectives that can be verified."""

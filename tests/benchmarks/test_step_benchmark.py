@@ -26,9 +26,10 @@ from step_record import missed_step_goals, ratios_of, step_table
 from step_sides import Side, adapted, set_up
 from torch import Tensor
 
-from repbend_fast.config.schema import ModelConfig, ObjectiveConfig
+from repbend_fast.config.schema import ModelConfig
 from repbend_fast.models import load_model
 from repbend_fast.models.layers.lora import LowRankForward
+from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from repbend_fast.verify.golden import load_batch
 
@@ -52,10 +53,10 @@ def baseline(request) -> Any:
     return model, step
 
 
-def golden_config(case: dict[str, Any]) -> ObjectiveConfig:
+def golden_config(case: dict[str, Any]) -> RepBendConfig:
     names = {"safe": "alpha", "unsafe": "beta", "cosine": "gamma", "kl": "epsilon"}
     window = EXPECTED["window"]
-    return ObjectiveConfig(
+    return RepBendConfig(
         **{ours: float(case[theirs]) for ours, theirs in names.items()},
         window_start=window[0],
         window_size=len(window),

@@ -10,7 +10,10 @@ from repbend_fast.config.schema import LoraSection, at_depth
 from repbend_fast.errors import UserError
 from repbend_fast.models.adapters import adapted_blocks
 from repbend_fast.objectives import build_objective
-from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, ObjectiveConfig, RMUConfig
+from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
+from repbend_fast.objectives.crl import CRLConfig
+from repbend_fast.objectives.repbend import RepBendConfig
+from repbend_fast.objectives.rmu import RMUConfig
 
 
 @pytest.mark.parametrize(
@@ -25,7 +28,7 @@ from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, Ob
         (1, range(1, 2)),
     ],
 )
-@pytest.mark.parametrize("section", [ObjectiveConfig, CRLConfig])
+@pytest.mark.parametrize("section", [RepBendConfig, CRLConfig])
 def test_the_published_window_as_a_share_of_depth(section: type, num_blocks: int, window: range) -> None:
     resolved = section(window_start="auto", window_size="auto").at_depth(num_blocks)
     assert resolved.window == tuple(window)
@@ -35,7 +38,7 @@ def test_the_published_window_as_a_share_of_depth(section: type, num_blocks: int
 
 @pytest.mark.parametrize("num_blocks", range(1, 130))
 def test_every_depth_has_a_window_inside_it(num_blocks: int) -> None:
-    window = ObjectiveConfig(window_start="auto", window_size="auto").at_depth(num_blocks).window
+    window = RepBendConfig(window_start="auto", window_size="auto").at_depth(num_blocks).window
     assert 1 <= min(window) <= max(window) <= num_blocks
     assert max(RMUConfig(layer="auto").at_depth(num_blocks).last_state, 1) <= num_blocks
     assert CircuitBreakerConfig(layers="auto").at_depth(num_blocks).last_state <= num_blocks
@@ -47,13 +50,13 @@ def test_the_other_methods_states() -> None:
 
 
 def test_numbers_stay_as_they_are_and_fill_up_with_shares() -> None:
-    assert ObjectiveConfig().at_depth(64) == ObjectiveConfig()
-    assert ObjectiveConfig(window_start=5, window_size="auto").at_depth(32).window == tuple(range(5, 16))
-    assert ObjectiveConfig(window_start="auto", window_size=2).at_depth(32).window == (20, 21)
+    assert RepBendConfig().at_depth(64) == RepBendConfig()
+    assert RepBendConfig(window_start=5, window_size="auto").at_depth(32).window == tuple(range(5, 16))
+    assert RepBendConfig(window_start="auto", window_size=2).at_depth(32).window == (20, 21)
     with pytest.raises(ValueError, match="at_depth"):
-        _ = ObjectiveConfig(window_start="auto").window
+        _ = RepBendConfig(window_start="auto").window
     with pytest.raises(ValidationError):
-        ObjectiveConfig(window_start="third")  # type: ignore[arg-type]
+        RepBendConfig(window_start="third")  # type: ignore[arg-type]
 
 
 def test_a_recipe_s_numbers_give_way_to_auto_and_auto_to_numbers(tmp_path) -> None:
@@ -93,7 +96,7 @@ def test_the_recipe_for_any_model_asks_for_model_and_data_and_nothing_else() -> 
         )
     config = load_config("any", needed)
     objective = config.objective
-    assert isinstance(objective, ObjectiveConfig)
+    assert isinstance(objective, RepBendConfig)
     assert (objective.window_start, objective.window_size, objective.distance_unit) == ("auto", "auto", "reference")
     assert objective.kl_limit is not None
     assert objective.kl_reduction == "token"

@@ -8,7 +8,11 @@ import pytest
 
 from repbend_fast.config import Config, load_config, resolved_yaml
 from repbend_fast.errors import UserError
-from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, CustomObjectiveConfig, NPOConfig, RMUConfig
+from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
+from repbend_fast.objectives.crl import CRLConfig
+from repbend_fast.objectives.custom import CustomObjectiveConfig
+from repbend_fast.objectives.npo import NPOConfig
+from repbend_fast.objectives.rmu import RMUConfig
 
 
 def config(*overrides: str, recipe: str = "demo", overlays: str | tuple[str, ...] = ()) -> Config:

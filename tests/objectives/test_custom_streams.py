@@ -8,8 +8,9 @@ import pytest
 
 from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.errors import UserError
-from repbend_fast.objectives.base import Distance, HeadKL, Stream
 from repbend_fast.objectives.custom import Checked
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Distance, HeadKL
 
 SEQUENCES = (Sequence((1, 2, 3), 1), Sequence((4, 5), 1))
 TERM = Distance("near", (1, 2), ((0, 3), (1, 2)), 1.0, 4.0)
@@ -25,14 +26,14 @@ class Own:
         self.made = made
 
     def streams(self, batch, step):
-        return (stream for stream in self.made)
+        return (stream for stream in (self.made() if callable(self.made) else self.made))
 
     def probes(self, batch):
         return list(self.made)
 
 
 def _with(**changed):
-    return [replace(GOOD, distances=(replace(TERM, **changed),))]
+    return lambda: [replace(GOOD, terms=(replace(TERM, **changed),))]
 
 
 def test_good_streams_pass_and_a_generator_becomes_a_list() -> None:
@@ -45,9 +46,9 @@ def test_good_streams_pass_and_a_generator_becomes_a_list() -> None:
     ("made", "why"),
     [
         ([], "nothing to train on"),
-        ([replace(GOOD, sequences=())], "no sequences"),
+        ([Stream("s", ())], "no sequences"),
         ([Stream("s", SEQUENCES)], "no term"),
-        ([replace(GOOD, head=HeadKL("kl", TERM.spans, 1.0, 4.0, 1.0))], "uses_head is false"),
+        ([replace(GOOD, terms=(TERM, HeadKL("kl", TERM.spans, 1.0, 4.0, 1.0)))], "uses_head is false"),
         (_with(layers=(0,)), "hidden states 0"),
         (_with(layers=(1, 9)), "hidden states 9"),
         (_with(layers=(-1,)), "hidden states -1"),

@@ -13,24 +13,26 @@ from torch import Tensor
 
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import Distance, Stream, build_objective
-from repbend_fast.objectives.sections import CRLConfig, ObjectiveConfig, ObjectiveSection
+from repbend_fast.objectives.crl import CRLConfig
+from repbend_fast.objectives.repbend import RepBendConfig
+from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.step import StreamResult, StreamRunner
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 from repbend_fast.step.units import measure_units
 
 SETS = {"safe": BATCH.safe, "unsafe": BATCH.unsafe, "pair": BATCH.pairs, "retain": BATCH.retain}
 WITH_UNIT = {name: config for name, config in ALL_CONFIGS.items() if name != "npo"}
-LIMITED = ObjectiveConfig(window_start=2, window_size=3, pair=0.4, unsafe_limit=0.5, alpha_mode="target", kl_reduction="token")
+LIMITED = RepBendConfig(window_start=2, window_size=3, pair=0.4, unsafe_limit=0.5, alpha_mode="target", kl_reduction="token")
 SMALL_MARGINS = CRLConfig(window_start=2, window_size=2, safe_margin=0.3, unsafe_margin=0.02)
-CASES: dict[str, ObjectiveSection] = {**ALL_CONFIGS, "repbend limited": LIMITED, "crl small margins": SMALL_MARGINS}
+CASES: dict[str, MethodConfig] = {**ALL_CONFIGS, "repbend limited": LIMITED, "crl small margins": SMALL_MARGINS}
 
 
-def in_unit(config: ObjectiveSection, unit: str) -> ObjectiveSection:
+def in_unit(config: MethodConfig, unit: str) -> MethodConfig:
     return config.model_copy(update={"distance_unit": unit}) if "distance_unit" in type(config).model_fields else config
 
 
 def run(
-    model: Any, config: ObjectiveSection, *, piece_tokens: int | None = None, packing: Any = "off", measure: bool = False
+    model: Any, config: MethodConfig, *, piece_tokens: int | None = None, packing: Any = "off", measure: bool = False
 ) -> tuple[dict[str, StreamResult], dict[str, Tensor], dict[int, float]]:
     """Results by stream, gradients, and the units that were measured."""
     model.zero_grad(set_to_none=True)
@@ -97,7 +99,7 @@ def test_in_units_of_the_state_the_terms_follow_the_stream(case: str) -> None:
 
 def test_the_unit_is_the_median_norm_of_the_reference_s_rows() -> None:
     model = adapted_model()
-    _, _, units = run(model, in_unit(ObjectiveConfig(window_start=2, window_size=2, alpha_mode="target"), "reference"))
+    _, _, units = run(model, in_unit(RepBendConfig(window_start=2, window_size=2, alpha_mode="target"), "reference"))
     norms: dict[int, list[Tensor]] = {2: [], 3: []}
     for s in (*BATCH.safe, *(p.safe for p in BATCH.pairs), *BATCH.unsafe, *(p.unsafe for p in BATCH.pairs)):
         with torch.no_grad(), model.disable_adapter():
@@ -147,7 +149,7 @@ def test_the_distance_at_the_start_is_zero(packing: str) -> None:
 
 
 def test_what_is_known_stays_and_only_what_lacks_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = build_objective(in_unit(ObjectiveConfig(window_start=2, window_size=2), "reference"), BLOCKS)
+    objective = build_objective(in_unit(RepBendConfig(window_start=2, window_size=2), "reference"), BLOCKS)
     runner = StreamRunner(adapted_model(), Levers({}, 0, packing="off"), uses_head=False)
     units = measure_units(runner, objective, SETS)  # type: ignore[arg-type]
     known = {layer: -1.0 for layer in units if layer != 3}
@@ -160,7 +162,7 @@ def test_a_unit_of_zero_is_one_line() -> None:
     model = adapted_model()
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
-    config = in_unit(ObjectiveConfig(window_start=1, window_size=1, alpha_mode="target"), "reference")
+    config = in_unit(RepBendConfig(window_start=1, window_size=1, alpha_mode="target"), "reference")
     with pytest.raises(UserError, match="hidden state 1 is 0, which cannot be a unit; set distance_unit=state"):
         run(model, config)
 

@@ -15,7 +15,7 @@ from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
-from repbend_fast.objectives.sections import ObjectiveConfig
+from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import Levers
 
@@ -27,7 +27,7 @@ WHOLE = Batch(
     pairs=tuple(pair(p, a, a + i, 30 + i) for i, (p, a) in enumerate(LENGTHS)),
     retain=tuple(Sequence(sequence(p, a, 40 + i).ids, 0) for i, (p, a) in enumerate(LENGTHS)),
 )
-REPBEND = ObjectiveConfig(window_start=2, window_size=2, pair=0.4, cosine=0.0)
+REPBEND = RepBendConfig(window_start=2, window_size=2, pair=0.4, cosine=0.0)
 CASES: dict[str, Any] = {
     **{
         f"repbend {m}": REPBEND.model_copy(update={"loss_mode": m})
@@ -122,7 +122,7 @@ def test_what_couples_a_micro_batch_stays_within_it(precise, name) -> None:
     found, _ = _step(precise, config, _dealt(2), "step")
     if name == "crl":
         for half in ("safe", "unsafe"):
-            counts = [getattr(streams[0].triplets, half).denominator for streams in plain]
+            counts = [getattr(streams[0].terms[0], half).denominator for streams in plain]
             mean = sum(t[half] * d for t, d in zip(terms, counts, strict=True)) / sum(counts)
             assert counts[0] != counts[1]
             assert found[half] == pytest.approx(mean, rel=1e-6)

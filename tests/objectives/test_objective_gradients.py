@@ -11,7 +11,11 @@ from kernel_compare import assert_matches, relative_l2
 from objective_runs import BATCH, BLOCKS, CONFIGS, STEP, STEPS, plain_terms, precise_model, run_objective
 from tiny_models import LAYOUTS, WITHOUT_DROPOUT, flat, gradients
 
-from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, NPOConfig, ObjectiveSection, RMUConfig
+from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
+from repbend_fast.objectives.crl import CRLConfig
+from repbend_fast.objectives.npo import NPOConfig
+from repbend_fast.objectives.rmu import RMUConfig
+from repbend_fast.objectives.sections import MethodConfig
 
 # The KL op evaluates small differences by a series, to 1e-9.
 TOLERANCE = 1e-8
@@ -22,7 +26,7 @@ def precise() -> Any:
     return precise_model()
 
 
-def _joint(model: Any, config: ObjectiveSection, step: int = STEP) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _joint(model: Any, config: MethodConfig, step: int = STEP) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
     terms = plain_terms(model, config, step)
     torch.stack(list(terms.values())).sum().backward()

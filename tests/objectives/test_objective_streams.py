@@ -10,8 +10,12 @@ from tiny_models import WITHOUT_DROPOUT, adapted_model, flat
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import Direction, Stream, build_objective, roles_of
-from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, NPOConfig, ObjectiveSection, RMUConfig
-from repbend_fast.step.adapted import fixed_row
+from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
+from repbend_fast.objectives.crl import CRLConfig
+from repbend_fast.objectives.npo import NPOConfig
+from repbend_fast.objectives.rmu import RMUConfig
+from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.step.terms.distance import fixed_row
 
 BLOCKS = 32
 # Lengths (prompt, answer) of unsafe sequences, then of the pairs' unsafe halves; and of the retain conversations.
@@ -20,7 +24,7 @@ SAFE = [(5, 4), (7, 3), (6, 8), (3, 2)]
 RETAIN = [12, 6]
 
 
-def _streams(config: ObjectiveSection, step: int = 0, steps: int = 150, batch: Batch = BATCH) -> dict[str, Stream]:
+def _streams(config: MethodConfig, step: int = 0, steps: int = 150, batch: Batch = BATCH) -> dict[str, Stream]:
     return {s.name: s for s in build_objective(config, BLOCKS, steps).streams(batch, step)}
 
 
@@ -33,22 +37,22 @@ def test_forget_is_unsafe_and_the_unsafe_halves_of_pairs(name) -> None:
 
 def test_circuit_breakers() -> None:
     streams = _streams(CircuitBreakerConfig(), step=74)
-    (forget,), (retain,) = streams["forget"].distances, streams["retain"].distances
+    (forget,), (retain,) = streams["forget"].terms, streams["retain"].terms
     assert (forget.kind, forget.layers, forget.weight) == ("relu_cosine", (10, 20), 7.5)
     assert forget.spans == tuple((0, p + a) for p, a in FORGET)
     assert forget.denominator == 2 * sum(p + a for p, a in FORGET)
     assert (retain.kind, retain.layers, retain.weight) == ("l2", tuple(range(1, 33)), 2.5)
     assert retain.denominator == 33 * sum(RETAIN)
     assert [s.stop(BLOCKS) for s in streams.values()] == [20, 32]
-    assert _streams(CircuitBreakerConfig(published_quirks=True))["retain"].distances[0].denominator == 33 * 2 * 1024
+    assert _streams(CircuitBreakerConfig(published_quirks=True))["retain"].terms[0].denominator == 33 * 2 * 1024
     quirky = CircuitBreakerConfig(published_quirks=True, padded_length=None)
-    assert _streams(quirky)["retain"].distances[0].denominator == 33 * 2 * 12
+    assert _streams(quirky)["retain"].terms[0].denominator == 33 * 2 * 12
 
 
 @pytest.mark.parametrize(("config", "layers"), [(CircuitBreakerConfig, 2), (RMUConfig, 1)])
 def test_forgetting_answers_alone_keeps_all_rows_of_retain(config, layers) -> None:
     streams = _streams(config(loss_mode="response_all"))
-    (forget,), (retain,) = streams["forget"].distances, streams["retain"].distances
+    (forget,), (retain,) = streams["forget"].terms, streams["retain"].terms
     assert forget.spans == tuple((p, p + a) for p, a in FORGET)
     assert forget.denominator == layers * sum(a for _, a in FORGET)
     assert retain.spans == tuple((0, n) for n in RETAIN)
@@ -60,8 +64,8 @@ def test_forgetting_answers_alone_keeps_all_rows_of_retain(config, layers) -> No
 )
 def test_circuit_breakers_coefficients(step, steps, own, progress) -> None:
     streams = _streams(CircuitBreakerConfig(schedule_steps=own), step, steps)
-    assert streams["forget"].distances[0].weight == pytest.approx(10 * (1 - progress))
-    assert streams["retain"].distances[0].weight == pytest.approx(10 * progress)
+    assert streams["forget"].terms[0].weight == pytest.approx(10 * (1 - progress))
+    assert streams["retain"].terms[0].weight == pytest.approx(10 * progress)
 
 
 def test_circuit_breakers_schedule_needs_a_length() -> None:
@@ -72,27 +76,27 @@ def test_circuit_breakers_schedule_needs_a_length() -> None:
 
 def test_rmu() -> None:
     streams = _streams(RMUConfig())
-    (forget,), (retain,) = streams["forget"].distances, streams["retain"].distances
+    (forget,), (retain,) = streams["forget"].terms, streams["retain"].terms
     assert (forget.kind, forget.layers, forget.weight, forget.target) == ("mse", (8,), 1.0, Direction(42, 6.5))
     assert (retain.kind, retain.layers, retain.weight, retain.target) == ("mse", (8,), 1200.0, None)
     assert (forget.denominator, retain.denominator) == (sum(p + a for p, a in FORGET), sum(RETAIN))
     assert [s.stop(BLOCKS) for s in streams.values()] == [8, 8]
     assert [s.reference_stop(BLOCKS) for s in streams.values()] == [0, 8]
     quirky = _streams(RMUConfig(published_quirks=True))
-    assert [s.distances[0].denominator for s in quirky.values()] == [4 * 14, 2 * 12]
+    assert [s.terms[0].denominator for s in quirky.values()] == [4 * 14, 2 * 12]
     assert list(_streams(RMUConfig(retain=0.0), batch=Batch(unsafe=BATCH.unsafe))) == ["forget"]
 
 
 def test_npo() -> None:
     streams = _streams(NPOConfig(retain_nll=1.0, retain_kl=0.1))
-    loss = streams["forget"].answers
+    loss = streams["forget"].term("forget")
     assert (loss.beta, loss.weight, loss.denominator) == (0.1, 1.0, 4)
     assert loss.spans == tuple((p - 1, p + a - 1) for p, a in FORGET)
-    kl, nll = streams["retain"].head, streams["retain"].answers
+    kl, nll = streams["retain"].term("kl"), streams["retain"].term("nll")
     assert kl.spans == nll.spans == tuple((0, n - 1) for n in RETAIN)
     assert kl.denominator == nll.denominator == sum(RETAIN) - 2
     assert nll.beta is None
-    assert _streams(NPOConfig(retain_kl=0.1, published_quirks=True))["retain"].head.spans == tuple((0, n) for n in RETAIN)
+    assert _streams(NPOConfig(retain_kl=0.1, published_quirks=True))["retain"].term("kl").spans == tuple((0, n) for n in RETAIN)
     assert list(_streams(NPOConfig())) == ["forget"]
     assert _streams(NPOConfig(retain_nll=1.0))["retain"].reference_stop(BLOCKS) == 0
     assert streams["forget"].reference_stop(BLOCKS) == BLOCKS
@@ -100,7 +104,7 @@ def test_npo() -> None:
 
 def test_crl() -> None:
     streams = _streams(CRLConfig())
-    stream, term = streams["triplet"], streams["triplet"].triplets
+    stream, term = streams["triplet"], streams["triplet"].terms[0]
     assert stream.sequences == (*BATCH.safe, *(p.safe for p in BATCH.pairs), *BATCH.unsafe, *(p.unsafe for p in BATCH.pairs))
     assert term.safe.spans == (*((p, p + a) for p, a in SAFE), *[(0, 0)] * 4)
     assert term.unsafe.spans == (*[(0, 0)] * 4, *((p, p + a) for p, a in FORGET))

@@ -15,20 +15,23 @@ from tiny_models import LAYOUTS, WITHOUT_DROPOUT, adapted_model, flat, gradients
 
 from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
 from repbend_fast.objectives import build_objective, roles_of
+from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
+from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.refusal import recovery_starts
-from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, ObjectiveConfig, RefusalSection
+from repbend_fast.objectives.repbend import RepBendConfig
+from repbend_fast.objectives.sections import RefusalConfig
 
 TOLERANCE = 1e-8
 WINDOW: dict[str, Any] = {"window_start": 2, "window_size": 2}
 ON: dict[str, Any] = {"refusal": 30.0, "recovery_tokens": 4}
 DRAWN = [7, 0, 0, 0, 0, 13, 15, 14]
 ALONE = dict.fromkeys(("safe", "unsafe", "cosine", "kl"), 0.0)
-CASES: dict[str, RefusalSection] = {
-    "repbend": ObjectiveConfig(**WINDOW, **ON, pair=0.4),
-    "repbend alone": ObjectiveConfig(**WINDOW, **ON, **ALONE),
-    "repbend without bending": ObjectiveConfig(**WINDOW, **ON, unsafe=0.0, cosine=0.0),
-    "repbend without starts": ObjectiveConfig(**WINDOW, refusal=30.0, recovery_tokens=0),
-    "repbend, starts for all": ObjectiveConfig(**WINDOW, **ON, recovery_share=1.0),
+CASES: dict[str, RefusalConfig] = {
+    "repbend": RepBendConfig(**WINDOW, **ON, pair=0.4),
+    "repbend alone": RepBendConfig(**WINDOW, **ON, **ALONE),
+    "repbend without bending": RepBendConfig(**WINDOW, **ON, unsafe=0.0, cosine=0.0),
+    "repbend without starts": RepBendConfig(**WINDOW, refusal=30.0, recovery_tokens=0),
+    "repbend, starts for all": RepBendConfig(**WINDOW, **ON, recovery_share=1.0),
     "circuit_breaker": CircuitBreakerConfig(layers=[2, 3], **ON),
     "crl": CRLConfig(**WINDOW, **ON),
     "crl alone": CRLConfig(**WINDOW, **ON, safe=0.0, unsafe=0.0, kl=0.0),
@@ -44,13 +47,13 @@ def many(count: int, unsafe: int = 12) -> tuple[PairSequence, ...]:
     return tuple(pair(4, unsafe, 6, seed) for seed in range(count))
 
 
-def starts(config: RefusalSection, pairs: tuple[PairSequence, ...], step: int, seed: int = 0) -> list[int]:
+def starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step: int, seed: int = 0) -> list[int]:
     return recovery_starts(config, pairs, step, seed)
 
 
-def expected_terms(model: Any, config: RefusalSection) -> dict[str, torch.Tensor]:
+def expected_terms(model: Any, config: RefusalConfig) -> dict[str, torch.Tensor]:
     """The weighted terms, the refusal with the starts that the step draws."""
-    if isinstance(config, ObjectiveConfig):
+    if isinstance(config, RepBendConfig):
         weights = {"safe": config.safe, "unsafe": -config.unsafe, "cosine": config.cosine, "kl": config.kl, "pair": config.pair}
         plain = eager_terms(model, BATCH, config)
         terms = {name: weights[name] * value for name, value in plain.items() if weights[name]}
@@ -109,19 +112,19 @@ def test_rows_are_those_that_predict_the_safe_answer() -> None:
     assert stream.name == "refusal"
     assert (stream.stop(32), stream.reference_stop(32)) == (32, 0)
     rows = 0
-    for sequence, (start, stop), k, both in zip(stream.sequences, stream.answers.spans, drawn, BATCH.pairs, strict=True):
+    for sequence, (start, stop), k, both in zip(stream.sequences, stream.term("refusal").spans, drawn, BATCH.pairs, strict=True):
         prompt = both.safe.prompt_length
         assert sequence.ids == (*both.unsafe.ids[: prompt + k], *both.safe.ids[prompt:])
         assert k > 0
         assert sequence.ids[start + 1 : stop + 1] == both.safe.ids[prompt:]
         rows += stop - start
-    assert stream.answers.denominator == rows == sum(len(p.safe) - p.safe.prompt_length for p in BATCH.pairs)
+    assert stream.term("refusal").denominator == rows == sum(len(p.safe) - p.safe.prompt_length for p in BATCH.pairs)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("examples", [1, 2, 3, 4])
 def test_the_share_holds_on_average_and_nearly_in_every_micro_batch(examples, share) -> None:
-    config = ObjectiveConfig(refusal=1.0, recovery_share=share)
+    config = RepBendConfig(refusal=1.0, recovery_share=share)
     chosen = [sum(map(bool, starts(config, many(examples), step))) for step in range(2000)]
     assert max(abs(n - share * examples) for n in chosen) < 1
     # Of a share that is drawn the standard error is below 0.5 / √2000.
@@ -129,7 +132,7 @@ def test_the_share_holds_on_average_and_nearly_in_every_micro_batch(examples, sh
 
 
 def test_each_pair_is_chosen_as_often_and_each_length_too() -> None:
-    config, pairs = ObjectiveConfig(refusal=1.0, recovery_tokens=5), many(2)
+    config, pairs = RepBendConfig(refusal=1.0, recovery_tokens=5), many(2)
     drawn = [starts(config, pairs, step) for step in range(2000)]
     for place in range(2):
         counts = Counter(k[place] for k in drawn)
@@ -139,7 +142,7 @@ def test_each_pair_is_chosen_as_often_and_each_length_too() -> None:
 
 
 def test_no_start_is_a_whole_unsafe_answer() -> None:
-    config = ObjectiveConfig(refusal=1.0, recovery_share=1.0)
+    config = RepBendConfig(refusal=1.0, recovery_share=1.0)
     for tokens, reached in ((1, {0}), (2, {1}), (3, {1, 2}), (40, set(range(1, 17)))):
         assert {starts(config, many(1, tokens), step)[0] for step in range(400)} == reached
     empty = PairSequence(Sequence((1, 2), 2), Sequence((1, 2, 3), 2))
@@ -147,7 +150,7 @@ def test_no_start_is_a_whole_unsafe_answer() -> None:
 
 
 def test_draws_are_a_function_of_seed_step_and_pairs() -> None:
-    config, pairs = ObjectiveConfig(refusal=1.0, recovery_share=1.0), many(6, 40)
+    config, pairs = RepBendConfig(refusal=1.0, recovery_share=1.0), many(6, 40)
     drawn = starts(config, pairs, 3)
     torch.manual_seed(99)
     assert starts(config, pairs, 3) == drawn
@@ -162,23 +165,23 @@ def test_draws_are_a_function_of_seed_step_and_pairs() -> None:
 
 def test_draws_are_the_same_in_every_process() -> None:
     """As they were when this was written: neither Python's hash seed nor a version of it decides them."""
-    assert starts(ObjectiveConfig(refusal=1.0), many(8, 40), 3) == DRAWN
+    assert starts(RepBendConfig(refusal=1.0), many(8, 40), 3) == DRAWN
 
 
 def test_a_plan_counts_with_the_longest_starts() -> None:
     for step in range(3):
-        config = ObjectiveConfig(refusal=1.0, recovery_tokens=7)
+        config = RepBendConfig(refusal=1.0, recovery_tokens=7)
         assert recovery_starts(config, (*many(2), *many(1, 4)), step, None) == [7, 7, 3]
-    assert recovery_starts(ObjectiveConfig(recovery_share=0.0), many(1), 0, None) == [0]
-    assert recovery_starts(ObjectiveConfig(recovery_tokens=0), many(1), 0, None) == [0]
+    assert recovery_starts(RepBendConfig(recovery_share=0.0), many(1), 0, None) == [0]
+    assert recovery_starts(RepBendConfig(recovery_tokens=0), many(1), 0, None) == [0]
 
 
 @pytest.mark.parametrize(
     ("config", "roles", "needs_pairs"),
     [
-        (ObjectiveConfig(**ALONE, refusal=1.0), {"pair"}, True),
-        (ObjectiveConfig(safe=0.0, unsafe=0.0, cosine=0.0, refusal=1.0), {"pair", "retain"}, True),
-        (ObjectiveConfig(), {"safe", "unsafe", "pair", "retain"}, False),
+        (RepBendConfig(**ALONE, refusal=1.0), {"pair"}, True),
+        (RepBendConfig(safe=0.0, unsafe=0.0, cosine=0.0, refusal=1.0), {"pair", "retain"}, True),
+        (RepBendConfig(), {"safe", "unsafe", "pair", "retain"}, False),
         (CircuitBreakerConfig(refusal=1.0), {"unsafe", "pair", "retain"}, True),
         (CircuitBreakerConfig(), {"unsafe", "pair", "retain"}, False),
         (CRLConfig(safe=0.0, unsafe=0.0, refusal=1.0), {"pair", "retain"}, True),
@@ -196,7 +199,7 @@ def test_roles_and_head(config, roles, needs_pairs) -> None:
     assert [s.sequences for s in streams] == [s.sequences for s in objective.streams(BATCH, 0) if s.sequences]
     assert all(s.sequences for s in streams)
     # What is bent is measured all the same, so that the guard has its distances.
-    assert objective.probes(needed)[0].distances[0].name == ("forget" if config.name == "circuit_breaker" else "unsafe")
+    assert objective.probes(needed).bent.terms[0].name == ("forget" if config.name == "circuit_breaker" else "unsafe")
 
 
 def test_it_has_a_gradient_at_the_start(precise) -> None:

@@ -14,7 +14,8 @@ from shape_recipes import LONGEST, recipe
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective
-from repbend_fast.objectives.sections import NPOConfig, RMUConfig
+from repbend_fast.objectives.npo import NPOConfig
+from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.planning.batches import limits_of, worst_batch
 from repbend_fast.planning.peaks import StreamPeak, measure_piece
 from repbend_fast.planning.planner import Planner, choose_levers
@@ -77,7 +78,7 @@ def test_streams_that_read_pairs_alone_are_planned_beside_those_that_read_none(t
     planner = Planner(recipe(tmp_path, "objective.loss_mode=prompt_last", "objective.pair=1.0", "memory.checkpoint_blocks=0"), CPU)
     assert {peak.name: peak.total > 0 for peak in planner.peaks} == {"safe": True, "unsafe": True, "retain": True}
     unsafe = planner._streams(2, LONGEST)["unsafe"]
-    (pair,) = [term for term in unsafe.distances if term.name == "pair"]
+    (pair,) = [term for term in unsafe.terms if term.name == "pair"]
     assert sum(stop - start for start, stop in pair.spans) > 0
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective
-from repbend_fast.step import StreamResult, StreamRunner, adapted, pairwise, reference
+from repbend_fast.step import StreamResult, StreamRunner, adapted, reference
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, is_out_of_memory, retreat
+from repbend_fast.step.terms import distance, head_kl, pairwise
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
@@ -32,12 +33,12 @@ PHASES = {
     "pairwise pass": (pairwise, "run_decoder", 1),
     "second piece of the pairwise pass": (pairwise, "run_decoder", 2),
     "reference": (reference, "run_decoder", 1),
-    "reference of the other answers": (reference, "run_decoder", 3),
+    "reference of the other answers": (distance, "run_decoder", 1),
     "adapted pass": (adapted, "run_decoder", 1),
     "adapted pass of a later piece": (adapted, "run_decoder", 3),
-    "tap of a later layer": (adapted, "bend_tap", 3),
-    "last prompt token": (adapted, "tap_rows", 2),
-    "head loss": (adapted, "linear_kl_div", 1),
+    "tap of a later layer": (distance, "bend_tap", 3),
+    "last prompt token": (pairwise, "tap_rows", 2),
+    "head loss": (head_kl, "linear_kl_div", 1),
     "backward of a later stream": (torch.Tensor, "backward", 3),
 }
 
@@ -138,7 +139,7 @@ def test_in_the_midst_of_backward(model, undisturbed, nth, blocks) -> None:
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_every_allocator(model, undisturbed, monkeypatch, error) -> None:
-    breaking(monkeypatch, adapted, "bend_tap", 2, ERRORS[error])
+    breaking(monkeypatch, distance, "bend_tap", 2, ERRORS[error])
     step = Step(model, WHOLE)
     _assert_undisturbed(step, step.run(), undisturbed)
     assert len(step.said) == 1
@@ -168,7 +169,7 @@ def test_a_single_sequence_goes_through_the_other_levers_and_then_says_what_to_d
     def never(*args: Any, **kwargs: Any) -> None:
         raise ERRORS["cuda"]()
 
-    monkeypatch.setattr(adapted, "linear_kl_div", never)
+    monkeypatch.setattr(head_kl, "linear_kl_div", never)
     step = Step(model, WHOLE)
     with pytest.raises(UserError) as caught:
         step.run()
@@ -193,7 +194,7 @@ def test_a_single_sequence_goes_through_the_other_levers_and_then_says_what_to_d
 def test_validation_survives_too(model, monkeypatch) -> None:
     stream = build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)[1]
     expected = StreamRunner(model, WHOLE).measure(stream)
-    breaking(monkeypatch, adapted, "bend_tap", 2, ERRORS["cuda"])
+    breaking(monkeypatch, distance, "bend_tap", 2, ERRORS["cuda"])
     runner = StreamRunner(model, WHOLE)
     found = runner.measure(stream)
     for term, value in expected.terms.items():
@@ -213,14 +214,14 @@ def test_another_error_is_not_swallowed_and_leaves_the_gradient_alone(model, mon
     handle.remove()
     after = gradients(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    breaking(monkeypatch, adapted, "bend_tap", 2, lambda: RuntimeError("shapes do not match"))
+    breaking(monkeypatch, distance, "bend_tap", 2, lambda: RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         step.runner.backward(streams[1], dropout_seed=0)
     assert not step.said
 
 
 def test_all_that_the_piece_held_is_free_before_the_next_attempt(model, monkeypatch) -> None:
-    real, held = adapted.bend_tap, []
+    real, held = distance.bend_tap, []
 
     def full(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = real(hidden, *args, **kwargs)
@@ -231,7 +232,7 @@ def test_all_that_the_piece_held_is_free_before_the_next_attempt(model, monkeypa
             raise ERRORS["cuda"]()
         return result
 
-    monkeypatch.setattr(adapted, "bend_tap", full)
+    monkeypatch.setattr(distance, "bend_tap", full)
     step = Step(model, WHOLE)
     alive: list[int] = []
     step.runner.on_out_of_memory = lambda line, words: alive.append(sum(reference() is not None for reference in held))

@@ -74,12 +74,12 @@ def test_layout_and_checkpointing_follow_the_settings() -> None:
 
 def test_head_chunks_reach_the_op(monkeypatch) -> None:
     from repbend_fast.objectives import HeadKL, Stream
-    from repbend_fast.step import adapted
+    from repbend_fast.step.terms import head_kl
 
     seen: list[int | None] = []
-    real = adapted.linear_kl_div
-    monkeypatch.setattr(adapted, "linear_kl_div", lambda *args, **kwargs: (seen.append(kwargs["chunk_rows"]), real(*args, **kwargs))[1])
-    stream = Stream("retain", SEQUENCES[:1], head=HeadKL("kl", ((0, 5),), 1.0, 1.0, 2.0))
+    real = head_kl.linear_kl_div
+    monkeypatch.setattr(head_kl, "linear_kl_div", lambda *args, **kwargs: (seen.append(kwargs["chunk_rows"]), real(*args, **kwargs))[1])
+    stream = Stream("retain", SEQUENCES[:1], (HeadKL("kl", ((0, 5),), 1.0, 1.0, 2.0),))
     for rows in (3, None):
         StreamRunner(wrap(tiny_model()), Levers(kl_chunk_rows=rows)).measure(stream)
     assert seen == [3, None]

@@ -192,7 +192,7 @@ def test_dropout_of_split_pieces_is_that_of_their_rows(packing, checkpointed) ->
         def visit(layer, hidden, piece=piece, members=members):
             for member, offset in zip(members, piece.offsets):
                 if layer in states:
-                    states[layer][member] = hidden.reshape(-1, hidden.shape[-1])[offset + stream.pairwise.positions[member]]
+                    states[layer][member] = hidden.reshape(-1, hidden.shape[-1])[offset + stream.term("cosine").positions[member]]
             return hidden
 
         with lora_dropout(model, row_keys(piece, 3, "unsafe")):

@@ -9,9 +9,9 @@ from baselines import eager_step
 from baselines.batches import padded, unsafe_sequences, weighted_sum
 from torch import Tensor
 
-from repbend_fast.config.schema import ObjectiveConfig
 from repbend_fast.data.records import Batch
-from repbend_fast.objectives.base import select_rows
+from repbend_fast.objectives.repbend import RepBendConfig
+from repbend_fast.objectives.rows import select_rows
 
 
 def _states(model: Any, sequences: list[Any]) -> Tensor:
@@ -19,7 +19,7 @@ def _states(model: Any, sequences: list[Any]) -> Tensor:
     return torch.stack(model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states)
 
 
-def _pair(model: Any, batch: Batch, config: ObjectiveConfig) -> Tensor:
+def _pair(model: Any, batch: Batch, config: RepBendConfig) -> Tensor:
     h = _states(model, [p.unsafe for p in batch.pairs])
     with torch.no_grad(), model.disable_adapter():
         r = _states(model, [p.safe for p in batch.pairs])
@@ -32,7 +32,7 @@ def _pair(model: Any, batch: Batch, config: ObjectiveConfig) -> Tensor:
     return torch.stack(values).mean()
 
 
-def limited_rows(model: Any, batch: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+def limited_rows(model: Any, batch: Batch, config: RepBendConfig) -> tuple[Tensor, Tensor]:
     """(‖h − r‖, limit·‖r‖) of each row of U, one by one."""
     sequences = unsafe_sequences(batch)
     h = _states(model, sequences)
@@ -43,7 +43,7 @@ def limited_rows(model: Any, batch: Batch, config: ObjectiveConfig) -> tuple[Ten
     return torch.stack([n[0] for n in norms]), torch.stack([n[1] for n in norms])
 
 
-def eager_terms(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[str, Tensor]:
+def eager_terms(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     """S, U, C, K and, where it has a weight, P, by the names that the step gives them."""
     terms = eager_step.eager_terms(model, batch, config)
     if config.unsafe_limit:
@@ -51,6 +51,6 @@ def eager_terms(model: Any, batch: Batch, config: ObjectiveConfig) -> dict[str, 
     return terms | {"pair": _pair(model, batch, config)} if config.pair else terms
 
 
-def eager_loss(terms: dict[str, Tensor], config: ObjectiveConfig) -> Tensor:
+def eager_loss(terms: dict[str, Tensor], config: RepBendConfig) -> Tensor:
     """α·S − β·U + γ·C + ε·K + η·P."""
     return weighted_sum(terms, config)

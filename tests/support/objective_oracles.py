@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from repbend_fast.data.records import Batch, PairSequence, Sequence
-from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, NPOConfig, RMUConfig
+from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
+from repbend_fast.objectives.crl import CRLConfig
+from repbend_fast.objectives.npo import NPOConfig
+from repbend_fast.objectives.rmu import RMUConfig
 
 
 class Passes:

@@ -13,20 +13,25 @@ from torch import Tensor
 
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
-from repbend_fast.objectives.sections import CircuitBreakerConfig, CRLConfig, NPOConfig, ObjectiveConfig, ObjectiveSection, RMUConfig
+from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
+from repbend_fast.objectives.crl import CRLConfig
+from repbend_fast.objectives.npo import NPOConfig
+from repbend_fast.objectives.repbend import RepBendConfig
+from repbend_fast.objectives.rmu import RMUConfig
+from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.step import StreamResult, StreamRunner
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 
 BATCH = ragged_batch()
 BLOCKS = 4
 STEP, STEPS = 2, 10
-CONFIGS: dict[str, ObjectiveSection] = {
+CONFIGS: dict[str, MethodConfig] = {
     "circuit_breaker": CircuitBreakerConfig(layers=[2, 3]),
     "rmu": RMUConfig(layer=2, coefficient=6.5, retain=3.0, direction_seed=5),
     "npo": NPOConfig(beta=0.2, retain_nll=0.5, retain_kl=0.3),
     "crl": CRLConfig(window_start=2, window_size=2),
 }
-ALL_CONFIGS: dict[str, ObjectiveSection] = {"repbend": ObjectiveConfig(window_start=2, window_size=2, pair=0.4), **CONFIGS}
+ALL_CONFIGS: dict[str, MethodConfig] = {"repbend": RepBendConfig(window_start=2, window_size=2, pair=0.4), **CONFIGS}
 
 
 @dataclass
@@ -57,7 +62,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 def run_objective(
     model: Any,
-    config: ObjectiveSection,
+    config: MethodConfig,
     *,
     step: int = STEP,
     piece_tokens: int | None = None,
@@ -78,7 +83,7 @@ def run_objective(
     return results, gradients(model)
 
 
-def plain_terms(model: Any, config: ObjectiveSection, step: int = STEP) -> dict[str, torch.Tensor]:
+def plain_terms(model: Any, config: MethodConfig, step: int = STEP) -> dict[str, torch.Tensor]:
     """The weighted terms of the plain expression."""
     if isinstance(config, CircuitBreakerConfig):
         return oracles.circuit_breaker(model, BATCH, config, step, STEPS)

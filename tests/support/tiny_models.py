@@ -9,10 +9,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from repbend_fast.config.schema import LoraSection, MemoryConfig, ObjectiveConfig
+from repbend_fast.config.schema import LoraSection, MemoryConfig
 from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.models import attach_lora, find_decoder
 from repbend_fast.objectives import build_objective
+from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.step import StreamResult, StreamRunner
 from repbend_fast.step.levers import levers_of
 
@@ -116,9 +117,9 @@ def ragged_batch() -> Batch:
     )
 
 
-def objective_config(**settings: Any) -> ObjectiveConfig:
+def objective_config(**settings: Any) -> RepBendConfig:
     """RepBend with the tests' window; every term on but the pair term."""
-    return ObjectiveConfig(**({"window_start": WINDOW[0], "window_size": len(WINDOW)} | settings))
+    return RepBendConfig(**({"window_start": WINDOW[0], "window_size": len(WINDOW)} | settings))
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 def run_step(
     model: Any,
-    config: ObjectiveConfig,
+    config: RepBendConfig,
     batch: Batch | None = None,
     memory: MemoryConfig | None = None,
     only: str | None = None,

@@ -9,7 +9,8 @@ import torch
 from tiny_run import TinyRun, adapter_of, rows
 
 from repbend_fast.cli import main
-from repbend_fast.step import adapted, pairwise, reference
+from repbend_fast.step import adapted, reference
+from repbend_fast.step.terms import head_kl, pairwise
 from repbend_fast.training.trainer import Trainer
 
 SHORT = ("validation.every=0", "training.schedule=constant", "training.warmup_steps=0")
@@ -48,7 +49,7 @@ def undisturbed(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> TinyRun
 PHASES = {
     "reference": (reference, "run_decoder", ()),
     "adapted": (adapted, "run_decoder", ()),
-    "head": (adapted, "linear_kl_div", ()),
+    "head": (head_kl, "linear_kl_div", ()),
     "backward": (torch.Tensor, "backward", ()),
     "pairwise": (pairwise, "run_decoder", ("memory.piece_tokens=64",)),
 }

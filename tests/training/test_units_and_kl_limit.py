@@ -15,7 +15,8 @@ from repbend_fast.cli import main
 from repbend_fast.config import load_config
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import HeadKL, Stream
-from repbend_fast.objectives.sections import NPOConfig, ObjectiveConfig
+from repbend_fast.objectives.npo import NPOConfig
+from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.step import StreamResult, StreamRunner
 from repbend_fast.training.dual import KLWeight
 from repbend_fast.training.trainer import train
@@ -81,7 +82,7 @@ def test_the_weight_follows_the_terms_that_are_logged(bent: TinyRun) -> None:
 
 def test_a_window_by_depth_is_written_as_numbers(bent: TinyRun) -> None:
     objective = load_config(str(bent.path / "config.yaml")).objective
-    assert isinstance(objective, ObjectiveConfig)
+    assert isinstance(objective, RepBendConfig)
     assert (objective.window_start, objective.window_size) == (2, 1)
 
 
@@ -102,7 +103,7 @@ def test_npo_and_crl_have_a_limit_too(tiny: TinyRun) -> None:
 
 
 def test_the_weight_stays_within_its_bounds_and_ignores_what_is_not_finite() -> None:
-    weight = KLWeight.of(ObjectiveConfig(kl=1.0, kl_limit=0.5))
+    weight = KLWeight.of(RepBendConfig(kl=1.0, kl_limit=0.5))
     assert weight is not None
     assert (weight.value, weight.rate, weight.highest) == (1.0, pytest.approx(0.1), 10.0)
     for kl, expected in ((1.5, 1.1), (0.5, 1.1), (float("nan"), 1.1), (float("inf"), 1.1), (0.0, 1.05), (1e9, 10.0)):
@@ -111,15 +112,15 @@ def test_the_weight_stays_within_its_bounds_and_ignores_what_is_not_finite() -> 
     for _ in range(300):
         weight.update(0.0)
     assert weight.value == 0.0
-    head = HeadKL("kl", ((0, 1),), 1.0, 1.0, 1.0)
-    stream = weight.weigh(Stream("retain", (), head=head))
+    head = HeadKL("kl", (), 1.0, 1.0, 1.0)
+    stream = weight.weigh(Stream("retain", (), (head,)))
     # A weight of 0 still measures its term, or it could never rise again.
-    assert stream.head is not None
-    assert stream.head.weight == 0.0
+    assert stream.term("kl") is not None
+    assert stream.term("kl").weight == 0.0
     measured = weight.measured([stream, Stream("x", ())], [StreamResult(torch.zeros(()), {"kl": torch.tensor(3.0)})] * 2, 2)
     assert measured is not None
     assert float(measured) == 1.5
-    assert KLWeight.of(ObjectiveConfig()) is None
+    assert KLWeight.of(RepBendConfig()) is None
     assert KLWeight.of(NPOConfig(retain_kl=0.5)) is None
 
 

@@ -1,29 +1,22 @@
-"""The pairwise cosine of a stream in pieces, exactly: before the first piece is differentiated, the sums over the other pieces' prompts
+"""The pairwise cosine of a stream, exactly in pieces too: before the first piece is differentiated, the sums over the other pieces' prompts
 are taken without a gradient; its own states complete them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from repbend_kernels import pairwise_cosine, tap_rows
 from torch import Tensor
 
 from repbend_fast.data.records import Sequence
 from repbend_fast.models.decoder import run_decoder
-from repbend_fast.objectives.base import PairwiseCosine, Span, Stream
+from repbend_fast.objectives.terms import PairwiseCosine
+from repbend_fast.step.meter import Meter, StreamResult
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.pieces import Piece
-
-
-def last_prompt_spans(term: PairwiseCosine) -> tuple[Span, ...]:
-    """The one position of each sequence that the term reads."""
-    return tuple((p, p + 1) for p in term.positions)
-
-
-def prompts_of(stream: Stream) -> tuple[Sequence, ...]:
-    """The stream's sequences up to the position that the pairwise term reads: by causality nothing behind it matters."""
-    assert stream.pairwise is not None
-    return tuple(Sequence(s.ids[: p + 1], min(s.prompt_length, p + 1)) for s, p in zip(stream.sequences, stream.pairwise.positions))
+from repbend_fast.step.terms.execution import Execution, FirstPass, Place, executes
 
 
 @dataclass
@@ -44,16 +37,64 @@ class PairwiseSums:
         self.units, self.squares, self.count = self.units + other.units, self.squares + other.squares, self.count + other.count
 
 
+@executes(PairwiseCosine)
+class PairwiseExecution(Execution[PairwiseCosine]):
+    """Compares the last prompt tokens of a stream's sequences with each other, and with no reference."""
+
+    sums_lack_piece = True
+
+    def __init__(self, term: PairwiseCosine, place: Place, sums: Any = None) -> None:
+        super().__init__(term, place, sums)
+        self._states: dict[int, Tensor] = {}
+
+    @classmethod
+    def first_pass(cls, term: PairwiseCosine, first: FirstPass, piece: Piece) -> PairwiseSums:
+        # The piece's own states complete them: no prompt of it runs twice.
+        others = [member for member in range(len(first.stream.sequences)) if member not in piece.members]
+
+        def work(prompts: Piece) -> PairwiseSums:
+            with first.sums(prompts):
+                return pairwise_sums(first.parts, term, prompts)
+
+        total, *rest = first.each(prompts_of(first.stream.sequences, term), work, others)
+        for sums in rest:
+            total.add(sums)
+        return total
+
+    def tap(self, layer: int, hidden: Tensor) -> Tensor:
+        hidden, self._states[layer] = tap_rows(hidden, self.place.piece.rows(self.term.spans))
+        return hidden
+
+    def losses(self) -> list[Tensor]:
+        term, sums = self.term, self.sums
+        states = [self._states.pop(layer) for layer in term.layers]
+        if sums is None:
+            value = pairwise_cosine(states)
+            self.place.meter.add(term.name, value.detach())
+            return [value * term.weight]
+        if sums.count < len(self.place.stream.sequences):
+            sums.add(sums_of(states))
+        return [pairwise_share(term, states, sums)]
+
+    @classmethod
+    def report(cls, term: PairwiseCosine, meter: Meter, result: StreamResult, sums: PairwiseSums | None) -> None:
+        result.terms[term.name] = meter.values[term.name] if sums is None else sums.value()
+
+
+def prompts_of(sequences: tuple[Sequence, ...], term: PairwiseCosine) -> tuple[Sequence, ...]:
+    """The sequences up to the position that the term reads: by causality nothing behind it matters."""
+    return tuple(Sequence(s.ids[: p + 1], min(s.prompt_length, p + 1)) for s, p in zip(sequences, term.positions))
+
+
 def sums_of(states: list[Tensor]) -> PairwiseSums:
     """The sums of states [B, D] of each layer, without a gradient."""
     units = unit_states([s.detach() for s in states])
     return PairwiseSums(units.sum(1), units.square().sum((1, 2)), units.shape[1])
 
 
-@torch.no_grad()
 def pairwise_sums(parts: ModelParts, term: PairwiseCosine, prompts: Piece) -> PairwiseSums:
     """The sums over one piece of prompts; LoRA dropout is the caller's, as in the piece's adapted pass."""
-    rows = prompts.rows(last_prompt_spans(term))
+    rows = prompts.rows(term.spans)
     gathered: dict[int, Tensor] = {}
 
     def visit(layer: int, hidden: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""What methods share when they turn a batch into streams: which sequences, which rows, how many, and terms that several have."""
+
+from __future__ import annotations
+
+from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Distance, HeadKL, Span, Unit, rows_in
+
+NOTHING: Span = (0, 0)
+"""No row of a sequence."""
+
+
+def safe_sequences(batch: Batch) -> tuple[Sequence, ...]:
+    """The safe conversations, and the safe halves of the pairs."""
+    return (*batch.safe, *(pair.safe for pair in batch.pairs))
+
+
+def forget_sequences(batch: Batch) -> tuple[Sequence, ...]:
+    """What the methods with a forget set forget: the unsafe conversations, and the unsafe halves of the pairs."""
+    return (*batch.unsafe, *(pair.unsafe for pair in batch.pairs))
+
+
+def all_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
+    """Every position."""
+    return tuple((0, len(s)) for s in sequences)
+
+
+def answer_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
+    """The positions of the answers."""
+    return tuple((s.prompt_length, len(s)) for s in sequences)
+
+
+def select_rows(sequence: Sequence, loss_mode: str) -> Span:
+    """The positions of one sequence that ``loss_mode`` selects."""
+    prompt, total = sequence.prompt_length, len(sequence)
+    return {
+        "prompt_last": (prompt - 1, prompt),
+        "prompt_all": (0, prompt),
+        "prompt_response": (0, total),
+        "response_all": (prompt, total),
+    }[loss_mode]
+
+
+def mode_rows(sequences: tuple[Sequence, ...], loss_mode: str) -> tuple[Span, ...]:
+    """``select_rows`` of each sequence."""
+    return tuple(select_rows(s, loss_mode) for s in sequences)
+
+
+def predicting_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
+    """The positions whose logits predict the answers' tokens; in a conversation without a prompt every token but the first."""
+    return tuple((max(s.prompt_length - 1, 0), max(len(s) - 1, 0)) for s in sequences)
+
+
+def count(spans: tuple[Span, ...]) -> int:
+    """Rows in all, at least 1, to divide by."""
+    return max(1, rows_in(spans))
+
+
+def padded_count(sequences: tuple[Sequence, ...], length: int | None) -> int:
+    """Positions of a batch padded to ``length``, or to its longest sequence: what a mean over padding divides by."""
+    return max(1, len(sequences) * max([length or 0, *(len(s) for s in sequences)]))
+
+
+def mean_distance(name: str, sequences: tuple[Sequence, ...], layers: tuple[int, ...], unit: Unit = "state") -> Stream | None:
+    """A stream of mean l2 distances over the answers' rows, for the guard; None where there are no sequences."""
+    if not sequences:
+        return None
+    spans = answer_rows(sequences)
+    return Stream(name, sequences, (Distance(name, layers, spans, 1.0, count(spans) * len(layers), unit=unit),))
+
+
+def retain_kl(spans: tuple[Span, ...], weight: float, temperature: float, reduction: str = "token") -> HeadKL:
+    """The KL term ``kl`` over ``spans``: per row, or summed over rows and per ``sequence``."""
+    return HeadKL("kl", spans, weight, max(1, len(spans)) if reduction == "sequence" else count(spans), temperature)

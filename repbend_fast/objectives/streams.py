@@ -1,0 +1,74 @@
+"""A stream: a set of sequences and a tuple of terms. The loss is a sum over streams."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from repbend_fast.data.records import Sequence
+from repbend_fast.errors import UserError
+from repbend_fast.objectives.terms import Term
+
+
+class StreamError(UserError):
+    """A stream or a term that cannot be what it says."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One batch with one role and the loss terms read from it, in the order in which they tap a hidden state.
+
+    Raises:
+        StreamError: two terms of one name, or one that does not fit the sequences.
+    """
+
+    name: str
+    sequences: tuple[Sequence, ...]
+    terms: tuple[Term, ...] = ()
+    layers: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        lengths = tuple(len(sequence) for sequence in self.sequences)
+        twice = [name for name, times in Counter(name for term in self.terms for name in term.names).items() if times > 1]
+        wrong = f"two of its terms are named {twice[0]}" if twice else next(filter(None, (t.wrong(lengths) for t in self.terms)), None)
+        if wrong:
+            raise StreamError(f"stream {self.name}: {wrong}")
+        object.__setattr__(self, "layers", tuple(sorted({layer for term in self.terms for layer in term.layers})))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each value in the total loss, by name."""
+        return {name: weight for term in self.terms for name, weight in term.weights.items() if weight}
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether a term reads logits."""
+        return any(term.reads_head for term in self.terms)
+
+    def head_rows(self, members: Iterable[int] | None = None) -> int:
+        """Rows that the head reads, of these sequences or of all; 0 where it reads none."""
+        chosen = None if members is None else tuple(members)
+        return max((term.rows_of(chosen) for term in self.terms if term.reads_head), default=0)
+
+    def term(self, name: str) -> Any:
+        """The term of that name, None where there is none."""
+        return next((term for term in self.terms if name in term.names), None)
+
+    def weighed(self, name: str, weight: float) -> Stream:
+        """The stream with another weight of the term ``name``, if it has one."""
+        found = self.term(name)
+        if found is None:
+            return self
+        return replace(self, terms=tuple(replace(term, weight=weight) if term is found else term for term in self.terms))
+
+    def stop(self, num_blocks: int) -> int:
+        """Last hidden state that the passes of this stream must reach."""
+        return num_blocks if self.reads_head else max(self.layers)
+
+    def reference_stop(self, num_blocks: int) -> int:
+        """Last hidden state that a term compares with the adapter off; 0 where none does, and no reference pass runs."""
+        if any(term.compares_head for term in self.terms):
+            return num_blocks
+        return max((layer for term in self.terms for layer in term.compared_layers), default=0)

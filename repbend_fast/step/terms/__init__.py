@@ -1,0 +1,19 @@
+"""One file per kind of term: how it is computed, behind what ``objectives/terms.py`` declares."""
+
+from repbend_fast.step.terms import answer_loss, distance, head_kl, pairwise, triplets
+from repbend_fast.step.terms.execution import EXECUTIONS, Execution, FirstPass, Place, by_layer, executes, execution_of
+
+__all__ = [
+    "EXECUTIONS",
+    "Execution",
+    "FirstPass",
+    "Place",
+    "answer_loss",
+    "by_layer",
+    "distance",
+    "executes",
+    "execution_of",
+    "head_kl",
+    "pairwise",
+    "triplets",
+]

@@ -1,0 +1,43 @@
+"""The KL divergence of the adapted logits from the reference's, from hidden states and the frozen head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repbend_kernels import linear_kl_div, tap_rows
+from torch import Tensor
+
+from repbend_fast.objectives.terms import HeadKL
+from repbend_fast.step.terms.execution import Execution, Place, executes
+
+
+@executes(HeadKL)
+class HeadKLExecution(Execution[HeadKL]):
+    """``kept`` holds the reference's last hidden state at the term's rows."""
+
+    def __init__(self, term: HeadKL, place: Place, sums: Any = None) -> None:
+        super().__init__(term, place, sums)
+        self._states: list[Tensor] = []
+
+    def tap(self, layer: int, hidden: Tensor) -> Tensor:
+        hidden, gathered = tap_rows(hidden, self.rows)
+        self._states.append(gathered)
+        return hidden
+
+    def losses(self) -> list[Tensor]:
+        parts, term = self.place.parts, self.term
+        assert parts.head is not None
+        head = parts.head.on(parts.device)
+        (reference,) = self.kept.values()
+        kl = linear_kl_div(
+            self._states.pop(),
+            reference,
+            head.weight,
+            bias=head.bias,
+            temperature=term.temperature,
+            softcap=head.softcap,
+            reduction="sum",
+            chunk_rows=self.place.levers.kl_chunk_rows,
+        )
+        self.place.meter.add(term.name, kl.detach() / term.denominator)
+        return [kl * (term.weight / term.denominator)]
