@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from repbend_fast.models.adapters import reference_model
 from repbend_fast.models.decoder import run_decoder
+from repbend_fast.models.layers.switches import reference_model
 from repbend_fast.objectives.base import Distance, Stream
 from repbend_fast.step.answers import answer_log_probs
 from repbend_fast.step.parts import ModelParts
