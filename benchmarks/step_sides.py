@@ -112,7 +112,7 @@ def adapted(case: Case, base: Any) -> Iterator[Any]:
 def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepper]:
     """The side on an ``adapted`` model without gradients, on CUDA with Liger's layers for all but ``eager``, and under its cap.
 
-    Baselines run PEFT's own LoRA layers with their own dropout, ours what ``models.surgery`` makes of them; afterwards the model is as before.
+    Baselines run PEFT's own LoRA layers with their own dropout, ours what ``models.surgery`` makes of them. The model is left as it was.
     """
     device = find_decoder(model).device
     with _capped(side, device), ExitStack() as left:
