@@ -34,13 +34,13 @@ Kind = str
 
 
 def adapted(family: str = "llama", kind: Kind = "float") -> Any:
-    """A model with PEFT's own adapter, part of it in training mode, that has run once: layers note things at their first call."""
+    """A model with PEFT's own adapter, part of it in training mode, that has run once: transformers and bitsandbytes note things at a first call."""
     base = tiny_model(family)
     if kind == "nf4":
         quantize_nf4(base, torch.float32, True, CPU)
     model = attach_lora(base, DROPOUT, WINDOW)
     model.get_base_model().model.layers[1].mlp.train()
-    model(input_ids=torch.arange(3, 12)[None]).logits.sum().backward()
+    model(input_ids=torch.arange(3, 12)[None], output_hidden_states=True).logits.sum().backward()
     model.zero_grad(set_to_none=True)
     return model
 
@@ -226,7 +226,7 @@ def test_no_dropout_rate_but_lora_s_is_set() -> None:
 def test_embedding_and_head_are_on_the_gpu_again(family) -> None:
     gpu = torch.device("cuda")
     model: Any = attach_lora(tiny_model(family).to(gpu), DROPOUT, WINDOW).to(gpu)
-    model(input_ids=torch.arange(3, 12, device=gpu)[None])
+    model(input_ids=torch.arange(3, 12, device=gpu)[None], output_hidden_states=True)
     before: Picture = picture(model)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     levers = Levers({}, BLOCKS, True, True)
