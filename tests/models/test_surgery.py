@@ -34,7 +34,7 @@ Kind = str
 
 
 def adapted(family: str = "llama", kind: Kind = "float") -> Any:
-    """A model with PEFT's own adapter, part of it in training mode, that has run once: transformers and bitsandbytes note things at a first call."""
+    """A model with PEFT's own adapter, part of it in training mode. It has run once: other packages note things at a first call."""
     base = tiny_model(family)
     if kind == "nf4":
         quantize_nf4(base, torch.float32, True, CPU)
