@@ -58,7 +58,8 @@ def training_peak(base: Any, config: Config, levers: Levers, batch: Batch, steps
     """
     objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
     model = attach_lora(base, config.lora, (objective.last_state,))
-    runner = StreamRunner(prepared(model, levers), levers, uses_head=objective.uses_head)
+    ready = prepared(model, levers)
+    runner = StreamRunner(ready, levers, uses_head=objective.uses_head)
     optimizer = build_optimizer(trainable_parameters(model), config.training)
     began = time.perf_counter()
 
@@ -72,6 +73,7 @@ def training_peak(base: Any, config: Config, levers: Levers, batch: Batch, steps
     weights = tensor_bytes(module_tensors(model))
     peak = weights + peak_bytes(train, CPU)
     seconds = (time.perf_counter() - began) / steps
+    ready.restore()
     model.unload()
     return {"bytes": peak, "seconds": seconds}
 

@@ -23,7 +23,7 @@ class Changes:
         self._undo.callback(_put_back, table, name, name in table, table.get(name))
         table[name] = value
 
-    def kind(self, module: nn.Module, kind: type) -> None:
+    def kind(self, module: Any, kind: type) -> None:
         """Give ``module`` another class."""
         self._undo.callback(setattr, module, "__class__", type(module))
         module.__class__ = kind
