@@ -25,7 +25,7 @@ from measure import peak_bytes
 
 from repbend_fast.config import Config, load_config
 from repbend_fast.data.records import Batch
-from repbend_fast.models import attach_lora, load_model, trainable_parameters
+from repbend_fast.models import attach_lora, load_model, prepared, trainable_parameters
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.load import DTYPES
 from repbend_fast.objectives import build_objective
@@ -58,7 +58,8 @@ def training_peak(base: Any, config: Config, levers: Levers, batch: Batch, steps
     """
     objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
     model = attach_lora(base, config.lora, (objective.last_state,))
-    runner = StreamRunner(model, levers, uses_head=objective.uses_head)
+    ready = prepared(model, levers)
+    runner = StreamRunner(ready, levers, uses_head=objective.uses_head)
     optimizer = build_optimizer(trainable_parameters(model), config.training)
     began = time.perf_counter()
 
@@ -72,6 +73,7 @@ def training_peak(base: Any, config: Config, levers: Levers, batch: Batch, steps
     weights = tensor_bytes(module_tensors(model))
     peak = weights + peak_bytes(train, CPU)
     seconds = (time.perf_counter() - began) / steps
+    ready.restore()
     model.unload()
     return {"bytes": peak, "seconds": seconds}
 

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from repbend_fast.config import load_config
 from repbend_fast.models import trainable_parameters
-from repbend_fast.models.layers.lora import use_peft_forward
 from repbend_fast.planning.batches import limits_of, published_batch
 from repbend_fast.planning.cards import GB
 from repbend_fast.planning.peaks import track_stream
@@ -51,7 +50,6 @@ def eager_bar(recipe: str) -> dict[str, Any]:
     config = load_config(recipe)
     model = shape_model(config.model, config.lora, config.objective.window)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    use_peft_forward(model)
     prepare_eager(model)
     batch = published_batch(config.training.examples, limits_of(config), pairs=True, seed=0)
 

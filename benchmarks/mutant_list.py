@@ -421,7 +421,7 @@ STEP = [
     ),
     Mutant(
         "reference: switches stay off after an error",
-        f"{MODELS}/adapters.py",
+        f"{MODELS}/layers/switches.py",
         "    try:\n        with torch.no_grad():\n            yield\n    finally:\n        for",
         "    with torch.no_grad():\n        yield\n    if True:\n        for",
         ("tests/models/test_attach_lora.py",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,10 +18,10 @@ from torch import Tensor
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
-from repbend_fast.models import attach_lora, find_decoder
-from repbend_fast.models.layers.lean import use_full_layers
-from repbend_fast.models.layers.liger import find_replaceable, use_liger
-from repbend_fast.models.layers.lora import use_peft_forward
+from repbend_fast.models import Prepared, attach_lora, find_decoder, prepared
+from repbend_fast.models.layers.changes import Changes
+from repbend_fast.models.layers.liger import use_liger
+from repbend_fast.models.layers.lora import set_dropout_rate
 from repbend_fast.planning.budget import parse_budget
 from repbend_fast.planning.cards import CUDA_CONTEXT
 from repbend_fast.planning.planner import Planner
@@ -29,8 +29,6 @@ from repbend_fast.step import StreamRunner, dropout_seed
 from repbend_fast.step.levers import Levers, levers_of
 
 Terms = dict[str, Tensor]
-BOUND = ("forward", "extra_repr", "_get_name")
-"""Attributes that Liger binds to a module in place of its class's own."""
 
 
 @dataclass(frozen=True)
@@ -114,24 +112,29 @@ def adapted(case: Case, base: Any) -> Iterator[Any]:
 def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepper]:
     """The side on an ``adapted`` model without gradients, on CUDA with Liger's layers for all but ``eager``, and under its cap.
 
-    Baselines run PEFT's own LoRA layers with their own dropout, ours what ``StreamRunner`` makes of them.
+    Baselines run PEFT's own LoRA layers with their own dropout, ours what ``models.surgery`` makes of them. The model is left as it was.
     """
-    plain_layers(model)
-    with _dropout(model, dropout), _liger_layers(model, side.name != "eager"), _capped(side, find_decoder(model).device):
-        try:
-            yield _ours(side, case, model) if side.ours else _baseline(side, case, model)
-        finally:
-            model.zero_grad(set_to_none=True)
-            if model.is_gradient_checkpointing:
-                model.gradient_checkpointing_disable()
-            model.eval()
-            plain_layers(model)
+    device = find_decoder(model).device
+    with _capped(side, device), ExitStack() as left:
+        left.callback(_plain, model)
+        if side.ours:
+            levers = _planned(case, side.budget) if side.budget else _set_by_hand(side, case, model)
+            yield _ours(case, left.enter_context(prepared(model, levers, liger="auto", dropout=dropout)), levers)
+        else:
+            changes = Changes()
+            left.callback(changes.undo)
+            set_dropout_rate(model, dropout, changes)
+            if side.name != "eager":
+                use_liger(model, "auto", device, changes)
+            yield _baseline(side, case, model)
 
 
-def plain_layers(model: Any) -> None:
-    """Take off what ``StreamRunner`` binds: the forwards are PEFT's, and transformers' or Liger's, again."""
-    use_peft_forward(model)
-    use_full_layers(model)
+def _plain(model: Any) -> None:
+    """Without gradients and without what a baseline switches on."""
+    model.zero_grad(set_to_none=True)
+    if model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.eval()
 
 
 def _baseline(side: Side, case: Case, model: Any) -> Stepper:
@@ -143,9 +146,8 @@ def _baseline(side: Side, case: Case, model: Any) -> Stepper:
     return Stepper(model, lambda batch: peft_liger_step(model, batch, case.objective), blocks)
 
 
-def _ours(side: Side, case: Case, model: Any) -> Stepper:
-    levers = _planned(case, side.budget) if side.budget else _set_by_hand(side, case, model)
-    runner = StreamRunner(model, levers)
+def _ours(case: Case, ready: Prepared, levers: Levers) -> Stepper:
+    model, runner = ready.model, StreamRunner(ready, levers)
 
     def step(batch: Batch) -> Terms:
         terms: Terms = {}
@@ -180,18 +182,6 @@ def _planned(case: Case, budget: str) -> Levers:
 
 
 @contextmanager
-def _dropout(model: Any, p: float) -> Iterator[None]:
-    layers = [dropout for module in model.modules() if hasattr(module, "lora_dropout") for dropout in module.lora_dropout.values()]
-    for layer in layers:
-        layer.p = p
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.p = LORA.dropout
-
-
-@contextmanager
 def _capped(side: Side, device: torch.device) -> Iterator[None]:
     size = parse_budget(side.budget) if side.budget else None
     if size is None or device.type != "cuda":
@@ -205,19 +195,3 @@ def _capped(side: Side, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-@contextmanager
-def _liger_layers(model: Any, wanted: bool) -> Iterator[None]:
-    decoder = find_decoder(model)
-    if not wanted or decoder.device.type != "cuda":
-        yield
-        return
-    use_liger(model, "auto", decoder.device)
-    try:
-        yield
-    finally:
-        found = find_replaceable(model)
-        for name in (*found.norms, *found.mlps, *found.attentions) if found else ():
-            for attribute in BOUND:
-                decoder.body.get_submodule(name).__dict__.pop(attribute, None)

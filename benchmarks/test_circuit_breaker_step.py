@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from baselines.eager_step import prepare_eager
 from harness import RESULTS, Machine, hardware_slug, wait, write_record
 from measure import peak_bytes, relative_error
 from step_cases import LORA, Case, cases_for, fill_adapter, gradient_of, load_base, real_tokens
-from step_sides import plain_layers
 from torch import Tensor
 
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
-from repbend_fast.models import attach_lora, find_decoder
+from repbend_fast.models import attach_lora, find_decoder, prepared
+from repbend_fast.models.layers.changes import Changes
+from repbend_fast.models.layers.lora import set_dropout_rate
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.step import StreamRunner
@@ -55,28 +57,29 @@ def _config(blocks: int) -> CircuitBreakerConfig:
     return CircuitBreakerConfig(layers=[max(1, round(blocks * 10 / 32)), round(blocks * 20 / 32)])
 
 
-def _side(name: str, model: Any, case: Case, config: CircuitBreakerConfig) -> Step:
-    """The step of one side, set up on the model."""
+@contextmanager
+def _side(name: str, model: Any, case: Case, config: CircuitBreakerConfig, dropout: float) -> Iterator[Step]:
+    """The step of one side, set up on the model, which is without it afterwards."""
+    model.zero_grad(set_to_none=True)
     if name == "eager":
-        plain_layers(model)
+        changes = Changes()
+        set_dropout_rate(model, dropout, changes)
         prepare_eager(model)
-        return lambda batch: circuit_breaker_step(model, batch, config, PROGRESS, case.width)
+        yield lambda batch: circuit_breaker_step(model, batch, config, PROGRESS, case.width)
+        changes.undo()
+        return
     model.gradient_checkpointing_disable()
     model.eval()
     objective = build_objective(config, find_decoder(model).num_blocks, STEPS)
-    runner = StreamRunner(model, levers_of(MemoryConfig(**SIDES[name]), model), uses_head=False)
+    levers = levers_of(MemoryConfig(**SIDES[name]), model)
+    with prepared(model, levers, dropout=dropout) as ready:
+        runner = StreamRunner(ready, levers, uses_head=False)
 
-    def ours(batch: Batch) -> dict[str, Tensor]:
-        streams = objective.streams(batch, STEP)
-        return {name: value for s in streams for name, value in runner.backward(s, dropout_seed=1).terms.items()}
+        def ours(batch: Batch) -> dict[str, Tensor]:
+            streams = objective.streams(batch, STEP)
+            return {name: value for s in streams for name, value in runner.backward(s, dropout_seed=1).terms.items()}
 
-    return ours
-
-
-def _set_dropout(model: Any, p: float) -> None:
-    for module in model.modules():
-        for layer in getattr(module, "lora_dropout", {}).values():
-            layer.p = p
+        yield ours
 
 
 def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
@@ -92,20 +95,18 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
     batch = case.batch(base.config.get_text_config().vocab_size)
     found: dict[str, dict[str, Any]] = {side: {"seconds": []} for side in SIDES}
 
-    def run(side: str, measured: Callable[[Step], Any]) -> Any:
-        model.zero_grad(set_to_none=True)
-        return measured(_side(side, model, case, config))
+    def run(side: str, measured: Callable[[Step], Any], dropout: float = LORA.dropout) -> Any:
+        with _side(side, model, case, config, dropout) as step:
+            return measured(step)
 
-    _set_dropout(model, 0.0)
     gradients = {}
     for side in found:
-        run(side, lambda step: step(batch))
+        run(side, lambda step: step(batch), dropout=0.0)
         gradients[side] = gradient_of(model)
     for side in list(found)[1:]:
         error = found[side]["gradient_error"] = relative_error(gradients[side], gradients["eager"])
         assert error <= TOLERANCE[case.weights], f"{side}: gradient error {error:.2g}"
 
-    _set_dropout(model, LORA.dropout)
     for _ in range(rounds):
         for side in found:
             found[side]["seconds"].append(run(side, lambda step: _seconds(step, batch)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +13,7 @@ from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
 from repbend_fast.errors import UserError
 from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.layers.switches import evaluation_mode, generation_settings
 from repbend_fast.step.retreat import OutOfMemory, attempt
 
 
@@ -45,7 +44,8 @@ def generate_answers(
     answers = [""] * len(prompts)
     # LoRA lives inside the modules, so the wrapped model generates with it; peft's own `generate` would put back its settings.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with _evaluating(base), _greedy(base, encoder.tokenizer, max_new_tokens):
+    settings = _greedy(base.generation_config, encoder.tokenizer, max_new_tokens)
+    with evaluation_mode(base), torch.inference_mode(), generation_settings(base, settings):
         done = 0
         while done < len(order):
             chosen = order[done : done + batch_size]
@@ -69,29 +69,14 @@ def _smaller(prompts: int, tokens: int, failure: OutOfMemory) -> int:
     return prompts // 2
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode restored after, since a frozen part may already have been in evaluation mode."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
-    """Plain greedy settings inside, the model's own after.
+def _greedy(own: GenerationConfig, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Plain greedy settings, with the ends of the model's ``own``.
 
     They replace the model's: ``generate`` fills whatever a passed configuration leaves open (a repetition penalty, say) from the model's.
     """
-    own = model.generation_config
     ends = end_tokens(own.eos_token_id, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    model.generation_config = GenerationConfig(
+    return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         use_cache=True,
@@ -99,10 +84,6 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
         pad_token_id=pad,
         bos_token_id=own.bos_token_id,
     )
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> list[int]:

@@ -104,16 +104,15 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> Evalu
     if folder and path is None:
         path = folder.evaluation if as_run else folder.path / f"evaluation-{Path(prompts.path).stem}.json"
     data = prepare_data(config, load_tokenizer(config.model), roles_of(config.objective))
-    chat = data.chat
     base: Any = load_model(config.model)
     check_token_ids(base, data)
     if "before" not in content:
         objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
         fresh = attach_lora(base, config.lora, (objective.last_state,))
-        content["before"] = measure_model(config, _runner(fresh, config, bool(chat)), data.encoder, chat)
+        content["before"] = _measured_side(fresh, config, data)
         base = fresh.unload()
     if folder:
-        content["after"] = measure_model(config, _runner(_adapted(base, folder), config, bool(chat)), data.encoder, chat)
+        content["after"] = _measured_side(_adapted(base, folder), config, data)
     show(table(content["before"], content.get("after")))
     if path is not None:
         write_json(path, content)
@@ -136,8 +135,10 @@ def _adapted(base: Any, folder: RunFolder) -> Any:
         raise UserError(f"{folder.adapter}: not an adapter of this model ({one_line(error)}); resume the run to write it again") from error
 
 
-def _runner(model: Any, config: Config, uses_head: bool) -> StreamRunner:
-    return checked_runner(model, config, levers_of(config.memory, model), uses_head)
+def _measured_side(model: Any, config: Config, data: RunData) -> dict[str, Any]:
+    runner = checked_runner(model, config, levers_of(config.memory, model), bool(data.chat))
+    with runner.prepared:
+        return measure_model(config, runner, data.encoder, data.chat)
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

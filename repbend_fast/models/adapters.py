@@ -1,20 +1,16 @@
-"""The trained LoRA adapter: attach, switch off for the reference."""
+"""The trained LoRA adapter: which layers get one, and putting it there."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from repbend_fast.config.schema import LoraSection
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.coverage import linear_names, parameter_names
 from repbend_fast.models.decoder import causal_model, find_decoder
-from repbend_fast.models.layers.lora import use_low_rank_forward
 from repbend_fast.models.load import DTYPES
 
 ADAPTER = "default"
@@ -30,7 +26,7 @@ def adapted_blocks(lora: LoraSection, last_state: int, num_blocks: int) -> list[
 
 
 def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
-    """Wrap ``model`` in a PEFT model with one trainable LoRA adapter (B = 0, so nothing changes yet).
+    """Wrap ``model`` in a PEFT model with one trainable LoRA adapter (B = 0, so nothing changes yet), on PEFT's own layers.
 
     Args:
         window: hidden-state indices of the bending terms, of which ``adapted_blocks`` takes the last.
@@ -65,7 +61,6 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
         raise UserError(f"lora.target_modules={lora.target_modules}: {one_line(error)}") from error
     for parameter in trainable_parameters(adapted):
         parameter.data = parameter.data.to(DTYPES[lora.dtype])
-    use_low_rank_forward(adapted)
     adapted.eval()
     return adapted
 
@@ -146,25 +141,3 @@ def _outside_decoder(model: nn.Module, targets: list[str]) -> str | None:
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The adapter's parameters, in a fixed order."""
     return [p for p in model.parameters() if p.requires_grad]
-
-
-@contextmanager
-def reference_model(model: Any) -> Iterator[None]:
-    """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits.
-
-    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's ``requires_grad`` twice
-    (docs/log.md has what that costs).
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    switches = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    earlier = [module._disable_adapters for module in switches]
-    for module in switches:
-        module._disable_adapters = True
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, disabled in zip(switches, earlier):
-            module._disable_adapters = disabled

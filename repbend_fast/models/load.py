@@ -16,7 +16,7 @@ from repbend_fast.config.schema import ModelConfig
 from repbend_fast.console import say
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.layers.liger import check_liger, use_liger
+from repbend_fast.models.layers.liger import check_liger, liger_note
 from repbend_fast.models.merge import adapter_apart, merge_adapter
 from repbend_fast.nearby import nearest
 
@@ -158,7 +158,7 @@ def load_model(config: ModelConfig) -> nn.Module:
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = True
-    if note := use_liger(model, config.liger, device):
+    if note := liger_note(model, config.liger, device):
         say(note)
     return model
 

@@ -19,6 +19,7 @@ from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import adapted_blocks, trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.surgery import prepared
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import rows_in
 from repbend_fast.planning.scratch import HEAD_OPS, op_scratch
@@ -67,7 +68,13 @@ def measure_piece(model: Any, stream: Stream, levers: Levers, device: torch.devi
 
 def track_stream(tracker: MemoryTracker, model: Any, stream: Stream, levers: Levers, autocast: torch.dtype | None) -> int:
     """Run ``stream`` under ``tracker``; returns the bytes of the model and of accumulated gradients, which it watches."""
-    runner = StreamRunner(model, levers, autocast=autocast, uses_head=stream.reads_head)
+    with prepared(model, levers) as ready:
+        runner = StreamRunner(ready, levers, autocast=autocast, uses_head=stream.reads_head)
+        return _track(tracker, runner, stream)
+
+
+def _track(tracker: MemoryTracker, runner: StreamRunner, stream: Stream) -> int:
+    model = runner.model
     # Constants take no memory, whatever their values.
     runner.units.update(dict.fromkeys(stream.layers, 1.0))
     trained = trainable_parameters(model)

@@ -21,6 +21,7 @@ from torch import Tensor
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.coverage import BlockKind, coverage_of
 from repbend_fast.models.decoder import WITHOUT_HEAD, Head, causal_model, find_decoder, run_decoder
+from repbend_fast.models.layers.switches import output_through
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.retreat import is_out_of_memory
 
@@ -264,17 +265,12 @@ def _own_pass(causal: Any, head: Head | None, ids: Tensor, hidden: Tensor) -> tu
 
     called: list[bool] = []
 
-    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    def counted(logits: Tensor) -> Tensor:
         called.append(True)
-        return with_pattern(output)
+        return with_pattern(logits)
 
-    linear = causal.get_output_embeddings() if head is not None else None
-    handle = linear.register_forward_hook(hook) if linear is not None else None
-    try:
+    with output_through(causal.get_output_embeddings() if head is not None else None, counted):
         output = causal(input_ids=ids, use_cache=False, output_hidden_states=True)
-    finally:
-        if handle is not None:
-            handle.remove()
     if head is None:
         return tuple(output.hidden_states or ()), output.logits, output.logits
     head = head.on(hidden.device)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from repbend_fast.models.adapters import reference_model
 from repbend_fast.models.decoder import run_decoder
+from repbend_fast.models.layers.switches import reference_model
 from repbend_fast.step.terms import Execution, Place, by_layer
 
 

@@ -24,10 +24,8 @@ from repbend_fast.data.records import Sequence
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head
-from repbend_fast.models.layers.lean import use_lean_layers
-from repbend_fast.models.layers.lora import lora_dropout, use_low_rank_forward
-from repbend_fast.models.layers.offload import offload_embedding
-from repbend_fast.models.load import settle_device
+from repbend_fast.models.layers.lora import lora_dropout
+from repbend_fast.models.surgery import Prepared, prepared
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Term
 from repbend_fast.step.adapted import adapted_pass
@@ -45,33 +43,28 @@ T = TypeVar("T")
 
 
 class StreamRunner:
-    """Runs streams on one model: ``backward`` for training, ``measure`` for validation.
+    """Runs streams on one prepared model, which it does not change: ``backward`` for training, ``measure`` for validation.
 
     Args:
-        model: PEFT model with the trained adapter; its LoRA layers get the keyed forward of ``layers.lora``, its norms and MLPs the
-            lean ones of ``layers.lean``.
+        prepared: of ``models.surgery.prepared``, with these levers; not restored while the runner is in use.
         levers: piece sizes, recomputation and chunks; none of them changes the gradient.
         autocast: dtype of autocast around both passes, or None.
         uses_head: whether any stream has a head term; the head is located, and its restrictions checked, only then.
 
     Attributes:
+        prepared: the model, as a handle to give it back by.
         levers: those in force; running out of memory moves them.
         on_out_of_memory: called with what was changed and the allocator's own words each time that happens.
         proof: what ``checked_runner`` has shown for the model, or None.
     """
 
-    def __init__(self, model: Any, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True) -> None:
-        decoder = find_decoder(model)
-        settle_device(decoder.device)
-        use_low_rank_forward(model)
-        use_lean_layers(model)
+    def __init__(self, prepared: Prepared, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True) -> None:
+        model, decoder = prepared.model, prepared.decoder
+        self.prepared = prepared
         self.levers = levers
         self.on_out_of_memory: Callable[[str, str], None] | None = None
         self.proof: Proof | None = None
         self.parameters = trainable_parameters(model)
-        # On the CPU everything is in host memory as it is.
-        if levers.offload_embedding and decoder.device.type != "cpu":
-            offload_embedding(model)
         self.parts = ModelParts(model, decoder, find_head(model) if uses_head else None, decoder.device, autocast)
 
     @property
@@ -247,15 +240,20 @@ class _FirstPass:
 
 
 def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) -> StreamRunner:
-    """The runner of a loaded model under the recipe's autocast, with what its passes take for granted shown on a few tokens.
+    """The runner of a loaded model, prepared for it, under the recipe's autocast, with what passes take for granted shown on a few tokens.
 
-    Where packing leaks between sequences and was not asked for, the runner pads.
+    Where packing leaks between sequences and was not asked for, the runner pads. ``runner.prepared.restore()`` gives the model back.
 
     Raises:
-        UserError: the head is no plain matrix, or something does not hold (``step.proof``).
+        UserError: the head is no plain matrix, or something does not hold (``step.proof``); the model is as before.
     """
-    autocast = autocast_dtype(config, find_decoder(model).device)
-    runner = StreamRunner(model, levers, autocast=autocast, uses_head=uses_head)
-    runner.proof = prove_model(runner.parts, levers.packing, config.memory.packing)
+    ready = prepared(model, levers, liger=config.model.liger)
+    try:
+        autocast = autocast_dtype(config, find_decoder(model).device)
+        runner = StreamRunner(ready, levers, autocast=autocast, uses_head=uses_head)
+        runner.proof = prove_model(runner.parts, levers.packing, config.memory.packing)
+    except BaseException:
+        ready.restore()
+        raise
     runner.levers = replace(levers, packing=runner.proof.packing)
     return runner

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from repbend_fast.config.schema import MemoryConfig, ModelConfig
 from repbend_fast.errors import UserError
-from repbend_fast.models import find_decoder, load_model, trainable_parameters
+from repbend_fast.models import find_decoder, load_model, prepared, trainable_parameters
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import levers_of
@@ -172,12 +172,15 @@ def _check_trajectory(folder: Path, expected: dict[str, Any], memory: MemoryConf
 def _loss_and_gradient(model: Any, case: Case, memory: MemoryConfig) -> tuple[float, float]:
     """The loss, and Σ |weight × term| as its scale; gradients are left in the model."""
     objective = build_objective(case.config, find_decoder(model).num_blocks, case.steps)
-    runner = StreamRunner(model, levers_of(memory, model), uses_head=objective.uses_head)
+    levers = levers_of(memory, model)
     loss = scale = 0.0
-    for stream in objective.streams(case.batch, case.step):
-        result = runner.backward(stream, dropout_seed=0)
-        loss += float(result.loss)
-        scale += sum(abs(weight * float(result.terms[name])) for name, weight in stream.weights.items())
+    # Recorded values are of an evaluated model, whatever dropout its adapter was trained with.
+    with prepared(model, levers, dropout=0.0) as ready:
+        runner = StreamRunner(ready, levers, uses_head=objective.uses_head)
+        for stream in objective.streams(case.batch, case.step):
+            result = runner.backward(stream, dropout_seed=0)
+            loss += float(result.loss)
+            scale += sum(abs(weight * float(result.terms[name])) for name, weight in stream.weights.items())
     return loss, scale
 
 
@@ -189,12 +192,7 @@ def _load(folder: Path) -> Any:
         raise UserError(f"{folder}: no adapter/adapter_model.safetensors; {FORM}")
     base = load_model(ModelConfig(name=str((folder / "base_model").resolve()), dtype="float32", device="cpu"))
     with _reading_tensors(weights):
-        model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True).eval()
-    # Recorded values are of an evaluated model, whatever dropout its adapter was trained with.
-    for layer in model.modules():
-        for dropout in getattr(layer, "lora_dropout", {}).values():
-            dropout.p = 0.0
-    return model
+        return PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True).eval()
 
 
 def _gradient(model: Any) -> dict[str, Tensor]:

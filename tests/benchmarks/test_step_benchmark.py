@@ -292,8 +292,10 @@ def test_baselines_run_peft_s_own_layers_with_their_dropout(side: Side) -> None:
         gradients = {}
         for p in (0.0, 0.2):
             for seed in (0, 1):
-                # Each time behind our own side, which puts its forward into the layers.
-                with set_up(Side("ours", {}), case, model, p), set_up(side, case, model, p) as stepper:
+                # Each time behind our own side, which puts its forward into the layers and takes it off again.
+                with set_up(Side("ours", {}), case, model, p):
+                    pass
+                with set_up(side, case, model, p) as stepper:
                     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
                     assert layers
                     assert all(isinstance(layer, LowRankForward) == side.ours for layer in layers)

@@ -12,7 +12,7 @@ from tiny_models import BLOCKS, FAMILIES, VOCABULARY, objective_config, run_step
 
 from repbend_fast.config.schema import LoraSection
 from repbend_fast.errors import UserError
-from repbend_fast.models import attach_lora, find_head, lora_dropout, reference_model, trainable_parameters
+from repbend_fast.models import attach_lora, find_head, lora_dropout, reference_model, trainable_parameters, use_low_rank_forward
 from repbend_fast.step.proof import check_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(5))
@@ -156,6 +156,7 @@ def test_the_reference_is_what_peft_s_own_switch_gives() -> None:
 
 def test_dropout_is_restored() -> None:
     model = attach_lora(tiny_model(), LoraSection(r=2, dropout=0.5), (1,))
+    use_low_rank_forward(model)
     shared = model.get_base_model().model.layers[0].mlp.down_proj.dropout_keys
     keys = torch.arange(22).view(2, 11)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from repbend_fast.config.schema import LoraSection, MemoryConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models import find_decoder, find_head, run_decoder
+from repbend_fast.models.layers.lora import use_low_rank_forward
 from repbend_fast.step.proof import check_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(5))
@@ -196,6 +197,7 @@ def test_only_lora_drops_out() -> None:
     config = transformers.Phi3Config(**settings, pad_token_id=0, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5)
     base = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model = attach_lora(base, LoraSection(r=2, dropout=0.5), (1,))
+    use_low_rank_forward(model)
     ids, keys = torch.arange(3, 12)[None], torch.arange(9)
     with torch.no_grad():
         plain = model(input_ids=ids).logits

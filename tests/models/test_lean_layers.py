@@ -13,17 +13,18 @@ from kernel_compare import assert_matches, spread
 from repbend_kernels import chunks, gated_product, rms_norm
 from repbend_kernels.gated_product import gated_product_gradients, gated_product_op
 from repbend_kernels.rms_norm import rms_norm_gradient, rms_norm_op
-from tiny_models import BLOCKS, FAMILIES, flat, gradients, objective_config, ragged_batch, run_step, tiny_model, wrap
+from tiny_models import BLOCKS, FAMILIES, flat, gradients, objective_config, ragged_batch, run_step, runner_on, tiny_model, wrap
 from torch import Tensor
 from torch.nn import functional as F
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig
-from repbend_fast.models import find_decoder
+from repbend_fast.models import find_decoder, surgery
 from repbend_fast.models.layers import liger, recompute
-from repbend_fast.models.layers.lean import use_full_layers, use_lean_layers
+from repbend_fast.models.layers.changes import Changes
+from repbend_fast.models.layers.lean import use_lean_layers
+from repbend_fast.models.layers.lora import use_low_rank_forward
 from repbend_fast.models.layers.recompute import Recomputation, origin_of, recomputable
 from repbend_fast.objectives import build_objective
-from repbend_fast.step import StreamRunner, runner
 from repbend_fast.step.levers import Levers
 
 D, INNER, TOKENS = 64, 128, 12
@@ -112,7 +113,7 @@ def test_layers_give_the_bits_of_the_model_s_own(family, dtype) -> None:
 def test_gradients_of_a_step_are_those_of_the_model_s_own_layers(family, blocks, monkeypatch) -> None:
     memory = MemoryConfig(checkpoint_blocks=blocks)
     results, gradient = run_step(wrap(tiny_model(family), lora=DROPOUT), CONFIG, memory=memory)
-    monkeypatch.setattr(runner, "use_lean_layers", lambda model: None)
+    monkeypatch.setattr(surgery, "use_lean_layers", lambda model, changes: None)
     expected_results, expected = run_step(wrap(tiny_model(family), lora=DROPOUT), CONFIG, memory=memory)
     for name, result in expected_results.items():
         assert_matches(results[name].loss, result.loss, tolerance=1e-6, name=name)
@@ -125,13 +126,13 @@ def test_gradients_in_sixteen_bits_stay_close(autocast, monkeypatch) -> None:
     def gradient() -> Tensor:
         model = wrap(tiny_model(dtype=torch.float32 if autocast else torch.bfloat16))
         objective = build_objective(CONFIG, BLOCKS)
-        step = StreamRunner(model, Levers(packing="on", checkpoint_blocks=2), autocast=autocast)
+        step = runner_on(model, Levers(packing="on", checkpoint_blocks=2), autocast=autocast)
         for stream in objective.streams(ragged_batch(), 0):
             step.backward(stream, dropout_seed=0)
         return flat(gradients(model))
 
     lean = gradient()
-    monkeypatch.setattr(runner, "use_lean_layers", lambda model: None)
+    monkeypatch.setattr(surgery, "use_lean_layers", lambda model, changes: None)
     assert_matches(lean, gradient(), tolerance=0.1)
 
 
@@ -158,6 +159,7 @@ def test_what_a_block_keeps(dtype, own) -> None:
     """Block input, q, attention output, its sum with the input; gate and up. Not: two normed inputs, an activation, a product, nor in
     16 bits the norms' inputs widened, which have the size of the MLP's tensors here."""
     model = wrap(tiny_model(dtype=dtype))
+    use_low_rank_forward(model)
     before = kept_by_a_block(model)
     assert (before[D], before[INNER]) == own
     use_lean_layers(model)
@@ -177,6 +179,7 @@ def test_one_computation_serves_all_readers_and_is_given_up(monkeypatch) -> None
 
     monkeypatch.setattr(recompute, "Recomputation", Watched)
     model = wrap(tiny_model())
+    use_low_rank_forward(model)
     use_lean_layers(model)
     block: Any = find_decoder(model).layers[1]
     for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
@@ -212,12 +215,12 @@ def test_what_was_changed_or_viewed_has_no_origin() -> None:
 
 
 def test_the_own_layers_come_back() -> None:
-    model = tiny_model()
-    use_lean_layers(model)
-    use_lean_layers(model)
+    model, changes = tiny_model(), Changes()
+    use_lean_layers(model, changes)
+    use_lean_layers(model, changes)
     bound = {name for name, module in model.named_modules() if "forward" in module.__dict__}
     assert {name.rsplit(".", 1)[-1] for name in bound} == {"input_layernorm", "post_attention_layernorm", "norm", "mlp"}
-    use_full_layers(model)
+    changes.undo()
     assert not any("forward" in module.__dict__ or "_lean_make" in module.__dict__ for module in model.modules())
 
 
@@ -247,8 +250,9 @@ def test_liger_s_layers_come_back() -> None:
     found = liger.replace_modules(model)
     names = {*found.norms, *found.mlps, *found.attentions}
     body = find_decoder(model).body
-    use_lean_layers(model)
-    use_full_layers(model)
+    changes = Changes()
+    use_lean_layers(model, changes)
+    changes.undo()
     assert {name for name, module in body.named_modules() if liger.uses_liger(module)} == names
 
 

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from repbend_fast.errors import UserError
-from repbend_fast.models.layers.lora import LowRankForward, lora_dropout, use_low_rank_forward, use_peft_forward
+from repbend_fast.models.layers.changes import Changes
+from repbend_fast.models.layers.lora import LowRankForward, lora_dropout, use_low_rank_forward
 
 INNER, OUTER, ROWS = 64, 192, 24
 P = 0.3
@@ -430,9 +431,10 @@ def test_the_model_stays_a_peft_model(tmp_path) -> None:
 def test_peft_s_forward_comes_back() -> None:
     model = peft_model(torch.float32)
     kinds = [type(module) for module in model.modules()]
-    twin = ours(model)
+    twin, changes = copy.deepcopy(model), Changes()
+    use_low_rank_forward(twin, changes)
     assert [type(module) for module in twin.modules()] != kinds
-    use_peft_forward(twin)
+    changes.undo()
     assert [type(module) for module in twin.modules()] == kinds
     model.train()
     twin.train()

@@ -9,13 +9,12 @@ import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
 from test_lora_forward import INNER, KEYS, P, inputs, ours, outcome, peft_model
-from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch
+from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch, runner_on
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from repbend_fast.models import lora_dropout
+from repbend_fast.models import lora_dropout, use_low_rank_forward
 from repbend_fast.objectives import build_objective
-from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import Levers
 
 HALF = WITHOUT_DROPOUT.model_copy(update={"dropout": 0.5})
@@ -51,6 +50,7 @@ def kept_elements(layer: Any, x: Tensor, seed: int | None = None) -> Tensor:
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 def test_another_loop_gets_dropout_from_train_and_none_from_eval(grad) -> None:
     model = adapted_model(lora=HALF)
+    use_low_rank_forward(model)
     with torch.set_grad_enabled(grad):
         plain = model(input_ids=IDS).logits
         assert torch.equal(model(input_ids=IDS).logits, plain)
@@ -189,7 +189,7 @@ def test_the_step_does_not_depend_on_the_mode() -> None:
     results = []
     for mode in (False, True):
         model = adapted_model(lora=HALF).train(mode)
-        runner = StreamRunner(model, Levers(checkpoint_blocks=2))
+        runner = runner_on(model, Levers(checkpoint_blocks=2))
         streams = build_objective(objective_config(), BLOCKS).streams(ragged_batch(), 0)
         torch.manual_seed(0 if mode else 1)
         measured = [runner.measure(stream).loss for stream in streams]

@@ -17,6 +17,7 @@ from tiny_models import (
     gradients,
     objective_config,
     ragged_batch,
+    runner_on,
     tiny_model,
     wrap,
 )
@@ -26,7 +27,7 @@ from repbend_fast.errors import UserError
 from repbend_fast.models import Head, find_head
 from repbend_fast.models.layers.offload import HostEmbedding, HostStates, host_states, offload_embedding
 from repbend_fast.objectives import build_objective
-from repbend_fast.step import StreamRunner, adapted
+from repbend_fast.step import adapted
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.proof import check_head
 
@@ -37,7 +38,7 @@ CONFIG = objective_config(pair=0.4)
 
 def step(model: Any, levers: Levers) -> tuple[dict[str, Tensor], Tensor]:
     model.zero_grad(set_to_none=True)
-    runner = StreamRunner(model, levers)
+    runner = runner_on(model, levers)
     streams = build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)
     terms = {name: value for s in streams for name, value in runner.backward(s, dropout_seed=4).terms.items()}
     return terms, flat(gradients(model))
@@ -92,7 +93,7 @@ def test_nothing_to_offload_on_the_cpu() -> None:
     assert host_states(True, CPU) is None
     assert host_states(False, torch.device("cuda")) is None
     model = adapted_model()
-    StreamRunner(model, Levers(offload_embedding=True))
+    runner_on(model, Levers(offload_embedding=True))
     assert not isinstance(model.get_input_embeddings(), HostEmbedding)
 
 
@@ -137,7 +138,7 @@ def test_the_head_has_left_before_backward(monkeypatch) -> None:
         return Head(weight, head.bias, head.softcap)
 
     monkeypatch.setattr(Head, "on", copied)
-    runner = StreamRunner(model, Levers())
+    runner = runner_on(model, Levers())
     runner.parameters[-1].register_hook(lambda gradient: alive.append(sum(reference() is not None for reference in copies)))
     runner.backward(build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)[-1], dropout_seed=0)
     assert len(copies) == 1
@@ -175,14 +176,14 @@ def test_offloaded_checkpoints_leave_the_gpu() -> None:
     size = 4096 * 512 * 4
 
     def peak(store: HostStates | None) -> int:
-        from repbend_fast.models.decoder import _Block
+        from repbend_fast.models.layers.truncated import TappedBlock
 
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         hidden = torch.ones(shape, device=gpu, requires_grad=True)
         for i, layer in enumerate(layers):
-            hidden = _Block(layer, i, lambda _, h: h, last=False, recompute=True, offload=store)(hidden)
+            hidden = TappedBlock(layer, i, lambda _, h: h, last=False, recompute=True, offload=store)(hidden)
         hidden.sum().backward()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
 from objective_runs import ALL_CONFIGS, BATCH, BLOCKS, STEP, STEPS, precise_model
-from tiny_models import adapted_model, flat, gradients, ragged_batch
+from tiny_models import adapted_model, flat, gradients, ragged_batch, runner_on
 from torch import Tensor
 
 from repbend_fast.errors import UserError
@@ -38,7 +38,7 @@ def run(
     model.zero_grad(set_to_none=True)
     objective = build_objective(config, BLOCKS, STEPS)
     levers = Levers({} if piece_tokens is None else {EVERY_STREAM: piece_tokens}, 0, packing=packing)
-    runner = StreamRunner(model, levers, uses_head=objective.uses_head)
+    runner = runner_on(model, levers, uses_head=objective.uses_head)
     runner.units.update(measure_units(runner, objective, SETS))  # type: ignore[arg-type]
     streams = objective.streams(BATCH, STEP)
     results = {s.name: runner.measure(s) if measure else runner.backward(s, dropout_seed=0) for s in streams}
@@ -150,7 +150,7 @@ def test_the_distance_at_the_start_is_zero(packing: str) -> None:
 
 def test_what_is_known_stays_and_only_what_lacks_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = build_objective(in_unit(RepBendConfig(window_start=2, window_size=2), "reference"), BLOCKS)
-    runner = StreamRunner(adapted_model(), Levers({}, 0, packing="off"), uses_head=False)
+    runner = runner_on(adapted_model(), Levers({}, 0, packing="off"), uses_head=False)
     units = measure_units(runner, objective, SETS)  # type: ignore[arg-type]
     known = {layer: -1.0 for layer in units if layer != 3}
     assert measure_units(runner, objective, SETS, known) == {**known, 3: units[3]}  # type: ignore[arg-type]
@@ -171,7 +171,7 @@ def test_a_custom_term_may_ask_for_the_unit_and_must_then_have_one() -> None:
     sequences = ragged_batch().safe
     spans = tuple((0, len(s)) for s in sequences)
     rows = sum(map(len, sequences))
-    runner = StreamRunner(adapted_model(), Levers({}, 0, packing="off"), uses_head=False)
+    runner = runner_on(adapted_model(), Levers({}, 0, packing="off"), uses_head=False)
     plain, own = (Stream("own", sequences, (Distance("push", (2,), spans, 1.0, rows, kind="mse", unit=u),)) for u in ("state", "reference"))
     with pytest.raises(ValueError, match="that of hidden state 2 was not measured"):
         runner.measure(own)

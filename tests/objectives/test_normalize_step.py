@@ -9,14 +9,13 @@ import torch
 from kernel_compare import relative_l2
 from objective_runs import CONFIGS, STEPS, precise_model
 from refuse_and_reroute import RefuseAndReroute
-from tiny_models import flat, gradients, pair, sequence
+from tiny_models import flat, gradients, pair, runner_on, sequence
 
 from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
 from repbend_fast.objectives.repbend import RepBendConfig
-from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import Levers
 
 TOLERANCE = 1e-10
@@ -68,7 +67,7 @@ def _streams(model: Any, config: Any, batches: list[Batch], normalize: str) -> l
 def _step(model: Any, config: Any, batches: list[Batch], normalize: str) -> tuple[dict[str, float], torch.Tensor]:
     """The step's terms as they are logged, the mean of the micro-batches', and its gradient."""
     model.zero_grad(set_to_none=True)
-    runner = StreamRunner(model, Levers({}, 0, packing="off"), uses_head=True)  # type: ignore[arg-type]
+    runner = runner_on(model, Levers({}, 0, packing="off"), uses_head=True)  # type: ignore[arg-type]
     terms: dict[str, float] = {}
     for streams in _streams(model, config, batches, normalize):
         for stream in streams:
@@ -117,7 +116,7 @@ def test_what_couples_a_micro_batch_stays_within_it(precise, name) -> None:
     """CRL's mean state and the pairwise cosine: CRL's sums are divided by the step's rows, the cosine stays a mean of means."""
     config = CONFIGS["crl"] if name == "crl" else REPBEND.model_copy(update={"cosine": 0.7, "pair": 0.0})
     plain = _streams(precise, config, _dealt(2), "micro_batch")
-    runner = StreamRunner(precise, Levers({}, 0, packing="off"), uses_head=True)  # type: ignore[arg-type]
+    runner = runner_on(precise, Levers({}, 0, packing="off"), uses_head=True)  # type: ignore[arg-type]
     terms = [{k: float(v) for s in streams for k, v in runner.measure(s).terms.items()} for streams in plain]
     found, _ = _step(precise, config, _dealt(2), "step")
     if name == "crl":

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from measure import peak_bytes
-from tiny_models import objective_config, ragged_batch, tiny_model, wrap
+from tiny_models import objective_config, ragged_batch, runner_on, tiny_model, wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
 from repbend_fast.planning.scratch import op_scratch
 from repbend_fast.planning.tracker import MemoryTracker, module_tensors, tensor_bytes
-from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import Levers
 
 CPU = torch.device("cpu")
@@ -77,7 +76,7 @@ def test_a_step_peaks_where_the_allocator_says(checkpoint_blocks: int) -> None:
     model = wrap(tiny_model())
     objective = build_objective(objective_config(), find_decoder(model).num_blocks)
     stream = objective.streams(ragged_batch(), 0)[0]
-    runner = StreamRunner(model, Levers(checkpoint_blocks=checkpoint_blocks, packing="on"))
+    runner = runner_on(model, Levers(checkpoint_blocks=checkpoint_blocks, packing="on"))
     runner.backward(stream, dropout_seed=0)
     model.zero_grad(set_to_none=True)
     recorded = peak_bytes(lambda: runner.backward(stream, dropout_seed=0), CPU)

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from host_syncs import HostSyncs
-from tiny_models import FAMILIES, LAYOUTS, adapted_model, objective_config, ragged_batch
+from tiny_models import FAMILIES, LAYOUTS, adapted_model, objective_config, ragged_batch, runner_on
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
-from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import levers_of
 
 MEMORY: dict[str, dict[str, Any]] = {"one piece": {}, "split": {"piece_tokens": 25}, "recomputed": {"checkpoint_blocks": "all"}}
@@ -21,7 +20,7 @@ MEMORY: dict[str, dict[str, Any]] = {"one piece": {}, "split": {"piece_tokens": 
 def syncs_of(family: str, memory: MemoryConfig, **objective: Any) -> list[str]:
     model = adapted_model(family, lora=LoraSection(r=3, alpha=6, dropout=0.1))
     config = objective_config(pair=0.1, **objective)
-    runner = StreamRunner(model, levers_of(memory, model), uses_head=True)
+    runner = runner_on(model, levers_of(memory, model), uses_head=True)
     streams = build_objective(config, find_decoder(model).num_blocks).streams(ragged_batch(), 0)
     assert [stream.name for stream in streams] == ["safe", "unsafe", "retain"]
     with HostSyncs() as syncs:
@@ -73,7 +72,7 @@ def test_the_recorder_sees_every_kind_of_wait(wait: Any, name: str) -> None:
 def test_cuda_itself_sees_no_wait(packing: str) -> None:
     """CUDA's own debug mode also sees copies from memory that is not pinned."""
     model = adapted_model("llama", lora=LoraSection(r=3, alpha=6, dropout=0.1)).to("cuda")
-    runner = StreamRunner(model, levers_of(MemoryConfig(packing=packing), model), uses_head=True)
+    runner = runner_on(model, levers_of(MemoryConfig(packing=packing), model), uses_head=True)
     streams = build_objective(objective_config(pair=0.1), find_decoder(model).num_blocks).streams(ragged_batch(), 0)
     for stream in streams:
         runner.backward(stream, dropout_seed=3)  # kernels are compiled and memory is allocated, which may wait

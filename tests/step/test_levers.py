@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
-from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch
+from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch, runner_on
 from torch import Tensor
 
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.objectives import build_objective
-from repbend_fast.step import StreamResult, StreamRunner, dropout_seed
+from repbend_fast.step import StreamResult, dropout_seed
 from repbend_fast.step.levers import EVERY_STREAM, Levers, default_levers, levers_of
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def models() -> dict[torch.dtype, Any]:
 
 def run(model: Any, levers: Levers, seed: int = 5) -> tuple[dict[str, StreamResult], dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
-    runner = StreamRunner(model, levers)
+    runner = runner_on(model, levers)
     streams = build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)
     results = {stream.name: runner.backward(stream, 0.5, dropout_seed=seed) for stream in streams}
     return results, gradients(model)
@@ -107,7 +107,7 @@ def test_each_sequence_of_a_stream_has_masks_of_its_own(models) -> None:
     from repbend_fast.data.records import Batch
 
     batch = ragged_batch()
-    runner = StreamRunner(models[torch.float64], Levers())
+    runner = runner_on(models[torch.float64], Levers())
     streams = build_objective(CONFIG, BLOCKS).streams(Batch(batch.safe, batch.unsafe, batch.pairs, (batch.retain[0],) * 2), 0)
     retain = streams[-1]
     twice, once = runner.backward(retain, dropout_seed=1), runner.backward(retain, dropout_seed=2)

@@ -11,7 +11,7 @@ from kernel_compare import relative_l2
 from objective_runs import BATCH, BLOCKS, precise_model
 from own_term import Small, SquaredNorm
 from shape_recipes import recipe
-from tiny_models import flat, gradients
+from tiny_models import flat, gradients, runner_on
 from tiny_run import TinyRun, rows, write_model
 
 from repbend_fast.models import find_decoder
@@ -19,7 +19,6 @@ from repbend_fast.objectives import Stream, Term
 from repbend_fast.objectives.custom import CustomObjectiveConfig
 from repbend_fast.objectives.normalize import over_step
 from repbend_fast.planning.planner import Planner
-from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import Levers
 
 LAYERS = (1, 2)
@@ -52,7 +51,7 @@ def test_value_and_gradient_are_the_plain_expression_s_whatever_the_pieces(
     (expected * 2.0).backward()
     wanted = flat(gradients(precise))
     precise.zero_grad(set_to_none=True)
-    runner = StreamRunner(precise, Levers({"shrunk": piece_tokens} if piece_tokens else {}, blocks, packing=packing), uses_head=False)
+    runner = runner_on(precise, Levers({"shrunk": piece_tokens} if piece_tokens else {}, blocks, packing=packing), uses_head=False)
     result = runner.backward(stream(), dropout_seed=0)
     got = flat(gradients(precise))
     assert relative_l2(got, wanted) < 1e-10
@@ -69,7 +68,7 @@ def test_its_denominator_may_be_the_optimizer_step_s(precise: Any) -> None:
         Stream("shrunk", (sequence,), (SquaredNorm("short", LAYERS, (span,), 2.0, 2 * (span[1] - span[0])),))
         for sequence, span in zip(whole.sequences, whole.terms[0].spans, strict=True)
     ]
-    runner = StreamRunner(precise, Levers({}, 0, packing="off"), uses_head=False)
+    runner = runner_on(precise, Levers({}, 0, packing="off"), uses_head=False)
     found = sum(float(runner.measure(s).terms["short"]) for (s,) in over_step([[half] for half in halves])) / len(halves)
     assert found == pytest.approx(float(runner.measure(whole).terms["short"]), rel=1e-12)
 
@@ -109,7 +108,7 @@ def test_a_kind_without_an_execution_is_named(precise: Any) -> None:
         name, weight, layers, spans = "odd", 1.0, (1,), ((0, 1),)  # type: ignore[assignment]
 
     sequences = stream().sequences[:1]
-    runner = StreamRunner(precise, Levers({}, 0, packing="off"), uses_head=False)
+    runner = runner_on(precise, Levers({}, 0, packing="off"), uses_head=False)
     with pytest.raises(TypeError, match="term odd: nothing says how a Unknown is computed"):
         runner.measure(Stream("s", sequences, (Unknown(),)))
     assert find_decoder(precise).num_blocks == BLOCKS

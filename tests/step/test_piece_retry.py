@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
-from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch
+from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch, runner_on
 from torch import Tensor
 
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective
-from repbend_fast.step import StreamResult, StreamRunner, adapted, reference
+from repbend_fast.step import StreamResult, adapted, reference
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, is_out_of_memory, retreat
 from repbend_fast.step.terms import distance, head_kl, pairwise
@@ -53,7 +53,7 @@ class Step:
 
     def __init__(self, model: Any, levers: Levers) -> None:
         self.model = model
-        self.runner = StreamRunner(model, levers)
+        self.runner = runner_on(model, levers)
         self.said: list[str] = []
         self.runner.on_out_of_memory = lambda line, words: self.said.append(line)
         self.results: dict[str, StreamResult] = {}
@@ -193,9 +193,9 @@ def test_a_single_sequence_goes_through_the_other_levers_and_then_says_what_to_d
 
 def test_validation_survives_too(model, monkeypatch) -> None:
     stream = build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)[1]
-    expected = StreamRunner(model, WHOLE).measure(stream)
+    expected = runner_on(model, WHOLE).measure(stream)
     breaking(monkeypatch, distance, "bend_tap", 2, ERRORS["cuda"])
-    runner = StreamRunner(model, WHOLE)
+    runner = runner_on(model, WHOLE)
     found = runner.measure(stream)
     for term, value in expected.terms.items():
         assert_matches(found.terms[term], value, tolerance=TOLERANCE, name=term)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import sequence, tiny_model, wrap
+from tiny_models import runner_on, sequence, tiny_model, wrap
 
 from repbend_fast.config.schema import MemoryConfig
-from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import Levers, levers_of
 from repbend_fast.step.pieces import make_piece, split
 
@@ -65,11 +64,11 @@ def test_no_rows() -> None:
 
 def test_layout_and_checkpointing_follow_the_settings() -> None:
     model = wrap(tiny_model())
-    runner = StreamRunner(model, levers_of(MemoryConfig(), model))
+    runner = runner_on(model, levers_of(MemoryConfig(), model))
     assert (runner.layout, runner.levers.checkpoint_blocks) == ("packed", 0)
-    runner = StreamRunner(model, levers_of(MemoryConfig(packing="off", checkpoint_blocks="all"), model))
+    runner = runner_on(model, levers_of(MemoryConfig(packing="off", checkpoint_blocks="all"), model))
     assert (runner.layout, runner.levers.checkpoint_blocks) == ("padded", 4)
-    assert StreamRunner(model, Levers(packing="on"), uses_head=False).head is None
+    assert runner_on(model, Levers(packing="on"), uses_head=False).head is None
 
 
 def test_head_chunks_reach_the_op(monkeypatch) -> None:
@@ -81,5 +80,5 @@ def test_head_chunks_reach_the_op(monkeypatch) -> None:
     monkeypatch.setattr(head_kl, "linear_kl_div", lambda *args, **kwargs: (seen.append(kwargs["chunk_rows"]), real(*args, **kwargs))[1])
     stream = Stream("retain", SEQUENCES[:1], (HeadKL("kl", ((0, 5),), 1.0, 1.0, 2.0),))
     for rows in (3, None):
-        StreamRunner(wrap(tiny_model()), Levers(kl_chunk_rows=rows)).measure(stream)
+        runner_on(wrap(tiny_model()), Levers(kl_chunk_rows=rows)).measure(stream)
     assert seen == [3, None]

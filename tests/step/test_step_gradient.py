@@ -8,7 +8,18 @@ import pytest
 import torch
 from eager_oracle import eager_loss, eager_terms, limited_rows
 from kernel_compare import assert_matches, relative_l2
-from tiny_models import BLOCKS, LAYOUTS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch, run_step
+from tiny_models import (
+    BLOCKS,
+    LAYOUTS,
+    WITHOUT_DROPOUT,
+    adapted_model,
+    flat,
+    gradients,
+    objective_config,
+    ragged_batch,
+    run_step,
+    runner_on,
+)
 from torch import Tensor
 
 from repbend_fast.config.schema import MemoryConfig
@@ -126,10 +137,9 @@ def test_scale_multiplies_the_gradient_and_accumulates(model) -> None:
     _, once = run_step(model, objective_config())
     config = objective_config()
     from repbend_fast.objectives import build_objective
-    from repbend_fast.step import StreamRunner
 
     model.zero_grad(set_to_none=True)
-    runner = StreamRunner(model, Levers())
+    runner = runner_on(model, Levers())
     for scale in (0.25, 0.75):
         for stream in build_objective(config, BLOCKS).streams(BATCH, 0):
             runner.backward(stream, scale, dropout_seed=0)
@@ -138,13 +148,12 @@ def test_scale_multiplies_the_gradient_and_accumulates(model) -> None:
 
 def test_measure_gives_the_same_terms_without_a_gradient(model) -> None:
     from repbend_fast.objectives import build_objective
-    from repbend_fast.step import StreamRunner
 
     config = objective_config(pair=0.4)
     results, _ = run_step(model, config)
     model.zero_grad(set_to_none=True)
     state = torch.get_rng_state()
-    runner = StreamRunner(model, Levers())
+    runner = runner_on(model, Levers())
     for stream in build_objective(config, BLOCKS).streams(BATCH, 0):
         measured = runner.measure(stream)
         assert measured.terms.keys() == results[stream.name].terms.keys()

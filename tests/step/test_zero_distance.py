@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCKS, FAMILIES, LAYOUTS, adapted_model, objective_config, ragged_batch, run_step, tiny_model, wrap
+from tiny_models import BLOCKS, FAMILIES, LAYOUTS, adapted_model, objective_config, ragged_batch, run_step, runner_on, tiny_model, wrap
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig, ModelConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.models import load_model, quantize_nf4
-from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import Levers
 
 DROPOUT = LoraSection(r=4, alpha=8, dropout=0.05)
@@ -93,7 +92,7 @@ def test_autocast_starts_at_zero() -> None:
     from repbend_fast.objectives import build_objective
 
     model = adapted_model(lora=DROPOUT, trained=False)
-    runner = StreamRunner(model, Levers(packing="on"), autocast=torch.bfloat16)
+    runner = runner_on(model, Levers(packing="on"), autocast=torch.bfloat16)
     streams = build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)
     _assert_zero({stream.name: runner.backward(stream, dropout_seed=0) for stream in streams})
 

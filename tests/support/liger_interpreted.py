@@ -6,6 +6,7 @@ A script, because Triton decides at import whether kernels are interpreted: run 
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import liger_kernel.ops.geglu
 import liger_kernel.ops.rms_norm
@@ -13,11 +14,17 @@ import numpy
 import triton
 import triton.language as tl
 from kernel_compare import assert_matches
-from tiny_models import flat, objective_config, pair, run_step, sequence, tiny_model, wrap
+from model_picture import changed, picture
+from tiny_models import BLOCKS, flat, gradients, objective_config, pair, run_step, sequence, tiny_model, wrap
+from torch import Tensor
 from triton.runtime import interpreter
 
 from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.models import prepared, surgery
 from repbend_fast.models.layers.liger import replace_modules
+from repbend_fast.objectives import build_objective
+from repbend_fast.step import StreamResult, StreamRunner
+from repbend_fast.step.levers import Levers
 
 # Between them: norms of queries and keys, Gemma's norms and GeGLU, a fused gate.
 FAMILIES = ("llama", "gemma3", "phi3")
@@ -50,6 +57,21 @@ def teach_interpreter() -> None:
     liger_kernel.ops.geglu.tanh = tanh
 
 
+def prepared_step(family: str) -> tuple[dict[str, StreamResult], dict[str, Tensor]]:
+    """A step on a model that is prepared with Liger's layers, as on CUDA, and is afterwards the one that it was."""
+    model, levers = wrap(tiny_model(family)), Levers(packing="on")
+    before = picture(model)
+    with patch.object(surgery, "use_liger", lambda model, setting, device, changes: replace_modules(model, changes)):
+        ready = prepared(model, levers, liger="auto")
+    assert changed(before, picture(model))
+    runner = StreamRunner(ready, levers)
+    streams = build_objective(CONFIG, BLOCKS).streams(BATCH, 0)
+    results = {stream.name: runner.backward(stream, dropout_seed=0) for stream in streams}
+    ready.restore()
+    assert changed(before, picture(model)) == []
+    return results, gradients(model)
+
+
 def compare(family: str) -> None:
     """Distances at LoRA's start are 0.0; with a trained adapter, terms and gradients are those of the model's own layers."""
     replaced = tiny_model(family)
@@ -61,9 +83,7 @@ def compare(family: str) -> None:
     for name in ("safe", "unsafe"):
         assert all(float(distance) == 0.0 for distance in start[name].layers[name].values()), f"{family}: {name} is not 0 at the start"
     assert float(start["unsafe"].terms["cosine"]) > 0.01
-    replaced = tiny_model(family)
-    replace_modules(replaced)
-    results, gradient = run_step(wrap(replaced), CONFIG, BATCH)
+    results, gradient = prepared_step(family)
     expected_results, expected = run_step(wrap(tiny_model(family)), CONFIG, BATCH)
     for name, result in expected_results.items():
         assert_matches(results[name].loss, result.loss, tolerance=1e-4, name=f"{family}: {name}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import objective_oracles as oracles
 import torch
-from tiny_models import adapted_model, gradients, ragged_batch
+from tiny_models import adapted_model, gradients, ragged_batch, runner_on
 from torch import Tensor
 
 from repbend_fast.models import find_decoder
@@ -19,7 +19,7 @@ from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sections import MethodConfig
-from repbend_fast.step import StreamResult, StreamRunner
+from repbend_fast.step import StreamResult
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 
 BATCH = ragged_batch()
@@ -75,7 +75,7 @@ def run_objective(
     model.zero_grad(set_to_none=True)
     objective = build_objective(config, find_decoder(model).num_blocks, STEPS)
     sizes = {} if piece_tokens is None else {EVERY_STREAM: piece_tokens}
-    runner = StreamRunner(model, Levers(sizes, checkpoint_blocks, packing=packing), uses_head=objective.uses_head)  # type: ignore[arg-type]
+    runner = runner_on(model, Levers(sizes, checkpoint_blocks, packing=packing), uses_head=objective.uses_head)  # type: ignore[arg-type]
     results = []
     for stream in objective.streams(BATCH, step):
         result = runner.measure(stream) if measure else runner.backward(stream, dropout_seed=dropout_seed)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig
 from repbend_fast.data.records import Batch, PairSequence, Sequence
-from repbend_fast.models import attach_lora, find_decoder
+from repbend_fast.models import attach_lora, find_decoder, prepared
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.step import StreamResult, StreamRunner
-from repbend_fast.step.levers import levers_of
+from repbend_fast.step.levers import Levers, levers_of
 
 BLOCKS = 4
 VOCABULARY = 89
@@ -128,6 +128,11 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trained.items()}
 
 
+def runner_on(model: Any, levers: Levers, **settings: Any) -> StreamRunner:
+    """A runner on ``model``, which is prepared for it and stays so."""
+    return StreamRunner(prepared(model, levers), levers, **settings)
+
+
 def run_step(
     model: Any,
     config: RepBendConfig,
@@ -139,7 +144,7 @@ def run_step(
     """One step's results by stream, and the gradients it leaves; ``only`` runs one stream."""
     model.zero_grad(set_to_none=True)
     objective = build_objective(config, find_decoder(model).num_blocks)
-    runner = StreamRunner(model, levers_of(memory or MemoryConfig(), model), uses_head=objective.uses_head)
+    runner = runner_on(model, levers_of(memory or MemoryConfig(), model), uses_head=objective.uses_head)
     streams = [s for s in objective.streams(batch or ragged_batch(), 0) if only in (None, s.name)]
     results = {stream.name: runner.backward(stream, dropout_seed=seed) for stream in streams}
     return results, gradients(model)

@@ -14,18 +14,19 @@ from repbend_kernels import Activation, gated_product, rms_norm
 from torch import Tensor, nn
 
 from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.layers.changes import Changes
 from repbend_fast.models.layers.liger import find_replaceable, uses_liger
 from repbend_fast.models.layers.recompute import recomputable
 
-_MAKE, _BEFORE = "_lean_make", "_lean_forward_before"
+_MAKE = "_lean_make"
 
 
-def use_lean_layers(model: nn.Module) -> None:
+def use_lean_layers(model: nn.Module, changes: Changes | None = None) -> None:
     """Bind lean forwards to the norms and MLPs of the families in ``liger.FAMILIES``, in place; a second call changes nothing.
 
     Parameters, submodules and classes stay; other families, derived classes and other activations are left alone.
     """
-    found = find_replaceable(model)
+    changes, found = changes or Changes(), find_replaceable(model)
     if found is None:
         return
     body, family = find_decoder(model).body, found.family
@@ -33,37 +34,22 @@ def use_lean_layers(model: nn.Module) -> None:
         norm: Any = body.get_submodule(name)
         eps = norm.eps if family.gemma else norm.variance_epsilon
         # A forward that Liger bound to a norm is the whole norm.
-        _bind(norm, _norm_forward, norm.__dict__.get("forward") or partial(_own_norm, norm, eps, family.gemma))
+        _bind(changes, norm, _norm_forward, norm.__dict__.get("forward") or partial(_own_norm, norm, eps, family.gemma))
     activation: Activation = "gelu_tanh" if family.gemma else "silu"
     for name in found.mlps:
         mlp: Any = body.get_submodule(name)
         if uses_liger(mlp):
-            _bind(mlp, _liger_fused_mlp_forward if family.fused_gate else _mlp_forward, _liger_product(activation))
+            _bind(changes, mlp, _liger_fused_mlp_forward if family.fused_gate else _mlp_forward, _liger_product(activation))
         else:
-            _bind(mlp, _fused_mlp_forward if family.fused_gate else _mlp_forward, partial(gated_product, activation=activation))
+            _bind(changes, mlp, _fused_mlp_forward if family.fused_gate else _mlp_forward, partial(gated_product, activation=activation))
 
 
-def use_full_layers(model: nn.Module) -> None:
-    """Give the modules of :func:`use_lean_layers` the forwards back that they had, in place."""
-    for module in model.modules():
-        own = module.__dict__
-        if _MAKE not in own:
-            continue
-        for attribute in (_MAKE, "forward"):
-            del own[attribute]
-        if _BEFORE in own:
-            own["forward"] = own.pop(_BEFORE)
-
-
-def _bind(module: nn.Module, forward: Any, make: Any) -> None:
-    own = module.__dict__
-    if _MAKE in own:
+def _bind(changes: Changes, module: nn.Module, forward: Any, make: Any) -> None:
+    if _MAKE in vars(module):
         return
-    if "forward" in own:
-        own[_BEFORE] = own["forward"]
-    own[_MAKE] = make
+    changes.entry(vars(module), _MAKE, make)
     # Not a bound method: pickle would look for it under its name in the class.
-    own["forward"] = partial(forward, module)
+    changes.entry(vars(module), "forward", partial(forward, module))
 
 
 def _own_norm(module: Any, eps: float, gemma: bool, hidden: Tensor) -> Tensor:

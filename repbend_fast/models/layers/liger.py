@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.layers.changes import Changes
 
 ROPE = "apply_rotary_pos_emb"
+_BOUND = "_on_liger"
 Setting = bool | Literal["auto"]
 
 
@@ -60,22 +62,37 @@ class Replaceable:
     attentions: list[str] = field(default_factory=list)
 
 
-def use_liger(model: nn.Module, setting: Setting, device: torch.device) -> str | None:
-    """Replace what can be replaced, as ``model.liger`` says. Returns a line for the user where ``auto`` leaves the model as it is on CUDA.
+def use_liger(model: nn.Module, setting: Setting, device: torch.device, changes: Changes | None = None) -> str | None:
+    """Replace what can be replaced, as ``model.liger`` says; a second call changes nothing. Returns as ``liger_note``.
+
+    Raises:
+        UserError: as ``liger_note``.
+    """
+    note = liger_note(model, setting, device)
+    if note is None and _is_wanted(setting, device):
+        replace_modules(model, changes)
+    return note
+
+
+def liger_note(model: nn.Module, setting: Setting, device: torch.device) -> str | None:
+    """A line for the user where ``model.liger=auto`` leaves the model as it is on CUDA, else None. The model is only looked at.
 
     Raises:
         UserError: ``model.liger=true`` where it cannot be: no CUDA, the package missing, another family.
     """
-    if setting is False or (setting == "auto" and device.type != "cuda"):
+    if not _is_wanted(setting, device):
         return None
     check_liger(setting, device)
     reason = _missing_package() or _unsupported(model)
     if reason is None:
-        replace_modules(model)
         return None
     if setting is True:
         raise UserError(f"model.liger=true: {reason}; set model.liger=auto or false")
     return f"model.liger: {reason}; the model runs on its own layers"
+
+
+def _is_wanted(setting: Setting, device: torch.device) -> bool:
+    return setting is True or (setting == "auto" and device.type == "cuda")
 
 
 def check_liger(setting: Setting, device: torch.device) -> None:
@@ -115,11 +132,25 @@ def find_replaceable(model: nn.Module) -> Replaceable | None:
     return found
 
 
-def replace_modules(model: nn.Module) -> Replaceable:
-    """Bind Liger's forwards to the modules of ``find_replaceable``, in place. Parameters and submodules stay as they are.
+def replace_modules(model: nn.Module, changes: Changes | None = None) -> Replaceable:
+    """Bind Liger's forwards to the modules of ``find_replaceable``, in place; a second call changes nothing.
 
-    The model must be of a family in ``FAMILIES``, and liger-kernel installed.
+    Parameters and submodules stay as they are. The model must be of a family in ``FAMILIES``, and liger-kernel installed.
     """
+    found, changes = find_replaceable(model), changes or Changes()
+    assert found is not None
+    body = find_decoder(model).body
+    for name in (*found.norms, *found.mlps, *found.attentions):
+        module = body.get_submodule(name)
+        if _BOUND in vars(module):
+            continue
+        with changes.made_by_others(module):
+            _bind_liger(module, found.family)
+        changes.entry(vars(module), _BOUND, True)
+    return found
+
+
+def _bind_liger(module: nn.Module, family: Family) -> None:
     from liger_kernel.transformers.monkey_patch import (
         _bind_method_to_module,
         _patch_geglu_module,
@@ -128,22 +159,17 @@ def replace_modules(model: nn.Module) -> Replaceable:
     )
     from liger_kernel.transformers.swiglu import LigerPhi3SwiGLUMLP, LigerSwiGLUMLP
 
-    found = find_replaceable(model)
-    assert found is not None
-    body, family = find_decoder(model).body, found.family
-    for name in found.norms:
+    kind = family.class_of(module)
+    if kind == "RMSNorm":
         # Never in place: autograd may hand the same incoming gradient to another branch.
         offset, mode = (1.0, "gemma") if family.gemma else (0.0, "llama")
-        _patch_rms_norm_module(body.get_submodule(name), offset=offset, casting_mode=mode, in_place=False)
-    for name in found.mlps:
-        if family.gemma:
-            _patch_geglu_module(body.get_submodule(name))
-        else:
-            _patch_swiglu_module(body.get_submodule(name), LigerPhi3SwiGLUMLP if family.fused_gate else LigerSwiGLUMLP)
-    for name in found.attentions:
-        attention = body.get_submodule(name)
-        _bind_method_to_module(attention, "forward", _with_global(_own_forward(attention), ROPE, _rope))
-    return found
+        _patch_rms_norm_module(module, offset=offset, casting_mode=mode, in_place=False)
+    elif kind == "Attention":
+        _bind_method_to_module(module, "forward", _with_global(_own_forward(module), ROPE, _rope))
+    elif family.gemma:
+        _patch_geglu_module(module)
+    else:
+        _patch_swiglu_module(module, LigerPhi3SwiGLUMLP if family.fused_gate else LigerSwiGLUMLP)
 
 
 def uses_liger(module: nn.Module) -> bool:

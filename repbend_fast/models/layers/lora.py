@@ -26,6 +26,7 @@ from repbend_kernels.blocks import row_hashes
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
+from repbend_fast.models.layers.changes import Changes
 from repbend_fast.models.layers.recompute import Origin, origin_of
 
 
@@ -101,7 +102,7 @@ def _with_low_rank_forward(base: type) -> type:
     return type(f"LowRank{base.__name__}", (LowRankForward, base), {})
 
 
-def use_low_rank_forward(model: nn.Module) -> None:
+def use_low_rank_forward(model: nn.Module, changes: Changes | None = None) -> None:
     """Give every LoRA layer of a PEFT model this module's forward, in place; a second call changes nothing.
 
     Raises:
@@ -110,7 +111,7 @@ def use_low_rank_forward(model: nn.Module) -> None:
     from peft.tuners.lora import LoraLayer
 
     layers: list[tuple[str, Any]] = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    keys = DropoutKeys()
+    changes, keys = changes or Changes(), DropoutKeys()
     for place, (name, layer) in enumerate(layers):
         if isinstance(layer, LowRankForward):
             return
@@ -118,15 +119,18 @@ def use_low_rank_forward(model: nn.Module) -> None:
             raise UserError(f"the adapter on {name} is of kind {type(layer).__name__}; only LoRA on linear and 4-bit layers can be trained")
         if layer.lora_variant or any(linear.bias is not None for linear in layer.lora_B.values()):
             raise UserError(f"the adapter on {name} is not plain LoRA (use_dora, lora_bias or another variant); train one without it")
-        layer.__class__ = _with_low_rank_forward(layer.__class__)
-        layer.dropout_keys, layer.place = keys, place
+        changes.kind(layer, _with_low_rank_forward(layer.__class__))
+        changes.entry(vars(layer), "dropout_keys", keys)
+        changes.entry(vars(layer), "place", place)
 
 
-def use_peft_forward(model: nn.Module) -> None:
-    """Give the layers of :func:`use_low_rank_forward` PEFT's own forward and dropout back, in place."""
+def set_dropout_rate(model: nn.Module, p: float, changes: Changes | None = None) -> None:
+    """Let LoRA's dropout drop the share ``p``, in place; no other dropout of the model."""
+    changes = changes or Changes()
     for module in model.modules():
-        if isinstance(module, LowRankForward):
-            module.__class__ = type(module).__bases__[1]
+        for dropout in getattr(module, "lora_dropout", {}).values():
+            if getattr(dropout, "p", p) != p:
+                changes.attribute(dropout, "p", p)
 
 
 @contextmanager
@@ -146,7 +150,7 @@ def lora_dropout(model: nn.Module, keys: Tensor | None) -> Iterator[None]:
     shared = next((module.dropout_keys for module in model.modules() if isinstance(module, LowRankForward)), None)
     if shared is None:
         if keys is not None:
-            raise UserError("this model has no LoRA adapter that can be trained; attach one first")
+            raise UserError("this model has no LoRA adapter that is prepared for training; attach one, then use_low_rank_forward")
         yield
         return
     previous = shared.rows, shared.given

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
 from repbend_fast.models.decoder import causal_model, find_decoder
+from repbend_fast.models.layers.changes import Changes
 
 
 @dataclass
@@ -132,12 +133,13 @@ class HostLinear(nn.Linear):
         return nn.functional.linear(input, self.weight.to(input.device, non_blocking=True), bias)
 
 
-def offload_embedding(model: Any) -> None:
+def offload_embedding(model: Any, changes: Changes | None = None) -> None:
     """Move the input embedding and the output head, tied or not, to pinned host memory, in place. A second call changes nothing.
 
     Saves their size on the device (2 · V · D, half of it where they are tied). It costs one wait for the device per pass, for the
     token ids, and per piece of a stream with a head term the transfer of the whole head: 1 GB for Llama-3-8B, about 0.1 s.
-    While such a piece's head loss runs, the head is on the device; it has left before backward.
+    While such a piece's head loss runs, the head is on the device; it has left before backward. Parameters stay the same objects;
+    undone, their values are on the device again.
 
     Raises:
         UserError: the head is not a plain frozen linear layer.
@@ -151,18 +153,16 @@ def offload_embedding(model: Any) -> None:
             f"memory.offload_embedding=true: the output head is a {type(head).__name__}, and only a frozen plain linear layer can "
             "be kept in host memory; set it to false"
         )
-    moved: dict[Tensor, nn.Parameter] = {}
+    changes = changes or Changes()
+    # Tied ends share one parameter.
+    for parameter in {p: None for module in (embedding, head) for p in module.parameters(recurse=False)}:
+        changes.place(parameter, _to_host(parameter.detach()))
     for module in (embedding, head):
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in moved:
-                moved[parameter] = nn.Parameter(_to_host(parameter.detach()), requires_grad=False)
-            setattr(module, name, moved[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to("cpu"))
-    kind: type = type(embedding)
-    embedding.__class__ = _with_host_lookup(kind)
-    embedding.compute_device = device
-    head.__class__ = HostLinear
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            changes.entry(module._buffers, name, buffer.to("cpu"))
+    changes.kind(embedding, _with_host_lookup(embedding.__class__))
+    changes.entry(vars(embedding), "compute_device", device)
+    changes.kind(head, HostLinear)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""What is switched on a model for a while and back again: its adapter, its mode, how it generates, what one module gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def reference_model(model: Any) -> Iterator[None]:
+    """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits.
+
+    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's ``requires_grad`` twice
+    (docs/log.md has what that costs).
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    switches = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    earlier = [module._disable_adapters for module in switches]
+    for module in switches:
+        module._disable_adapters = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, disabled in zip(switches, earlier):
+            module._disable_adapters = disabled
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode restored after, since a frozen part may already have been in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def generation_settings(model: Any, settings: Any) -> Iterator[None]:
+    """``settings`` in place of the model's own ``generation_config``."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def output_through(module: nn.Module | None, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """What ``module`` gives goes through ``change``; nothing happens without a module."""
+    handle = module.register_forward_hook(lambda _, inputs, output: change(output)) if module is not None else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
