@@ -37,4 +37,6 @@ def adapted_pass(place: Place, executions: Sequence[Execution[Any]]) -> Tensor:
             offload=host_states(place.levers.offload_checkpoints, parts.device),
         )
     losses = [loss for execution in executions for loss in execution.losses()]
+    for execution in executions:
+        execution.release()
     return torch.stack(losses).sum()

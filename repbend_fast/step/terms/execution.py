@@ -106,6 +106,10 @@ class Execution(Generic[Kind]):
         """The weighted losses of the piece; called once, behind the adapted pass."""
         return []
 
+    def release(self) -> None:
+        """Let go of what backward has no use for."""
+        self._rows = None
+
     @classmethod
     def report(cls, term: Any, meter: Meter, result: StreamResult, sums: Any) -> None:
         """Enter the term's values of the whole stream into ``result``."""

@@ -81,8 +81,10 @@ class TripletsExecution(Execution[Triplets]):
         self._losses.append(loss)
         return hidden
 
+    def release(self) -> None:
+        self._halves = None
+
     def losses(self) -> list[Tensor]:
-        self._halves = None  # nothing behind here reads them, and backward needs the room
         found, self._losses = self._losses, []
         return found
 
