@@ -25,7 +25,7 @@ class Mutant:
 
 
 KERNELS = "kernels/repbend_kernels"
-MODELS = "repbend_fast/models"
+MODELS = "repbend_fast/models/layers"
 RACE = "a race between warps of a GPU: an interpreter runs them one after the other"
 RACE_TEST = ("tests/kernels/test_gpu.py", "-k", "packing")
 
@@ -401,7 +401,7 @@ STEP = [
     ),
     Mutant(
         "reference: switches stay off after an error",
-        f"{MODELS}/adapters.py",
+        "repbend_fast/models/adapters.py",
         "    try:\n        with torch.no_grad():\n            yield\n    finally:\n        for",
         "    with torch.no_grad():\n        yield\n    if True:\n        for",
         ("tests/models/test_attach_lora.py",),
@@ -418,7 +418,7 @@ STEP = [
     ),
     Mutant(
         "load: cuDNN's attention stays on",
-        f"{MODELS}/load.py",
+        "repbend_fast/models/load.py",
         "torch.backends.cuda.enable_cudnn_sdp(False)",
         "torch.backends.cuda.enable_cudnn_sdp(True)",
         ("tests/models/test_load_model.py", "-k", "settled"),
@@ -437,14 +437,14 @@ PROOFS = ("tests/step/test_proof.py",)
 PROOF = [
     Mutant(
         "proof: a leak between packed sequences goes on",
-        f"{MODELS}/proof.py",
+        "repbend_fast/step/proof.py",
         '            self.proof.packing = "off"\n',
         "",
         PROOFS,
     ),
     Mutant(
         "proof: a head that is off by a scale passes",
-        f"{MODELS}/proof.py",
+        "repbend_fast/step/proof.py",
         "error <= error_bound and abs(scale - 1) <= scale_bound",
         "error <= 0.02 and abs(scale - 1) <= 0.02",
         PROOFS,
