@@ -25,7 +25,7 @@ class Mutant:
 
 
 KERNELS = "kernels/repbend_kernels"
-MODELS = "repbend_fast/models"
+MODELS = "repbend_fast/models/layers"
 RACE = "a race between warps of a GPU: an interpreter runs them one after the other"
 RACE_TEST = ("tests/kernels/test_gpu.py", "-k", "packing")
 
@@ -438,7 +438,7 @@ STEP = [
     ),
     Mutant(
         "load: cuDNN's attention stays on",
-        f"{MODELS}/load.py",
+        "repbend_fast/models/load.py",
         "torch.backends.cuda.enable_cudnn_sdp(False)",
         "torch.backends.cuda.enable_cudnn_sdp(True)",
         ("tests/models/test_load_model.py", "-k", "settled"),
