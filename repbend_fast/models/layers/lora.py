@@ -360,7 +360,8 @@ def use_low_rank_forward(model: nn.Module, changes: Changes | None = None) -> No
             raise UserError(f"the adapter on {name} is of kind {type(layer).__name__}; only LoRA on linear and 4-bit layers can be trained")
         if layer.lora_variant or any(linear.bias is not None for linear in layer.lora_B.values()):
             raise UserError(f"the adapter on {name} is not plain LoRA (use_dora, lora_bias or another variant); train one without it")
-        changes.kind(layer, _with_low_rank_forward(type(layer)))
+        own: type = type(layer)
+        changes.kind(layer, _with_low_rank_forward(own))
         changes.entry(vars(layer), "dropout_keys", keys)
         changes.entry(vars(layer), "place", place)
 

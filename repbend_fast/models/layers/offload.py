@@ -160,7 +160,8 @@ def offload_embedding(model: Any, changes: Changes | None = None) -> None:
     for module in (embedding, head):
         for name, buffer in list(module.named_buffers(recurse=False)):
             changes.entry(module._buffers, name, buffer.to("cpu"))
-    changes.kind(embedding, _with_host_lookup(type(embedding)))
+    own: type = type(embedding)
+    changes.kind(embedding, _with_host_lookup(own))
     changes.entry(vars(embedding), "compute_device", device)
     changes.kind(head, HostLinear)
 
