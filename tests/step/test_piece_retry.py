@@ -241,6 +241,19 @@ def test_all_that_the_piece_held_is_free_before_the_next_attempt(model, monkeypa
     assert alive == [0]
 
 
+def test_what_a_first_pass_gave_up_holds_for_its_own_piece(model, monkeypatch) -> None:
+    """A single sequence's prompt does not fit, so that every block is recomputed: in the adapted pass that follows as well."""
+    breaking(monkeypatch, pairwise, "run_decoder", 1, ERRORS["cuda"])
+    real, seen = adapted.run_decoder, []
+    monkeypatch.setattr(
+        adapted, "run_decoder", lambda *args, **kwargs: (seen.append(kwargs["checkpoint_blocks"]), real(*args, **kwargs))[1]
+    )
+    step = Step(model, Levers({EVERY_STREAM: 1}, packing="on"))
+    (unsafe,) = (s for s in build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0) if s.name == "unsafe")
+    step.runner.backward(unsafe, dropout_seed=9)
+    assert seen == [BLOCKS] * len(unsafe.sequences)
+
+
 def test_the_comparison_sees_a_piece_counted_twice(model, undisturbed) -> None:
     step = Step(model, WHOLE)
     stream = build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)[1]
