@@ -64,7 +64,7 @@ def test_override_errors(override: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["cosine=0"], "objective.cosine=0 with objective.pair=0"),
+        (["cosine=0", "objective.refusal=0"], "objective.cosine=0 with objective.pair=0"),
         (["window_start=0", "window_size=1"], "objective.window_start=0 with window_size=1"),
         (["blocks=[40]"], "lora.blocks=[40] lie behind the window, which ends at hidden state 28"),
         (["blocks=[1, 1]"], "lora.blocks=[1, 1]"),

@@ -115,7 +115,7 @@ def test_mistakes(overrides: list[str], expected: str) -> None:
 )
 def test_a_refusal_alone_is_a_training(overrides: list[str]) -> None:
     """It has a gradient while LoRA is at its start, so what is refused without it is not with it."""
-    assert "objective.refusal" in message(*overrides)
+    assert "objective.refusal" in message(*overrides, "objective.refusal=0")
     assert config(*overrides, "objective.refusal=30").objective.refusal == 30.0
 
 

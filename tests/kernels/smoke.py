@@ -1,6 +1,6 @@
 """Every op once against its plain expression, value and gradient: what shows that an installation of the ops works.
 
-    python tests/kernels/smoke.py
+    PYTHONPATH=tests/support python tests/kernels/smoke.py
 
 Needs ``repbend_kernels`` and torch, nothing else.
 """

@@ -61,7 +61,7 @@ def test_its_wheel_holds_the_package_and_nothing_else(site: Path) -> None:
 
 
 def test_its_smoke_part_runs_beside_torch_alone(site: Path) -> None:
-    path = os.pathsep.join([str(site), str(ROOT / "tests" / "kernels")])
+    path = os.pathsep.join([str(site), str(ROOT / "tests" / "support")])
     env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "REPBEND_KERNELS")}
     done = subprocess.run([sys.executable, "-c", SMOKE], cwd=site, env=env | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert re.fullmatch(r"\d+ calls right", done.stdout.strip()), done.stdout + done.stderr[-2000:]
