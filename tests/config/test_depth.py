@@ -90,7 +90,7 @@ def test_the_recipe_for_any_model_asks_for_model_and_data_and_nothing_else() -> 
         assert (
             str(caught.value)
             == (
-                "any.yaml: model is missing; set model.name, which must be text",
+                "any.yaml: model.name is missing; it must be text",
                 "any.yaml: data is missing; set data.sources, which must be a list of sources, at least 1",
             )[missing]
         )
@@ -98,7 +98,7 @@ def test_the_recipe_for_any_model_asks_for_model_and_data_and_nothing_else() -> 
     objective = config.objective
     assert isinstance(objective, RepBendConfig)
     assert (objective.window_start, objective.window_size, objective.distance_unit) == ("auto", "auto", "reference")
-    assert objective.kl_limit is not None
+    assert objective.unsafe_limit is not None
     assert objective.kl_reduction == "token"
     assert config.validation.every
     assert config.validation.patience > 1
