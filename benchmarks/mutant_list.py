@@ -25,7 +25,7 @@ class Mutant:
 
 
 KERNELS = "kernels/repbend_kernels"
-MODELS = "repbend_fast/models/layers"
+MODELS = "repbend_fast/models"
 RACE = "a race between warps of a GPU: an interpreter runs them one after the other"
 RACE_TEST = ("tests/kernels/test_gpu.py", "-k", "packing")
 
@@ -309,8 +309,8 @@ LORA = [
     Mutant(
         "lora: all layers share a mask",
         f"{MODELS}/layers/lora.py",
-        "layer.dropout_keys, layer.place = keys, place",
-        "layer.dropout_keys, layer.place = keys, 0",
+        'changes.entry(vars(layer), "place", place)',
+        'changes.entry(vars(layer), "place", 0)',
         FORWARD,
     ),
     Mutant(
