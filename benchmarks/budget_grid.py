@@ -26,6 +26,7 @@ from measure import peak_bytes
 from repbend_fast.config import Config, load_config
 from repbend_fast.data.records import Batch
 from repbend_fast.models import attach_lora, load_model, prepared, trainable_parameters
+from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.load import DTYPES
 from repbend_fast.objectives import build_objective
@@ -59,7 +60,7 @@ def training_peak(base: Any, config: Config, levers: Levers, batch: Batch, steps
     objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
     model = attach_lora(base, config.lora, (objective.last_state,))
     ready = prepared(model, levers)
-    runner = StreamRunner(ready, levers, uses_head=objective.uses_head)
+    runner = StreamRunner(ready, levers, autocast=autocast_dtype(config, ready.device), uses_head=objective.uses_head)
     optimizer = build_optimizer(trainable_parameters(model), config.training)
     began = time.perf_counter()
 
@@ -81,7 +82,7 @@ def training_peak(base: Any, config: Config, levers: Levers, batch: Batch, steps
 def grid(config: Config, base: Any, limits: Limits, shares: Seq[float], steps: int) -> list[dict[str, Any]]:
     """One row without a budget, then one per share of the way from the smallest budget to that."""
     planner = Planner(config, CPU, limits=limits)
-    batch = worst_batch(config.training.examples, limits)
+    batch = worst_batch(config.training.examples, limits, config.training.retain_examples)
     free = planner.plan(None)
     smallest, _ = planner.smallest()
     rows = []

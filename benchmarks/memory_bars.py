@@ -51,7 +51,8 @@ def eager_bar(recipe: str) -> dict[str, Any]:
     model = shape_model(config.model, config.lora, config.objective.window)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     prepare_eager(model)
-    batch = published_batch(config.training.examples, limits_of(config), pairs=True, seed=0)
+    training = config.training
+    batch = published_batch(training.examples, limits_of(config), True, 0, training.retain_examples)
 
     def category(operation: str, tensor: Tensor) -> str:
         if tensor.shape[-1:] == (vocabulary,):

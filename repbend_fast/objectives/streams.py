@@ -69,6 +69,4 @@ class Stream:
 
     def reference_stop(self, num_blocks: int) -> int:
         """Last hidden state that a term compares with the adapter off; 0 where none does, and no reference pass runs."""
-        if any(term.compares_head for term in self.terms):
-            return num_blocks
-        return max((layer for term in self.terms for layer in term.compared_layers), default=0)
+        return max((state for term in self.terms for state in term.compared_states(num_blocks)), default=0)

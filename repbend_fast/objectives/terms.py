@@ -82,6 +82,14 @@ class Term:
         """Whether it reads the last hidden state with the adapter off."""
         return False
 
+    def read_states(self, num_blocks: int) -> set[int]:
+        """Hidden states that it reads in the adapted pass; the head reads the last."""
+        return {*self.layers, *((num_blocks,) if self.reads_head else ())}
+
+    def compared_states(self, num_blocks: int) -> set[int]:
+        """Hidden states that it reads with the adapter off."""
+        return {*self.compared_layers, *((num_blocks,) if self.compares_head else ())}
+
     @property
     def compares_pairs(self) -> bool:
         """Whether the halves of pairs are compared with each other."""

@@ -19,7 +19,7 @@ def adapted_pass(place: Place, executions: Sequence[Execution[Any]]) -> Tensor:
     What the reference pass kept is used up: its buffers become gradient directions.
     """
     parts, last = place.parts, place.parts.decoder.num_blocks
-    tapping = by_layer(executions, lambda term: {*term.layers, *((last,) if term.reads_head else ())})
+    tapping = by_layer(executions, lambda term: term.read_states(last))
 
     def visit(layer: int, hidden: Tensor) -> Tensor:
         for execution in tapping.get(layer, ()):

@@ -23,7 +23,7 @@ from repbend_fast.config import Config
 from repbend_fast.data.records import Sequence
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
-from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head
+from repbend_fast.models.decoder import Decoder, Head, find_head
 from repbend_fast.models.layers.lora import lora_dropout
 from repbend_fast.models.surgery import Prepared, prepared
 from repbend_fast.objectives.streams import Stream
@@ -249,7 +249,7 @@ def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) 
     """
     ready = prepared(model, levers, liger=config.model.liger)
     try:
-        autocast = autocast_dtype(config, find_decoder(model).device)
+        autocast = autocast_dtype(config, ready.device)
         runner = StreamRunner(ready, levers, autocast=autocast, uses_head=uses_head)
         runner.proof = prove_model(runner.parts, levers.packing, config.memory.packing)
     except BaseException:
