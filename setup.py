@@ -1,4 +1,6 @@
-"""Packaging: distribution ``repbend-fast``, import package ``repbend_fast``. The ops are a distribution of their own (``kernels/``)."""
+"""Packaging: distribution ``repbend-fast``, import package ``repbend_fast``. The ops are a distribution of their own
+(``kernels/``).
+"""
 
 from pathlib import Path
 
@@ -6,8 +8,11 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 KERNELS = ROOT / "kernels"
-# In a clone the ops beside this file are the ones that fit, so `pip install .` brings them; a source distribution has no clone.
-KERNELS_REQUIREMENT = f"repbend-kernels @ {KERNELS.resolve().as_uri()}" if KERNELS.is_dir() else "repbend-kernels==0.1.0"
+# In a clone the ops beside this file are the ones that fit, so `pip install .` brings them; a source distribution has
+# no clone.
+KERNELS_REQUIREMENT = (
+    f"repbend-kernels @ {KERNELS.resolve().as_uri()}" if KERNELS.is_dir() else "repbend-kernels==0.1.0"
+)
 
 setup(
     name="repbend-fast",

@@ -1,4 +1,6 @@
-"""``bend_tap``: forward and backward of one tap, each direction alone and together, against the published expression."""
+"""``bend_tap``: forward and backward of one tap, each direction alone and together, against the published
+expression.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ SIZES = {
     "smoke": [(64, 32, 32)],
     "cpu": [(4096, 2048, 576)],
     "cuda": [(16384, 16384, 4096)],
-    "sweep": [(rows, rows // share, width) for width in (2048, 4096, 5120) for rows, share in ((1024, 1), (4096, 1), (16384, 2))],
+    "sweep": [
+        (rows, rows // share, width)
+        for width in (2048, 4096, 5120)
+        for rows, share in ((1024, 1), (4096, 1), (16384, 2))
+    ],
 }
 
 
@@ -33,9 +39,14 @@ def inputs(device, dtype, count, selected, width, seed):
 
 
 def tap_call(hidden, reference, rows, incoming, run):
-    """Forward and backward through the stream. The first call's result is checked; later ones find directions in our buffer, which
-    is the same work on other numbers, so they are taken as refilled."""
-    leaf, buffer, weight = hidden.detach().requires_grad_(), reference.clone(), torch.tensor(0.5 / rows.numel(), device=hidden.device)
+    """Forward and backward through the stream. The first call's result is checked; later ones find directions in our
+    buffer, which is the same work on other numbers, so they are taken as refilled.
+    """
+    leaf, buffer, weight = (
+        hidden.detach().requires_grad_(),
+        reference.clone(),
+        torch.tensor(0.5 / rows.numel(), device=hidden.device),
+    )
 
     def call():
         torch.autograd.graph.increment_version(buffer)
@@ -60,9 +71,12 @@ def test_bend_tap(measured, device, dtype, smoke, size, contender) -> None:
     exact = tap_call(hidden.double(), reference.double(), rows, incoming.double(), bend_tap_reference)()
     calls = [tap_call(*d, CONTENDERS[contender]) for d in data]
     element = hidden.element_size()
-    # Forward reads h and r and writes the direction at the rows; backward reads and writes the stream and reads the directions.
+    # Forward reads h and r and writes the direction at the rows; backward reads and writes the stream and reads the
+    # directions.
     moved = element * width * (3 * selected + 2 * count + selected)
-    work = Work("bend_tap", f"{count}x{width} {selected} rows", contender, calls, exact, tolerance=3e-2, bytes_moved=moved)
+    work = Work(
+        "bend_tap", f"{count}x{width} {selected} rows", contender, calls, exact, tolerance=3e-2, bytes_moved=moved
+    )
     measured(work)
 
 
@@ -90,9 +104,13 @@ def test_bend_tap_direction(measured, device, dtype, smoke, size, direction) -> 
                 return loss.detach(), list(grads)
 
             calls.append(backward)
-            exact = exact or tap_call(hidden.double(), reference.double(), rows, incoming.double(), bend_tap_reference)()
+            exact = (
+                exact or tap_call(hidden.double(), reference.double(), rows, incoming.double(), bend_tap_reference)()
+            )
     element = data[0][0].element_size()
     moved = element * width * (3 * selected if direction == "forward" else 2 * count + selected)
     assert exact is not None
-    work = Work("bend_tap", f"{count}x{width} {selected} rows, {direction}", "ours", calls, exact, 3e-2, bytes_moved=moved)
+    work = Work(
+        "bend_tap", f"{count}x{width} {selected} rows, {direction}", "ours", calls, exact, 3e-2, bytes_moved=moved
+    )
     measured(work)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from baselines.distances import looped_window_distance, published_pairwise_cosine, published_row_distance, published_window_distance
+from baselines.distances import (
+    looped_window_distance,
+    published_pairwise_cosine,
+    published_row_distance,
+    published_window_distance,
+)
 from harness import Work
 from repbend_kernels import bend_distance, pairwise_cosine, window_distance
 from repbend_kernels.oracles import bend_distance_reference, pairwise_cosine_reference, window_distance_reference
@@ -56,14 +61,20 @@ def test_bend_distance(measured, device, dtype, size, contender) -> None:
     count, width = size
     rows = torch.arange(0, count, 2, device=device)
     hidden, reference = normal((count, width), device, dtype, 1), normal((rows.numel(), width), device, dtype, 2)
-    exact = loss_call([hidden.double().requires_grad_()], lambda h: bend_distance_reference(h, reference.double(), rows, "l2", "sum"))()
+    exact = loss_call(
+        [hidden.double().requires_grad_()], lambda h: bend_distance_reference(h, reference.double(), rows, "l2", "sum")
+    )()
     call = loss_call([hidden.requires_grad_()], lambda h: ROW_CONTENDERS[contender](h, reference, rows))
     moved = hidden.element_size() * width * (2 * rows.numel() + 2 * rows.numel() + count)
-    measured(Work("bend_distance", f"{count}x{width} {rows.numel()} rows", contender, [call], exact, 2e-2, bytes_moved=moved))
+    measured(
+        Work("bend_distance", f"{count}x{width} {rows.numel()} rows", contender, [call], exact, 2e-2, bytes_moved=moved)
+    )
 
 
 def consuming_window_distance(hiddens, references, mask):
-    """The first call's result is checked; later ones take what it left for refilled references, which is the same work."""
+    """The first call's result is checked; later ones take what it left for refilled references, which is
+    the same work.
+    """
     torch.autograd.graph.increment_version(references)
     return window_distance(hiddens, references, mask, consume_references=True)
 
@@ -86,13 +97,20 @@ def test_window_distance(measured, device, dtype, size, contender, direction) ->
     references = [normal((1, count, width), device, dtype, 100 + seed) for seed in range(layers)]
     run = WINDOW_CONTENDERS[contender]
     if direction == "forward":
-        exact = (window_distance_reference([h.double() for h in hiddens], [r.double() for r in references], mask, "l2").detach(), [])
+        exact = (
+            window_distance_reference(
+                [h.double() for h in hiddens], [r.double() for r in references], mask, "l2"
+            ).detach(),
+            [],
+        )
 
         def call():
             return run(hiddens, references, mask).detach(), []
     else:
         doubles = [h.detach().double().requires_grad_() for h in hiddens]
-        exact = loss_call(doubles, lambda *hs: window_distance_reference(hs, [r.double() for r in references], mask, "l2"))()
+        exact = loss_call(
+            doubles, lambda *hs: window_distance_reference(hs, [r.double() for r in references], mask, "l2")
+        )()
         call = loss_call(hiddens, lambda *hs: run(hs, references, mask))
     element = hiddens[0].element_size()
     moved = layers * int(mask.sum()) * width * element * (2 if direction == "forward" else 4)

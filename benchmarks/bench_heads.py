@@ -14,7 +14,8 @@ TEMPERATURE = 2.0
 PRODUCTS = "its three products"
 
 
-# Rows, width, vocabulary. Swept: Llama-2 and Mistral, Llama-3's rows and its 1B's width, Qwen2.5-7B, Gemma-2-2B, Phi-3-medium's width.
+# Rows, width, vocabulary. Swept: Llama-2 and Mistral, Llama-3's rows and its 1B's width, Qwen2.5-7B, Gemma-2-2B,
+# Phi-3-medium's width.
 SIZES = {
     "smoke": [(16, 32, 200)],
     "cpu": [(1024, 576, 49152)],
@@ -68,7 +69,9 @@ KL_CONTENDERS = {
 def kl_case(device, dtype, size):
     hidden, reference, weight = model_head(device, dtype, size)
     wide = weight.double()
-    values, grad = exact_in_slices(hidden, lambda h, p: linear_kl_div_reference(h, reference[p].double(), wide, temperature=TEMPERATURE))
+    values, grad = exact_in_slices(
+        hidden, lambda h, p: linear_kl_div_reference(h, reference[p].double(), wide, temperature=TEMPERATURE)
+    )
     return hidden, reference, weight, (torch.stack(values).sum(), [grad])
 
 
@@ -94,7 +97,9 @@ def test_linear_kl_div(measured, kl_case, size, contender) -> None:
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
 def test_three_matrix_products(measured, device, dtype, size, kl_case, chunked) -> None:
-    """The floor of ``linear_kl_div``: its three products, with float32 results, in the chunks that it takes and all at once."""
+    """The floor of ``linear_kl_div``: its three products, with float32 results, in the chunks that it takes and all at
+    once.
+    """
     from repbend_kernels.blocks import default_chunk_rows, hidden_gradient, logits_into
 
     hidden, reference, weight, _ = kl_case

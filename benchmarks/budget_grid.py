@@ -1,4 +1,5 @@
-"""Is a memory budget kept? Training steps under a grid of budgets on the CPU, their measured tensor peak beside budget and plan.
+"""Is a memory budget kept? Training steps under a grid of budgets on the CPU, their measured tensor peak beside budget
+and plan.
 
     python benchmarks/budget_grid.py                      the demo recipe; writes results/budget_cpu.json
     python benchmarks/budget_grid.py RECIPE key=value …   another recipe, or other settings
@@ -6,8 +7,8 @@
              --steps 2            optimizer steps per budget, at the longest lengths of the data
              --random             random weights of the model's shape instead of its own
 
-The peak counts the model: weights plus the allocator's own record of the steps (``measure.peak_bytes``). Exit code 1 if a budget was
-exceeded by more than 3 %, or the plan without a budget was off by more than 10 %.
+The peak counts the model: weights plus the allocator's own record of the steps (``measure.peak_bytes``). Exit code 1 if
+a budget was exceeded by more than 3 %, or the plan without a budget was off by more than 10 %.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""What every op benchmark shares: sizes, the machine's own rates, and the record that becomes ``results/<hardware>.json``.
+"""What every op benchmark shares: sizes, the machine's own rates, and the record that becomes
+``results/<hardware>.json``.
 
     pytest benchmarks --benchmark-only                     # the CPU set; on a GPU the GPU set
     pytest benchmarks --benchmark-only --sweep             # on a GPU: the rows, widths and vocabularies that people use
     pytest benchmarks --benchmark-only --results FILE      # write the record elsewhere
     pytest benchmarks --benchmark-disable --smoke          # tiny sizes, nothing written: do the benchmarks still run?
 
-A row has time, peak memory above the inputs (and how much of it are the returned gradients), error against float64, and the rate it
-reaches as a share of what this machine does in a plain copy or matrix product. A contender whose value or gradient is wrong
-fails instead of being timed.
+A row has time, peak memory above the inputs (and how much of it are the returned gradients), error against float64, and
+the rate it reaches as a share of what this machine does in a plain copy or matrix product. A contender whose value or
+gradient is wrong fails instead of being timed.
 """
 
 from __future__ import annotations
@@ -25,12 +26,22 @@ from measure import peak_bytes, relative_error
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds ``--smoke``, ``--results`` and ``--threads``; ``--cases``, ``--sides`` and ``--rounds`` are the step benchmark's."""
+    """Adds ``--smoke``, ``--results`` and ``--threads``; ``--cases``, ``--sides`` and ``--rounds`` are the step
+    benchmark's.
+    """
     parser.addoption("--smoke", action="store_true", help="tiny sizes, one round, a record only with --results")
-    parser.addoption("--sweep", action="store_true", help="every size of a GPU's set, not the one that the goals are about")
-    parser.addoption("--threads", type=int, default=1, help="CPU threads (default 1, where other work disturbs a time least)")
-    parser.addoption("--results", type=Path, default=None, help="file of the record (default: benchmarks/results/<hardware>.json)")
-    parser.addoption("--cases", default=None, help="step benchmark: comma-separated parts of case names (default: all but Mistral)")
+    parser.addoption(
+        "--sweep", action="store_true", help="every size of a GPU's set, not the one that the goals are about"
+    )
+    parser.addoption(
+        "--threads", type=int, default=1, help="CPU threads (default 1, where other work disturbs a time least)"
+    )
+    parser.addoption(
+        "--results", type=Path, default=None, help="file of the record (default: benchmarks/results/<hardware>.json)"
+    )
+    parser.addoption(
+        "--cases", default=None, help="step benchmark: comma-separated parts of case names (default: all but Mistral)"
+    )
     parser.addoption("--sides", default=None, help="step benchmark: comma-separated sides (default: all)")
     parser.addoption("--rounds", type=int, default=5, help="step benchmark: steps of every side, taken in turn")
 
@@ -45,7 +56,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives ``size`` the values of the module's ``SIZES``, or of the function's entry in it: ``smoke``, ``cpu``, ``cuda``, ``sweep``."""
+    """Gives ``size`` the values of the module's ``SIZES``, or of the function's entry in it: ``smoke``, ``cpu``,
+    ``cuda``, ``sweep``.
+    """
     if "size" not in metafunc.fixturenames:
         return
     option, sizes = metafunc.config.getoption, metafunc.module.SIZES
@@ -65,7 +78,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if given.get("contender", "ours").startswith("ours") and given.get("chunked", True):
             raise
-        traceback.clear_frames(error.__traceback__)  # pytest keeps the error until the next test, and its frames hold the tensors
+        traceback.clear_frames(
+            error.__traceback__
+        )  # pytest keeps the error until the next test, and its frames hold the tensors
         torch.cuda.empty_cache()
         pytest.skip(f"out of memory: {str(error).splitlines()[0]}")
 
@@ -87,7 +102,10 @@ def machine(device: torch.device, dtype: torch.dtype, smoke: bool) -> Machine:
     """Measured once: a copy far larger than the caches, and a large matrix product on random data."""
     cuda = device.type == "cuda"
     elements, side = (1 << 16, 64) if smoke else (1 << 30, 8192) if cuda else (1 << 26, 2048)
-    source, target = torch.ones(elements, dtype=torch.uint8, device=device), torch.empty(elements, dtype=torch.uint8, device=device)
+    source, target = (
+        torch.ones(elements, dtype=torch.uint8, device=device),
+        torch.empty(elements, dtype=torch.uint8, device=device),
+    )
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     copy = median_seconds(lambda: target.copy_(source), device, 9)
     return Machine(2 * elements / copy, 2 * side**3 / median_seconds(lambda: a @ b, device, 7))
@@ -101,8 +119,13 @@ def measured(
 
     def measure(work: Work) -> dict[str, Any]:
         value, grads = work.calls[0]()
-        errors = [relative_error(value, work.exact[0]), max((relative_error(g, e) for g, e in zip(grads, work.exact[1])), default=0.0)]
-        assert max(errors) <= work.tolerance, f"{work.contender}: wrong by {errors}, allowed {work.tolerance}; not timed"
+        errors = [
+            relative_error(value, work.exact[0]),
+            max((relative_error(g, e) for g, e in zip(grads, work.exact[1])), default=0.0),
+        ]
+        assert max(errors) <= work.tolerance, (
+            f"{work.contender}: wrong by {errors}, allowed {work.tolerance}; not timed"
+        )
         returned = sum(g.numel() * g.element_size() for g in grads)
         del value, grads
         row: dict[str, Any] = {"op": work.op, "case": work.case, "contender": work.contender}
@@ -133,8 +156,9 @@ def measured(
 
 
 ROUND_SECONDS, MOST_CALLS, TIMED_SECONDS = 0.02, 16, 2.0
-"""On a GPU: a round is so many calls that the host's time before the first kernel, and after the last, is spread over them; and all rounds
-of a contender together take about this long."""
+"""On a GPU: a round is so many calls that the host's time before the first kernel, and after the last, is spread over
+them; and all rounds of a contender together take about this long.
+"""
 RECORD = pytest.StashKey[list]()
 MACHINE = pytest.StashKey[Machine]()
 
@@ -149,7 +173,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Opens the record and sets the number of CPU threads. A time limit's SIGTERM ends a run as Ctrl-C does, with its record."""
+    """Opens the record and sets the number of CPU threads. A time limit's SIGTERM ends a run as Ctrl-C does, with its
+    record.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     torch.set_num_threads(config.getoption("--threads"))
     config.stash[RECORD] = []

@@ -2,8 +2,8 @@
 
     python benchmarks/cubin_report.py                      # writes benchmarks/results/cubin_resources.json
 
-Rows: kernel, dtype, sm, registers, shared_bytes, spill_bytes (stack and local memory), loads_128bit (LDG and LDGSTS of 128 bits and
-more in the SASS), warps.
+Rows: kernel, dtype, sm, registers, shared_bytes, spill_bytes (stack and local memory), loads_128bit (LDG and LDGSTS of
+128 bits and more in the SASS), warps.
 No GPU is needed: Triton's own ptxas makes the machine code and its cuobjdump reads it back.
 """
 
@@ -32,8 +32,8 @@ from triton.compiler import ASTSource
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = ("fp32", "bf16", "fp16")
 RESULT = Path(__file__).parent / "results" / "cubin_resources.json"
-# A block of 8 warps at 128 registers leaves two blocks on every architecture here, and its shared memory at least that many; nothing
-# may touch local memory.
+# A block of 8 warps at 128 registers leaves two blocks on every architecture here, and its shared memory at least that
+# many; nothing may touch local memory.
 LIMITS = {"registers": 128, "shared_bytes": 20 * 1024, "spill_bytes": 0}
 
 
@@ -60,8 +60,16 @@ def _row_case(name: str, dtype: str, width: int, **constants: object) -> Case:
     }
     whole = width <= rows.WHOLE_ROW
     launch = rows.size_rule(width, rows.WHOLE_ROW)
-    known = {"h_stride": 1, "r_stride": 1, "WHOLE": whole, "BLOCK": launch.block if whole else rows.WHOLE_ROW // 2, **constants}
-    return Case(name, rows.row_distance_kernel, dtype, types, known, launch.warps if whole else 8, frozenset({"grad_stride"}))
+    known = {
+        "h_stride": 1,
+        "r_stride": 1,
+        "WHOLE": whole,
+        "BLOCK": launch.block if whole else rows.WHOLE_ROW // 2,
+        **constants,
+    }
+    return Case(
+        name, rows.row_distance_kernel, dtype, types, known, launch.warps if whole else 8, frozenset({"grad_stride"})
+    )
 
 
 def _distance_cases(dtype: str) -> list[Case]:
@@ -84,7 +92,9 @@ def _add_rows_case(dtype: str) -> Case:
     types |= dict.fromkeys(("count_r", "width", "g_inner", "g_outer_stride", "g_inner_stride"), "i32")
     launch = rows.size_rule(4096, rows.WHOLE_ROW // 2)
     constants = {"g_stride": 1, "HAS_GRAD": True, "BLOCK": launch.block}
-    return Case("bend_tap_backward", rows.add_rows_kernel, dtype, types, constants, launch.warps, frozenset({"count_r"}))
+    return Case(
+        "bend_tap_backward", rows.add_rows_kernel, dtype, types, constants, launch.warps, frozenset({"count_r"})
+    )
 
 
 def _pairwise_cases(dtype: str) -> list[Case]:
@@ -93,11 +103,26 @@ def _pairwise_cases(dtype: str) -> list[Case]:
     loose = frozenset({"batch", "scale_stride"})
     walk, columns = rows.size_rule(4096, pairwise.WALK), rows.size_rule(4096, pairwise.COLUMNS)
     forward = {"states": pointer, "inverse": wide}
-    backward = {"states": pointer, "summed": wide, "inverse": wide, "scale": wide, "grad": pointer, "scale_stride": "i32"}
+    backward = {
+        "states": pointer,
+        "summed": wide,
+        "inverse": wide,
+        "scale": wide,
+        "grad": pointer,
+        "scale_stride": "i32",
+    }
     sums = {**forward, "summed": wide, "partial": wide}
     known = {"stride_d": 1, "BLOCK": walk.block}
     return [
-        Case("pairwise_cosine_lengths", pairwise.inverse_length_kernel, dtype, {**forward, **sizes}, known, walk.warps, loose),
+        Case(
+            "pairwise_cosine_lengths",
+            pairwise.inverse_length_kernel,
+            dtype,
+            {**forward, **sizes},
+            known,
+            walk.warps,
+            loose,
+        ),
         Case(
             "pairwise_cosine_sums",
             pairwise.unit_sum_kernel,
@@ -107,14 +132,24 @@ def _pairwise_cases(dtype: str) -> list[Case]:
             columns.warps,
             loose,
         ),
-        Case("pairwise_cosine_backward", pairwise.unit_sum_backward_kernel, dtype, {**backward, **sizes}, known, walk.warps, loose),
+        Case(
+            "pairwise_cosine_backward",
+            pairwise.unit_sum_backward_kernel,
+            dtype,
+            {**backward, **sizes},
+            known,
+            walk.warps,
+            loose,
+        ),
     ]
 
 
 def _dropout_case(dtype: str, keys: str) -> Case:
     pointer = f"*{dtype}"
     types = {"x": pointer, "keys": keys, "out": pointer, "factor": "fp32"}
-    types |= dict.fromkeys(("start", "threshold", "count", "width", "x_inner", "x_outer_stride", "x_inner_stride"), "i32")
+    types |= dict.fromkeys(
+        ("start", "threshold", "count", "width", "x_inner", "x_outer_stride", "x_inner_stride"), "i32"
+    )
     constants = {"x_stride": 1, "ROWS": dropout.ROWS, "COLUMNS": dropout.COLUMNS}
     loose = frozenset({"start", "threshold", "count", "x_inner"})
     name = "keyed_dropout" if keys == "*i32" else "keyed_dropout[unhashed]"
@@ -147,21 +182,31 @@ def all_cases(dtypes: tuple[str, ...] = DTYPES) -> list[Case]:
 
 
 def digest(case: Case) -> str:
-    """Changes when the kernel, or a function or constant it may use, changes; a recorded row with another digest is stale."""
-    functions = {n: v for n, v in sys.modules[case.kernel.fn.__module__].__dict__.items() if isinstance(v, triton.JITFunction)}
+    """Changes when the kernel, or a function or constant it may use, changes; a recorded row with another digest is
+    stale.
+    """
+    functions = {
+        n: v for n, v in sys.modules[case.kernel.fn.__module__].__dict__.items() if isinstance(v, triton.JITFunction)
+    }
     text = "".join(functions[name].src for name in sorted(functions))
     modules = {sys.modules[function.fn.__module__] for function in functions.values()}
-    constants = {n: v.value for module in modules for n, v in vars(module).items() if isinstance(v, triton.language.constexpr)}
+    constants = {
+        n: v.value for module in modules for n, v in vars(module).items() if isinstance(v, triton.language.constexpr)
+    }
     text += str(sorted(constants.items()))
     return hashlib.sha256(f"{text}{case.types}{case.constants}{case.warps}".encode()).hexdigest()[:12]
 
 
 def compile_case(case: Case, sm: int) -> tuple[bytes, int]:
-    """The cubin of one specialisation and its dynamic shared memory; pointers and sizes divide by 16 as a launch would find them."""
+    """The cubin of one specialisation and its dynamic shared memory; pointers and sizes divide by 16 as a launch would
+    find them.
+    """
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    aligned = [n for n, kind in signature.items() if (kind.startswith("*") or kind == "i32") and n not in case.unaligned]
+    aligned = [
+        n for n, kind in signature.items() if (kind.startswith("*") or kind == "i32") and n not in case.unaligned
+    ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": case.warps})
@@ -174,7 +219,9 @@ def resources(cubin: bytes, dynamic_shared: int) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
         sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found is not None, usage
@@ -207,10 +254,19 @@ def main() -> int:
     arguments = parser.parse_args()
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"triton": None, "rows": []}
     # A row of the same kernel text, compiled by the same Triton, is what compiling again would give.
-    current = {(r["kernel"], r["dtype"], r["sm"], r["digest"]): r for r in known["rows"] if known["triton"] == triton.__version__}
+    current = {
+        (r["kernel"], r["dtype"], r["sm"], r["digest"]): r
+        for r in known["rows"]
+        if known["triton"] == triton.__version__
+    }
     wanted = [(case, sm) for case in all_cases() for sm in ARCHITECTURES]
     entries = [current.get((case.name, case.dtype, sm, digest(case))) or row(case, sm) for case, sm in wanted]
-    report = {"created": datetime.now(UTC).date().isoformat(), "triton": triton.__version__, "limits": LIMITS, "rows": entries}
+    report = {
+        "created": datetime.now(UTC).date().isoformat(),
+        "triton": triton.__version__,
+        "limits": LIMITS,
+        "rows": entries,
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
     head = json.dumps({**report, "rows": []}, indent=1)

@@ -39,31 +39,53 @@ def demo_table(record: Row) -> str:
     lines.append("| kept step | | " + " | ".join(str(s) for s in steps) + f" | {median(steps):g} |")
     known = [s["seconds"] for s in seeds if s["seconds"] is not None]
     seconds = [*(s["seconds"] for s in seeds), median(known) if known else None]
-    lines.append("| minutes, evaluations included | | " + " | ".join("–" if s is None else f"{s / 60:.1f}" for s in seconds) + " |")
+    lines.append(
+        "| minutes, evaluations included | | "
+        + " | ".join("–" if s is None else f"{s / 60:.1f}" for s in seconds)
+        + " |"
+    )
     return "\n".join(lines)
 
 
 def missed_demo_goals(record: Row) -> list[str]:
-    """Limits of the demo that a seed of the record does not keep, one line each, and one line for what a seed's record does not show."""
+    """Limits of the demo that a seed of the record does not keep, one line each, and one line for what a seed's record
+    does not show.
+    """
     missed = []
     for entry in record["seeds"]:
         before, after = entry["before"], entry["after"]
         missed += [f"seed {entry['seed']}: {what}" for what in _passed_limits(before, after)]
         absent = [key for key in (*AT_MOST, *AT_LEAST, *FALLS_AT_MOST, "perplexity") if after.get(key) is None]
-        absent += [f"{key} before" for key in (*BEFORE_AT_LEAST, *FALLS_AT_MOST, "perplexity") if before.get(key) is None]
+        absent += [
+            f"{key} before" for key in (*BEFORE_AT_LEAST, *FALLS_AT_MOST, "perplexity") if before.get(key) is None
+        ]
         missed += [f"seed {entry['seed']}: not recorded: {', '.join(absent)}"] if absent else []
     return missed
 
 
 def _passed_limits(before: Row, after: Row) -> list[str]:
     """The limits that recorded values pass. A value that is not recorded passes none, and keeps none."""
-    out = [f"{key} before is below {_percent(low)}" for key, low in BEFORE_AT_LEAST.items() if key in before and before[key] < low - SLACK]
-    out += [f"{key} is above {_percent(high)}" for key, high in AT_MOST.items() if key in after and after[key] > high + SLACK]
-    out += [f"{key} is below {_percent(low)}" for key, low in AT_LEAST.items() if key in after and after[key] < low - SLACK]
+    out = [
+        f"{key} before is below {_percent(low)}"
+        for key, low in BEFORE_AT_LEAST.items()
+        if key in before and before[key] < low - SLACK
+    ]
+    out += [
+        f"{key} is above {_percent(high)}"
+        for key, high in AT_MOST.items()
+        if key in after and after[key] > high + SLACK
+    ]
+    out += [
+        f"{key} is below {_percent(low)}" for key, low in AT_LEAST.items() if key in after and after[key] < low - SLACK
+    ]
     for key, most in FALLS_AT_MOST.items():
         if key in before and key in after and before[key] - after[key] > most + SLACK:
             out.append(f"{key} fell by more than {100 * most:g} points")
-    if "perplexity" in before and "perplexity" in after and after["perplexity"] > PERPLEXITY_RATIO * before["perplexity"] + SLACK:
+    if (
+        "perplexity" in before
+        and "perplexity" in after
+        and after["perplexity"] > PERPLEXITY_RATIO * before["perplexity"] + SLACK
+    ):
         out.append(f"perplexity is above {PERPLEXITY_RATIO:.2f} x before")
     return out
 

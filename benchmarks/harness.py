@@ -1,4 +1,6 @@
-"""Pieces of the op benchmarks that are no fixtures: a contender's work, the machine's rates, and the record's header."""
+"""Pieces of the op benchmarks that are no fixtures: a contender's work, the machine's rates, and the
+record's header.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Work:
-    """One contender on one case: ``calls`` do forward and backward on input sets of their own and return (value, gradients)."""
+    """One contender on one case: ``calls`` do forward and backward on input sets of their own and return (value,
+    gradients).
+    """
 
     op: str
     case: str
@@ -81,20 +85,30 @@ def rates(stats: Any, work: Work, machine: Machine, calls: int) -> dict[str, Any
 
 def hardware_slug() -> str:
     """A file name from the hardware's name; every CPU is ``cpu``, so that the record of a CPU has one place."""
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") if torch.cuda.is_available() else "cpu"
+    return (
+        re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        if torch.cuda.is_available()
+        else "cpu"
+    )
 
 
 def merged(
-    kept: list[dict[str, Any]], fresh: list[dict[str, Any]], header: dict[str, Any], key: Callable[[dict[str, Any]], object]
+    kept: list[dict[str, Any]],
+    fresh: list[dict[str, Any]],
+    header: dict[str, Any],
+    key: Callable[[dict[str, Any]], object],
 ) -> list[dict[str, Any]]:
-    """``fresh``, stamped with the header's commit and date, in the place of the rows of ``kept`` that have a ``key`` of theirs."""
+    """``fresh``, stamped with the header's commit and date, in the place of the rows of ``kept`` that have a ``key`` of
+    theirs.
+    """
     replaced = {key(row) for row in fresh}
     stamped = [row | {"commit": header["commit"], "date": header["date"]} for row in fresh]
     return [row for row in kept if key(row) not in replaced] + stamped
 
 
 def write_record(path: Path, rows: list[dict[str, Any]], machine: Machine, *, whole: bool) -> None:
-    """Writes the rows under a header, in the place of all rows of their ops or, if the run is not ``whole``, of the same contenders.
+    """Writes the rows under a header, in the place of all rows of their ops or, if the run is not ``whole``, of the
+    same contenders.
 
     Rows of ops that this run left out stay as they were.
     """
@@ -103,7 +117,11 @@ def write_record(path: Path, rows: list[dict[str, Any]], machine: Machine, *, wh
         return (row["op"],) if whole else (row["op"], row["case"], row["contender"])
 
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    record = {**environment(), "copy_gb_per_s": round(machine.copy / 1e9, 2), "gemm_tflop_per_s": round(machine.matrix / 1e12, 3)}
+    record = {
+        **environment(),
+        "copy_gb_per_s": round(machine.copy / 1e9, 2),
+        "gemm_tflop_per_s": round(machine.matrix / 1e12, 3),
+    }
     record["rows"] = sorted(merged(kept, rows, record, key), key=lambda r: (r["op"], r["case"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

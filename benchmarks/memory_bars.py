@@ -1,10 +1,13 @@
-"""Where the bytes of a step go, before and after, and what fits into which card: planned on fake tensors, nothing is measured.
+"""Where the bytes of a step go, before and after, and what fits into which card: planned on fake tensors, nothing is
+measured.
 
-    python benchmarks/memory_bars.py            plans, writes results/memory_plan.json, docs/memory.png and the table of docs/memory.md
+    python benchmarks/memory_bars.py            plans, writes results/memory_plan.json, docs/memory.png and the table of
+                                                docs/memory.md
     python benchmarks/memory_bars.py --draw     picture and table from the record again
 
-Bars: the published step written plainly (``baselines/eager_step.py``, everything padded to 1024 tokens, all streams alive until one
-backward) and ours, on the Llama-3-8B shape with a batch of 4 examples. Table: ``repbend-fast plan --table``.
+Bars: the published step written plainly (``baselines/eager_step.py``, everything padded to 1024 tokens, all streams
+alive until one backward) and ours, on the Llama-3-8B shape with a batch of 4 examples. Table: ``repbend-fast plan
+--table``.
 """
 
 from __future__ import annotations
@@ -42,7 +45,13 @@ DOCS = ROOT / "docs" / "memory.md"
 MARKS = ("<!-- planned: benchmarks/memory_bars.py -->", "<!-- planned: end -->")
 CUDA = torch.device("cuda")
 WIDTH = 1024
-PARTS = ("weights", "adapter, gradients, optimizer", "reference and stacked states", "logits and head chunks", "activations")
+PARTS = (
+    "weights",
+    "adapter, gradients, optimizer",
+    "reference and stacked states",
+    "logits and head chunks",
+    "activations",
+)
 
 
 def eager_bar(recipe: str) -> dict[str, Any]:
@@ -57,7 +66,9 @@ def eager_bar(recipe: str) -> dict[str, Any]:
     def category(operation: str, tensor: Tensor) -> str:
         if tensor.shape[-1:] == (vocabulary,):
             return "logits"
-        return "states" if tensor.dim() == 4 and operation in ("aten::stack", "aten::mul", "aten::sub") else "activations"
+        return (
+            "states" if tensor.dim() == 4 and operation in ("aten::stack", "aten::mul", "aten::sub") else "activations"
+        )
 
     tracker = MemoryTracker(category=category)
     trained = trainable_parameters(model)
@@ -144,7 +155,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table's rows for the docs."""
-    lines = ["| model | weights | budget | card | planned peak | s per step | levers |", "| --- | --- | ---: | --- | ---: | ---: | --- |"]
+    lines = [
+        "| model | weights | budget | card | planned peak | s per step | levers |",
+        "| --- | --- | ---: | --- | ---: | ---: | --- |",
+    ]
     for row in rows:
         model, weights = row["model"].rsplit("/", 1)[-1], "NF4" if row["quantization"] == "nf4" else "bf16"
         start = f"| {model} | {weights} | {row['budget_bytes'] // GB} GB | {row['card']}"

@@ -1,6 +1,7 @@
 """The mutants: faults put into the code one at a time, each with the tests that have to fail. ``mutants.py`` runs them.
 
-A mutant is one change of text that changes what the code does. ``old`` occurs exactly once in its file; a test holds the list to that.
+A mutant is one change of text that changes what the code does. ``old`` occurs exactly once in its file; a test holds
+the list to that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 class Mutant:
     """``old`` becomes ``new`` in ``file``; ``tests`` are pytest's arguments.
 
-    With ``interpret`` Triton's kernels run on the CPU. ``unseen`` says why no test on a machine without a GPU, or with one, can fail.
+    With ``interpret`` Triton's kernels run on the CPU. ``unseen`` says why no test on a machine without a GPU, or with
+    one, can fail.
     """
 
     name: str
@@ -153,7 +155,13 @@ TAPS = [
         TAP,
         True,
     ),
-    Mutant("tap: mse's gradient is half as large (torch)", f"{KERNELS}/row_distance.py", "2 / h.shape[-1]", "1 / h.shape[-1]", TAP),
+    Mutant(
+        "tap: mse's gradient is half as large (torch)",
+        f"{KERNELS}/row_distance.py",
+        "2 / h.shape[-1]",
+        "1 / h.shape[-1]",
+        TAP,
+    ),
     Mutant(
         "tap: the loss's factor is rounded to 16 bits",
         f"{KERNELS}/triton/row_distance.py",
@@ -188,7 +196,11 @@ LOOPS = [
         TRIPLETS,
     ),
     Mutant(
-        "triplets: inactive rows have a gradient", f"{KERNELS}/triplet_tap.py", "active = value > 0", "active = value == value", TRIPLETS
+        "triplets: inactive rows have a gradient",
+        f"{KERNELS}/triplet_tap.py",
+        "active = value > 0",
+        "active = value == value",
+        TRIPLETS,
     ),
     Mutant(
         "triplets: the sums follow autocast",
@@ -305,7 +317,13 @@ LORA = [
         "right, out.dtype))",
         PRODUCTS,
     ),
-    Mutant("lora: the gradient of B without its factor", f"{KERNELS}/low_rank.py", "grad_b.mul_(factor)", "grad_b", PRODUCTS),
+    Mutant(
+        "lora: the gradient of B without its factor",
+        f"{KERNELS}/low_rank.py",
+        "grad_b.mul_(factor)",
+        "grad_b",
+        PRODUCTS,
+    ),
     Mutant(
         "lora: all layers share a mask",
         f"{MODELS}/layers/lora.py",
@@ -320,7 +338,13 @@ LORA = [
         "kept = self.read(start, stop)",
         FORWARD,
     ),
-    Mutant("lora: no dropout without keys", f"{MODELS}/layers/lora.py", "if not (self.training and module.training):", "if True:", MODES),
+    Mutant(
+        "lora: no dropout without keys",
+        f"{MODELS}/layers/lora.py",
+        "if not (self.training and module.training):",
+        "if True:",
+        MODES,
+    ),
     Mutant(
         "lora: dropout without keys in evaluation mode",
         f"{MODELS}/layers/lora.py",
@@ -329,7 +353,11 @@ LORA = [
         MODES,
     ),
     Mutant(
-        "lora: a dropout module that is off drops", f"{MODELS}/layers/lora.py", "self.training and module.training", "self.training", MODES
+        "lora: a dropout module that is off drops",
+        f"{MODELS}/layers/lora.py",
+        "self.training and module.training",
+        "self.training",
+        MODES,
     ),
     Mutant(
         "lora: without keys all rows share a mask",
@@ -388,7 +416,9 @@ STEP = [
         "dropout_seed(settings.seed, 0, micro_batch)",
         SEEDS,
     ),
-    Mutant("offload: the way out does not wait for the state", OFFLOAD, "        stream.wait_stream(current)\n", "", ORDER),
+    Mutant(
+        "offload: the way out does not wait for the state", OFFLOAD, "        stream.wait_stream(current)\n", "", ORDER
+    ),
     Mutant(
         "offload: the way back does not wait for its memory",
         OFFLOAD,
@@ -399,14 +429,16 @@ STEP = [
     Mutant(
         "offload: a state is read before it arrives",
         OFFLOAD,
-        "        if kept.arrived is not None:\n            torch.cuda.current_stream(self.device).wait_event(kept.arrived)\n        return",
+        "        if kept.arrived is not None:\n            "
+        "torch.cuda.current_stream(self.device).wait_event(kept.arrived)\n        return",
         "        return",
         ORDER,
     ),
     Mutant(
         "offload: memory is given back before it is copied",
         OFFLOAD,
-        "        _, event = self._under_way.popleft()\n        torch.cuda.current_stream(self.device).wait_event(event)\n",
+        "        _, event = self._under_way.popleft()\n        "
+        "torch.cuda.current_stream(self.device).wait_event(event)\n",
         "        self._under_way.popleft()\n",
         ORDER,
     ),
@@ -427,7 +459,11 @@ STEP = [
         ("tests/models/test_attach_lora.py",),
     ),
     Mutant(
-        "norm: eps is missing", f"{KERNELS}/rms_norm.py", "keepdim=True) + eps)", "keepdim=True))", ("tests/models/test_lean_layers.py",)
+        "norm: eps is missing",
+        f"{KERNELS}/rms_norm.py",
+        "keepdim=True) + eps)",
+        "keepdim=True))",
+        ("tests/models/test_lean_layers.py",),
     ),
     Mutant(
         "recompute: an origin is never given up",
@@ -503,7 +539,11 @@ OBJECTIVES = [
         STREAMS,
     ),
     Mutant(
-        "repbend: the embeddings' layer is not counted", "repbend_fast/objectives/repbend.py", "len(layers) + every", "len(layers)", STREAMS
+        "repbend: the embeddings' layer is not counted",
+        "repbend_fast/objectives/repbend.py",
+        "len(layers) + every",
+        "len(layers)",
+        STREAMS,
     ),
     Mutant(
         "answers: targets are the rows' own tokens",

@@ -2,9 +2,11 @@
 
     python benchmarks/mutants.py [--only TEXT] [--jobs N]
 
-The tests of the chosen mutants are run without any of them first; if one fails then, the rest would mean nothing. A mutant is
+The tests of the chosen mutants are run without any of them first; if one fails then, the rest would mean nothing. A
+mutant is
 
-    killed            a test failed (a test that went on past its time limit, or a process that crashed, counts and is named so)
+    killed            a test failed (a test that went on past its time limit, or a process that crashed, counts and is
+                      named so)
     survived          all its tests passed: a fault that nobody would notice, and exit status 1
     not visible here  it survived, and the list says why it had to
     faulty            its patch does not apply exactly once, or its tests could not be run: exit status 1
@@ -90,7 +92,8 @@ def mutated(text: str, mutant: Mutant) -> str:
     count = text.count(mutant.old)
     if count != 1:
         raise PatchError(
-            f"its text occurs {count} times in {mutant.file}, not once; the code has changed, so must benchmarks/mutant_list.py"
+            f"its text occurs {count} times in {mutant.file}, not once; the code has changed, so must "
+            "benchmarks/mutant_list.py"
         )
     changed = text.replace(mutant.old, mutant.new)
     try:
@@ -122,7 +125,13 @@ def run_tests(tree: Path, tests: Sequence[str], interpret: bool, limit: float) -
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", *tests]
     started = time.perf_counter()
     with subprocess.Popen(
-        command, cwd=tree, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=tree,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
         try:
             output, _ = process.communicate(timeout=limit)
@@ -157,7 +166,11 @@ def _judged(run: Run, mutant: Mutant, limit: float) -> tuple[str, str]:
         found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.output, re.MULTILINE)
         return KILLED, f"by {found[1] if found else 'a test'}{stale}"
     if run.status == ALL_PASSED:
-        return (UNSEEN, mutant.unseen) if mutant.unseen else (SURVIVED, f"{run.passed} tests passed: {shlex.join(mutant.tests)}")
+        return (
+            (UNSEEN, mutant.unseen)
+            if mutant.unseen
+            else (SURVIVED, f"{run.passed} tests passed: {shlex.join(mutant.tests)}")
+        )
     return FAULTY, f"pytest ended with {run.status}: {_last_line(run.output)}"
 
 
@@ -168,7 +181,9 @@ def _last_line(output: str) -> str:
 
 def copies_of(root: Path, folder: Path, count: int) -> list[Path]:
     """``count`` copies of the checkout's files, those that git does not ignore."""
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
+    )
     copies = [folder / str(i) for i in range(count)]
     for copy in copies:
         for name in filter(None, listed.stdout.split("\0")):
@@ -178,7 +193,9 @@ def copies_of(root: Path, folder: Path, count: int) -> list[Path]:
     return copies
 
 
-def each_in_a_tree(trees: Sequence[Path], items: Sequence[Item], work: Callable[[Path, Item], Result]) -> Iterator[Result]:
+def each_in_a_tree(
+    trees: Sequence[Path], items: Sequence[Item], work: Callable[[Path, Item], Result]
+) -> Iterator[Result]:
     """``work`` on every item, each in a tree that no other uses meanwhile; results in the order of the items."""
     free: SimpleQueue[Path] = SimpleQueue()
     for tree in trees:
@@ -218,8 +235,15 @@ def baseline(trees: Sequence[Path], mutants: Sequence[Mutant]) -> tuple[dict[Sel
 
 def imported_from(tree: Path) -> str:
     """Where Python finds the project's packages when tests run in ``tree``."""
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")]), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", "import repbend_fast, repbend_kernels as k; print(repbend_fast.__file__, k.__file__, sep='\\n')"]
+    environ = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        "import repbend_fast, repbend_kernels as k; print(repbend_fast.__file__, k.__file__, sep='\\n')",
+    ]
     return subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True, check=True).stdout
 
 
@@ -232,33 +256,56 @@ def write_record(path: Path, verdicts: Sequence[Verdict], seconds: float) -> Non
     """Every verdict under a header with hardware, versions, commit and date."""
     counts = Counter(verdict.result for verdict in verdicts)
     rows = [
-        {"name": v.mutant.name, "file": v.mutant.file, "result": v.result, "note": v.note, "seconds": round(v.seconds, 1)} for v in verdicts
+        {
+            "name": v.mutant.name,
+            "file": v.mutant.file,
+            "result": v.result,
+            "note": v.note,
+            "seconds": round(v.seconds, 1),
+        }
+        for v in verdicts
     ]
     record = {**environment(), "seconds": round(seconds), "counts": dict(sorted(counts.items())), "mutants": rows}
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 where every mutant was killed or could not be seen, 1 where one survived or is faulty, 2 where none could be tried."""
+    """Exit status 0 where every mutant was killed or could not be seen, 1 where one survived or is faulty, 2 where none
+    could be tried.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="mutants whose name contains TEXT; may be repeated")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="so many at a time (default: one per core)")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="mutants whose name contains TEXT; may be repeated"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="so many at a time (default: one per core)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "mutants.json", help="record of a run of the whole list")
     options = parser.parse_args(arguments)
     mutants = chosen(options.only)
     if not mutants:
-        print(f"error: no mutant's name contains {' or '.join(options.only)}; the names are in benchmarks/mutant_list.py", file=sys.stderr)
+        print(
+            f"error: no mutant's name contains {' or '.join(options.only)}; the names are in benchmarks/mutant_list.py",
+            file=sys.stderr,
+        )
         return 2
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees = copies_of(ROOT, Path(folder).resolve(), max(1, min(options.jobs, len(mutants))))
         if imported_from(trees[0]).count(str(trees[0])) != 2:
-            print("error: Python finds the project elsewhere than in the copy; mutants would not be run", file=sys.stderr)
+            print(
+                "error: Python finds the project elsewhere than in the copy; mutants would not be run", file=sys.stderr
+            )
             return 2
         print("the tests without a mutant:", flush=True)
         runs, wrong = baseline(trees, mutants)
         if wrong:
-            print("error: these tests fail without a mutant, so their failing would say nothing:", *wrong, sep="\n", file=sys.stderr)
+            print(
+                "error: these tests fail without a mutant, so their failing would say nothing:",
+                *wrong,
+                sep="\n",
+                file=sys.stderr,
+            )
             return 2
         verdicts = []
 
@@ -269,10 +316,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(mutants)} mutants:", flush=True)
         for verdict in each_in_a_tree(trees, mutants, work):
             verdicts.append(verdict)
-            print(f"  [{len(verdicts)}/{len(mutants)}] {verdict.result}: {verdict.mutant.name} ({verdict.note})", flush=True)
+            print(
+                f"  [{len(verdicts)}/{len(mutants)}] {verdict.result}: {verdict.mutant.name} ({verdict.note})",
+                flush=True,
+            )
     seconds = time.perf_counter() - started
     counts = Counter(verdict.result for verdict in verdicts)
-    print(", ".join(f"{counts[result]} {result}" for result in (KILLED, UNSEEN, SURVIVED, FAULTY)) + f", {seconds:.0f} s")
+    print(
+        ", ".join(f"{counts[result]} {result}" for result in (KILLED, UNSEEN, SURVIVED, FAULTY)) + f", {seconds:.0f} s"
+    )
     if not options.only:
         write_record(options.out, verdicts, seconds)
     return 1 if counts[SURVIVED] or counts[FAULTY] else 0

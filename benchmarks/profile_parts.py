@@ -1,4 +1,5 @@
-"""Adds up a ``torch.profiler`` trace by part of the step and kind of work: what ran, and in which range of ``repbend_fast.ranges``.
+"""Adds up a ``torch.profiler`` trace by part of the step and kind of work: what ran, and in which range of
+``repbend_fast.ranges``.
 
 On a CPU the time is each op's own; on a GPU it is each kernel's, under the op that launched it.
 """
@@ -24,14 +25,26 @@ OUTSIDE = "outside"
 KINDS = (
     ("head", ("repbend_kernels::linear_",)),
     ("LoRA", ("repbend_kernels::low_rank", "repbend_kernels::add_low_rank", "repbend_kernels::keyed_dropout")),
-    ("norms and gates", ("repbend_kernels::rms_norm", "repbend_kernels::gated_product", "Liger", "aten::silu", "aten::rsqrt")),
+    (
+        "norms and gates",
+        ("repbend_kernels::rms_norm", "repbend_kernels::gated_product", "Liger", "aten::silu", "aten::rsqrt"),
+    ),
     ("distances", ("repbend_kernels::",)),
     ("dequantisation", ("bitsandbytes::dequantize", "kDequantize", "dequantize")),
     (
         "attention",
-        ("aten::scaled_dot_product", "aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention", "flash_"),
+        (
+            "aten::scaled_dot_product",
+            "aten::_scaled_dot_product",
+            "aten::_flash_attention",
+            "aten::_efficient_attention",
+            "flash_",
+        ),
     ),
-    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm", "sgemm", "gemm")),
+    (
+        "matrix products",
+        ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "bitsandbytes::gemm", "sgemm", "gemm"),
+    ),
 )
 RUNTIME = re.compile(r"cuda|cu[A-Z]|hip")
 OTHER = "the rest"
@@ -43,7 +56,8 @@ class Slice:
     """Some time that was spent, in microseconds from the start of the trace.
 
     Attributes:
-        start, duration: on the device that spent it; on a CPU ``duration`` is the op's own time, without the ops inside of it.
+        start, duration: on the device that spent it; on a CPU ``duration`` is the op's own time, without the ops inside
+            of it.
         began: when the op that did it began on the host; None = unknown.
         names: the op and what it lies in, outermost first, and on a GPU the kernel.
     """
@@ -120,14 +134,22 @@ def read(profile: Any, cuda: bool) -> tuple[list[Slice], Ranges]:
         if name.startswith(("repbend: ", OPTIMIZER)):
             marks.append((name, event.time_range.start, event.time_range.end))
     if not cuda:
-        own = [Slice(e.time_range.start, e.self_cpu_time_total, e.time_range.start, _names(e)) for e in events if not _is_memory(e)]
+        own = [
+            Slice(e.time_range.start, e.self_cpu_time_total, e.time_range.start, _names(e))
+            for e in events
+            if not _is_memory(e)
+        ]
         return own, Ranges(marks)
     results = profile.profiler.kineto_results
     # Calls of the CUDA runtime are events of the CPU too, with numbers of their own that are also those of ops.
     ops = {event.id: event for event in events if not RUNTIME.match(event.name)}
     slices = []
     for kernel in results.events():
-        if kernel.device_type() != DeviceType.CUDA or kernel.is_user_annotation() or kernel.name().startswith(("repbend: ", OPTIMIZER)):
+        if (
+            kernel.device_type() != DeviceType.CUDA
+            or kernel.is_user_annotation()
+            or kernel.name().startswith(("repbend: ", OPTIMIZER))
+        ):
             continue
         link = kernel.linked_correlation_id()
         op = ops.get(link) if link > 0 else None
@@ -150,7 +172,9 @@ def _names(event: Any) -> tuple[str, ...]:
 
 
 def accounted(row: Row) -> float:
-    """The share of the step's time that the parts and idling add up to: of the plain step on a GPU, of the profiled one on a CPU."""
+    """The share of the step's time that the parts and idling add up to: of the plain step on a GPU, of the profiled one
+    on a CPU.
+    """
     named = sum(part["seconds"] for part in row["parts"])
     return (named + row["idle_seconds"]) / row["seconds"] if "idle_seconds" in row else named / row["seconds_profiled"]
 
@@ -167,7 +191,10 @@ def profile_table(record: dict[str, Any]) -> str:
         whole = sum(spent.values()) + idle
         kinds = sorted({kind for _, kind in spent}, key=lambda k: -_sum(spent, 1, k))
         parts = sorted({part for part, _ in spent}, key=lambda p: -_sum(spent, 0, p))
-        lines += ["", f"{row['case']}, {row['side']}: {row['seconds']:.3f} s a step; {accounted(row):.0%} accounted for"]
+        lines += [
+            "",
+            f"{row['case']}, {row['side']}: {row['seconds']:.3f} s a step; {accounted(row):.0%} accounted for",
+        ]
         lines.append(f"{'':36}" + "".join(f"{kind:>21}" for kind in kinds) + f"{'share':>8}")
         for part in parts:
             cells = "".join(f"{spent.get((part, kind), 0.0):21.4f}" for kind in kinds)

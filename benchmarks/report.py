@@ -1,4 +1,5 @@
-"""Draws a record of the op benchmarks, the step's, its profile's or the demo's: a table; for the ops bars as a PNG with matplotlib.
+"""Draws a record of the op benchmarks, the step's, its profile's or the demo's: a table; for the ops bars as a PNG with
+matplotlib.
 
     python benchmarks/report.py [benchmarks/results/cpu.json] [--png FILE]
 
@@ -42,9 +43,11 @@ def table(record: dict[str, Any]) -> str:
     """The record as text: one line per contender, eager's multiple in time and memory beside it."""
     rows = record["rows"]
     lines = [
-        f"{record['hardware']}, {record['threads']} CPU thread(s), torch {record['versions']['torch']}, commit {record['commit']}, "
+        f"{record['hardware']}, {record['threads']} CPU thread(s), torch {record['versions']['torch']}, commit "
+        f"{record['commit']}, "
         f"{record['date']}; copy {record['copy_gb_per_s']} GB/s, GEMM {record['gemm_tflop_per_s']} TFLOP/s",
-        f"{'op':16} {'case':32} {'contender':28} {'ms':>10} {'vs eager':>9} {'MiB':>9} {'of it returned':>14} {'vs eager':>9} "
+        f"{'op':16} {'case':32} {'contender':28} {'ms':>10} {'vs eager':>9} {'MiB':>9} {'of it returned':>14} "
+        f"{'vs eager':>9} "
         f"{'error value':>11} {'gradient':>9}  rate",
     ]
     for row in rows:
@@ -52,8 +55,10 @@ def table(record: dict[str, Any]) -> str:
         faster = f"{eager['median_ms'] / row['median_ms']:.2f}x" if eager else ""
         smaller = f"1/{eager['peak_bytes'] / max(row['peak_bytes'], 1):.1f}" if eager else ""
         lines.append(
-            f"{row['op']:16} {row['case']:32} {row['contender']:28} {row['median_ms']:10.3f} {faster:>9} {mebibytes(row['peak_bytes']):>9} "
-            f"{mebibytes(row['returned_bytes']):>14} {smaller:>9} {row['error_value']:11.1e} {row['error_gradient']:9.1e}  {rate(row)}"
+            f"{row['op']:16} {row['case']:32} {row['contender']:28} {row['median_ms']:10.3f} {faster:>9} "
+            f"{mebibytes(row['peak_bytes']):>9} "
+            f"{mebibytes(row['returned_bytes']):>14} {smaller:>9} {row['error_value']:11.1e} "
+            f"{row['error_gradient']:9.1e}  {rate(row)}"
         )
     return "\n".join(lines)
 
@@ -72,15 +77,27 @@ def missed_gpu_goals(record: dict[str, Any]) -> list[str]:
     for direction in ("forward", "backward"):
         row = rows.get(("bend_tap", f"{GPU_CASES['bend_tap']}, {direction}", "ours"))
         if row and row["percent_of_copy"] < TAP_SHARE:
-            missed.append(f"bend_tap {direction}: {row['percent_of_copy']} % of a copy's bandwidth, the goal is {TAP_SHARE}")
-    others = {row["contender"]: row for row in record["rows"] if (row["op"], row["case"]) == ("linear_kl_div", GPU_CASES["linear_kl_div"])}
+            missed.append(
+                f"bend_tap {direction}: {row['percent_of_copy']} % of a copy's bandwidth, the goal is {TAP_SHARE}"
+            )
+    others = {
+        row["contender"]: row
+        for row in record["rows"]
+        if (row["op"], row["case"]) == ("linear_kl_div", GPU_CASES["linear_kl_div"])
+    }
     ours = others.pop("ours", None)
     # In chunks or all at once, whichever is faster: chunks that are bad for the products must not look good here.
-    floors = [others.pop(contender)["median_ms"] for contender in list(others) if contender.startswith("its three products")]
+    floors = [
+        others.pop(contender)["median_ms"] for contender in list(others) if contender.startswith("its three products")
+    ]
     if ours and floors and ours["median_ms"] > PRODUCTS * min(floors):
-        missed.append(f"linear_kl_div: {ours['median_ms'] / min(floors):.2f} times its three products, the goal is {PRODUCTS}")
+        missed.append(
+            f"linear_kl_div: {ours['median_ms'] / min(floors):.2f} times its three products, the goal is {PRODUCTS}"
+        )
     for contender, row in others.items() if ours else ():
-        missed += [f"linear_kl_div: {key} above {contender}'s" for key in ("median_ms", "peak_bytes") if ours[key] > row[key]]
+        missed += [
+            f"linear_kl_div: {key} above {contender}'s" for key in ("median_ms", "peak_bytes") if ours[key] > row[key]
+        ]
     return missed
 
 
@@ -113,7 +130,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     pairs = [(row, eager) for row, eager in compared if eager is not None and row["contender"] != "eager"]
     labels = [f"{row['op']}  {row['case']}\n{row['contender']}" for row, _ in pairs]
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.5 + 0.42 * len(pairs)), sharey=True, layout="constrained")
-    for axis, key, title in zip(axes, ("median_ms", "peak_bytes"), ("time, eager = 1", "peak memory above inputs, eager = 1")):
+    for axis, key, title in zip(
+        axes, ("median_ms", "peak_bytes"), ("time, eager = 1", "peak memory above inputs, eager = 1")
+    ):
         axis.barh(labels, [row[key] / max(eager[key], 1e-9) for row, eager in pairs], color="#3b6ea5")
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xlabel(title)

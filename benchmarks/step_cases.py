@@ -41,7 +41,9 @@ Weights = Literal["float32", "bfloat16", "nf4"]
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the benchmark. Without ``source`` it is a tiny one made here; ``random`` makes weights of the source's shape."""
+    """A model of the benchmark. Without ``source`` it is a tiny one made here; ``random`` makes weights of the source's
+    shape.
+    """
 
     name: str
     window: tuple[int, int]
@@ -67,7 +69,9 @@ TINY_SHAPE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One group of rows: a model, how its weights are held, a batch size and a length distribution. ``width``: what eager pads to."""
+    """One group of rows: a model, how its weights are held, a batch size and a length distribution. ``width``: what
+    eager pads to.
+    """
 
     model: Model
     weights: Weights
@@ -102,24 +106,35 @@ class Case:
                 device=device.type,
             ),
             objective=self.objective,
-            data=DataConfig(sources=[SourceConfig(path="demo")], max_prompt_tokens=self.width // 2, max_answer_tokens=self.width // 2),
+            data=DataConfig(
+                sources=[SourceConfig(path="demo")],
+                max_prompt_tokens=self.width // 2,
+                max_answer_tokens=self.width // 2,
+            ),
             training=TrainingConfig(examples=self.examples),
         )
 
     def batch(self, vocabulary: int) -> Batch:
-        """B safe, unsafe, pair and retain examples of random tokens: of 101 draws of the published lengths the one with the median number
-        of tokens, or every sequence as long as the width."""
+        """B safe, unsafe, pair and retain examples of random tokens: of 101 draws of the published lengths the one with
+        the median number of tokens, or every sequence as long as the width.
+        """
         if self.lengths == "all-1024":
             full = Sequence((1,) * self.width, self.width // 2)
             chat = Sequence((1,) * self.width, 0)
             each = (full,) * self.examples
-            return _with_tokens(Batch(each, each, (PairSequence(full, full),) * self.examples, (chat,) * self.examples), vocabulary)
-        draws = sorted((published_batch(self.examples, self.limits, True, seed) for seed in range(DRAWS)), key=real_tokens)
+            return _with_tokens(
+                Batch(each, each, (PairSequence(full, full),) * self.examples, (chat,) * self.examples), vocabulary
+            )
+        draws = sorted(
+            (published_batch(self.examples, self.limits, True, seed) for seed in range(DRAWS)), key=real_tokens
+        )
         return _with_tokens(draws[DRAWS // 2], vocabulary)
 
     def batches(self, vocabulary: int, count: int) -> list[Batch]:
         """Different micro-batches of the published lengths."""
-        return [_with_tokens(published_batch(self.examples, self.limits, True, seed), vocabulary) for seed in range(count)]
+        return [
+            _with_tokens(published_batch(self.examples, self.limits, True, seed), vocabulary) for seed in range(count)
+        ]
 
 
 @cache
@@ -141,7 +156,13 @@ def cases_for(device: torch.device, smoke: bool) -> list[Case]:
     if device.type != "cuda":
         return [Case(SMOLLM, "float32", 2, lengths) for lengths in kinds]
     held: tuple[Weights, ...] = ("nf4", "bfloat16")
-    return [Case(model, weights, n, lengths) for model in (LLAMA, MISTRAL) for weights in held for n in (4, 1) for lengths in kinds]
+    return [
+        Case(model, weights, n, lengths)
+        for model in (LLAMA, MISTRAL)
+        for weights in held
+        for n in (4, 1)
+        for lengths in kinds
+    ]
 
 
 def _with_tokens(batch: Batch, vocabulary: int) -> Batch:
@@ -175,7 +196,9 @@ def load_base(case: Case, device: torch.device) -> Any:
     shape, _ = model_shape(case.config(device).model)
     torch.manual_seed(0)
     with device:
-        base: Any = AutoModelForCausalLM.from_config(shape, dtype=DTYPES["bfloat16" if case.weights == "nf4" else case.weights])
+        base: Any = AutoModelForCausalLM.from_config(
+            shape, dtype=DTYPES["bfloat16" if case.weights == "nf4" else case.weights]
+        )
     base.requires_grad_(False).eval()
     if case.weights == "nf4":
         quantize_nf4(base, torch.bfloat16, True, device)
@@ -214,7 +237,8 @@ def streams_of(case: Case, model: Any, batch: Batch) -> list[Stream]:
 
 
 def needed_flops(case: Case, model: Any, batch: Batch, recomputed: int) -> int:
-    """Matrix FLOP that a step cannot avoid on real tokens: reference, adapted pass, input gradients, head, and ``recomputed`` blocks.
+    """Matrix FLOP that a step cannot avoid on real tokens: reference, adapted pass, input gradients, head, and
+    ``recomputed`` blocks.
 
     Padding, blocks beyond a stream's last tapped hidden state and unread logits are not counted; attention is causal.
     """

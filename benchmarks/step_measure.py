@@ -24,8 +24,9 @@ from repbend_fast.models import find_decoder, trainable_parameters
 from repbend_fast.planning.tracker import module_tensors, tensor_bytes
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "nf4": 0.25}
-"""Largest relative error of a term or of the gradient against the first baseline that ran. 16-bit logits and states are some
-percent off on either side (DESIGN section 4); a zero, sign-flipped or shifted gradient is off by 1 or more."""
+"""Largest relative error of a term or of the gradient against the first baseline that ran. 16-bit logits and states are
+some percent off on either side (DESIGN section 4); a zero, sign-flipped or shifted gradient is off by 1 or more.
+"""
 
 
 OUT_OF_MEMORY = "out of memory"
@@ -90,8 +91,8 @@ class Measured:
 def measure_case(
     case: Case, base: Any, sides: Sequence[Side], rounds: int, matrix: float, found: list[Measured] | None = None
 ) -> list[Measured]:
-    """Every side on the same batch: gradients compared with dropout off, then with the published dropout one step of each for memory and
-    ``rounds`` of one step of each in turn for time.
+    """Every side on the same batch: gradients compared with dropout off, then with the published dropout one step of
+    each for memory and ``rounds`` of one step of each in turn for time.
 
     A side that runs out of memory, disagrees or cannot keep its budget has the reason in ``failure``.
 
@@ -113,7 +114,10 @@ def measure_case(
                     _guarded(measured, partial(_time, side, case, model, batch, measured))
         finally:
             for measured in found:
-                measured.model_bytes, measured.flops = model_bytes, needed_flops(case, model, batch, measured.recomputed)
+                measured.model_bytes, measured.flops = (
+                    model_bytes,
+                    needed_flops(case, model, batch, measured.recomputed),
+                )
     return found
 
 
@@ -180,9 +184,11 @@ def _remember_peak(side: Side, case: Case, model: Any, batch: Batch, measured: M
 
 
 def train_within(case: Case, base: Any, budget: str, steps: int) -> dict[str, Any]:
-    """``steps`` optimizer steps on different micro-batches under the levers planned for ``budget``, on CUDA with the process capped at it.
+    """``steps`` optimizer steps on different micro-batches under the levers planned for ``budget``, on CUDA with the
+    process capped at it.
 
-    Returns the record's row: seconds of all steps after the first, and the most bytes allocated at one time (CUDA only).
+    Returns the record's row: seconds of all steps after the first, and the most bytes allocated at one time (CUDA
+    only).
     """
     batches = case.batches(base.config.get_text_config().vocab_size, steps)
     side = Side(f"ours {budget}", budget=budget)

@@ -3,9 +3,9 @@
     python benchmarks/step_profile.py --cases real --sides "ours fast" --threads 2
     python benchmarks/step_profile.py --cases llama3-8b-nf4-b4 --sides "ours,ours 8GB"      # on a GPU
 
-The cases and sides of ``test_train_step.py``, and an optimizer step. ``seconds`` is measured without the profiler, the rest with it.
-On a GPU a part's seconds are its kernels', and ``idle`` is what the step takes beyond the time in which any kernel runs.
-The record is ``benchmarks/results/step_profile_<hardware>.json``.
+The cases and sides of ``test_train_step.py``, and an optimizer step. ``seconds`` is measured without the profiler, the
+rest with it. On a GPU a part's seconds are its kernels', and ``idle`` is what the step takes beyond the time in which
+any kernel runs. The record is ``benchmarks/results/step_profile_<hardware>.json``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def profile_side(case: Case, model: Any, side: Side, rounds: int, optimizer: str
     device = find_decoder(model).device
     kept = [p.detach().clone() for p in trainable_parameters(model)]
     with set_up(side, case, model, LORA.dropout) as stepper:
-        updates = build_optimizer(trainable_parameters(model), TrainingConfig(optimizer=optimizer, examples=case.examples))
+        updates = build_optimizer(
+            trainable_parameters(model), TrainingConfig(optimizer=optimizer, examples=case.examples)
+        )
 
         def step() -> None:
             with torch.profiler.record_function("repbend: step"):  # so that time in Python between the parts has a name
@@ -59,7 +61,13 @@ def profile_side(case: Case, model: Any, side: Side, rounds: int, optimizer: str
             parameter.copy_(value)
     slices, marked = read(profile, device.type == "cuda")
     parts = add_up(slices, marked)
-    row: Row = {"case": case.name, "side": side.name, "optimizer": optimizer, "tokens": real_tokens(batch), "levers": stepper.levers}
+    row: Row = {
+        "case": case.name,
+        "side": side.name,
+        "optimizer": optimizer,
+        "tokens": real_tokens(batch),
+        "levers": stepper.levers,
+    }
     row |= {"seconds": round(seconds, 5), "seconds_profiled": round(profiled, 5)}
     if device.type == "cuda":
         row["idle_seconds"] = round(max(0.0, seconds - busy_seconds(slices)), 5)
@@ -117,7 +125,9 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = [c for c in cases_for(device, arguments.smoke) if any(part in c.name for part in arguments.cases.split(","))]
+    cases = [
+        c for c in cases_for(device, arguments.smoke) if any(part in c.name for part in arguments.cases.split(","))
+    ]
     known_sides = {s.name: s for s in sides_for(device, arguments.smoke)}
     sides = [known_sides[name] for name in arguments.sides.split(",") if name in known_sides]
     if not cases or not sides:

@@ -31,7 +31,12 @@ class StepRecord:
         kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "trained": []}
         header = environment() | {"gemm_tflop_per_s": round(machine.matrix / 1e12, 3)}
         rows = _merged(kept["rows"], self.rows, header)
-        record = {**header, "rows": rows, "ratios": ratios_of(rows), "trained": _merged(kept["trained"], self.trained, header)}
+        record = {
+            **header,
+            "rows": rows,
+            "ratios": ratios_of(rows),
+            "trained": _merged(kept["trained"], self.trained, header),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -50,7 +55,9 @@ def ratios_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             other = done.get((case, baseline))
             if other is not None and side != baseline:
                 found[f"times_faster_than_{word}"] = round(other["seconds_median"] / row["seconds_median"], 3)
-                found[f"memory_share_of_{word}"] = round(row["peak_bytes_above_model"] / other["peak_bytes_above_model"], 4)
+                found[f"memory_share_of_{word}"] = round(
+                    row["peak_bytes_above_model"] / other["peak_bytes_above_model"], 4
+                )
         if len(found) > 2:
             ratios.append(found)
     return ratios
@@ -60,7 +67,8 @@ def step_table(record: dict[str, Any]) -> str:
     """One line per case and side."""
     ratios = {(r["case"], r["side"]): r for r in record["ratios"]}
     lines = [
-        f"{record['hardware']}, {record['threads']} CPU thread(s), torch {record['versions']['torch']}, commit {record['commit']}, "
+        f"{record['hardware']}, {record['threads']} CPU thread(s), torch {record['versions']['torch']}, commit "
+        f"{record['commit']}, "
         f"{record['date']}; GEMM {record['gemm_tflop_per_s']} TFLOP/s",
         f"{'case':34} {'side':12} {'s':>9} {'tokens/s':>9} {'matrix':>7} {'GB above':>9} {'total':>7} {'vs eager':>16} "
         f"{'vs peft+liger':>16} {'loss error':>11} {'gradient':>9}",
@@ -71,17 +79,24 @@ def step_table(record: dict[str, Any]) -> str:
             continue
         own = ratios.get((row["case"], row["side"]), {})
         against = [
-            f"{own[f'times_faster_than_{b}']:.2f}x {own[f'memory_share_of_{b}']:.3f}" if f"times_faster_than_{b}" in own else ""
+            f"{own[f'times_faster_than_{b}']:.2f}x {own[f'memory_share_of_{b}']:.3f}"
+            if f"times_faster_than_{b}" in own
+            else ""
             for b in ("eager", "peft_liger")
         ]
         lines.append(
-            f"{row['case']:34} {row['side']:12} {row['seconds_median']:9.3f} {row['tokens_per_second']:9.1f} {row['matrix_fraction']:7.2f} "
-            f"{row['peak_bytes_above_model'] / 1e9:9.3f} {row['peak_bytes_total'] / 1e9:7.2f} {against[0]:>16} {against[1]:>16} "
+            f"{row['case']:34} {row['side']:12} {row['seconds_median']:9.3f} {row['tokens_per_second']:9.1f} "
+            f"{row['matrix_fraction']:7.2f} "
+            f"{row['peak_bytes_above_model'] / 1e9:9.3f} {row['peak_bytes_total'] / 1e9:7.2f} {against[0]:>16} "
+            f"{against[1]:>16} "
             f"{row['loss_relative_error']:11.1e} {row['gradient_relative_error']:9.1e}"
         )
     for row in record["trained"]:
         allocated = f", {row['peak_bytes_allocated'] / 1e9:.2f} GB allocated" if "peak_bytes_allocated" in row else ""
-        lines.append(f"{row['case']:34} {row['steps']} steps in {row['budget']}: {row['tokens_per_second']:.1f} tokens/s{allocated}")
+        lines.append(
+            f"{row['case']:34} {row['steps']} steps in {row['budget']}: {row['tokens_per_second']:.1f} "
+            f"tokens/s{allocated}"
+        )
     return "\n".join(lines)
 
 
@@ -98,7 +113,8 @@ def missed_step_goals(record: dict[str, Any]) -> list[str]:
     missed = [
         f"{row['case']} {row['side']}: error above {FLOAT32_ERROR:g}"
         for row in record["rows"]
-        if "-float32-" in row["case"] and max(row.get("loss_relative_error", 0), row.get("gradient_relative_error", 0)) > FLOAT32_ERROR
+        if "-float32-" in row["case"]
+        and max(row.get("loss_relative_error", 0), row.get("gradient_relative_error", 0)) > FLOAT32_ERROR
     ]
     compared = [r for r in record["ratios"] if r["side"].startswith("ours") and "times_faster_than_eager" in r]
     for case in sorted({r["case"] for r in compared if not r["case"].startswith("tiny")}):
@@ -107,14 +123,20 @@ def missed_step_goals(record: dict[str, Any]) -> list[str]:
             reached = any(r["times_faster_than_eager"] >= speed and r["memory_share_of_eager"] <= memory for r in found)
             if case.endswith(lengths) and found and not reached:
                 missed.append(f"{case} {side or 'ours'}: not {speed} times faster with {memory:.3f} of eager's memory")
-    return missed + _missed_on_a_gpu([row for row in record["rows"] if "failure" not in row and row["side"].startswith("ours")])
+    return missed + _missed_on_a_gpu(
+        [row for row in record["rows"] if "failure" not in row and row["side"].startswith("ours")]
+    )
 
 
 def _missed_on_a_gpu(rows: list[Row]) -> list[str]:
     missed = []
     seconds = {(row["case"], row["side"]): row["seconds_median"] for row in rows}
     for case, side in seconds:
-        if side == "ours 12GB" and case.endswith("real") and seconds.get((case, "ours"), 0.0) < 0.9 * seconds[case, side]:
+        if (
+            side == "ours 12GB"
+            and case.endswith("real")
+            and seconds.get((case, "ours"), 0.0) < 0.9 * seconds[case, side]
+        ):
             missed.append(f"{case} ours 12GB: below 0.9 of the uncapped speed")
     for case in sorted({row["case"] for row in rows if "-float32-" not in row["case"]}):
         best = max(row["matrix_fraction"] for row in rows if row["case"] == case)

@@ -33,7 +33,8 @@ Terms = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Side:
-    """One contender. ``memory``: our step under these settings, piece sizes being for a width of 1024; None for a baseline.
+    """One contender. ``memory``: our step under these settings, piece sizes being for a width of 1024; None for a
+    baseline.
 
     ``budget``: our step under the levers that the planner chooses for it, on CUDA in a process that is capped at it.
     """
@@ -64,7 +65,8 @@ class NotPlanned(Exception):
 class Stepper:
     """A side set up on ``model``: ``step(batch)`` adds the gradient to its adapter and returns the unweighted terms.
 
-    ``blocks`` are recomputed by a baseline; ours has a ``runner``. ``retreats``: what running out of memory has changed.
+    ``blocks`` are recomputed by a baseline; ours has a ``runner``. ``retreats``: what running out of memory has
+    changed.
     """
 
     model: Any
@@ -110,9 +112,11 @@ def adapted(case: Case, base: Any) -> Iterator[Any]:
 
 @contextmanager
 def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepper]:
-    """The side on an ``adapted`` model without gradients, on CUDA with Liger's layers for all but ``eager``, and under its cap.
+    """The side on an ``adapted`` model without gradients, on CUDA with Liger's layers for all but ``eager``, and under
+    its cap.
 
-    Baselines run PEFT's own LoRA layers with their own dropout, ours what ``models.surgery`` makes of them. The model is left as it was.
+    Baselines run PEFT's own LoRA layers with their own dropout, ours what ``models.surgery`` makes of them. The model
+    is left as it was.
     """
     device = find_decoder(model).device
     with _capped(side, device), ExitStack() as left:
@@ -187,10 +191,13 @@ def _capped(side: Side, device: torch.device) -> Iterator[None]:
     if size is None or device.type != "cuda":
         yield
         return
-    # What earlier sides left in the allocator's cache counts against the cap; so does, on a real card, the process's context.
+    # What earlier sides left in the allocator's cache counts against the cap; so does, on a real card, the process's
+    # context.
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((size - CUDA_CONTEXT) / torch.cuda.get_device_properties(device).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        (size - CUDA_CONTEXT) / torch.cuda.get_device_properties(device).total_memory
+    )
     try:
         yield
     finally:

@@ -3,9 +3,9 @@
     pytest benchmarks/test_circuit_breaker_step.py --threads 2             # SmolLM2-135M at real lengths
     pytest benchmarks/test_circuit_breaker_step.py --smoke                 # a tiny model: does it still run?
 
-A step is the losses and the gradient of one micro-batch, halfway through the schedule. Gradients are compared with dropout off
-before anything is timed; then each round runs one step of every side in turn. Goal: a setting of the levers that is at least 2 x
-faster with at most a quarter of the memory above the model, at real lengths.
+A step is the losses and the gradient of one micro-batch, halfway through the schedule. Gradients are compared with
+dropout off before anything is timed; then each round runs one step of every side in turn. Goal: a setting of the levers
+that is at least 2 x faster with at most a quarter of the memory above the model, at real lengths.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def test_circuit_breaker_step(request: pytest.FixtureRequest, machine: Machine, 
         values["memory_share"] = round(values["peak_bytes"] / eager["peak_bytes"], 4)
     path: Path | None = request.config.getoption("--results")
     if path or not smoke:
-        rows = [{"op": "circuit_breaker_step", "case": f"{case.name}-{side}", **values} for side, values in found.items()]
+        rows = [
+            {"op": "circuit_breaker_step", "case": f"{case.name}-{side}", **values} for side, values in found.items()
+        ]
         write_record(path or RESULTS / f"circuit_breaker_step_{hardware_slug()}.json", rows, machine, whole=True)
     if not smoke:
         reached = {side: (v["times_faster"], v["memory_share"]) for side, v in found.items()}

@@ -4,10 +4,11 @@
     pytest benchmarks/test_train_step.py --cases real --sides "eager,ours" --rounds 3
     pytest benchmarks/test_train_step.py --smoke --results FILE               # a tiny model: does it still run?
 
-A step is the losses and the gradient of one micro-batch; the optimizer is not part of it. All sides use the same frozen model,
-adapter values and batch. With dropout off their terms and gradients are compared with the first side's; a side that disagrees
-is not timed. Then, with the published dropout, one step of every side measures memory, and each round runs one of every side in turn.
-pytest-benchmark cannot interleave, so it is given the recorded rounds to report: its clock here replays them.
+A step is the losses and the gradient of one micro-batch; the optimizer is not part of it. All sides use the same frozen
+model, adapter values and batch. With dropout off their terms and gradients are compared with the first side's; a side
+that disagrees is not timed. Then, with the published dropout, one step of every side measures memory, and each round
+runs one of every side in turn. pytest-benchmark cannot interleave, so it is given the recorded rounds to report: its
+clock here replays them.
 
 The record is ``benchmarks/results/train_step_<hardware>.json``.
 """
@@ -54,7 +55,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     cases = [c for c in cases_for(DEVICE, option("--smoke")) if _selected(c.name, option("--cases"))]
     if "side" in metafunc.fixturenames:
-        # Not of the module's scope, as the case is: pytest would take the cases in turn, and measure each anew for every side.
+        # Not of the module's scope, as the case is: pytest would take the cases in turn, and measure each anew for
+        # every side.
         metafunc.parametrize("side", _sides(metafunc.config), ids=lambda s: s.name)
     else:
         # The published batch and lengths, as a user of a small card would train.
@@ -104,7 +106,9 @@ def record(request: pytest.FixtureRequest, machine: Machine, smoke: bool) -> Ite
 
 
 @pytest.fixture(scope="module")
-def measured(case: Case, base: Any, record: StepRecord, machine: Machine, request: pytest.FixtureRequest) -> dict[str, Measured]:
+def measured(
+    case: Case, base: Any, record: StepRecord, machine: Machine, request: pytest.FixtureRequest
+) -> dict[str, Measured]:
     """All sides of one case."""
     rounds = 1 if request.config.getoption("--smoke") else request.config.getoption("--rounds")
     found: list[Measured] = []

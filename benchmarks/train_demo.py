@@ -24,7 +24,16 @@ RESULT = Path(__file__).parent / "results" / "demo.json"
 def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """One demo run; its two evaluations by key, the step that was kept and the run's seconds."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "repbend_fast.cli", "train", "demo", f"training.seed={seed}", f"output.folder={folder}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "repbend_fast.cli",
+        "train",
+        "demo",
+        f"training.seed={seed}",
+        f"output.folder={folder}",
+        *overrides,
+    ]
     subprocess.run(command, check=True)
     return entry(seed, folder, time.perf_counter() - started)
 
@@ -32,7 +41,9 @@ def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
 def entry(seed: int, folder: Path, seconds: float) -> dict[str, Any]:
     """A finished run's line of the record, without what was not measured."""
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    sides = {side: {key: evaluation[side][key] for key in KEYS if key in evaluation[side]} for side in ("before", "after")}
+    sides = {
+        side: {key: evaluation[side][key] for key in KEYS if key in evaluation[side]} for side in ("before", "after")
+    }
     counts = evaluation["after"]["counts"]
     return {"seed": seed, **sides, "seconds": round(seconds, 1), "best_step": evaluation["best_step"], "counts": counts}
 
@@ -54,7 +65,9 @@ def main() -> int:
     for seed in arguments.seeds:
         found = run_seed(seed, arguments.folder / f"seed-{seed}", arguments.overrides)
         where = environment()
-        seeds = sorted([*_others(arguments.out, where["commit"], arguments.overrides, seed), found], key=lambda each: each["seed"])
+        seeds = sorted(
+            [*_others(arguments.out, where["commit"], arguments.overrides, seed), found], key=lambda each: each["seed"]
+        )
         record = {**where, "overrides": arguments.overrides, "seeds": seeds}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

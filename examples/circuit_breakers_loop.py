@@ -2,8 +2,8 @@
 
     python examples/circuit_breakers_loop.py
 
-Retain states stay (distance in every hidden state), forget states turn away from their own direction (relu of the cosine in two
-layers), and the weight moves from the second to the first over the run.
+Retain states stay (distance in every hidden state), forget states turn away from their own direction (relu of the
+cosine in two layers), and the weight moves from the second to the first over the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def reference_states(model: torch.nn.Module, ids: Tensor) -> Sequence[Tensor]:
         return states(model, ids)
 
 
-def terms(model: torch.nn.Module, retain: tuple[Tensor, Tensor], forget: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def terms(
+    model: torch.nn.Module, retain: tuple[Tensor, Tensor], forget: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """``(retain, forget)``: the published means over layers and real tokens."""
     (retain_ids, retain_mask), (forget_ids, forget_mask) = retain, forget
     references = reference_states(model, retain_ids)

@@ -1,8 +1,10 @@
-"""KL distillation from the same model with its adapter off, through ``linear_kl_div``: no logits of either pass are kept.
+"""KL distillation from the same model with its adapter off, through ``linear_kl_div``: no logits of either pass are
+kept.
 
     python examples/distill_from_own_base.py
 
-The adapter learns new sequences; the KL term keeps its next-token distribution on other text where the base model has it.
+The adapter learns new sequences; the KL term keeps its next-token distribution on other text where the base model has
+it.
 """
 
 from __future__ import annotations

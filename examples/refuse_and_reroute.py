@@ -8,7 +8,8 @@ Put the module where Python finds it (the folder that you start from will do) an
       name: refuse_and_reroute:RefuseAndReroute
       settings: {layers: [9, 19], reroute: 2.0}
 
-The streams are all that an objective says: reference passes, memory levers, QLoRA, checkpoints and the guard come with them.
+The streams are all that an objective says: reference passes, memory levers, QLoRA, checkpoints and the guard come with
+them.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ class RefuseAndReroute:
     def __init__(self, settings: Mapping[str, Any], num_blocks: int, steps: int | None = None) -> None:
         unknown = settings.keys() - DEFAULTS.keys()
         if unknown:
-            raise UserError(f"objective.settings: unknown key {', '.join(sorted(unknown))}; known are {', '.join(DEFAULTS)}")
+            raise UserError(
+                f"objective.settings: unknown key {', '.join(sorted(unknown))}; known are {', '.join(DEFAULTS)}"
+            )
         self.settings = {**DEFAULTS, **settings}
         self.layers = tuple(self.settings["layers"])
         if not 0 < max(self.layers) <= num_blocks:
-            raise UserError(f"objective.settings.layers={list(self.layers)}: this model has hidden states 0 … {num_blocks}")
+            raise UserError(
+                f"objective.settings.layers={list(self.layers)}: this model has hidden states 0 … {num_blocks}"
+            )
         self.last_state = num_blocks
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
@@ -49,7 +54,16 @@ class RefuseAndReroute:
             Stream(
                 "unsafe",
                 unsafe,
-                (Distance("reroute", self.layers, rerouted, settings["reroute"], count(rerouted) * len(self.layers), kind="relu_cosine"),),
+                (
+                    Distance(
+                        "reroute",
+                        self.layers,
+                        rerouted,
+                        settings["reroute"],
+                        count(rerouted) * len(self.layers),
+                        kind="relu_cosine",
+                    ),
+                ),
             ),
             Stream("retain", batch.retain, (HeadKL("kl", kept, settings["keep"], count(kept), temperature=2.0),)),
         ]

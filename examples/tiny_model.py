@@ -1,4 +1,6 @@
-"""A tiny random Llama with a LoRA adapter, so that the examples run anywhere in seconds. Put your own model in its place."""
+"""A tiny random Llama with a LoRA adapter, so that the examples run anywhere in seconds. Put your own model in its
+place.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def build() -> PeftModel:
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
     model = get_peft_model(LlamaForCausalLM(config), lora)
     assert isinstance(model, PeftModel)
     return model

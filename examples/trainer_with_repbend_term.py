@@ -2,8 +2,9 @@
 
     python examples/trainer_with_repbend_term.py
 
-Each example carries a safe and an unsafe sequence. States of the safe one are kept where the model without its adapter has them,
-states of the unsafe one are pushed away, over a window of layers. The tuples of ``output_hidden_states`` go in as they come.
+Each example carries a safe and an unsafe sequence. States of the safe one are kept where the model without its adapter
+has them, states of the unsafe one are pushed away, over a window of layers. The tuples of ``output_hidden_states`` go
+in as they come.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@
     print(run.evaluation.after["attack_direct"])
     export(run.folder, "my-safe-model")
 
-Importing this package is quick and imports no torch; a function imports what it needs when it is called. ``docs/python.md`` has the rest.
+Importing this package is quick and imports no torch; a function imports what it needs when it is called.
+``docs/python.md`` has the rest.
 """
 
 from repbend_fast.api import evaluate, export, load_config, plan, train

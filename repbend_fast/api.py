@@ -1,7 +1,8 @@
 """What ``repbend-fast`` does, as functions. The command line calls the same ones.
 
-Nothing here prints, ends the process or leaves a handler of signals behind. What a command would print goes to ``say``, line by line
-(``say=print``), and nowhere without it. Bad input is a :class:`~repbend_fast.errors.UserError` with one line that names it and the remedy.
+Nothing here prints, ends the process or leaves a handler of signals behind. What a command would print goes to ``say``,
+line by line (``say=print``), and nowhere without it. Bad input is a :class:`~repbend_fast.errors.UserError` with one
+line that names it and the remedy.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder after training. ``interrupted``: Ctrl-C or SIGTERM ended it early; ``train(resume=run.folder)`` goes on."""
+    """A run's folder after training. ``interrupted``: Ctrl-C or SIGTERM ended it early; ``train(resume=run.folder)``
+    goes on.
+    """
 
     folder: Path
     interrupted: bool = False
@@ -37,7 +40,9 @@ class Run:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """What was measured before and after training; None without ``evaluation.prompts``, or before the run is finished."""
+        """What was measured before and after training; None without ``evaluation.prompts``, or before the run is
+        finished.
+        """
         from repbend_fast.evaluation.sides import Evaluation, read_evaluation
 
         path = self.folder / "evaluation.json"
@@ -45,21 +50,27 @@ class Run:
         return Evaluation(found["before"], found["after"], path) if "before" in found and "after" in found else None
 
 
-def load_config(recipe: PathLike | Config, overrides: Overrides = (), *, overlays: Overlays = (), say: Say | None = None) -> Config:
+def load_config(
+    recipe: PathLike | Config, overrides: Overrides = (), *, overlays: Overlays = (), say: Say | None = None
+) -> Config:
     """The whole configuration of a run, checked. Reads no weights and no data.
 
     Args:
-        recipe: name of a shipped recipe (``repbend-fast recipes ls``), path of a YAML file, or a configuration, which stays as it is.
-        overrides: settings on top, ``{"training.steps": 60}`` or as on a command line, ``["training.steps=60"]``. The last word of a
-            key is enough where it is unambiguous, and the argument names of the published ``train.sh`` are known.
-        overlays: names of shipped overlays (``"qlora"``) or paths of YAML files, which go on top of the recipe in their order.
+        recipe: name of a shipped recipe (``repbend-fast recipes ls``), path of a YAML file, or a configuration, which
+            stays as it is.
+        overrides: settings on top, ``{"training.steps": 60}`` or as on a command line, ``["training.steps=60"]``. The
+            last word of a key is enough where it is unambiguous, and the argument names of the published ``train.sh``
+            are known.
+        overlays: names of shipped overlays (``"qlora"``) or paths of YAML files, which go on top of the recipe in their
+            order.
         say: receives a line for each setting that is accepted without effect.
 
     Returns:
         A pydantic model: ``config.training.steps``. Assignment is validated.
 
     Raises:
-        UserError: an unknown or ambiguous key, a value that is not allowed, settings that exclude each other, a file that is not there.
+        UserError: an unknown or ambiguous key, a value that is not allowed, settings that exclude each other, a file
+            that is not there.
     """
     from repbend_fast.config import load_config as load
 
@@ -75,23 +86,28 @@ def train(
     resume: bool | PathLike = False,
     say: Say | None = None,
 ) -> Run:
-    """Train an adapter, keep the best one, and measure the model before and after where ``evaluation.prompts`` asks for it.
+    """Train an adapter, keep the best one, and measure the model before and after where ``evaluation.prompts`` asks for
+    it.
 
-    An earlier run in ``output.folder`` is moved aside, never overwritten. While it trains, the first Ctrl-C or SIGTERM finishes the step
-    and saves, the second raises; the handlers that were there before come back. Only the main thread can listen to them.
+    An earlier run in ``output.folder`` is moved aside, never overwritten. While it trains, the first Ctrl-C or SIGTERM
+    finishes the step and saves, the second raises; the handlers that were there before come back. Only the main thread
+    can listen to them.
 
     Args:
-        config: a configuration, or a recipe as :func:`load_config` takes it. None only to resume a folder by its own configuration.
+        config: a configuration, or a recipe as :func:`load_config` takes it. None only to resume a folder by its own
+            configuration.
         overrides, overlays: as in :func:`load_config`; on top of the folder's own configuration where a run is resumed.
-        resume: the folder of a run to go on with, from its last checkpoint; True for the configuration's ``output.folder``.
-        say: receives what a command line shows: notes, the plan for a memory budget, a line per logged step, validations, tables.
+        resume: the folder of a run to go on with, from its last checkpoint; True for the configuration's
+            ``output.folder``.
+        say: receives what a command line shows: notes, the plan for a memory budget, a line per logged step,
+            validations, tables.
 
     Returns:
         The run: its ``folder``, the ``adapter``, whether it was ``interrupted``, and the ``evaluation``.
 
     Raises:
-        UserError: anything in configuration, data, model or folder that must be mended; memory or disk that ran out; a loss that is not
-            finite. Checkpoints that were saved stay.
+        UserError: anything in configuration, data, model or folder that must be mended; memory or disk that ran out; a
+            loss that is not finite. Checkpoints that were saved stay.
         KeyboardInterrupt: the second Ctrl-C, or one outside the training steps.
     """
     from repbend_fast.config import check_files
@@ -118,13 +134,15 @@ def evaluate(
 
     Args:
         target: the folder of a run, a recipe as :func:`load_config` takes it, or a configuration.
-        overrides, overlays: as in :func:`load_config`; ``{"evaluation.prompts.path": "harmbench.csv"}`` asks other prompts.
-        out: where the JSON goes. By default a run's ``evaluation.json``, ``evaluation-PROMPTS.json`` beside it where prompts or
-            settings are not the run's own, and no file for a recipe.
+        overrides, overlays: as in :func:`load_config`; ``{"evaluation.prompts.path": "harmbench.csv"}`` asks other
+            prompts.
+        out: where the JSON goes. By default a run's ``evaluation.json``, ``evaluation-PROMPTS.json`` beside it where
+            prompts or settings are not the run's own, and no file for a recipe.
         say: receives the table and the file's name.
 
     Returns:
-        ``before`` without adapter and, for a run, ``after`` with it: rates from 0 to 1 by name, such as ``after["attack_direct"]``.
+        ``before`` without adapter and, for a run, ``after`` with it: rates from 0 to 1 by name, such as
+        ``after["attack_direct"]``.
 
     Raises:
         UserError: a run without an adapter, prompts or data that cannot be read, a file that cannot be written.
@@ -145,7 +163,8 @@ def evaluate(
 def export(run: PathLike, out: PathLike | None = None, *, say: Say | None = None) -> Path:
     """Merge a run's adapter into its model and save an ordinary transformers folder: safetensors and tokenizer.
 
-    A run on NF4 weights is merged into the unquantised base, another model than the one that was measured; ``say`` gets a line about it.
+    A run on NF4 weights is merged into the unquantised base, another model than the one that was measured; ``say`` gets
+    a line about it.
 
     Args:
         run: the folder of a run.
@@ -191,7 +210,8 @@ def plan(
         The plan: ``total_bytes``, ``seconds_per_step``, ``as_dict()``, ``lines()``.
 
     Raises:
-        UserError: an unknown card, a model that cannot be planned, or a budget that cannot be kept, with the smallest that can.
+        UserError: an unknown card, a model that cannot be planned, or a budget that cannot be kept, with the smallest
+            that can.
     """
     with saying(say):
         settings = load_config(config, overrides, overlays=overlays, say=say)

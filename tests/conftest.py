@@ -1,4 +1,6 @@
-"""Settings of all tests: no network, no tokenizer threads, no progress bars, GPU tests skipped with a reason where there is no GPU."""
+"""Settings of all tests: no network, no tokenizer threads, no progress bars, GPU tests skipped with a reason where
+there is no GPU.
+"""
 
 from __future__ import annotations
 

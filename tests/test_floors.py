@@ -1,6 +1,8 @@
-"""Which way the house looks: a room imports from the rooms above it and from itself. ``docs/architecture.md`` has the list and its reasons.
+"""Which way the house looks: a room imports from the rooms above it and from itself. ``docs/architecture.md`` has the
+list and its reasons.
 
-Imports inside functions and those for types alone count like any other, and so does a module named to ``import_module``.
+Imports inside functions and those for types alone count like any other, and so does a module named to
+``import_module``.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ Sources = Mapping[str, str]
 
 def sources() -> dict[str, str]:
     folder = ROOT / PACKAGE
-    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))
+    }
 
 
 def room_of(path: str) -> str:
@@ -139,16 +143,25 @@ def test_every_file_that_architecture_names_is_there() -> None:
 
 def test_tests_mirror_the_rooms_and_share_through_one_path() -> None:
     tests = ROOT / "tests"
-    assert {path.relative_to(tests).parts[0] for path in tests.rglob("*.py") if path.parent != tests} <= FOLDERS_OF_TESTS
+    assert {
+        path.relative_to(tests).parts[0] for path in tests.rglob("*.py") if path.parent != tests
+    } <= FOLDERS_OF_TESTS
     for path in sorted(tests.rglob("*.py")):
         edits = [
-            n.lineno for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute) and _is_sys_path(n)
+            n.lineno
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Attribute) and _is_sys_path(n)
         ]
         assert not edits, f"{path}: {edits}: sys.path; `pythonpath` in pyproject.toml names the folders"
 
 
 def _is_sys_path(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and node.attr == "path" and isinstance(node.value, ast.Name) and node.value.id == "sys"
+    return (
+        isinstance(node, ast.Attribute)
+        and node.attr == "path"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "sys"
+    )
 
 
 def _imported_anywhere(path: Path) -> Iterator[str]:
@@ -209,5 +222,7 @@ def test_a_ring_is_found_whatever_the_order() -> None:
 
 
 def test_equal_names_are_found() -> None:
-    assert equal_names({"data/load.py": "", "models/layers/load.py": "", "models/__init__.py": "", "step/__init__.py": ""}) == ["load.py"]
+    assert equal_names(
+        {"data/load.py": "", "models/layers/load.py": "", "models/__init__.py": "", "step/__init__.py": ""}
+    ) == ["load.py"]
     assert equal_names({"models/base.py": "", "models/layers/base.py": ""}) == []

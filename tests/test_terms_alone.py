@@ -23,7 +23,12 @@ OF_A_STREAM = {"head", "answers"}
 
 def kinds(base: type = Term) -> set[str]:
     """Every kind of term that ships, by class name."""
-    below = {name for kind in base.__subclasses__() if kind.__module__ == terms.__name__ for name in (kind.__name__, *kinds(kind))}
+    below = {
+        name
+        for kind in base.__subclasses__()
+        if kind.__module__ == terms.__name__
+        for name in (kind.__name__, *kinds(kind))
+    }
     return below | {terms.Triplet.__name__}
 
 
@@ -77,7 +82,9 @@ def test_a_question_is_found(text: str) -> None:
     assert list(asked(text))
 
 
-@pytest.mark.parametrize("text", ["runner.head", "lengths.answers", "'runs/repbend'", "stream.terms", "def distances(run): pass"])
+@pytest.mark.parametrize(
+    "text", ["runner.head", "lengths.answers", "'runs/repbend'", "stream.terms", "def distances(run): pass"]
+)
 def test_other_words_are_free(text: str) -> None:
     assert list(asked(text)) == []
 

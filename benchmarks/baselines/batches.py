@@ -23,7 +23,9 @@ def unsafe_sequences(batch: Batch) -> list[Sequence]:
     return [*batch.unsafe, *(p.unsafe for p in batch.pairs)]
 
 
-def padded(sequences: Seq[Sequence], width: int | None = None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def padded(
+    sequences: Seq[Sequence], width: int | None = None, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 [B, T], padded on the right to ``width`` or to the longest sequence.
 
     Raises:
@@ -38,17 +40,28 @@ def padded(sequences: Seq[Sequence], width: int | None = None, device: torch.dev
     return ids, mask
 
 
-def row_mask(sequences: Seq[Sequence], mode: str, width: int | None = None, device: torch.device | None = None) -> Tensor:
+def row_mask(
+    sequences: Seq[Sequence], mode: str, width: int | None = None, device: torch.device | None = None
+) -> Tensor:
     """The rows that ``loss_mode`` selects, bool [B, T]."""
     chosen = torch.zeros(len(sequences), width or max(len(s) for s in sequences), dtype=torch.bool)
     for i, s in enumerate(sequences):
-        first = {"prompt_last": s.prompt_length - 1, "prompt_all": 0, "prompt_response": 0, "response_all": s.prompt_length}[mode]
+        first = {
+            "prompt_last": s.prompt_length - 1,
+            "prompt_all": 0,
+            "prompt_response": 0,
+            "response_all": s.prompt_length,
+        }[mode]
         chosen[i, first : s.prompt_length if mode in PROMPT_MODES else len(s)] = True
     return chosen.to(device)
 
 
-def unsafe_row_mask(batch: Batch, config: RepBendConfig, width: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Rows of U; with ``published_quirks`` and ``prompt_last`` those of the first B sequences only, as the published code has it."""
+def unsafe_row_mask(
+    batch: Batch, config: RepBendConfig, width: int | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Rows of U; with ``published_quirks`` and ``prompt_last`` those of the first B sequences only, as the published
+    code has it.
+    """
     rows = row_mask(unsafe_sequences(batch), config.loss_mode, width, device)
     if config.published_quirks and config.loss_mode == "prompt_last":
         rows[len(batch.unsafe) :] = False
@@ -68,7 +81,13 @@ def kl_count(sequences: Seq[Sequence], config: RepBendConfig) -> int:
 
 def weights(config: RepBendConfig) -> dict[str, float]:
     """The weight of each term in the total loss: α·S − β·U + γ·C + ε·K + η·P."""
-    return {"safe": config.safe, "unsafe": -config.unsafe, "cosine": config.cosine, "kl": config.kl, "pair": config.pair}
+    return {
+        "safe": config.safe,
+        "unsafe": -config.unsafe,
+        "cosine": config.cosine,
+        "kl": config.kl,
+        "pair": config.pair,
+    }
 
 
 def weighted_sum(terms: dict[str, Tensor], config: RepBendConfig) -> Tensor:

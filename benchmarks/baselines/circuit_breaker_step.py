@@ -2,9 +2,10 @@
 
     L = c_r·mean ‖h − r‖₂ (all hidden states of retain) + c_f·mean relu(cos(h, r)) (some of forget)
 
-Every pass returns all hidden states and all logits; both streams are padded to one fixed width and masked; layers are stacked and
-masked as a whole; the reference stacks of both streams are kept, and both adapted streams stay alive until one backward. Blocks are
-recomputed in backward. Padding counts in the retain mean where the settings say ``published_quirks``.
+Every pass returns all hidden states and all logits; both streams are padded to one fixed width and masked; layers are
+stacked and masked as a whole; the reference stacks of both streams are kept, and both adapted streams stay alive until
+one backward. Blocks are recomputed in backward. Padding counts in the retain mean where the settings say
+``published_quirks``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def circuit_breaker_step(
     return {name: value.detach() for name, value in terms.items()}
 
 
-def circuit_breaker_terms(model: Any, batch: Batch, config: CircuitBreakerConfig, width: int | None = None) -> dict[str, Tensor]:
+def circuit_breaker_terms(
+    model: Any, batch: Batch, config: CircuitBreakerConfig, width: int | None = None
+) -> dict[str, Tensor]:
     """Both means as scalars of one graph over both streams."""
     device = next(model.parameters()).device
     retain_ids, retain_mask = padded(list(batch.retain), width, device)
@@ -56,7 +59,9 @@ def circuit_breaker_terms(model: Any, batch: Batch, config: CircuitBreakerConfig
 
 
 def _states(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    states: tuple[Tensor, ...] = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+    states: tuple[Tensor, ...] = model(
+        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+    ).hidden_states
     return states
 
 

@@ -27,7 +27,10 @@ def looped_window_distance(hiddens: Sequence[Tensor], references: Sequence[Tenso
     """The same without the stack: one layer after the other, summed by autograd."""
     total = hiddens[0].new_zeros((), dtype=torch.float32)
     for hidden, reference in zip(hiddens, references):
-        total = total + torch.where(mask, torch.linalg.vector_norm(hidden - reference, dim=-1, dtype=torch.float), 0.0).sum()
+        total = (
+            total
+            + torch.where(mask, torch.linalg.vector_norm(hidden - reference, dim=-1, dtype=torch.float), 0.0).sum()
+        )
     return total / (mask.sum() * len(hiddens))
 
 

@@ -2,9 +2,10 @@
 
     L = α·S − β·U + γ·C + ε·K
 
-Every pass returns all hidden states and all logits; every stream is padded to one fixed width and masked; the layers are
-stacked and masked as a whole; reference stacks and reference logits of all streams are kept; all adapted streams stay alive
-until one backward. Norms are taken in at least float32, as the published code does. Blocks are recomputed in backward.
+Every pass returns all hidden states and all logits; every stream is padded to one fixed width and masked; the layers
+are stacked and masked as a whole; reference stacks and reference logits of all streams are kept; all adapted streams
+stay alive until one backward. Norms are taken in at least float32, as the published code does. Blocks are recomputed in
+backward.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baselines.batches import kl_count, padded, prompt_states, row_mask, safe_sequences, unsafe_row_mask, unsafe_sequences, weighted_sum
+from baselines.batches import (
+    kl_count,
+    padded,
+    prompt_states,
+    row_mask,
+    safe_sequences,
+    unsafe_row_mask,
+    unsafe_sequences,
+    weighted_sum,
+)
 from baselines.distances import published_pairwise_cosine
 from baselines.heads import kl_of_logits
 from repbend_fast.data.records import Batch
@@ -28,7 +38,8 @@ def prepare_eager(model: Any) -> None:
 
 
 def eager_step(model: Any, batch: Batch, config: RepBendConfig, width: int | None = None) -> dict[str, Tensor]:
-    """One step: the gradient of the weighted sum is added to the adapter's parameters; returns the unweighted terms S, U, C, K.
+    """One step: the gradient of the weighted sum is added to the adapter's parameters; returns the unweighted terms S,
+    U, C, K.
 
     Args:
         width: tokens that every sequence is padded to; None pads each stream to its longest.
@@ -46,7 +57,9 @@ def eager_terms(model: Any, batch: Batch, config: RepBendConfig, width: int | No
     safe_rows = row_mask(safe, config.loss_mode, width, device)
     unsafe_rows = unsafe_row_mask(batch, config, width, device)
     window = list(config.window)
-    safe_layers = list(range(model.config.get_text_config().num_hidden_layers + 1)) if config.alpha_mode == "all" else window
+    safe_layers = (
+        list(range(model.config.get_text_config().num_hidden_layers + 1)) if config.alpha_mode == "all" else window
+    )
 
     with torch.no_grad(), model.disable_adapter():
         safe_reference = _masked_stack(_run(model, safe_input).hidden_states, safe_layers, safe_rows)
@@ -58,7 +71,9 @@ def eager_terms(model: Any, batch: Batch, config: RepBendConfig, width: int | No
     unsafe_states = _run(model, unsafe_input).hidden_states
     terms["unsafe"] = _distance(_masked_stack(unsafe_states, window, unsafe_rows), unsafe_reference, unsafe_rows)
     terms["cosine"] = published_pairwise_cosine(prompt_states(torch.stack([unsafe_states[x] for x in window]), unsafe))
-    terms["kl"] = kl_of_logits(_masked_logits(model, retain_input), reference_logits, config.temperature) / kl_count(retain, config)
+    terms["kl"] = kl_of_logits(_masked_logits(model, retain_input), reference_logits, config.temperature) / kl_count(
+        retain, config
+    )
     return terms
 
 

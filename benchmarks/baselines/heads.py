@@ -33,7 +33,9 @@ def chunked_kl(hidden: Tensor, reference: Tensor, weight: Tensor, temperature: f
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, hidden.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
-        total = total + checkpoint(published_kl, hidden[part], reference[part], weight, temperature, use_reentrant=False)
+        total = total + checkpoint(
+            published_kl, hidden[part], reference[part], weight, temperature, use_reentrant=False
+        )
     return total
 
 

@@ -1,9 +1,10 @@
 """Baseline ``peft+liger``: what a good engineer writes in an afternoon on PEFT, transformers and Liger.
 
-Forward hooks take the layers that the loss reads and keep its rows only; streams are padded to their own longest sequence; each
-stream is differentiated before the next; only the retain stream meets the head, through Liger's fused loss; blocks are
-recomputed in backward. Every pass runs all blocks, with a padding mask. On CUDA Liger's layers replace the model's own (the
-benchmark sees to it); its Triton loss needs CUDA, so on a CPU Liger's chunked loss in plain torch takes its place.
+Forward hooks take the layers that the loss reads and keep its rows only; streams are padded to their own longest
+sequence; each stream is differentiated before the next; only the retain stream meets the head, through Liger's fused
+loss; blocks are recomputed in backward. Every pass runs all blocks, with a padding mask. On CUDA Liger's layers replace
+the model's own (the benchmark sees to it); its Triton loss needs CUDA, so on a CPU Liger's chunked loss in plain torch
+takes its place.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def prepare_peft_liger(model: Any) -> None:
 
 
 def peft_liger_step(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
-    """One step: the gradient of the weighted sum is added to the adapter's parameters; returns the unweighted terms S, U, C, K."""
+    """One step: the gradient of the weighted sum is added to the adapter's parameters; returns the unweighted terms S,
+    U, C, K.
+    """
     terms: dict[str, Tensor] = {}
     for stream in (_safe, _unsafe, _retain):
         found = stream(model, batch, config)
@@ -105,7 +108,10 @@ def _captured(body: Any, layers: list[int]) -> Iterator[dict[int, Tensor]]:
 
         return hook
 
-    places: list[tuple[int, Any]] = [(0, body.embed_tokens), *((i + 1, block) for i, block in enumerate(body.layers[:-1]))]
+    places: list[tuple[int, Any]] = [
+        (0, body.embed_tokens),
+        *((i + 1, block) for i, block in enumerate(body.layers[:-1])),
+    ]
     handles = [module.register_forward_hook(hook_of(layer)) for layer, module in places if layer in layers]
     try:
         yield states

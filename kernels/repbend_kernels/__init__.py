@@ -13,8 +13,8 @@ Needs torch; uses Triton where it is installed. Every op is one function:
     lora_down, lora_up            the low-rank part of an adapted layer, with that dropout
     rms_norm, gated_product       a norm and a gate that keep only their inputs for backward
 
-``set_implementation`` chooses between ``auto``, ``torch``, ``triton`` and ``eager``; ``oracles`` has the eager expressions, ``blocks`` what
-other ops can be built of, ``scratch`` the memory that each op takes inside.
+``set_implementation`` chooses between ``auto``, ``torch``, ``triton`` and ``eager``; ``oracles`` has the eager
+expressions, ``blocks`` what other ops can be built of, ``scratch`` the memory that each op takes inside.
 """
 
 from . import blocks, oracles, scratch

@@ -1,10 +1,11 @@
-"""``bend_distance``: the distance as an ordinary loss, for trainers that do not tap; and the op behind ``window_distance``.
+"""``bend_distance``: the distance as an ordinary loss, for trainers that do not tap; and the op behind
+``window_distance``.
 
     forward   d_row = distance(h_row, r_row) for each layer           (see ``row_distance``)
     backward  grad_hidden = grad_row · d d_row/d h, recomputed from hidden and reference
 
-Memory above the inputs: forward, per-row scalars; backward, the gradients that it returns. The torch path adds a scratch of a
-few MiB that does not grow with the tensors.
+Memory above the inputs: forward, per-row scalars; backward, the gradients that it returns. The torch path adds a
+scratch of a few MiB that does not grow with the tensors.
 
 Legend: L layers, N rows of hidden, R selected rows, D width.
 """
@@ -22,7 +23,12 @@ from .selection import resolve
 
 @torch.library.custom_op("repbend_kernels::row_distance", mutates_args=())
 def row_distance(
-    hiddens: list[Tensor], references: list[Tensor], rows: Tensor | None, mask: Tensor | None, kind: str, implementation: str
+    hiddens: list[Tensor],
+    references: list[Tensor],
+    rows: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    implementation: str,
 ) -> Tensor:
     """Distances [L, R] of each layer's rows; 0 where ``mask`` is False."""
     if implementation == "triton":
@@ -33,7 +39,14 @@ def row_distance(
 
 
 @row_distance.register_fake
-def _(hiddens: list[Tensor], references: list[Tensor], rows: Tensor | None, mask: Tensor | None, kind: str, implementation: str) -> Tensor:
+def _(
+    hiddens: list[Tensor],
+    references: list[Tensor],
+    rows: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    implementation: str,
+) -> Tensor:
     first = hiddens[0]
     count = count_rows(first) if rows is None else rows.shape[0]
     return first.new_empty((len(hiddens), count), dtype=checks.accumulate_dtype(first.dtype))
@@ -41,7 +54,13 @@ def _(hiddens: list[Tensor], references: list[Tensor], rows: Tensor | None, mask
 
 @torch.library.custom_op("repbend_kernels::row_distance_backward", mutates_args=())
 def row_distance_backward(
-    hidden: Tensor, reference: Tensor, rows: Tensor | None, mask: Tensor | None, kind: str, grad_rows: Tensor, implementation: str
+    hidden: Tensor,
+    reference: Tensor,
+    rows: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    grad_rows: Tensor,
+    implementation: str,
 ) -> Tensor:
     """``grad_rows`` [R] times the direction, as a new tensor of ``hidden``'s shape."""
     if implementation == "triton":
@@ -53,7 +72,13 @@ def row_distance_backward(
 
 @row_distance_backward.register_fake
 def _(
-    hidden: Tensor, reference: Tensor, rows: Tensor | None, mask: Tensor | None, kind: str, grad_rows: Tensor, implementation: str
+    hidden: Tensor,
+    reference: Tensor,
+    rows: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    grad_rows: Tensor,
+    implementation: str,
 ) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
@@ -102,7 +127,8 @@ def bend_distance(
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, kind or reduction, or a reference that requires grad.
         IndexError: in debug mode, rows out of range.
-        RuntimeError: ``triton`` asked for where it cannot run; a reference that holds the directions of an earlier call.
+        RuntimeError: ``triton`` asked for where it cannot run; a reference that holds the directions of an earlier
+            call.
     """
     checks.check_choice("kind", kind, checks.KINDS)
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)

@@ -4,9 +4,9 @@
     backward  grad_hidden = grad_out + grad_loss · g at the rows
     limit c   d_row = min(d(h_row, r_row), c·‖r_row‖₂), and g_row = 0 where that is the second
 
-Memory above the inputs: forward, per-row scalars (float32 [R], on Triton also int32 [N]); backward, the gradient that it
-returns. The torch path adds a scratch of a few MiB that does not grow with the tensors. A [1, D] reference, which has no room
-for R directions, costs one [R, D] buffer. A limit costs one more pass over the directions.
+Memory above the inputs: forward, per-row scalars (float32 [R], on Triton also int32 [N]); backward, the gradient that
+it returns. The torch path adds a scratch of a few MiB that does not grow with the tensors. A [1, D] reference, which
+has no room for R directions, costs one [R, D] buffer. A limit costs one more pass over the directions.
 
 Legend: N rows of hidden, R selected rows, D width.
 """
@@ -27,7 +27,8 @@ from .selection import resolve
 def bend_tap_forward(
     hidden: Tensor, buffer: Tensor, broadcast: Tensor | None, rows: Tensor, kind: str, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """``(distances [R], place)``; ``buffer`` [R, D] holds the references, or ``broadcast`` [1, D] does, and receives the directions.
+    """``(distances [R], place)``; ``buffer`` [R, D] holds the references, or ``broadcast`` [1, D] does, and receives
+    the directions.
 
     ``place`` (int32 [N], Triton only) tells the backward kernel which selected row, if any, lies at a row of hidden.
     """
@@ -41,14 +42,22 @@ def bend_tap_forward(
 
 
 @bend_tap_forward.register_fake
-def _(hidden: Tensor, buffer: Tensor, broadcast: Tensor | None, rows: Tensor, kind: str, implementation: str) -> tuple[Tensor, Tensor]:
+def _(
+    hidden: Tensor, buffer: Tensor, broadcast: Tensor | None, rows: Tensor, kind: str, implementation: str
+) -> tuple[Tensor, Tensor]:
     distances = hidden.new_empty(rows.shape[0], dtype=checks.accumulate_dtype(hidden.dtype))
     return distances, hidden.new_empty(count_rows(hidden) if implementation == "triton" else 0, dtype=torch.int32)
 
 
 @torch.library.custom_op("repbend_kernels::bend_tap_backward", mutates_args=())
 def bend_tap_backward(
-    grad: Tensor | None, direction: Tensor, rows: Tensor, place: Tensor, scale: Tensor, shape: list[int], implementation: str
+    grad: Tensor | None,
+    direction: Tensor,
+    rows: Tensor,
+    place: Tensor,
+    scale: Tensor,
+    shape: list[int],
+    implementation: str,
 ) -> Tensor:
     """New tensor of ``shape``: ``grad`` (zeros where None) + ``scale`` · ``direction`` [R, D] at ``rows``."""
     if implementation == "triton":
@@ -59,12 +68,22 @@ def bend_tap_backward(
 
 
 @bend_tap_backward.register_fake
-def _(grad: Tensor | None, direction: Tensor, rows: Tensor, place: Tensor, scale: Tensor, shape: list[int], implementation: str) -> Tensor:
+def _(
+    grad: Tensor | None,
+    direction: Tensor,
+    rows: Tensor,
+    place: Tensor,
+    scale: Tensor,
+    shape: list[int],
+    implementation: str,
+) -> Tensor:
     return direction.new_empty(shape)
 
 
 class _BendTap(torch.autograd.Function):
-    """Identity on ``hidden`` with a second output; an op may not return its own input, hence a Function over two ops."""
+    """Identity on ``hidden`` with a second output; an op may not return its own input, hence a Function
+    over two ops.
+    """
 
     @staticmethod
     def forward(ctx, hidden, reference_rows, rows, kind, implementation, limit):
@@ -108,26 +127,26 @@ def bend_tap(
 
     Args:
         hidden: [..., D], typically [batch, tokens, D]; any strides.
-        reference_rows: [R, D], contiguous, dtype and device of ``hidden``, no gradient. **Overwritten** with the direction
-            d distance/d hidden where a gradient is wanted (``hidden`` requires grad and grad mode is on), else left alone.
-            A [1, D] reference serves every row and is never overwritten.
-        rows: int64 [R], unique indices into ``hidden.reshape(-1, D)``. Out of range: an error in debug mode (:func:`set_debug`)
-            and on the CPU; NaN in the loss on the GPU.
+        reference_rows: [R, D], contiguous, dtype and device of ``hidden``, no gradient. **Overwritten** with the
+            direction d distance/d hidden where a gradient is wanted (``hidden`` requires grad and grad mode is on),
+            else left alone. A [1, D] reference serves every row and is never overwritten.
+        rows: int64 [R], unique indices into ``hidden.reshape(-1, D)``. Out of range: an error in debug mode
+            (:func:`set_debug`) and on the CPU; NaN in the loss on the GPU.
         kind: ``l2``, ``cosine``, ``relu_cosine`` or ``mse``.
-        limit: above 0, ``l2`` only: a row at ``limit`` times its reference's norm or farther counts as that far and has no
-            gradient, which bounds a distance that is maximised.
+        limit: above 0, ``l2`` only: a row at ``limit`` times its reference's norm or farther counts as that far and has
+            no gradient, which bounds a distance that is maximised.
         implementation: overrides the switch for this call.
 
     Returns:
-        ``(hidden, loss)``: the same values as ``hidden``, to be used in its place, and the **sum** over rows of the distance, a
-        float32 scalar (float64 for float64). Multiply ``loss`` by its weight; the factor reaches the rows in backward. In
-        float16, ``mse`` directions below 6e-8 round to 0.
+        ``(hidden, loss)``: the same values as ``hidden``, to be used in its place, and the **sum** over rows of the
+        distance, a float32 scalar (float64 for float64). Multiply ``loss`` by its weight; the factor reaches the rows
+        in backward. In float16, ``mse`` directions below 6e-8 round to 0.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, kind or limit, or a reference that requires grad.
         IndexError: in debug mode, rows out of range.
-        RuntimeError: ``triton`` asked for where it cannot run; ``reference_rows`` that hold the directions of an earlier call, or share
-            memory with ``hidden``; in backward, ``create_graph=True``.
+        RuntimeError: ``triton`` asked for where it cannot run; ``reference_rows`` that hold the directions of an
+            earlier call, or share memory with ``hidden``; in backward, ``create_graph=True``.
     """
     checks.check_choice("kind", kind, checks.KINDS)
     checks.check_states("hidden", hidden)

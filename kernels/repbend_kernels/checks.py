@@ -1,4 +1,5 @@
-"""Argument checks of the public functions. Each names the argument, what was expected and what came; none reads device memory.
+"""Argument checks of the public functions. Each names the argument, what was expected and what came; none reads device
+memory.
 
 The only check that reads values, the range of row and target indices, runs in debug mode alone (:func:`set_debug`).
 """
@@ -23,8 +24,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_own_dtypes(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off, which an operation's body is run under like any other code. Entered only where it is on: that costs as much as a
-    small operation."""
+    """Autocast off, which an operation's body is run under like any other code. Entered only where it is on: that costs
+    as much as a small operation.
+    """
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
@@ -40,7 +42,10 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     # Known by its name: torch.distributed is imported by those who use it.
     if type(tensor).__name__ == "DTensor":
-        raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass .to_local() of hidden states, .full_tensor() of a weight")
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; pass .to_local() of hidden states, .full_tensor() of a "
+            "weight"
+        )
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -49,7 +54,9 @@ def check_states(name: str, tensor: Tensor) -> None:
     """``tensor`` is [..., D] with at least two dimensions and D ≥ 1."""
     check_float(name, tensor)
     if tensor.dim() < 2 or tensor.shape[-1] < 1:
-        raise ValueError(f"{name}: expected shape [..., D] with at least two dimensions and D >= 1, got {list(tensor.shape)}")
+        raise ValueError(
+            f"{name}: expected shape [..., D] with at least two dimensions and D >= 1, got {list(tensor.shape)}"
+        )
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -78,8 +85,12 @@ def check_constant(name: str, tensor: Tensor | None) -> None:
         raise ValueError(f"{name}: expected a tensor that requires no gradient (this op gives it none); detach it")
 
 
-def check_indices(name: str, indices: Tensor, count: int, other_name: str, other: Tensor, ignored: int | None = None) -> None:
-    """``indices`` is int64 [R] on the device of ``other``; in debug mode also 0 <= index < ``count``, or ``ignored``."""
+def check_indices(
+    name: str, indices: Tensor, count: int, other_name: str, other: Tensor, ignored: int | None = None
+) -> None:
+    """``indices`` is int64 [R] on the device of ``other``; in debug mode also 0 <= index < ``count``, or
+    ``ignored``.
+    """
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
         got = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"{name}: expected an int64 tensor of shape [R], got {got}")
@@ -101,9 +112,13 @@ def check_unique(name: str, indices: Tensor) -> None:
 
 
 def check_first_derivative(name: str) -> None:
-    """Nobody differentiates this backward: what it returns carries no graph, and silence would make a second derivative 0."""
+    """Nobody differentiates this backward: what it returns carries no graph, and silence would make a second derivative
+    0.
+    """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{name}: no second derivatives, which create_graph=True asks for; use implementation='eager'")
+        raise RuntimeError(
+            f"{name}: no second derivatives, which create_graph=True asks for; use implementation='eager'"
+        )
 
 
 def check_positive(name: str, value: float) -> None:

@@ -1,4 +1,6 @@
-"""Chunks of rows for ops that walk whole [N, width] tensors, each chunk small enough to stay in a core's cache between its passes."""
+"""Chunks of rows for ops that walk whole [N, width] tensors, each chunk small enough to stay in a core's cache between
+its passes.
+"""
 
 from collections.abc import Iterator
 from itertools import starmap
@@ -8,8 +10,8 @@ from torch import Tensor
 
 from .rows import block_rows, blocks
 
-# Elements of a chunk of rows: per thread of a CPU, so that what is made on the way stays in its core's cache; elsewhere few launches
-# and little beside a model.
+# Elements of a chunk of rows: per thread of a CPU, so that what is made on the way stays in its core's cache; elsewhere
+# few launches and little beside a model.
 CPU_CHUNK_ELEMENTS = 1 << 17
 DEVICE_CHUNK_ELEMENTS = 1 << 21
 
@@ -26,7 +28,9 @@ def chunks(rows: Tensor) -> Iterator[slice]:
 
 
 def one_chunk(rows: Tensor) -> bool:
-    """Few rows without a gradient, as generating has them: an op and an autograd function would cost more than their work."""
+    """Few rows without a gradient, as generating has them: an op and an autograd function would cost more than their
+    work.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return rows.shape[0] <= chunk_rows(rows.shape[1], rows.device)

@@ -1,9 +1,10 @@
 """Which memory holds directions in place of references, so that nobody compares with them.
 
-An op that overwrites references notes the place on their storage, with the storage's version: PyTorch counts every write to a tensor
-and to its views and detached aliases. While the count stands, the memory still holds directions; any later write counts as a refill.
-Nothing is read from the device. Unknown here: aliases with a count of their own (``.data``, DLPack, NumPy), writes inside a compiled
-graph, and a refill of one part of a storage, which clears the notes of its other parts.
+An op that overwrites references notes the place on their storage, with the storage's version: PyTorch counts every
+write to a tensor and to its views and detached aliases. While the count stands, the memory still holds directions; any
+later write counts as a refill. Nothing is read from the device. Unknown here: aliases with a count of their own
+(``.data``, DLPack, NumPy), writes inside a compiled graph, and a refill of one part of a storage, which clears the
+notes of its other parts.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,11 @@ def check_references(name: str, reference: Tensor) -> None:
     if _unwatched(reference):
         return
     note = getattr(reference.untyped_storage(), _ATTRIBUTE, None)
-    if note is not None and note.version == reference._version and any(_overlap(_span(reference), span) for span in note.spans):
+    if (
+        note is not None
+        and note.version == reference._version
+        and any(_overlap(_span(reference), span) for span in note.spans)
+    ):
         raise RuntimeError(
             f"{name}: this memory holds directions already, from an earlier call that overwrote its references; "
             "refill it, and keep taps outside checkpointed regions"

@@ -3,8 +3,8 @@
     forward   y = act(g) · u
     backward  dg = dy · u · act'(g)        du = dy · act(g)
 
-The values are those of transformers' own layers, to the bit. Memory above the inputs: forward, y; backward, the two gradients that it
-returns.
+The values are those of transformers' own layers, to the bit. Memory above the inputs: forward, y; backward, the two
+gradients that it returns.
 
 Legend: N rows (tokens), I width of the MLP.
 """
@@ -81,8 +81,8 @@ def gated_product(gate: Tensor, up: Tensor, activation: Activation, *, implement
     Args:
         gate, up: [..., I] of one shape and dtype, any strides.
         activation: ``silu``, or ``gelu_tanh``, which is GELU by its tanh approximation.
-        implementation: overrides the switch for this call. There is no kernel here (Liger has one): ``triton`` and ``torch`` are the
-            same code.
+        implementation: overrides the switch for this call. There is no kernel here (Liger has one): ``triton`` and
+            ``torch`` are the same code.
 
     Returns:
         [..., I] in their dtype.

@@ -12,20 +12,22 @@ from torch import Tensor
 from . import checks
 from .rows import CPU_ELEMENTS_PER_THREAD, scale_into
 
-# Bytes of one (chunk × vocabulary) float32 buffer: a head of 128k words takes 512 rows on CUDA and 32 on a CPU, large enough for
-# the GEMM to run at its rate and small enough to sit beside a model.
+# Bytes of one (chunk × vocabulary) float32 buffer: a head of 128k words takes 512 rows on CUDA and 32 on a CPU, large
+# enough for the GEMM to run at its rate and small enough to sit beside a model.
 CHUNK_BYTES = {"cuda": 256 << 20, "other": 16 << 20}
 # Weight elements cast to float32 at a time where the GEMM cannot take 16-bit operands to a float32 result.
 TILE_ELEMENTS = 1 << 21
 # A GPU's matrix product works on tiles of so many rows; a part of a tile costs a whole one.
 TILE_ROWS = {"cuda": 128, "other": 16}
-# Rows of logits begin at multiples of so many elements, so that a 16-bit gradient packed into them is aligned for the GEMM back,
-# whatever the vocabulary is.
+# Rows of logits begin at multiples of so many elements, so that a 16-bit gradient packed into them is aligned for the
+# GEMM back, whatever the vocabulary is.
 ROW_ALIGNMENT = 16
 
 
 def default_chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
-    """Rows per chunk: as many as fit ``CHUNK_BYTES`` in whole tiles (``TILE_ROWS``), at least one tile, at most ``rows``."""
+    """Rows per chunk: as many as fit ``CHUNK_BYTES`` in whole tiles (``TILE_ROWS``), at least one tile, at most
+    ``rows``.
+    """
     kind = "cuda" if device.type == "cuda" else "other"
     tile = TILE_ROWS[kind]
     fitting = max(tile, CHUNK_BYTES[kind] // (4 * vocabulary) // tile * tile)
@@ -39,7 +41,8 @@ def logit_buffers(count: int, rows: int, vocabulary: int, dtype: torch.dtype, de
 
 
 def logit_gradient_scale(dtype: torch.dtype, largest: float) -> float:
-    """Factor on gradients of logits (at most ``largest``) that are kept in ``dtype`` for the GEMM back; divide by it afterwards.
+    """Factor on gradients of logits (at most ``largest``) that are kept in ``dtype`` for the GEMM back; divide by it
+    afterwards.
 
     float16 alone needs one: most of a vocabulary's gradients lie below its smallest subnormal, 6e-8.
     """
@@ -47,12 +50,16 @@ def logit_gradient_scale(dtype: torch.dtype, largest: float) -> float:
 
 
 def stored_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which forward keeps a gradient for backward: float32 for float16, whose range would lose it before a loss scaler."""
+    """The dtype in which forward keeps a gradient for backward: float32 for float16, whose range would lose it before a
+    loss scaler.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def log_softmax_(logits: Tensor, softcap: float | None, temperature: float) -> tuple[Tensor, Tensor | None]:
-    """In place: logits → log softmax over the temperature; returns the softmax, and 1 − (z/c)² where there is a soft-cap c."""
+    """In place: logits → log softmax over the temperature; returns the softmax, and 1 − (z/c)² where there is a
+    soft-cap c.
+    """
     slope = None
     if softcap is not None:
         logits.div_(softcap).tanh_()
@@ -68,7 +75,9 @@ def log_softmax_(logits: Tensor, softcap: float | None, temperature: float) -> t
 
 
 def hidden_rows(hidden: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
-    """Selected rows ``start … stop-1`` of ``hidden`` [N, H]: of all rows a view, of those that ``rows`` names a copy."""
+    """Selected rows ``start … stop-1`` of ``hidden`` [N, H]: of all rows a view, of those that ``rows``
+    names a copy.
+    """
     return hidden[start:stop] if rows is None else hidden.index_select(0, rows[start:stop])
 
 
@@ -119,7 +128,9 @@ def check_head(
     temperature: float,
     chunk_rows: int | None,
 ) -> int:
-    """``hidden`` [N, H], ``rows`` [R], ``weight`` [V, H], ``bias`` [V] fit; weight and bias require no gradient. Returns R, or N."""
+    """``hidden`` [N, H], ``rows`` [R], ``weight`` [V, H], ``bias`` [V] fit; weight and bias require no gradient.
+    Returns R, or N.
+    """
     checks.check_float("hidden", hidden)
     if hidden.dim() != 2 or hidden.shape[1] < 1:
         raise ValueError(f"hidden: expected shape [N, H], got {list(hidden.shape)}")
@@ -141,7 +152,9 @@ def check_weight(name: str, weight: Tensor, hidden: Tensor) -> None:
     """``weight`` is [V, H] like ``hidden`` and requires no gradient."""
     checks.check_like(name, weight, "hidden", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
-        raise ValueError(f"{name}: expected shape [V, {hidden.shape[1]}] (vocabulary, width of hidden), got {list(weight.shape)}")
+        raise ValueError(
+            f"{name}: expected shape [V, {hidden.shape[1]}] (vocabulary, width of hidden), got {list(weight.shape)}"
+        )
     checks.check_constant(name, weight)
 
 
@@ -154,7 +167,9 @@ def check_bias(name: str, bias: Tensor | None, weight: Tensor, hidden: Tensor) -
     checks.check_constant(name, bias)
 
 
-def head_scratch(rows: int, vocabulary: int, width: int, itemsize: int, device: torch.device, chunk_rows: int | None) -> int:
+def head_scratch(
+    rows: int, vocabulary: int, width: int, itemsize: int, device: torch.device, chunk_rows: int | None
+) -> int:
     """Bytes inside ``linear_kl_div`` (and, no more than that, ``linear_log_prob``).
 
     Args:
@@ -170,5 +185,7 @@ def head_scratch(rows: int, vocabulary: int, width: int, itemsize: int, device: 
     block = max(1, CPU_ELEMENTS_PER_THREAD * torch.get_num_threads() // vocabulary)
     loss = 6 * 4 * min(block, chunk) * vocabulary
     # 16-bit operands are widened: the rows, and the weight in tiles.
-    widened = (4 * chunk * width + 4 * TILE_ELEMENTS + 4 * chunk * max(1, TILE_ELEMENTS // width)) if itemsize < 4 else 0
+    widened = (
+        (4 * chunk * width + 4 * TILE_ELEMENTS + 4 * chunk * max(1, TILE_ELEMENTS // width)) if itemsize < 4 else 0
+    )
     return buffers + max(loss, gradient + widened)

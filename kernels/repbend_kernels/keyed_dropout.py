@@ -1,13 +1,15 @@
-"""``keyed_dropout``: dropout whose mask is a function of a key per row and a seed per place, not of a random generator's state.
+"""``keyed_dropout``: dropout whose mask is a function of a key per row and a seed per place, not of a random
+generator's state.
 
     r[n] = high 32 bits of splitmix64(keys[n])          c[d] = fmix32(fmix32(column_seed) + d·0x9E3779B9)
     h[n, d] = ((r[n] ^ c[d])·0x7FEB352D ^ c'[d])·0x7B935975       c' is c with its 16-bit halves exchanged
     y[n, d] = x[n, d]/(1 − p) where h[n, d] > 2³¹ − (1 − p)·2³² as signed numbers, else 0
     d loss/d x = the same mask and factor on d loss/d y
 
-All of it in 32-bit integers but the row's key, so every implementation draws the same mask to the bit. Rows and columns are mixed
-before they meet, and a comparison looks at the high bits, which depend on all bits of both factors' products: two multiplications do,
-and c' between them, unlike the finaliser's shift, costs one pass over the elements. h is a bijection of r for each column.
+All of it in 32-bit integers but the row's key, so every implementation draws the same mask to the bit. Rows and columns
+are mixed before they meet, and a comparison looks at the high bits, which depend on all bits of both factors' products:
+two multiplications do, and c' between them, unlike the finaliser's shift, costs one pass over the elements. h is a
+bijection of r for each column.
 
 No mask is stored: backward draws it again. Memory above the inputs: forward and backward, the tensor that it returns.
 
@@ -33,7 +35,9 @@ LAST = 0x7B935975
 """−SECOND: the factor that ends an element's hash."""
 _LOW = 0xFFFFFFFF
 CPU_ELEMENTS_PER_THREAD = 1 << 18
-"""Of a block of hashes, 1 MiB for each thread: on a CPU smaller ones lose more to their calls than they gain by staying in the cache."""
+"""Of a block of hashes, 1 MiB for each thread: on a CPU smaller ones lose more to their calls than they
+gain by staying in the cache.
+"""
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 T = TypeVar("T", Tensor, list[Tensor])
@@ -82,7 +86,9 @@ def column_hashes(start: int, width: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _column_patterns(start: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``(c, c')``, kept from step to step: a place's columns are always the same, 8 bytes each, and take twenty operations."""
+    """``(c, c')``, kept from step to step: a place's columns are always the same, 8 bytes each, and take twenty
+    operations.
+    """
     columns = column_hashes(start, width, device)
     return columns, (columns << 16) | (columns >> 16 & 0xFFFF)
 
@@ -106,8 +112,9 @@ class _Hashes:
         return hashes.mul_(FIRST).bitwise_xor_(self.exchanged).mul_(LAST)
 
     def clear_dropped(self, x: Tensor, hashes: Tensor, out: Tensor) -> None:
-        """``out`` = x where h > threshold, else 0. One pass compares and clears, 16-bit elements being widened for it. It sees integers:
-        no float is read, so a dropped NaN is 0 too."""
+        """``out`` = x where h > threshold, else 0. One pass compares and clears, 16-bit elements being widened for it.
+        It sees integers: no float is read, so a dropped NaN is 0 too.
+        """
         bits, into = x.view(INTEGERS[x.dtype.itemsize]), out.view(INTEGERS[x.dtype.itemsize])
         if x.dtype.itemsize == 2:
             into.copy_(torch.ops.aten.threshold_backward(bits.to(torch.int32), hashes, self.threshold))
@@ -116,12 +123,15 @@ class _Hashes:
 
 
 class KeyedMask:
-    """The masks of N rows of one place, applied block by block without the factor 1/(1−p), inside an op that walks rows itself.
+    """The masks of N rows of one place, applied block by block without the factor 1/(1−p), inside an op that walks rows
+    itself.
 
-    In plain torch the keys are mixed once for all blocks and the scratch is used again; the kernel is launched once a block.
+    In plain torch the keys are mixed once for all blocks and the scratch is used again; the kernel is launched once a
+    block.
 
     Args:
-        keys: int64 [N]; with ``hashed`` int32 [N], their :func:`row_hashes`, which places that share rows need not take again.
+        keys: int64 [N]; with ``hashed`` int32 [N], their :func:`row_hashes`, which places that share rows need not take
+            again.
         column_seed, p: as :func:`keyed_dropout` takes them, p > 0.
         width, dtype: those of the rows.
 
@@ -129,7 +139,9 @@ class KeyedMask:
         TypeError: keys of another dtype.
     """
 
-    def __init__(self, keys: Tensor, column_seed: int, p: float, width: int, dtype: torch.dtype, *, hashed: bool = False) -> None:
+    def __init__(
+        self, keys: Tensor, column_seed: int, p: float, width: int, dtype: torch.dtype, *, hashed: bool = False
+    ) -> None:
         expected = torch.int32 if hashed else torch.int64
         if keys.dtype != expected:
             raise TypeError(f"keys: expected an {str(expected).removeprefix('torch.')} tensor, got {keys.dtype}")
@@ -140,7 +152,9 @@ class KeyedMask:
         self.per_thread = CPU_ELEMENTS_PER_THREAD // (4 if dtype.itemsize == 2 else 1)
 
     def apply(self, tensors: list[Tensor], outs: list[Tensor], first: int, last: int) -> None:
-        """Each of ``outs`` = the tensor of ``tensors`` where kept, else 0; all [last − first, D], an out may be its tensor."""
+        """Each of ``outs`` = the tensor of ``tensors`` where kept, else 0; all [last − first, D], an out may be its
+        tensor.
+        """
         if self.hashes is None:
             from .triton.keyed_dropout import launch_into
 
@@ -158,7 +172,9 @@ def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int,
     outs = [torch.empty(x.shape, dtype=dtype, device=device) for x in tensors]
     pairs = [(out.view(-1, width), RowReader(x)) for out, x in zip(outs, tensors)]
     mask = _Hashes(row_hashes(keys), start, threshold, width)
-    scale = torch.full((), factor, dtype=checks.accumulate_dtype(dtype), device=device)  # made there: a copy would wait for the GPU
+    scale = torch.full(
+        (), factor, dtype=checks.accumulate_dtype(dtype), device=device
+    )  # made there: a copy would wait for the GPU
     for first, last in blocks(keys.numel(), width, device):
         hashes = mask.read(first, last)
         for out, source in pairs:
@@ -170,8 +186,12 @@ def _torch_path(tensors: list[Tensor], keys: Tensor, start: int, threshold: int,
 
 
 @torch.library.custom_op("repbend_kernels::keyed_dropout", mutates_args=())
-def masked(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float, implementation: str) -> list[Tensor]:
-    """For each of ``tensors`` ``factor·x`` where kept and 0 elsewhere; ``start`` and ``threshold`` are those of :func:`mask_arguments`."""
+def masked(
+    tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float, implementation: str
+) -> list[Tensor]:
+    """For each of ``tensors`` ``factor·x`` where kept and 0 elsewhere; ``start`` and ``threshold`` are those of
+    :func:`mask_arguments`.
+    """
     if implementation == "triton":
         from .triton.keyed_dropout import launch
 
@@ -180,7 +200,9 @@ def masked(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, fact
 
 
 @masked.register_fake
-def _(tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float, implementation: str) -> list[Tensor]:
+def _(
+    tensors: list[Tensor], keys: Tensor, start: int, threshold: int, factor: float, implementation: str
+) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in tensors]
 
 
@@ -202,15 +224,19 @@ def mask_arguments(column_seed: int, p: float) -> tuple[int, int]:
     return _signed(_fmix32(column_seed), 32), 2**31 - min(max(round((1 - p) * 2**32), 1), _LOW)
 
 
-def keyed_dropout(x: T, keys: Tensor, column_seed: int, p: float, *, scaled: bool = True, implementation: str | None = None) -> T:
-    """Dropout with the mask that ``(keys, column_seed)`` names: equal arguments drop equal elements, on every device and path.
+def keyed_dropout(
+    x: T, keys: Tensor, column_seed: int, p: float, *, scaled: bool = True, implementation: str | None = None
+) -> T:
+    """Dropout with the mask that ``(keys, column_seed)`` names: equal arguments drop equal elements, on every device
+    and path.
 
-    The mask of a row follows its key wherever the row lies, so a batch may be split, packed or repeated without another result.
-    Sources: splitmix64 (Steele et al. 2014) for keys, a 32-bit finaliser for columns; for elements its two multiplications.
+    The mask of a row follows its key wherever the row lies, so a batch may be split, packed or repeated without another
+    result. Sources: splitmix64 (Steele et al. 2014) for keys, a 32-bit finaliser for columns; for elements its two
+    multiplications.
 
     Args:
-        x: [..., D] of any strides, or a list of such tensors of one shape and dtype, which get one mask. What is dropped becomes 0 even
-            if it is not finite.
+        x: [..., D] of any strides, or a list of such tensors of one shape and dtype, which get one mask. What is
+            dropped becomes 0 even if it is not finite.
         keys: int64 of x's leading shape, or flat [N]; any values, equal keys give equal masks.
         column_seed: names the place; two places with the same keys have unrelated masks. Its low 32 bits count.
         p: probability of dropping, 0 ≤ p < 1, to a precision of 2⁻³².
@@ -253,14 +279,19 @@ def _check(tensors: list[Tensor], keys: Tensor, p: float) -> None:
 
 def _check_keys(keys: Tensor, x: Tensor) -> None:
     if not isinstance(keys, Tensor) or keys.dtype != torch.int64:
-        raise TypeError(f"keys: expected an int64 tensor, got {keys.dtype if isinstance(keys, Tensor) else type(keys).__name__}")
+        raise TypeError(
+            f"keys: expected an int64 tensor, got {keys.dtype if isinstance(keys, Tensor) else type(keys).__name__}"
+        )
     checks.check_device("keys", keys, "x", x)
     rows = count_rows(x)
     if keys.shape not in (x.shape[:-1], (rows,)):
-        raise ValueError(f"keys: expected shape {list(x.shape[:-1])} or [{rows}] (one key for each row of x), got {list(keys.shape)}")
+        raise ValueError(
+            f"keys: expected shape {list(x.shape[:-1])} or [{rows}] (one key for each row of x), got {list(keys.shape)}"
+        )
 
 
 @scratch_rule("keyed_dropout")
 def _(device: torch.device, tensors: list[Tensor], keys: Tensor) -> int:
-    # Of a block: hashes, a 16-bit element widened twice or a wide one's hashes widened, the product; and the rows' mixed keys.
+    # Of a block: hashes, a 16-bit element widened twice or a wide one's hashes widened, the product; and the rows'
+    # mixed keys.
     return in_blocks(device, 5, tensors[0].numel()) + 24 * keys.numel()

@@ -1,4 +1,5 @@
-"""``linear_kl_div``: KL divergence between two next-token distributions, from hidden states and the head, in row chunks.
+"""``linear_kl_div``: KL divergence between two next-token distributions, from hidden states and the head, in row
+chunks.
 
 With z = h·Wᵀ + b, capped to c·tanh(z/c) where there is a soft-cap, p = softmax(z_ref/T), q = softmax(z/T):
 
@@ -6,12 +7,13 @@ With z = h·Wᵀ + b, capped to c·tanh(z/c) where there is a soft-cap, p = soft
     d loss/d z   = T (q − p) · (1 − (z/c)²)
     d loss/d h   = d loss/d z · W
 
-The sum over v is taken as Σ p·φ(log q − log p) with φ(x) = eˣ − 1 − x ≥ 0, which equals it because p and q sum to 1: no term is
-negative, and nothing cancels where the distributions are close.
+The sum over v is taken as Σ p·φ(log q − log p) with φ(x) = eˣ − 1 − x ≥ 0, which equals it because p and q sum to 1: no
+term is negative, and nothing cancels where the distributions are close.
 
-Per chunk: two GEMMs with float32 output, one kernel that reads both logits twice and leaves the gradient in place, one GEMM back.
-The gradient is made in forward and only scaled in backward. Memory above the inputs: two (chunk × V) float32 buffers and the
-gradient of ``hidden`` (float32 where ``hidden`` is float16, whose range would lose it; backward returns a scaled copy).
+Per chunk: two GEMMs with float32 output, one kernel that reads both logits twice and leaves the gradient in place, one
+GEMM back. The gradient is made in forward and only scaled in backward. Memory above the inputs: two (chunk × V) float32
+buffers and the gradient of ``hidden`` (float32 where ``hidden`` is float16, whose range would lose it; backward returns
+a scaled copy).
 
 Legend: N rows of hidden, R selected rows (R = N where ``rows`` is None), n rows of a chunk, H width, V vocabulary.
 """
@@ -42,7 +44,9 @@ from .selection import resolve
 
 
 def _kl_terms(log_q: Tensor, log_p: Tensor, difference: Tensor, p: Tensor) -> Tensor:
-    """p·φ(x) of each word, x = log q − log p, from ``difference`` q − p: by φ's series near 0, where q − p − p·x would cancel."""
+    """p·φ(x) of each word, x = log q − log p, from ``difference`` q − p: by φ's series near 0, where q − p − p·x would
+    cancel.
+    """
     x = log_q - log_p
     # A word with p = 0 adds q, whatever x is: infinite, or NaN where both logits are −inf.
     weighted = (p * x).masked_fill_(p == 0, 0.0)
@@ -53,7 +57,9 @@ def _kl_terms(log_q: Tensor, log_p: Tensor, difference: Tensor, p: Tensor) -> Te
     return torch.where(x.abs() < 0.25, series, difference - weighted)
 
 
-def _chunk_torch(student: Tensor, teacher: Tensor, temperature: float, softcap: float | None, need_grad: bool) -> Tensor:
+def _chunk_torch(
+    student: Tensor, teacher: Tensor, temperature: float, softcap: float | None, need_grad: bool
+) -> Tensor:
     """Row losses [n] / T²; ``student`` [n, V] receives d loss/d z. The scratch is a few rows at a time."""
     losses = torch.empty(student.shape[0], dtype=student.dtype, device=student.device)
     for start, stop in blocks(student.shape[0], student.shape[1], student.device):
@@ -88,7 +94,9 @@ def linear_kl_div_op(
     acc = checks.accumulate_dtype(hidden.dtype)
     count, vocabulary = reference.shape[0], weight.shape[0]
     losses = torch.empty(count, dtype=acc, device=hidden.device)
-    grad = torch.empty((count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device)
+    grad = torch.empty(
+        (count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device
+    )
     step = min(chunk_rows, count)
     student_buffer, teacher_buffer = logit_buffers(2, step, vocabulary, acc, hidden.device)
     with checks.in_own_dtypes(hidden.device):
@@ -100,12 +108,16 @@ def linear_kl_div_op(
             if implementation == "triton":
                 from .triton.linear_kl_div import launch_chunk
 
-                grad_logits = launch_chunk(student, teacher, losses[start:stop], temperature, softcap, need_grad, hidden.dtype)
+                grad_logits = launch_chunk(
+                    student, teacher, losses[start:stop], temperature, softcap, need_grad, hidden.dtype
+                )
             else:
                 losses[start:stop] = _chunk_torch(student, teacher, temperature, softcap, need_grad)
                 grad_logits = student
             if need_grad:
-                grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(grad_logits.dtype, temperature)
+                grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(
+                    grad_logits.dtype, temperature
+                )
     return losses.sum() * temperature**2, grad
 
 
@@ -125,7 +137,9 @@ def _(
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=checks.accumulate_dtype(hidden.dtype))
-    return loss, hidden.new_empty((reference.shape[0] if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype))
+    return loss, hidden.new_empty(
+        (reference.shape[0] if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype)
+    )
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -162,12 +176,13 @@ def linear_kl_div(
 
     Args:
         hidden: [N, H], the states that the head reads; pass only the rows that count, or name them in ``rows``.
-        reference: [R, H_ref], the teacher's states of the same rows, no gradient; R = N where ``rows`` is None, and H_ref = H unless
-            ``reference_weight`` is given.
+        reference: [R, H_ref], the teacher's states of the same rows, no gradient; R = N where ``rows`` is None, and
+            H_ref = H unless ``reference_weight`` is given.
         weight: [V, H], the head, frozen.
-        rows: int64 [R], unique indices into ``hidden``; None for all rows. They are read chunk by chunk, never copied whole.
-        bias: [V] or None. A word with −inf on both sides is left out; on the teacher's side alone it counts as never said, on the
-            student's side alone the loss is inf. With a soft-cap c, −inf is a logit of −c.
+        rows: int64 [R], unique indices into ``hidden``; None for all rows. They are read chunk by chunk, never copied
+            whole.
+        bias: [V] or None. A word with −inf on both sides is left out; on the teacher's side alone it counts as never
+            said, on the student's side alone the loss is inf. With a soft-cap c, −inf is a logit of −c.
         reference_weight: [V, H_ref], the teacher's own head; None where both share ``weight`` and ``bias``.
         reference_bias: [V], only with ``reference_weight``.
         temperature: T > 0.
@@ -213,7 +228,12 @@ def linear_kl_div(
 
 
 def _check_reference(
-    hidden: Tensor, rows: Tensor | None, reference: Tensor, weight: Tensor, reference_weight: Tensor | None, reference_bias: Tensor | None
+    hidden: Tensor,
+    rows: Tensor | None,
+    reference: Tensor,
+    weight: Tensor,
+    reference_weight: Tensor | None,
+    reference_bias: Tensor | None,
 ) -> None:
     count = hidden.shape[0] if rows is None else rows.shape[0]
     meaning = "rows of hidden" if rows is None else "one row per index in rows"

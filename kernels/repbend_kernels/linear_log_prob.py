@@ -5,10 +5,11 @@ With z = h·Wᵀ + b, capped to c·tanh(z/c) where there is a soft-cap, q = soft
     out_n          = log q_t
     d out_n/d z_v  = ([v = t] − q_v) / T · (1 − (z_v/c)²)
 
-A row's gradient is the incoming factor of that row times a vector that depends on the row alone, so forward makes that vector while
-the logits are there, and backward only scales it: two GEMMs in all. Per chunk: one GEMM with float32 output, one kernel that reads the
-logits twice and leaves the gradient in place, one GEMM back. Memory above the inputs: one (chunk × V) float32 buffer, per-row scalars,
-and the gradient of ``hidden`` (float32 where ``hidden`` is float16, whose range would lose it; backward returns a scaled copy).
+A row's gradient is the incoming factor of that row times a vector that depends on the row alone, so forward makes that
+vector while the logits are there, and backward only scales it: two GEMMs in all. Per chunk: one GEMM with float32
+output, one kernel that reads the logits twice and leaves the gradient in place, one GEMM back. Memory above the inputs:
+one (chunk × V) float32 buffer, per-row scalars, and the gradient of ``hidden`` (float32 where ``hidden`` is float16,
+whose range would lose it; backward returns a scaled copy).
 
 Legend: N rows of hidden, R selected rows (R = N where ``rows`` is None), n rows of a chunk, H width, V vocabulary.
 """
@@ -74,7 +75,9 @@ def linear_log_prob_op(
     if ignored is not None:
         targets = targets.masked_fill(ignored, 0)
     out = torch.empty(count, dtype=acc, device=hidden.device)
-    grad = torch.empty((count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device)
+    grad = torch.empty(
+        (count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device
+    )
     step = min(chunk_rows, count)
     (buffer,) = logit_buffers(1, step, weight.shape[0], acc, hidden.device)
     with checks.in_own_dtypes(hidden.device):
@@ -85,12 +88,16 @@ def linear_log_prob_op(
             if implementation == "triton":
                 from .triton.linear_log_prob import launch_chunk
 
-                grad_logits = launch_chunk(logits, targets[start:stop], out[start:stop], temperature, softcap, need_grad, hidden.dtype)
+                grad_logits = launch_chunk(
+                    logits, targets[start:stop], out[start:stop], temperature, softcap, need_grad, hidden.dtype
+                )
             else:
                 out[start:stop] = _chunk_torch(logits, targets[start:stop], temperature, softcap, need_grad)
                 grad_logits = logits
             if need_grad:
-                grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(grad_logits.dtype, 1 / temperature)
+                grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(
+                    grad_logits.dtype, 1 / temperature
+                )
     if ignored is not None:
         # Filled, not multiplied: a row that nobody looks at may hold NaN.
         out.masked_fill_(ignored, 0.0)
@@ -114,7 +121,9 @@ def _(
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
     out = hidden.new_empty(targets.shape[0], dtype=checks.accumulate_dtype(hidden.dtype))
-    return out, hidden.new_empty((targets.shape[0] if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype))
+    return out, hidden.new_empty(
+        (targets.shape[0] if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype)
+    )
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -151,11 +160,14 @@ def linear_log_prob(
     Args:
         hidden: [N, H], the states that predict the targets; pass only the rows that count, or name them in ``rows``.
         weight: [V, H], the head, frozen.
-        targets: int64 [R], the token id for each row; R = N where ``rows`` is None. Out of range: an error in debug mode
-            (:func:`set_debug`) and on the CPU; NaN on the GPU.
-        rows: int64 [R], unique indices into ``hidden``; None for all rows. They are read chunk by chunk, never copied whole.
-        ignore_index: a target that does not count: its row has log-probability 0 and no gradient, exactly. None for no such target.
-        bias: [V] or None; a word at −inf has log-probability −inf and no share in the others'. With a soft-cap c, −inf is a logit of −c.
+        targets: int64 [R], the token id for each row; R = N where ``rows`` is None. Out of range: an error in debug
+            mode (:func:`set_debug`) and on the CPU; NaN on the GPU.
+        rows: int64 [R], unique indices into ``hidden``; None for all rows. They are read chunk by chunk, never copied
+            whole.
+        ignore_index: a target that does not count: its row has log-probability 0 and no gradient, exactly. None for no
+            such target.
+        bias: [V] or None; a word at −inf has log-probability −inf and no share in the others'. With a soft-cap c, −inf
+            is a logit of −c.
         temperature: T > 0.
         softcap: c > 0 of ``c·tanh(z/c)`` (Gemma-2); None for no cap.
         lengths: rows of each sequence, in order, summing to R; then the result is the sum over each sequence.
@@ -176,14 +188,18 @@ def linear_log_prob(
     checks.check_indices("targets", targets, vocabulary, "hidden", hidden, ignore_index)
     checks.check_shape("targets", targets, [count], meaning)
     if lengths is not None and (any(length < 0 for length in lengths) or sum(lengths) != count):
-        raise ValueError(f"lengths: expected non-negative row counts that sum to {count} (number of targets), got {list(lengths)}")
+        raise ValueError(
+            f"lengths: expected non-negative row counts that sum to {count} (number of targets), got {list(lengths)}"
+        )
     chosen = resolve(implementation, hidden)
     if chosen == "eager":
         out = linear_log_prob_reference(hidden, weight, targets, bias, softcap, temperature, rows, ignore_index)
     else:
         step = chunk_rows or default_chunk_rows(count, vocabulary, hidden.device)
         need_grad = hidden.requires_grad and torch.is_grad_enabled()
-        out, _ = linear_log_prob_op(hidden, weight, bias, targets, temperature, softcap, step, need_grad, chosen, rows, ignore_index)
+        out, _ = linear_log_prob_op(
+            hidden, weight, bias, targets, temperature, softcap, step, need_grad, chosen, rows, ignore_index
+        )
     if lengths is None:
         return out
     return torch.stack([part.sum() for part in out.split(list(lengths))]) if lengths else out.new_zeros(0)

@@ -1,17 +1,19 @@
 """``lora_down`` and ``lora_up``: the low-rank part of an adapted linear layer, around whatever the base layer is.
 
-With m = keep · x (``keyed_dropout``'s mask, without its factor), W the base layer, f the factor of the whole low-rank part:
+With m = keep · x (``keyed_dropout``'s mask, without its factor), W the base layer, f the factor of the whole low-rank
+part:
 
-    lora_down    P = m Aᵀ  [N, r]                       lora_up    y = W x + f · P Bᵀ           in place: y = W x is fresh
+    lora_down    P = m Aᵀ  [N, r]                       lora_up    y = W x + f · P Bᵀ           in place: y = W x is
+                 fresh
     backward     dx += keep · (Q A)    dA = Qᵀ m                   Q = f · G B    dB = f · Gᵀ P
                  in place: the base layer's gradient is fresh
 
-Kept for backward: x by reference, or what it can be made of again; P; and the rows' hashed keys. Memory above the inputs: forward,
-P; backward, Q and the gradients of A and B.
+Kept for backward: x by reference, or what it can be made of again; P; and the rows' hashed keys. Memory above the
+inputs: forward, P; backward, Q and the gradients of A and B.
 
-Products of 16-bit rows lose nothing of 32-bit adapter weights: on CUDA the weight enters the matrix product as the sum of two
-16-bit parts (in float16 only what its range holds: parts below 6e-8 are lost), elsewhere the rows are widened chunk by chunk
-(``wide_products``). Rows are walked in chunks, so that what is masked never has x's size.
+Products of 16-bit rows lose nothing of 32-bit adapter weights: on CUDA the weight enters the matrix product as the sum
+of two 16-bit parts (in float16 only what its range holds: parts below 6e-8 are lost), elsewhere the rows are widened
+chunk by chunk (``wide_products``). Rows are walked in chunks, so that what is masked never has x's size.
 
 Legend: N rows (tokens), D inputs, O outputs, r rank, G gradient of y.
 """
@@ -30,8 +32,9 @@ from .scratch import scratch_rule
 from .selection import resolve
 from .wide_products import add_product_, in_parts, low_rank_operands, product
 
-# Elements of a chunk of rows. On a CPU smaller ones, which stay in a core's cache, are no faster (docs/log.md); on a GPU it
-# fills the device and is small beside a model. A matrix product of fewer rows than the least would read the adapter's weights too often.
+# Elements of a chunk of rows. On a CPU smaller ones, which stay in a core's cache, are no faster (docs/log.md); on a
+# GPU it fills the device and is small beside a model. A matrix product of fewer rows than the least would read the
+# adapter's weights too often.
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
 LEAST_ROWS = 64
 
@@ -56,7 +59,9 @@ def _chunks_of_narrow(rows: Tensor, acc: torch.dtype) -> Iterator[tuple[int, int
 
 
 class _MaskedRows:
-    """What dropout leaves of chunks of rows of x, and the same mask on what goes back to them; a buffer serves every chunk."""
+    """What dropout leaves of chunks of rows of x, and the same mask on what goes back to them; a buffer serves every
+    chunk.
+    """
 
     def __init__(self, x: Tensor, hashes: Tensor | None, place: int, p: float) -> None:
         self.mask = None if hashes is None else KeyedMask(hashes, place, p, x.shape[1], x.dtype, hashed=True)
@@ -70,11 +75,17 @@ class _MaskedRows:
         if self.buffer.shape[0] < stop - start:
             self.buffer = self.x.new_empty((stop - start, self.x.shape[1]))
         kept = self.buffer[: stop - start]
-        self.mask.apply([rows] if inner is None else [rows, inner], [kept] if inner is None else [kept, inner], start, stop)
+        self.mask.apply(
+            [rows] if inner is None else [rows, inner], [kept] if inner is None else [kept, inner], start, stop
+        )
         return kept
 
-    def add_gradient_(self, grad_rows: Tensor, start: int, stop: int, up: Tensor, a: Tensor, *, read: bool) -> Tensor | None:
-        """``grad_rows`` += keep · (Q A), Q being ``up``, rounded once where the device allows it; with ``read`` the rows of x, masked."""
+    def add_gradient_(
+        self, grad_rows: Tensor, start: int, stop: int, up: Tensor, a: Tensor, *, read: bool
+    ) -> Tensor | None:
+        """``grad_rows`` += keep · (Q A), Q being ``up``, rounded once where the device allows it; with ``read`` the
+        rows of x, masked.
+        """
         if self.mask is None:
             add_product_(grad_rows, up, a, 1.0)
             return self.read(start, stop) if read else None
@@ -109,7 +120,9 @@ def _add_up_(result: Tensor, down: Tensor, b: Tensor, factor: float) -> None:
 
 @torch.library.custom_op("repbend_kernels::low_rank_down", mutates_args=())
 def low_rank_down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tensor:
-    """P = (keep · x) Aᵀ, [N, r] in float32 (float64 for float64), of ``x`` [N, D]; ``hashes`` are the rows' hashed keys, int32 [N]."""
+    """P = (keep · x) Aᵀ, [N, r] in float32 (float64 for float64), of ``x`` [N, D]; ``hashes`` are the rows' hashed
+    keys, int32 [N].
+    """
     return _down(x, a, hashes, place, p)
 
 
@@ -122,7 +135,8 @@ def _(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tens
 def add_low_rank_gradient_(
     grad_x: Tensor, x: Tensor, a: Tensor, up: Tensor, hashes: Tensor | None, place: int, p: float, needs: list[bool]
 ) -> Tensor:
-    """``grad_x`` [N, D] += keep · (Q A) in place and dA = Qᵀ (keep · x) in A's dtype, of them what ``needs`` asks for (dA else [0, D]).
+    """``grad_x`` [N, D] += keep · (Q A) in place and dA = Qᵀ (keep · x) in A's dtype, of them what ``needs`` asks for
+    (dA else [0, D]).
 
     ``up`` is Q [N, r] in float32 (float64 for float64), in which the sum over rows runs.
     """
@@ -141,7 +155,9 @@ def add_low_rank_gradient_(
 
 
 @add_low_rank_gradient_.register_fake
-def _(grad_x: Tensor, x: Tensor, a: Tensor, up: Tensor, hashes: Tensor | None, place: int, p: float, needs: list[bool]) -> Tensor:
+def _(
+    grad_x: Tensor, x: Tensor, a: Tensor, up: Tensor, hashes: Tensor | None, place: int, p: float, needs: list[bool]
+) -> Tensor:
     return a.new_empty((a.shape[0] if needs[1] else 0, a.shape[1]))
 
 
@@ -153,7 +169,9 @@ def add_low_rank_up_(result: Tensor, down: Tensor, b: Tensor, factor: float) -> 
 
 @torch.library.custom_op("repbend_kernels::low_rank_up_gradients", mutates_args=())
 def low_rank_up_gradients(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool]) -> list[Tensor]:
-    """Those of Q = f · G B [N, r] in P's dtype and dB = f · Gᵀ P in B's that ``needs`` asks for; the sum over rows runs in P's dtype."""
+    """Those of Q = f · G B [N, r] in P's dtype and dB = f · Gᵀ P in B's that ``needs`` asks for; the sum over rows runs
+    in P's dtype.
+    """
     up = torch.empty_like(down)
     grad_b = torch.zeros(b.shape, dtype=down.dtype, device=b.device)
     with in_own_dtypes(grad.device):
@@ -173,8 +191,9 @@ def _(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool]) -
 
 
 class _Down(torch.autograd.Function):
-    """``(x, P)``. The base layer reads the x that comes out, so that its gradient of x passes through here and takes the low-rank
-    part in, without a tensor and a sum of its own."""
+    """``(x, P)``. The base layer reads the x that comes out, so that its gradient of x passes through here and takes
+    the low-rank part in, without a tensor and a sum of its own.
+    """
 
     @staticmethod
     def forward(ctx, x, a, hashes, place, p, remake=None):
@@ -200,7 +219,9 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """``result`` [N, O] with f · P Bᵀ added in place; in a compiled graph to a copy, since its tracer takes no input that changes."""
+    """``result`` [N, O] with f · P Bᵀ added in place; in a compiled graph to a copy, since its tracer takes no input
+    that changes.
+    """
 
     @staticmethod
     def forward(ctx, result, down, b, factor):
@@ -231,7 +252,8 @@ def lora_down(
     remake: Remake | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The first half of a low-rank adapter, P = (keep · x) Aᵀ, and x for the base layer; differentiable in ``x`` and ``a``.
+    """The first half of a low-rank adapter, P = (keep · x) Aᵀ, and x for the base layer; differentiable in ``x`` and
+    ``a``.
 
     Args:
         x: [N, D], what the adapted layer reads.
@@ -239,13 +261,15 @@ def lora_down(
         hashes: int32 [N], ``blocks.row_hashes`` of the rows' keys; None for no dropout.
         place: names the layer, as :func:`keyed_dropout`'s ``column_seed`` does.
         p: probability of dropping, 0 < p < 1 with ``hashes``. The factor 1/(1 − p) belongs into :func:`lora_up`'s.
-        remake: ``(kept, make)``: backward keeps the tensors ``kept`` in place of x, and ``make(kept)`` gives x again, [..., D].
-        implementation: overrides the switch for this call. There is no kernel of its own: ``triton`` and ``torch`` are the same products,
-            with the mask drawn as :func:`keyed_dropout` draws it.
+        remake: ``(kept, make)``: backward keeps the tensors ``kept`` in place of x, and ``make(kept)`` gives x again,
+            [..., D].
+        implementation: overrides the switch for this call. There is no kernel of its own: ``triton`` and ``torch`` are
+            the same products, with the mask drawn as :func:`keyed_dropout` draws it.
 
     Returns:
-        ``(x, P)``: x for the base layer to read, and P [N, r] in float32 (float64 for float64). Backward adds to the gradient that comes
-        back through that x **in place**, so only an operation that makes a fresh one, such as a matrix product, may read it.
+        ``(x, P)``: x for the base layer to read, and P [N, r] in float32 (float64 for float64). Backward adds to the
+        gradient that comes back through that x **in place**, so only an operation that makes a fresh one, such as a
+        matrix product, may read it.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or probability.
@@ -264,7 +288,8 @@ def lora_up(result: Tensor, down: Tensor, b: Tensor, factor: float, *, implement
     """The second half of a low-rank adapter: ``result`` + f · P Bᵀ, differentiable in ``result``, ``down`` and ``b``.
 
     Args:
-        result: [N, O], the base layer's output, **overwritten** (not in a compiled graph): nobody else may need its values.
+        result: [N, O], the base layer's output, **overwritten** (not in a compiled graph): nobody else may need its
+            values.
         down: P [N, r] of :func:`lora_down`.
         b: [O, r], of ``result``'s dtype or a wider one.
         factor: f, the adapter's scaling, over 1 − p where there is dropout.
@@ -290,7 +315,11 @@ def _check_matrix(name: str, tensor: Tensor, rows: str | int, columns: str | int
     """``tensor`` is [rows, columns], of any size where that is a letter."""
     checks.check_float(name, tensor)
     shape = tensor.shape
-    fits = len(shape) == 2 and (isinstance(rows, str) or shape[0] == rows) and (isinstance(columns, str) or shape[1] == columns)
+    fits = (
+        len(shape) == 2
+        and (isinstance(rows, str) or shape[0] == rows)
+        and (isinstance(columns, str) or shape[1] == columns)
+    )
     if not fits:
         raise ValueError(f"{name}: expected shape [{rows}, {columns}], got {list(shape)}")
 
@@ -302,7 +331,10 @@ def _check_down(x: Tensor, a: Tensor, hashes: Tensor | None, p: float) -> None:
     if hashes is None:
         return
     if not isinstance(hashes, Tensor) or hashes.dtype != torch.int32:
-        raise TypeError(f"hashes: expected an int32 tensor, got {hashes.dtype if isinstance(hashes, Tensor) else type(hashes).__name__}")
+        raise TypeError(
+            "hashes: expected an int32 tensor, got "
+            f"{hashes.dtype if isinstance(hashes, Tensor) else type(hashes).__name__}"
+        )
     checks.check_device("hashes", hashes, "x", x)
     checks.check_shape("hashes", hashes, [x.shape[0]], "one for each row of x")
     if not 0 < p < 1:
@@ -314,7 +346,9 @@ def _check_up(result: Tensor, down: Tensor, b: Tensor) -> None:
     _check_matrix("down", down, result.shape[0], "r")
     _check_matrix("b", b, result.shape[1], down.shape[1])
     if down.dtype != accumulate_dtype(result.dtype):
-        raise TypeError(f"down: expected {accumulate_dtype(result.dtype)} beside a result in {result.dtype}, got {down.dtype}")
+        raise TypeError(
+            f"down: expected {accumulate_dtype(result.dtype)} beside a result in {result.dtype}, got {down.dtype}"
+        )
     checks.check_device("down", down, "result", result)
     checks.check_device("b", b, "result", result)
 
@@ -324,8 +358,9 @@ def _in_chunks(rows: Tensor, device: torch.device) -> int:
 
 
 def _down_scratch(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None) -> int:
-    # Chunks of rows of x [N, D] are masked, in backward together with what is added to their gradient, into copies; a 16-bit one is
-    # widened on the way where the product is not the GPU's. In plain torch a block of 32-bit hashes lies beside them.
+    # Chunks of rows of x [N, D] are masked, in backward together with what is added to their gradient, into copies; a
+    # 16-bit one is widened on the way where the product is not the GPU's. In plain torch a block of 32-bit hashes lies
+    # beside them.
     chunk = _in_chunks(x, device) * x.shape[1]
     wide = 4 if device.type != "cuda" else x.element_size()
     narrow = 2 * wide * chunk if x.element_size() < 4 else 0
@@ -335,7 +370,8 @@ def _down_scratch(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | N
 
 
 def _up_scratch(device: torch.device, rows: Tensor, down: Tensor, b: Tensor) -> int:
-    # A product of 16-bit rows [n, O] with 32-bit ones: their parts side by side on CUDA, elsewhere the rows widened, twice.
+    # A product of 16-bit rows [n, O] with 32-bit ones: their parts side by side on CUDA, elsewhere the rows widened,
+    # twice.
     small = 4 * (down.numel() + 2 * b.numel())
     if rows.element_size() >= 4:
         return small
@@ -348,7 +384,8 @@ scratch_rule("low_rank_down")(_down_scratch)
 
 @scratch_rule("add_low_rank_gradient_")
 def _(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None) -> int:
-    # A CPU adds the masked 32-bit product to a 16-bit gradient by way of both in 32 bits, of which the rule above knows one.
+    # A CPU adds the masked 32-bit product to a 16-bit gradient by way of both in 32 bits, of which the rule above knows
+    # one.
     widened = hashes is not None and x.element_size() < 4 and device.type != "cuda"
     return _down_scratch(device, x, a, hashes) + (4 * _in_chunks(x, device) * x.shape[1] if widened else 0)
 

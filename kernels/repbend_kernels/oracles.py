@@ -1,7 +1,7 @@
 """Eager oracles: each op as one plain PyTorch expression that autograd differentiates, in any floating dtype.
 
-They are the definition that tests compare with in float64, the ``eager`` implementation, and the benchmarks' plain baseline.
-They spend memory freely; use the ops.
+They are the definition that tests compare with in float64, the ``eager`` implementation, and the benchmarks' plain
+baseline. They spend memory freely; use the ops.
 
 Legend: N rows, R selected rows, D width of a hidden state, V vocabulary, L layers, B sequences.
 """
@@ -45,8 +45,8 @@ def _unit(x: Tensor) -> Tensor:
 def row_distance_reference(hidden: Tensor, reference: Tensor, kind: str) -> Tensor:
     """Distance of each row, [..., D] and [..., D] (or broadcastable) → [...], in float32 (float64 for float64).
 
-    ``l2`` ‖h−r‖₂ with gradient 0 at 0, ``cosine`` 1−cos(h,r), ``relu_cosine`` relu(cos(h,r)), ``mse`` mean over D of (h−r)².
-    A zero vector has cosine 0 and no gradient.
+    ``l2`` ‖h−r‖₂ with gradient 0 at 0, ``cosine`` 1−cos(h,r), ``relu_cosine`` relu(cos(h,r)), ``mse`` mean over D of
+    (h−r)². A zero vector has cosine 0 and no gradient.
     """
     acc = accumulate_dtype(hidden.dtype)
     h, r = hidden.to(acc), reference.to(acc)
@@ -73,7 +73,9 @@ def tap_rows_reference(hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, hidden.reshape(-1, hidden.shape[-1])[rows]
 
 
-def bend_distance_reference(hidden: Tensor, reference: Tensor, rows: Tensor | None, kind: str, reduction: str = "mean") -> Tensor:
+def bend_distance_reference(
+    hidden: Tensor, reference: Tensor, rows: Tensor | None, kind: str, reduction: str = "mean"
+) -> Tensor:
     """Mean or sum of the row distances; 0 for no rows."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     selected = flat if rows is None else flat[rows]
@@ -103,7 +105,9 @@ def pairwise_cosine_reference(states: Tensor) -> Tensor:
     return (1 - cosine)[..., pairs].mean()
 
 
-def head_logits_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Tensor:
+def head_logits_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float
+) -> Tensor:
     """Logits [N, V] over the temperature, in float32 (float64 for float64)."""
     acc = accumulate_dtype(hidden.dtype)
     logits = hidden.to(acc) @ weight.to(acc).T
@@ -126,12 +130,18 @@ def linear_kl_div_reference(
     reduction: str = "sum",
     rows: Tensor | None = None,
 ) -> Tensor:
-    """T² Σ over rows of KL(softmax(z_ref/T) ‖ softmax(z/T)), or its mean over rows; 0 for no rows. A word with p = 0 adds 0."""
+    """T² Σ over rows of KL(softmax(z_ref/T) ‖ softmax(z/T)), or its mean over rows; 0 for no rows. A word with p = 0
+    adds 0.
+    """
     hidden = hidden if rows is None else hidden[rows]
     shared = reference_weight is None
     student = head_logits_reference(hidden, weight, bias, softcap, temperature).log_softmax(dim=-1)
     teacher = head_logits_reference(
-        reference, weight if reference_weight is None else reference_weight, bias if shared else reference_bias, softcap, temperature
+        reference,
+        weight if reference_weight is None else reference_weight,
+        bias if shared else reference_bias,
+        softcap,
+        temperature,
     ).log_softmax(dim=-1)
     probability = teacher.exp()
     total = temperature**2 * (probability * torch.where(probability == 0, 0.0, teacher - student)).sum()
@@ -159,9 +169,11 @@ def linear_log_prob_reference(
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
-    """Rows over the root of their mean square, times the weight (1 + weight for Gemma's), in float32 (float64 for float64).
+    """Rows over the root of their mean square, times the weight (1 + weight for Gemma's), in float32 (float64 for
+    float64).
 
-    As in transformers' layers the normed row is rounded to ``x``'s dtype before the weight comes, for Gemma's afterwards.
+    As in transformers' layers the normed row is rounded to ``x``'s dtype before the weight comes, for Gemma's
+    afterwards.
     """
     wide = x.to(accumulate_dtype(x.dtype))
     normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
@@ -173,11 +185,17 @@ def gated_product_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def lora_down_reference(x: Tensor, a: Tensor, hashes: Tensor | None, start: int = 0, threshold: int = 0) -> tuple[Tensor, Tensor]:
-    """``(x, (keep · x) Aᵀ)``, the product in float32 (float64 for float64); ``start`` and ``threshold`` as for dropout."""
+def lora_down_reference(
+    x: Tensor, a: Tensor, hashes: Tensor | None, start: int = 0, threshold: int = 0
+) -> tuple[Tensor, Tensor]:
+    """``(x, (keep · x) Aᵀ)``, the product in float32 (float64 for float64); ``start`` and ``threshold`` as
+    for dropout.
+    """
     acc = accumulate_dtype(x.dtype)
     masked = (
-        x if hashes is None else torch.where(_kept(hashes[:, None].to(torch.int64) & 0xFFFFFFFF, x.shape[-1], start, threshold), x, 0.0)
+        x
+        if hashes is None
+        else torch.where(_kept(hashes[:, None].to(torch.int64) & 0xFFFFFFFF, x.shape[-1], start, threshold), x, 0.0)
     )
     return x, masked.to(acc) @ a.to(acc).T
 
@@ -188,7 +206,12 @@ def lora_up_reference(result: Tensor, down: Tensor, b: Tensor, factor: float) ->
 
 
 def triplet_values_reference(
-    hidden: Tensor, reference: Tensor, rows: tuple[Tensor, Tensor], center: Tensor, margins: tuple[float, float], unit: float = 1.0
+    hidden: Tensor,
+    reference: Tensor,
+    rows: tuple[Tensor, Tensor],
+    center: Tensor,
+    margins: tuple[float, float],
+    unit: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Values before the ReLU of the safe rows and of the unsafe ones, [R] each, around ``center`` [D] of any length."""
     acc = accumulate_dtype(hidden.dtype)
@@ -197,7 +220,9 @@ def triplet_values_reference(
     kept, bent = reference.to(acc).split([rows[0].shape[0], rows[1].shape[0]])
     toward = _unit(center)
     away = torch.linalg.vector_norm(safe - kept, dim=-1) / unit
-    return away - 1 + _unit(safe) @ toward + margins[0], (_unit(unsafe) * _unit(bent)).sum(dim=-1) - _unit(unsafe) @ toward + margins[1]
+    return away - 1 + _unit(safe) @ toward + margins[0], (_unit(unsafe) * _unit(bent)).sum(dim=-1) - _unit(
+        unsafe
+    ) @ toward + margins[1]
 
 
 def triplet_tap_reference(
@@ -211,10 +236,11 @@ def triplet_tap_reference(
     unsafe_sum: Tensor | None = None,
     active: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """``(hidden, Σ over both halves of weight · Σ relu(v), the two sums without their weights)``; ``reference`` is left as it is.
+    """``(hidden, Σ over both halves of weight · Σ relu(v), the two sums without their weights)``; ``reference`` is left
+    as it is.
 
-    Without ``unsafe_sum`` m is the mean of these unsafe rows, and differentiated as such. With the sums over a whole batch
-    (``TripletSums``) m is given, and its gradient reaches these rows through a term of value 0.
+    Without ``unsafe_sum`` m is the mean of these unsafe rows, and differentiated as such. With the sums over a whole
+    batch (``TripletSums``) m is given, and its gradient reaches these rows through a term of value 0.
     """
     acc = accumulate_dtype(hidden.dtype)
     unsafe = hidden.reshape(-1, hidden.shape[-1])[rows[1]].to(acc)
@@ -224,7 +250,10 @@ def triplet_tap_reference(
         known = unsafe_sum / count
         length, toward = torch.linalg.vector_norm(known), _unit(known)
         pull = weights[0] * active[0] - weights[1] * active[1]
-        pull = torch.where(length > 0, (pull - toward * (toward @ pull)) / torch.where(length > 0, length, 1.0), 0.0) / count
+        pull = (
+            torch.where(length > 0, (pull - toward * (toward @ pull)) / torch.where(length > 0, length, 1.0), 0.0)
+            / count
+        )
         mean, through = known, (unsafe @ pull).sum()
         through = through - through.detach()
     else:
@@ -242,7 +271,9 @@ def triplet_sums_reference(
     margins: tuple[float, float] = (0.0, 0.0),
     unit: float = 1.0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """``(Σ h of the unsafe rows, Σ ĥ of each half's)``; with references the second counts the rows whose value is above 0."""
+    """``(Σ h of the unsafe rows, Σ ĥ of each half's)``; with references the second counts the rows whose value is above
+    0.
+    """
     flat = hidden.reshape(-1, hidden.shape[-1]).to(accumulate_dtype(hidden.dtype))
     safe, unsafe = (_unit(flat[part]) for part in rows)
     if reference is not None and center is not None:
@@ -258,7 +289,9 @@ def _fold(value: Tensor, shift: int, factor: int, bits: int) -> Tensor:
 
 
 def _kept(rows: Tensor, width: int, start: int, threshold: int) -> Tensor:
-    """Where the element's hash is above the threshold, [..., width]; ``rows`` [..., 1] are the rows' hashes, in 0 … 2³² − 1."""
+    """Where the element's hash is above the threshold, [..., width]; ``rows`` [..., 1] are the rows' hashes, in 0 … 2³²
+    − 1.
+    """
     columns = (torch.arange(width, device=rows.device) * 0x9E3779B9 + start) & 0xFFFFFFFF
     columns = _fold(_fold(_fold(columns, 16, 0x7FEB352D, 32), 15, 0x846CA68B, 32), 16, 1, 32)
     exchanged = (columns << 16 | columns >> 16) & 0xFFFFFFFF

@@ -1,11 +1,13 @@
 """``pairwise_cosine``: how far the states of a batch point apart, per layer, without the B×B matrix.
 
-With ĥ_i the state of sequence i at length 1 (a zero state stays zero), s = Σ_i ĥ_i and n = Σ_i ‖ĥ_i‖² (= B without zero states):
+With ĥ_i the state of sequence i at length 1 (a zero state stays zero), s = Σ_i ĥ_i and n = Σ_i ‖ĥ_i‖² (= B without zero
+states):
 
     loss = mean over layers of mean over i ≠ j of 1 − cos(h_i, h_j) = mean over layers of 1 − (‖s‖² − n)/(B(B−1))
     d loss/d h_i = −2/(L·B(B−1)) · (s − ĥ_i(ĥ_i·s)) / ‖h_i‖, 0 for a zero state
 
-Memory above the inputs: forward, s in float32 [L, D] and 1/‖h_i‖ in float32 [L, B]; backward, the gradient that it returns.
+Memory above the inputs: forward, s in float32 [L, D] and 1/‖h_i‖ in float32 [L, B]; backward, the gradient that it
+returns.
 
 Legend: L layers, B sequences, D width.
 """
@@ -68,7 +70,9 @@ def _(states: Tensor, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("repbend_kernels::pairwise_similarity_backward", mutates_args=())
-def pairwise_similarity_backward(states: Tensor, summed: Tensor, inverse: Tensor, scale: Tensor, implementation: str) -> Tensor:
+def pairwise_similarity_backward(
+    states: Tensor, summed: Tensor, inverse: Tensor, scale: Tensor, implementation: str
+) -> Tensor:
     """``scale`` [L] times the gradient of each layer's similarity, [L, B, D]."""
     if implementation == "triton":
         from .triton.pairwise_cosine import launch_backward

@@ -5,9 +5,9 @@ With s = 1/√(mean(x²) + eps) of a row, n = x·s, and w the weight (1 + weight
     forward   y = w · n                               n rounded to x's dtype before, for Gemma's the product after
     backward  dx = s · (g − n · mean(g·n)),  g = w · dy
 
-It computes what transformers' own layers compute, in the same order and dtypes: sums over D in float32, whatever x is. Those keep
-more: of 16-bit states the input in 32 bits, twice. Memory above the inputs: forward, y and s (float32 [N]); backward, the gradient
-that it returns.
+It computes what transformers' own layers compute, in the same order and dtypes: sums over D in float32, whatever x is.
+Those keep more: of 16-bit states the input in 32 bits, twice. Memory above the inputs: forward, y and s (float32 [N]);
+backward, the gradient that it returns.
 
 Legend: N rows (tokens), D width of a hidden state.
 """
@@ -48,7 +48,9 @@ def rms_norm_op(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Ten
 
 @rms_norm_op.register_fake
 def _(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=_output_dtype(x, weight, gemma)), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=_output_dtype(x, weight, gemma)), x.new_empty(
+        (x.shape[0], 1), dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("repbend_kernels::rms_norm_gradient", mutates_args=())
@@ -84,7 +86,9 @@ class _RmsNorm(torch.autograd.Function):
         return rms_norm_gradient(grad.contiguous(), *ctx.saved_tensors, ctx.gemma), None, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False, *, implementation: str | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, gemma: bool = False, *, implementation: str | None = None
+) -> Tensor:
     """Root-mean-square norm (arXiv 1910.07467) of ``x``, over D in float32; differentiable in ``x`` alone.
 
     Args:
@@ -92,8 +96,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False, *, impl
         weight: [D], frozen.
         eps: is added to the mean of the squares.
         gemma: scale by 1 + weight in float32, as Gemma does; otherwise by weight after rounding to x's dtype.
-        implementation: overrides the switch for this call. There is no kernel here (Liger has one): ``triton`` and ``torch`` are the
-            same code.
+        implementation: overrides the switch for this call. There is no kernel here (Liger has one): ``triton`` and
+            ``torch`` are the same code.
 
     Returns:
         [..., D] in x's dtype, or without ``gemma`` in the weight's where that is wider.

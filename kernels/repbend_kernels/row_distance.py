@@ -32,7 +32,9 @@ def _distance_block(h: Tensor, r: Tensor, kind: str) -> Tensor:
 
 def _cosine_block(h: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(c, 1/‖h‖, 1/‖r‖)``, each [n]; the inverse of a zero norm is 0."""
-    inverse_h, inverse_r = (torch.where(n > 0, n.reciprocal(), 0.0) for n in (torch.linalg.vector_norm(x, dim=-1) for x in (h, r)))
+    inverse_h, inverse_r = (
+        torch.where(n > 0, n.reciprocal(), 0.0) for n in (torch.linalg.vector_norm(x, dim=-1) for x in (h, r))
+    )
     dot = (h * r).sum(dim=-1)
     return (dot * inverse_h * inverse_r).clamp_(-1, 1), inverse_h, inverse_r
 
@@ -77,7 +79,9 @@ def distances_torch(hidden: Tensor, reference: Tensor, rows: Tensor | None, mask
 def distances_into_direction_torch(
     hidden: Tensor, reference: Tensor, rows: Tensor | None, mask: Tensor | None, kind: str, direction: Tensor
 ) -> Tensor:
-    """As :func:`distances_torch`, and ``direction`` ([R, D] or of ``hidden``'s shape, may be ``reference``) receives g."""
+    """As :func:`distances_torch`, and ``direction`` ([R, D] or of ``hidden``'s shape, may be ``reference``)
+    receives g.
+    """
     acc = accumulate_dtype(hidden.dtype)
     count = count_rows(hidden) if rows is None else rows.shape[0]
     out = torch.empty(count, dtype=acc, device=hidden.device)
@@ -94,7 +98,9 @@ def distances_into_direction_torch(
     return out
 
 
-def gradient_torch(hidden: Tensor, reference: Tensor, rows: Tensor | None, mask: Tensor | None, kind: str, grad_rows: Tensor) -> Tensor:
+def gradient_torch(
+    hidden: Tensor, reference: Tensor, rows: Tensor | None, mask: Tensor | None, kind: str, grad_rows: Tensor
+) -> Tensor:
     """Σ grad_rows · d distance/d hidden as a new tensor of ``hidden``'s shape; rows outside the selection are 0."""
     acc = accumulate_dtype(hidden.dtype)
     count = count_rows(hidden) if rows is None else rows.shape[0]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of one scratch block. On a CPU 256 KiB of float32 for each thread, which stay in its cache from one pass to the next; on
-# devices where a launch costs more than the work on such a block, 16 MiB.
+# Elements of one scratch block. On a CPU 256 KiB of float32 for each thread, which stay in its cache from one pass to
+# the next; on devices where a launch costs more than the work on such a block, 16 MiB.
 CPU_ELEMENTS_PER_THREAD = 1 << 16
 DEVICE_ELEMENTS = 1 << 22
 
@@ -22,14 +22,22 @@ def count_rows(tensor: Tensor) -> int:
     return count
 
 
-def block_rows(width: int, device: torch.device, per_thread: int = CPU_ELEMENTS_PER_THREAD, per_device: int = DEVICE_ELEMENTS) -> int:
-    """Rows of one block: ``per_thread`` elements for each thread of a CPU, ``per_device`` elsewhere, and at least one row."""
+def block_rows(
+    width: int, device: torch.device, per_thread: int = CPU_ELEMENTS_PER_THREAD, per_device: int = DEVICE_ELEMENTS
+) -> int:
+    """Rows of one block: ``per_thread`` elements for each thread of a CPU, ``per_device`` elsewhere, and at least one
+    row.
+    """
     elements = per_thread * torch.get_num_threads() if device.type == "cpu" else per_device
     return max(1, elements // max(width, 1))
 
 
 def blocks(
-    count: int, width: int, device: torch.device, per_thread: int = CPU_ELEMENTS_PER_THREAD, per_device: int = DEVICE_ELEMENTS
+    count: int,
+    width: int,
+    device: torch.device,
+    per_thread: int = CPU_ELEMENTS_PER_THREAD,
+    per_device: int = DEVICE_ELEMENTS,
 ) -> Iterator[tuple[int, int]]:
     """``(start, stop)`` over ``count`` rows, in blocks of ``block_rows``."""
     step = block_rows(width, device, per_thread, per_device)
@@ -74,10 +82,11 @@ class RowReader:
 
 
 def scale_into(out: Tensor, source: Tensor, factor: Tensor, rows: Tensor | None = None) -> Tensor:
-    """out = source · factor, contiguous tensors of two dimensions and more, multiplied in ``factor``'s dtype; ``out`` may be ``source``.
+    """out = source · factor, contiguous tensors of two dimensions and more, multiplied in ``factor``'s dtype; ``out``
+    may be ``source``.
 
-    ``factor`` is a scalar or has one value for each row. With ``rows`` (int64 [R]) row i of ``source`` is added to row ``rows[i]`` of
-    ``out``, which holds zeros: an index that comes twice gets both.
+    ``factor`` is a scalar or has one value for each row. With ``rows`` (int64 [R]) row i of ``source`` is added to row
+    ``rows[i]`` of ``out``, which holds zeros: an index that comes twice gets both.
     A plain product of a 16-bit tensor and a scalar rounds the scalar to 16 bits on some devices.
     """
     if source.numel() == 0:

@@ -1,7 +1,8 @@
 """What an op needs inside of itself and frees again, in bytes: one rule for each op, registered beside it.
 
-No tensor outside shows such memory, so whoever plans what a step takes asks here. A rule takes those of the op's arguments that it
-names, real tensors or fake ones, and the ``device`` that is planned for. It bounds every path of the op from above; 0 is a rule too.
+No tensor outside shows such memory, so whoever plans what a step takes asks here. A rule takes those of the op's
+arguments that it names, real tensors or fake ones, and the ``device`` that is planned for. It bounds every path of the
+op from above; 0 is a rule too.
 """
 
 import inspect

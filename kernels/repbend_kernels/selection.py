@@ -55,7 +55,9 @@ def implementation(name: str) -> Iterator[None]:
 
 
 def set_debug(on: bool) -> None:
-    """Check index ranges on every call. Off by default: on a GPU the check waits for the device (``REPBEND_KERNELS_DEBUG=1``)."""
+    """Check index ranges on every call. Off by default: on a GPU the check waits for the device
+    (``REPBEND_KERNELS_DEBUG=1``).
+    """
     global _debug
     _debug = bool(on)
 
@@ -68,16 +70,20 @@ def debug_enabled() -> bool:
 def resolve(name: str | None, tensor: Tensor) -> str:
     """The implementation that a call on ``tensor`` runs: ``torch``, ``triton`` or ``eager``.
 
-    ``auto`` takes Triton for CUDA tensors in float32, bfloat16 and float16 where Triton is installed, and plain torch otherwise.
+    ``auto`` takes Triton for CUDA tensors in float32, bfloat16 and float16 where Triton is installed, and plain torch
+    otherwise.
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: ``triton`` was asked for and cannot run on this tensor; forward-mode derivatives with another one than ``eager``.
+        RuntimeError: ``triton`` was asked for and cannot run on this tensor; forward-mode derivatives with another one
+            than ``eager``.
     """
     chosen = _selected if name is None else _known(name, "implementation")
     # An op that has no forward-mode rule drops tangents, and the derivative would be 0.
     if chosen != "eager" and torch.autograd.forward_ad._current_level >= 0:
-        raise RuntimeError("no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad); use implementation='eager'")
+        raise RuntimeError(
+            "no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad); use implementation='eager'"
+        )
     if chosen == "auto":
         return "triton" if tensor.is_cuda and _HAS_TRITON and tensor.dtype != torch.float64 else "torch"
     if chosen == "triton":
@@ -87,7 +93,9 @@ def resolve(name: str | None, tensor: Tensor) -> str:
 
 def _require_triton(tensor: Tensor) -> None:
     if not _HAS_TRITON:
-        raise RuntimeError("implementation='triton': the package triton is not installed; install it, or choose 'torch'")
+        raise RuntimeError(
+            "implementation='triton': the package triton is not installed; install it, or choose 'torch'"
+        )
     if tensor.dtype == torch.float64:
         raise RuntimeError("implementation='triton': float64 runs on the torch path only; choose 'torch'")
     if not tensor.is_cuda and not (_INTERPRET and tensor.device.type == "cpu"):

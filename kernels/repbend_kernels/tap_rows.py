@@ -92,7 +92,8 @@ def tap_rows(hidden: Tensor, rows: Tensor, *, implementation: str | None = None)
     Args:
         hidden: [..., D], any strides.
         rows: int64 [R], unique indices into ``hidden.reshape(-1, D)``.
-        implementation: overrides the switch for this call. This op is a copy, so ``triton`` and ``torch`` are the same code.
+        implementation: overrides the switch for this call. This op is a copy, so ``triton`` and ``torch`` are the same
+            code.
 
     Returns:
         ``(hidden, copy)``: the same values as ``hidden``, to be used in its place, and [R, D], both differentiable.
@@ -114,7 +115,8 @@ def tap_rows(hidden: Tensor, rows: Tensor, *, implementation: str | None = None)
 
 @scratch_rule("gather_rows")
 def _(device: torch.device, hidden: Tensor, rows: Tensor) -> int:
-    # Rows that no view finds are found by one index for each leading dimension, and by what is left of the row's number.
+    # Rows that no view finds are found by one index for each leading dimension, and by what is left of the row's
+    # number.
     return 0 if hidden.is_contiguous() else 8 * (hidden.dim() + 1) * rows.numel()
 
 

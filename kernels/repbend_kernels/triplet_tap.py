@@ -1,16 +1,20 @@
-"""``triplet_tap``: read triplets around the mean unsafe state and put their gradient in at this place, exactly for a part of a batch too.
+"""``triplet_tap``: read triplets around the mean unsafe state and put their gradient in at this place, exactly for a
+part of a batch too.
 
-At one hidden state, with m the mean over the N_u unsafe rows, x̂ = x/‖x‖, s(h) = cos(h, m), a_s and a_u the halves' weights:
+At one hidden state, with m the mean over the N_u unsafe rows, x̂ = x/‖x‖, s(h) = cos(h, m), a_s and a_u the halves'
+weights:
 
     safe     v = ‖h − r‖/n − 1 + s(h) + p                ∂v/∂h = (h−r)/(n ‖h−r‖) + (m̂ − s ĥ)/‖h‖
     unsafe   v = cos(h, r) − s(h) + q                    ∂v/∂h = (r̂ − cos(h, r) ĥ)/‖h‖ − (m̂ − s ĥ)/‖h‖
-    through m, every unsafe row                          (t − m̂ (m̂·t)) / (N_u ‖m‖),   t = a_s Σ ĥ_safe − a_u Σ ĥ_unsafe
+    through m, every unsafe row                          (t − m̂ (m̂·t)) / (N_u ‖m‖),   t = a_s Σ ĥ_safe − a_u Σ
+    ĥ_unsafe
 
-over the rows with v > 0; the loss is Σ a · relu(v); n is the length that counts as 1. Everything but a row's own state is m and t: sums
-over rows. Rows that are all of a batch have them here; a part of it takes them from ``triplet_sums`` of every part. A zero state has
-cosine 0 and no gradient.
+over the rows with v > 0; the loss is Σ a · relu(v); n is the length that counts as 1. Everything but a row's own state
+is m and t: sums over rows. Rows that are all of a batch have them here; a part of it takes them from ``triplet_sums``
+of every part. A zero state has cosine 0 and no gradient.
 
-Memory above the inputs: forward, vectors [D]; backward, the gradient that it returns. The scratch is a few blocks of rows.
+Memory above the inputs: forward, vectors [D]; backward, the gradient that it returns. The scratch is a few blocks of
+rows.
 
 Legend: R rows of both halves, D width.
 """
@@ -33,7 +37,9 @@ from .selection import resolve
 
 @dataclass(frozen=True)
 class TripletSums:
-    """Sums of one hidden state over a whole batch: Σ h over the unsafe rows, Σ ĥ over the active rows of each half, all [D]."""
+    """Sums of one hidden state over a whole batch: Σ h over the unsafe rows, Σ ĥ over the active rows of each half, all
+    [D].
+    """
 
     unsafe: Tensor
     units: tuple[Tensor, Tensor]
@@ -72,8 +78,12 @@ class _Rows:
             yield start, stop, self.reader.read(start, stop).to(self.acc)
 
 
-def _block(h: Tensor, r: Tensor, center: Tensor, margin: float, safe: bool, length: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(relu(v) [n], ∂v/∂h where v > 0 [n, D], Σ ĥ where v > 0 [D])``; ``center`` is m̂, ``length`` what counts as 1."""
+def _block(
+    h: Tensor, r: Tensor, center: Tensor, margin: float, safe: bool, length: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(relu(v) [n], ∂v/∂h where v > 0 [n, D], Σ ĥ where v > 0 [D])``; ``center`` is m̂, ``length`` what
+    counts as 1.
+    """
     unit, inverse = _units(h)
     along = (unit @ center)[:, None]
     toward_m = (center - along * unit) * inverse
@@ -119,7 +129,9 @@ def _halves(
     with checks.in_own_dtypes(hidden.device):
         for half, part in enumerate((slice(0, safe_rows), slice(safe_rows, None))):
             factor = None if factors is None else factors[half]
-            value, active = _half(_Rows(hidden, rows[part]), reference[part], center, margins[half], half == 0, factor, unit)
+            value, active = _half(
+                _Rows(hidden, rows[part]), reference[part], center, margins[half], half == 0, factor, unit
+            )
             values.append(value)
             units.append(active)
     return torch.stack(values), torch.stack(units)
@@ -146,7 +158,9 @@ def _(hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def triplet_values(
     hidden: Tensor, reference: Tensor, rows: Tensor, safe_rows: int, center: Tensor, margins: list[float], unit: float
 ) -> tuple[Tensor, Tensor]:
-    """``(Σ relu(v) [2], Σ ĥ over v > 0 [2, D])`` of both halves; ``center`` is m̂ [D], the first ``safe_rows`` of ``rows`` are safe."""
+    """``(Σ relu(v) [2], Σ ĥ over v > 0 [2, D])`` of both halves; ``center`` is m̂ [D], the first ``safe_rows`` of
+    ``rows`` are safe.
+    """
     return _halves(hidden, reference, rows, safe_rows, center, margins, unit, None)
 
 
@@ -169,7 +183,9 @@ def triplet_directions(
     unit: float,
     factors: list[float],
 ) -> tuple[Tensor, Tensor]:
-    """As ``triplet_values``, and ``reference`` [R, D] receives each half's factor · ∂v/∂h, but for the way through m."""
+    """As ``triplet_values``, and ``reference`` [R, D] receives each half's factor · ∂v/∂h, but for the way
+    through m.
+    """
     return _halves(hidden, reference, rows, safe_rows, center, margins, unit, factors)
 
 
@@ -216,9 +232,9 @@ class _AddDirection(torch.autograd.Function):
             return grad_hidden, None, None, None
         checks.check_first_derivative("triplet_tap")
         direction, rows = ctx.saved_tensors
-        return bend_tap_backward(grad_hidden, direction, rows, rows.new_empty(0, dtype=torch.int32), grad_loss, ctx.shape, "torch"), *[
-            None
-        ] * 3
+        return bend_tap_backward(
+            grad_hidden, direction, rows, rows.new_empty(0, dtype=torch.int32), grad_loss, ctx.shape, "torch"
+        ), *[None] * 3
 
 
 def triplet_tap(
@@ -237,25 +253,27 @@ def triplet_tap(
 
     Args:
         hidden: [..., D], any strides.
-        reference: [R_safe + R_unsafe, D], what the rows are compared with, dtype and device of ``hidden``, no gradient. **Overwritten**
-            with the direction of the gradient where one is wanted (``hidden`` requires grad and grad mode is on), else left alone.
+        reference: [R_safe + R_unsafe, D], what the rows are compared with, dtype and device of ``hidden``, no gradient.
+            **Overwritten** with the direction of the gradient where one is wanted (``hidden`` requires grad and grad
+            mode is on), else left alone.
         rows: int64 [R_safe] and [R_unsafe], unique indices into ``hidden.reshape(-1, D)``.
         weights: a_s and a_u.
         margins: p and q.
         unit: n, above 0.
         unsafe_rows: N_u of the whole batch; None for these rows'.
         sums: over the whole batch; None where these rows are all of it.
-        implementation: overrides the switch for this call. There is no kernel of its own: ``triton`` and ``torch`` are the same code.
+        implementation: overrides the switch for this call. There is no kernel of its own: ``triton`` and ``torch`` are
+            the same code.
 
     Returns:
-        ``(hidden, loss, values)``: the same values as ``hidden``, to be used in its place; these rows' share of the loss, a float32
-        scalar (float64 for float64); and Σ relu(v) of each half, without weight or gradient.
+        ``(hidden, loss, values)``: the same values as ``hidden``, to be used in its place; these rows' share of the
+        loss, a float32 scalar (float64 for float64); and Σ relu(v) of each half, without weight or gradient.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype or device, or a reference that requires grad.
         IndexError: in debug mode, rows out of range.
-        RuntimeError: ``triton`` asked for where it cannot run; a ``reference`` that holds the directions of an earlier call, or shares
-            memory with ``hidden``; in backward, ``create_graph=True``.
+        RuntimeError: ``triton`` asked for where it cannot run; a ``reference`` that holds the directions of an earlier
+            call, or shares memory with ``hidden``; in backward, ``create_graph=True``.
     """
     _check(hidden, reference, rows, unit)
     if resolve(implementation, hidden) == "eager":
@@ -306,8 +324,8 @@ def triplet_sums(
 
     Args:
         hidden, rows, margins, unit: as :func:`triplet_tap` takes them.
-        known: sums over the whole batch with every row counted as active; then, with the ``reference`` of these rows, the unit sums are
-            those of the rows with v > 0, and Σ h, which is in ``known`` already, is 0.
+        known: sums over the whole batch with every row counted as active; then, with the ``reference`` of these rows,
+            the unit sums are those of the rows with v > 0, and Σ h, which is in ``known`` already, is 0.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype or device; ``known`` without ``reference``.
@@ -326,7 +344,9 @@ def triplet_sums(
     if eager:
         _, units = triplet_sums_reference(hidden, rows, reference, center, margins, unit)
     else:
-        _, (safe, unsafe) = triplet_values(hidden, reference, torch.cat(rows), rows[0].shape[0], center, list(margins), unit)
+        _, (safe, unsafe) = triplet_values(
+            hidden, reference, torch.cat(rows), rows[0].shape[0], center, list(margins), unit
+        )
         units = safe, unsafe
     return TripletSums(torch.zeros_like(known.unsafe), units)
 
@@ -340,7 +360,9 @@ def _check(hidden: Tensor, reference: Tensor | None, rows: tuple[Tensor, Tensor]
     if reference is None:
         return
     checks.check_like("reference", reference, "hidden", hidden)
-    checks.check_shape("reference", reference, [rows[0].shape[0] + rows[1].shape[0], hidden.shape[-1]], "one row per index in rows")
+    checks.check_shape(
+        "reference", reference, [rows[0].shape[0] + rows[1].shape[0], hidden.shape[-1]], "one row per index in rows"
+    )
     checks.check_constant("reference", reference)
     consumed.check_references("reference", reference)
 
@@ -353,7 +375,8 @@ def _(device: torch.device, hidden: Tensor, rows: Tensor) -> int:
 
 @scratch_rule("triplet_values", "triplet_directions")
 def _(device: torch.device, reference: Tensor) -> int:
-    # Of a block: the rows as they are, both sides in float32 and at length 1, the two parts of the direction and what they are made of.
+    # Of a block: the rows as they are, both sides in float32 and at length 1, the two parts of the direction and what
+    # they are made of.
     return in_blocks(device, 10, reference.numel())
 
 

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# How 16-bit rows meet 32-bit adapter weights: "parts" = the weights in 16-bit parts, as a GPU's matrix units take them, "wide" = the
-# rows in 32 bits, None = parts on CUDA and wide elsewhere. Both run everywhere.
+# How 16-bit rows meet 32-bit adapter weights: "parts" = the weights in 16-bit parts, as a GPU's matrix units take them,
+# "wide" = the rows in 32 bits, None = parts on CUDA and wide elsewhere. Both run everywhere.
 PRODUCTS: Literal["parts", "wide"] | None = None
 
 
@@ -32,7 +32,9 @@ def parts(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def product(left: Tensor, right: Tensor, acc: torch.dtype) -> Tensor:
-    """left [n, k] · right [k, m] → [n, m] in ``acc``. ``left`` may have 16 bits: it is not rounded, nor is ``right``."""
+    """left [n, k] · right [k, m] → [n, m] in ``acc``. ``left`` may have 16 bits: it is not rounded, nor is
+    ``right``.
+    """
     if left.dtype == acc or left.dtype == right.dtype == acc:
         return left @ right.to(acc)
     if not in_parts(left):
@@ -44,14 +46,18 @@ def product(left: Tensor, right: Tensor, acc: torch.dtype) -> Tensor:
 
 
 def low_rank_operands(left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """16-bit operands of one product that stands for left [n, r] · right [r, m] of wider ones: the three larger products of parts."""
+    """16-bit operands of one product that stands for left [n, r] · right [r, m] of wider ones: the three larger
+    products of parts.
+    """
     left_high, left_low = parts(left, dtype)
     right_high, right_low = parts(right.to(left.dtype), dtype)
     return torch.cat((left_high, left_high, left_low), dim=1), torch.cat((right_high, right_low, right_high), dim=0)
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-    """out [n, m] += factor · left [n, r] · right [r, m], rounded once to ``out``'s dtype; ``left`` has the accumulating dtype."""
+    """out [n, m] += factor · left [n, r] · right [r, m], rounded once to ``out``'s dtype; ``left`` has the accumulating
+    dtype.
+    """
     if out.dtype == left.dtype:
         out.addmm_(left, right.to(left.dtype), alpha=factor)
     elif in_parts(out):

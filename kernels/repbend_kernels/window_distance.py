@@ -2,9 +2,10 @@
 
     loss = Σ over layers, masked tokens of d(h, r) / (layers × masked tokens)
 
-It takes the tuples of ``output_hidden_states=True`` as they come: nothing is stacked, multiplied by the mask, or cast to float32
-in memory. Memory above the inputs: forward, per-row scalars (float32 [L, N]); backward, one gradient per layer, which is what it
-returns. With ``consume_references`` the references' own memory becomes those gradients, so that nothing is added at all.
+It takes the tuples of ``output_hidden_states=True`` as they come: nothing is stacked, multiplied by the mask, or cast
+to float32 in memory. Memory above the inputs: forward, per-row scalars (float32 [L, N]); backward, one gradient per
+layer, which is what it returns. With ``consume_references`` the references' own memory becomes those gradients, so that
+nothing is added at all.
 
 Legend: L layers, B sequences, T tokens, N = B·T rows, D width.
 """
@@ -24,7 +25,9 @@ from .selection import resolve
 
 
 @torch.library.custom_op("repbend_kernels::row_distance_consume", mutates_args=("references",))
-def row_distance_consume(hiddens: list[Tensor], references: list[Tensor], mask: Tensor | None, kind: str, implementation: str) -> Tensor:
+def row_distance_consume(
+    hiddens: list[Tensor], references: list[Tensor], mask: Tensor | None, kind: str, implementation: str
+) -> Tensor:
     """Distances [L, N]; each reference is overwritten with the direction d distance/d hidden."""
     if implementation == "triton":
         from .triton.row_distance import launch_consume
@@ -41,7 +44,9 @@ def _(hiddens: list[Tensor], references: list[Tensor], mask: Tensor | None, kind
 
 @torch.library.custom_op("repbend_kernels::scale_", mutates_args=("tensors",))
 def scale_(tensors: list[Tensor], factor: Tensor) -> None:
-    """Multiply each tensor in place by the scalar ``factor`` (float32, applied before rounding to the tensor's dtype)."""
+    """Multiply each tensor in place by the scalar ``factor`` (float32, applied before rounding to the
+    tensor's dtype).
+    """
     for tensor in tensors:
         scale_into(tensor, tensor, factor)
 
@@ -90,11 +95,12 @@ def window_distance(
     Args:
         hiddens: L tensors [B, T, D] (any leading dimensions), the window of a model's ``hidden_states``.
         references: L tensors of the same shape, dtype and device, no gradient.
-        mask: bool, the shape of a layer without D; None for all tokens. Values at masked-out tokens never matter, even NaN.
+        mask: bool, the shape of a layer without D; None for all tokens. Values at masked-out tokens never matter, even
+            NaN.
         kind: ``l2``, ``cosine``, ``relu_cosine`` or ``mse``.
         reduction: ``mean`` (sum / (masked tokens × L)) or ``sum``; no masked token gives 0.
-        consume_references: let the references' memory become the gradients. They hold no reference afterwards, and backward
-            runs once; they have to be contiguous and not used elsewhere.
+        consume_references: let the references' memory become the gradients. They hold no reference afterwards, and
+            backward runs once; they have to be contiguous and not used elsewhere.
         implementation: overrides the switch for this call.
 
     Returns:
@@ -102,8 +108,8 @@ def window_distance(
 
     Raises:
         ValueError, TypeError: wrong count, shape, dtype, device, kind or reduction, or a reference that requires grad.
-        RuntimeError: ``triton`` asked for where it cannot run; references that hold the directions of an earlier call or, to be
-            consumed, share memory; in backward after consuming, ``create_graph=True``.
+        RuntimeError: ``triton`` asked for where it cannot run; references that hold the directions of an earlier call
+            or, to be consumed, share memory; in backward after consuming, ``create_graph=True``.
     """
     hiddens, references = list(hiddens), list(references)
     _check(hiddens, references, mask, kind, reduction)
@@ -113,7 +119,10 @@ def window_distance(
     if consume_references and torch.is_grad_enabled() and any(h.requires_grad for h in hiddens):
         for index, reference in enumerate(references):
             if not reference.is_contiguous():
-                raise ValueError(f"references[{index}]: expected a contiguous tensor to consume, got strides {list(reference.stride())}")
+                raise ValueError(
+                    f"references[{index}]: expected a contiguous tensor to consume, got strides "
+                    f"{list(reference.stride())}"
+                )
         total = _Consume.apply(kind, chosen, mask, len(hiddens), *hiddens, *references)
     else:
         total = row_distance(hiddens, references, None, mask, kind, chosen).sum()

@@ -1,7 +1,7 @@
 """The command line: ``repbend-fast COMMAND …``.
 
-Exit codes: 0 done; 1 a check failed, or a defect (with its traceback); 2 something the user can mend, one line on stderr;
-130 interrupted.
+Exit codes: 0 done; 1 a check failed, or a defect (with its traceback); 2 something the user can mend, one line on
+stderr; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -41,18 +41,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe (`| head`) has what it wanted; without this, Python complains again when it flushes at exit.
+        # The reader of a pipe (`| head`) has what it wanted; without this, Python complains again when it flushes at
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if debug or not any(_is_no_space(link) for link in _chain(error)):
             raise
-        return _fail("no space left on the disk that is written to; what was saved before is intact: free some space, then resume")
+        return _fail(
+            "no space left on the disk that is written to; what was saved before is intact: free some space, then "
+            "resume"
+        )
 
 
 def _use_growing_segments() -> None:
-    """Let torch's CUDA allocator grow its segments: every batch has other lengths, and fixed segments fragment. A user's settings stay."""
-    if sys.platform == "linux" and not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+    """Let torch's CUDA allocator grow its segments: every batch has other lengths, and fixed segments fragment. A
+    user's settings stay.
+    """
+    if sys.platform == "linux" and not any(
+        name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -54,7 +54,9 @@ def compare(arguments: Namespace) -> int:
     """``compare``: the same command typed again goes on where it stopped."""
     from repbend_fast.compare import DEFAULT_RECIPES, load_comparison, run_compare
 
-    options: dict[str, Any] = {name: value for name in ("seeds", "rates", "jobs") if (value := getattr(arguments, name)) is not None}
+    options: dict[str, Any] = {
+        name: value for name in ("seeds", "rates", "jobs") if (value := getattr(arguments, name)) is not None
+    }
     words = [
         *arguments.recipes,
         *(f"--with={overlay}" for overlay in arguments.overlays),
@@ -64,7 +66,9 @@ def compare(arguments: Namespace) -> int:
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if arguments.out is not None:
         options["folder"] = Path(arguments.out).expanduser()
-    comparison = load_comparison(arguments.recipes or DEFAULT_RECIPES, arguments.overrides, overlays=arguments.overlays, **options)
+    comparison = load_comparison(
+        arguments.recipes or DEFAULT_RECIPES, arguments.overrides, overlays=arguments.overlays, **options
+    )
     return run_compare(comparison, shlex.join(["repbend-fast", "compare", *words, *arguments.overrides]))
 
 

@@ -14,20 +14,25 @@ from repbend_fast.errors import UserError
 
 _OVERRIDES = """\
 overrides
-  key=value         training.steps=60, or steps=60 where the last word is unambiguous; values are YAML: null, true, 1e-5, [1, 2]
-  --name value      the same, and the argument names of the published train.sh: --loss_alpha 0.5 --max_steps 300 --q_lora True
+  key=value         training.steps=60, or steps=60 where the last word is unambiguous;
+                    values are YAML: null, true, 1e-5, [1, 2]
+  --name value      the same, and the argument names of the published train.sh:
+                    --loss_alpha 0.5 --max_steps 300 --q_lora True
   data.sources=FILE                 train on your own file instead of the recipe's data
   data.sources.ultrachat.limit=500  one item of a list, by its format or its number
 """
 
 _EXIT_CODES = """\
 exit codes
-  0 done   1 a check failed   2 input to mend, named in one line (REPBEND_DEBUG=1: with traceback)   130 interrupted, resumable
+  0 done   1 a check failed   2 input to mend, named in one line (REPBEND_DEBUG=1: with traceback)
+  130 interrupted, resumable
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that remembers its commands and, by every spelling, its options: whatever else looks like an option is an override."""
+    """A parser that remembers its commands and, by every spelling, its options: whatever else looks like an option is
+    an override.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.commands: Mapping[str, _Parser] = {}
@@ -61,7 +66,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not command.get_default("takes_overrides"):
         return parser.parse_args(list(argv))
     kept, overrides = _split(command, argv)
-    # argparse takes a list of recipes in one place only, and options may stand between them. One without its value stays last.
+    # argparse takes a list of recipes in one place only, and options may stand between them. One without its value
+    # stays last.
     for word in words:
         kept.remove(word)
     arguments = parser.parse_args([*words, *sorted(kept, key=_place)])
@@ -151,51 +157,75 @@ def _build() -> _Parser:
         const="plain",
         choices=("plain", "full"),
         metavar="full",
-        help="print the resolved configuration and stop; --dry-run=full loads the model and prints what is shown for it",
+        help="print the resolved configuration and stop; --dry-run=full loads the model and prints what is shown for "
+        "it",
     )
     train.add_argument(
         "--resume",
         nargs="?",
         const="",
         metavar="FOLDER",
-        help="go on from the last checkpoint of FOLDER (default: output.folder); without RECIPE its own configuration is used",
+        help="go on from the last checkpoint of FOLDER (default: output.folder); without RECIPE its own configuration "
+        "is used",
     )
 
-    evaluate = _command(groups, "eval", commands.evaluate, "measure a run's adapter, or a recipe's model as it is", overrides=True)
+    evaluate = _command(
+        groups, "eval", commands.evaluate, "measure a run's adapter, or a recipe's model as it is", overrides=True
+    )
     evaluate.add_argument("target", metavar="RUN_OR_RECIPE", help="folder of a run, a shipped recipe, or a YAML file")
     evaluate.add_argument(
         "--out",
         metavar="FILE",
-        help="where the JSON goes (default: the run's evaluation.json; with prompts or settings other than the run's both sides are "
-        "measured and go to evaluation-PROMPTS.json beside it; a run without prompts is asked the demo's; for a recipe no file)",
+        help="where the JSON goes (default: the run's evaluation.json; with prompts or settings other than the run's "
+        "both sides are "
+        "measured and go to evaluation-PROMPTS.json beside it; a run without prompts is asked the demo's; for a recipe "
+        "no file)",
     )
 
     _compare_command(groups)
     plan = _command(
-        groups, "plan", planning.show, "say beforehand whether a recipe fits, with which levers, and how fast it would be", overrides=True
+        groups,
+        "plan",
+        planning.show,
+        "say beforehand whether a recipe fits, with which levers, and how fast it would be",
+        overrides=True,
     )
     plan.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe (`recipes ls`) or a YAML file")
-    plan.add_argument("--card", metavar="NAME", help="plan for this card, for example 4060, 3090 or a100 (default: this machine's device)")
     plan.add_argument(
-        "--table", action="store_true", help="one line per quantisation and budget from 8 to 80 GB; without RECIPE for two models"
+        "--card",
+        metavar="NAME",
+        help="plan for this card, for example 4060, 3090 or a100 (default: this machine's device)",
+    )
+    plan.add_argument(
+        "--table",
+        action="store_true",
+        help="one line per quantisation and budget from 8 to 80 GB; without RECIPE for two models",
     )
     plan.add_argument("--json", action="store_true", help="as JSON")
 
     report = _command(groups, "report", commands.report, "write report.html of a run again")
     report.add_argument("run", metavar="RUN", help="folder of a run")
 
-    export = _command(groups, "export", commands.export, "merge a run's adapter into its model and save that as safetensors")
+    export = _command(
+        groups, "export", commands.export, "merge a run's adapter into its model and save that as safetensors"
+    )
     export.add_argument("run", metavar="RUN", help="folder of a run")
     export.add_argument("--out", metavar="DIR", help="new folder (default: RUN/merged)")
 
     verify = _command(groups, "verify", commands.verify, "recompute a folder of golden values and compare")
     verify.add_argument("folder", metavar="DIR", help="folder with base_model, adapter, batches and expected.json")
-    verify.add_argument("--objective", action="append", metavar="NAME", help="fail if this objective has no case; repeatable")
+    verify.add_argument(
+        "--objective", action="append", metavar="NAME", help="fail if this objective has no case; repeatable"
+    )
 
     data = groups.add_parser("data", help="look at data before training", description="Look at data before training.")
     data_groups = data.add_commands()
-    check = _command(data_groups, "check", commands.check_data, "counts per role, lengths and bad records", overrides=True)
-    check.add_argument("target", metavar="RECIPE|FILE", help="a recipe, or a data file (model.name=… adds token counts)")
+    check = _command(
+        data_groups, "check", commands.check_data, "counts per role, lengths and bad records", overrides=True
+    )
+    check.add_argument(
+        "target", metavar="RECIPE|FILE", help="a recipe, or a data file (model.name=… adds token counts)"
+    )
 
     _recipe_commands(groups)
     env = _command(groups, "env", commands.env, "versions, devices, memory and implementations on this machine")
@@ -204,20 +234,40 @@ def _build() -> _Parser:
 
 
 def _compare_command(groups: Any) -> None:
-    compare = _command(groups, "compare", commands.compare, "train several methods with equal settings and compare them", overrides=True)
-    compare.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipes or YAML files (default: the demo's, one per method)")
-    compare.add_argument("--out", metavar="DIR", help="where runs and results go (default: runs/compare)")
-    compare.add_argument(
-        "--seeds", action="extend", nargs="+", type=int, metavar="N", help="rates are tried with the first of them (default: 0)"
+    compare = _command(
+        groups,
+        "compare",
+        commands.compare,
+        "train several methods with equal settings and compare them",
+        overrides=True,
     )
     compare.add_argument(
-        "--rates", action="extend", nargs="+", type=float, metavar="RATE", help="that each method tries (default: 5e-4 1e-3 2e-3)"
+        "recipes", nargs="*", metavar="RECIPE", help="recipes or YAML files (default: the demo's, one per method)"
+    )
+    compare.add_argument("--out", metavar="DIR", help="where runs and results go (default: runs/compare)")
+    compare.add_argument(
+        "--seeds",
+        action="extend",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="rates are tried with the first of them (default: 0)",
+    )
+    compare.add_argument(
+        "--rates",
+        action="extend",
+        nargs="+",
+        type=float,
+        metavar="RATE",
+        help="that each method tries (default: 5e-4 1e-3 2e-3)",
     )
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at once, which share the CPU's cores (default: 1)")
 
 
 def _recipe_commands(groups: Any) -> None:
-    parser = groups.add_parser("recipes", help="list, show and copy the shipped recipes", description="The shipped recipes.")
+    parser = groups.add_parser(
+        "recipes", help="list, show and copy the shipped recipes", description="The shipped recipes."
+    )
     sub = parser.add_commands()
     _command(sub, "ls", recipes.ls, "names and what they are for")
     show = _command(sub, "show", recipes.show, "print a recipe with its comments")
@@ -252,7 +302,8 @@ def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool
 _USAGE = {
     "train": "train RECIPE [--with OVERLAY] [key=value …] [--name value …] [--dry-run[=full]] [--resume [FOLDER]]",
     "eval": "eval RUN_OR_RECIPE [--with OVERLAY] [key=value …] [--out FILE]",
-    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--with OVERLAY] [key=value …]",
+    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--with OVERLAY] [key=value "
+    "…]",
     "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",
     "check": "data check RECIPE|FILE [--with OVERLAY] [key=value …]",
 }

@@ -23,10 +23,14 @@ def show(arguments: Namespace) -> int:
     if arguments.table:
         return _table(arguments)
     if arguments.recipe is None:
-        raise UserError("RECIPE is missing; `repbend-fast recipes ls` lists the shipped ones (only --table does without)")
+        raise UserError(
+            "RECIPE is missing; `repbend-fast recipes ls` lists the shipped ones (only --table does without)"
+        )
     from repbend_fast.api import plan
 
-    planned = plan(arguments.recipe, arguments.overrides, overlays=arguments.overlays, card=arguments.card, say=terminal)
+    planned = plan(
+        arguments.recipe, arguments.overrides, overlays=arguments.overlays, card=arguments.card, say=terminal
+    )
     print(json.dumps(planned.as_dict(), indent=2) if arguments.json else "\n".join(planned.lines()))
     return 0
 
@@ -82,7 +86,11 @@ def _table_config(recipe: str, quantization: str, overrides: Sequence[str], over
     from repbend_fast.config import load_config
 
     optimizer = "paged_adamw_8bit" if quantization == "nf4" else "adamw"
-    defaults = [f"model.quantization={quantization}", f"training.optimizer={optimizer}", "memory.checkpoint_blocks=auto"]
+    defaults = [
+        f"model.quantization={quantization}",
+        f"training.optimizer={optimizer}",
+        "memory.checkpoint_blocks=auto",
+    ]
     config = load_config(recipe, overrides, overlays=overlays, defaults=defaults)
     if config.model.quantization != quantization:
         raise UserError("model.quantization: plan --table has both, nf4 and none; leave it out")
@@ -95,7 +103,9 @@ def _table_line(row: dict[str, Any]) -> str:
     from repbend_fast.step.levers import Levers
 
     weights = "nf4" if row["quantization"] == "nf4" else "bf16"
-    start = f"{row['model'].rsplit('/', 1)[-1]:<26} {weights:<5} {show_bytes(row['budget_bytes']):>9}  {row['card']:<24}"
+    start = (
+        f"{row['model'].rsplit('/', 1)[-1]:<26} {weights:<5} {show_bytes(row['budget_bytes']):>9}  {row['card']:<24}"
+    )
     if row["levers"] is None:
         return f"{start} does not fit; the smallest that does is {show_bytes(row['smallest_bytes'])}"
     seconds = f"{row['seconds_per_step']:7.1f} s/step"

@@ -45,7 +45,8 @@ def run_compare(comparison: Comparison, again: str) -> int:
     Returns: 0, or 130 after Ctrl-C.
 
     Raises:
-        UserError: a run failed, or another comparison is at work in the folder; what was finished before stays and is used again.
+        UserError: a run failed, or another comparison is at work in the folder; what was finished before stays and is
+            used again.
     """
     with only_training(RunFolder(comparison.folder), "comparison", "name another folder with --out"):
         try:
@@ -69,11 +70,16 @@ def _compare(comparison: Comparison) -> dict[str, Any]:
     first_seed, *more_seeds = comparison.seeds
     folder, jobs = comparison.folder, comparison.jobs
     progress = Progress(len(comparison.methods) * (len(comparison.rates) + len(more_seeds)))
-    tried = [[training_of(folder, method, rate, first_seed) for rate in comparison.rates] for method in comparison.methods]
+    tried = [
+        [training_of(folder, method, rate, first_seed) for rate in comparison.rates] for method in comparison.methods
+    ]
     records = iter(process.run_each(jobs, progress.train, [training for trainings in tried for training in trainings]))
     found = [_chosen(comparison, trainings, [next(records) for _ in trainings]) for trainings in tried]
     search = {chosen.method.recipe: how for chosen, how in found}
-    trainings = [[chosen, *(training_of(folder, chosen.method, chosen.learning_rate, seed) for seed in more_seeds)] for chosen, _ in found]
+    trainings = [
+        [chosen, *(training_of(folder, chosen.method, chosen.learning_rate, seed) for seed in more_seeds)]
+        for chosen, _ in found
+    ]
     more = [training for of_method in trainings for training in of_method[1:]]
     for training, record in zip(more, process.run_each(jobs, progress.train, more), strict=True):
         _must_not_diverge(training, record)
@@ -88,9 +94,13 @@ def _compare(comparison: Comparison) -> dict[str, Any]:
     return comparison_record(comparison, search, methods, before)
 
 
-def _chosen(comparison: Comparison, trainings: Sequence[Training], records: Sequence[RunRecord]) -> tuple[Training, dict[str, Any]]:
+def _chosen(
+    comparison: Comparison, trainings: Sequence[Training], records: Sequence[RunRecord]
+) -> tuple[Training, dict[str, Any]]:
     """Of one method's rates the training that was chosen, and the search as it is recorded."""
-    tries: Sequence[Try] = [try_of(training.learning_rate, record) for training, record in zip(trainings, records, strict=True)]
+    tries: Sequence[Try] = [
+        try_of(training.learning_rate, record) for training, record in zip(trainings, records, strict=True)
+    ]
     name = trainings[0].method.name
     best, why = choose(name, tries)
     say(f"{name}: learning rate {best.learning_rate:g} is chosen ({why})")

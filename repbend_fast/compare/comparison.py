@@ -16,10 +16,18 @@ DEFAULT_RECIPES = ("demo", "demo-circuit-breaker", "demo-rmu", "demo-npo", "demo
 DEFAULT_RATES = (5e-4, 1e-3, 2e-3)
 DEFAULT_SEEDS = (0,)
 DEFAULT_FOLDER = Path("runs/compare")
-# A method's own choice, and settings that change neither the result nor its cost. Examples and accumulation are compared as a product.
+# A method's own choice, and settings that change neither the result nor its cost. Examples and accumulation are
+# compared as a product.
 FREE_SECTIONS = frozenset({"objective", "output"})
 FREE = frozenset(
-    {"lora.target_modules", "lora.blocks", "training.learning_rate", "training.seed", "training.examples", "training.accumulation"}
+    {
+        "lora.target_modules",
+        "lora.blocks",
+        "training.learning_rate",
+        "training.seed",
+        "training.examples",
+        "training.accumulation",
+    }
     | {f"training.{key}" for key in ("checkpoint_every", "keep_checkpoints", "log_every")}
 )
 # Settings that the command itself gives to each run, with the option that they come from.
@@ -42,7 +50,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``rates`` are tried with the first of ``seeds``; the others train with the chosen one. Everything lies in ``folder``.
+    """``rates`` are tried with the first of ``seeds``; the others train with the chosen one. Everything lies in
+    ``folder``.
 
     ``jobs``: processes at once, which share the CPU's cores.
     """
@@ -71,7 +80,8 @@ def load_comparison(
     Trains nothing, loads no weights.
 
     Raises:
-        UserError: a recipe that does not load or names files that are missing, settings that differ, or no validation or evaluation.
+        UserError: a recipe that does not load or names files that are missing, settings that differ, or no validation
+            or evaluation.
     """
     if bad := [rate for rate in rates if not 0 < rate < float("inf")]:
         raise UserError(f"--rates {bad[0]:g}: must be above 0")
@@ -113,7 +123,8 @@ def check_equal(methods: Sequence[Method]) -> None:
         for key, value in _compared(other.config):
             if own[key] != value:
                 raise UserError(
-                    f"{first.recipe} and {other.recipe} differ in {key}: {show(own[key])} and {show(value)}; methods are compared with "
+                    f"{first.recipe} and {other.recipe} differ in {key}: {show(own[key])} and {show(value)}; methods "
+                    "are compared with "
                     f"equal settings, so give one for all of them, such as {_override(key, own[key], first.config)}"
                 )
 
@@ -141,14 +152,21 @@ def _check_own(recipe: str, config: Config, overlays: Sequence[str]) -> None:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value != getattr(getattr(plain, section), name):
-            raise UserError(f"{key}={show(value)}: here it comes from {option}, which gives each method the same; use that instead")
+            raise UserError(
+                f"{key}={show(value)}: here it comes from {option}, which gives each method the same; use that instead"
+            )
 
 
 def _check_measured(recipe: str, config: Config) -> None:
     if not config.validation.every:
-        raise UserError(f"{recipe}: validation.every=0, but learning rates are chosen by validation; set validation.every=20 or the like")
+        raise UserError(
+            f"{recipe}: validation.every=0, but learning rates are chosen by validation; set validation.every=20 or "
+            "the like"
+        )
     if config.validation.every > config.training.steps:
         every, steps = config.validation.every, config.training.steps
         raise UserError(f"{recipe}: validation.every={every} is more than training.steps={steps}; lower it")
     if config.evaluation.prompts is None:
-        raise UserError(f"{recipe}: evaluation.prompts=null, but methods are compared on test prompts; set evaluation.prompts.path")
+        raise UserError(
+            f"{recipe}: evaluation.prompts=null, but methods are compared on test prompts; set evaluation.prompts.path"
+        )

@@ -1,7 +1,7 @@
 """``repbend-fast`` in processes of its own.
 
-Peak resident memory never falls within a process, so each training needs a fresh one. For the same reason this one loads no model: on
-Linux a new process starts with the peak of the process that started it.
+Peak resident memory never falls within a process, so each training needs a fresh one. For the same reason this one
+loads no model: on Linux a new process starts with the peak of the process that started it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def run_each(jobs: int, work: Callable[[Item], Result], items: Sequence[Item]) -
 
 @contextmanager
 def processes(jobs: int = 1) -> Iterator[_Processes]:
-    """The processes of this comparison. Entered again, from any thread, it is the one that was entered first, in the main thread."""
+    """The processes of this comparison. Entered again, from any thread, it is the one that was entered first, in the
+    main thread.
+    """
     global _entered
     if _entered is not None:
         yield _entered
@@ -95,7 +97,9 @@ def processes(jobs: int = 1) -> Iterator[_Processes]:
 
 
 class _Processes:
-    """While entered, signals that end this process go to its children, which must not train on alone in folders that are used again."""
+    """While entered, signals that end this process go to its children, which must not train on alone in folders that
+    are used again.
+    """
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs

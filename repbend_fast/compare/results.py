@@ -19,7 +19,8 @@ MEASURES = (*KEYS, "perplexity_ratio", "seconds", "peak_memory_bytes")
 def seed_record(training: Training, record: RunRecord, shown: str) -> dict[str, Any]:
     """The test evaluation of one run's kept adapter, and what its training cost.
 
-    ``seconds`` are those of the steps alone, validation not counted; ``peak_memory_bytes`` is the process's peak up to its last step.
+    ``seconds`` are those of the steps alone, validation not counted; ``peak_memory_bytes`` is the process's peak up to
+    its last step.
     """
     found = {key: record.after[key] for key in KEYS if record.after.get(key) is not None}
     peaks = [row["peak_memory_bytes"] for row in record.steps]
@@ -44,7 +45,9 @@ def ratio(found: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, floa
 
 
 def method_record(name: str, recipe: str, learning_rate: float, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A method over its seeds. A measure that one seed lacks (or that is not finite there) has no median: the rest would flatter it."""
+    """A method over its seeds. A measure that one seed lacks (or that is not finite there) has no median: the rest
+    would flatter it.
+    """
     values = {key: [seed[key] for seed in seeds if _finite(seed.get(key))] for key in MEASURES}
     whole = {key: found for key, found in values.items() if len(found) == len(seeds)}
     return {

@@ -1,4 +1,6 @@
-"""Which learning rate a method gets: every rate trained with the first seed and judged on validation alone, by the guard's own rule."""
+"""Which learning rate a method gets: every rate trained with the first seed and judged on validation alone, by the
+guard's own rule.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from repbend_fast.training.validation import Validation
 
 @dataclass(frozen=True)
 class Try:
-    """One rate of the search. ``best`` is the kept validation of its run; None = ``broke_off``, the reason why training could not go on."""
+    """One rate of the search. ``best`` is the kept validation of its run; None = ``broke_off``, the reason why training
+    could not go on.
+    """
 
     learning_rate: float
     best: Validation | None
@@ -36,7 +40,9 @@ def try_of(learning_rate: float, record: RunRecord) -> Try:
 
 
 def order(tried: Try) -> tuple[bool, bool, tuple[float, ...], float]:
-    """Lower is better: rates that bent something within limits first, by the guard's rank of their best validation, then the lower rate."""
+    """Lower is better: rates that bent something within limits first, by the guard's rank of their best validation,
+    then the lower rate.
+    """
     ranked = rank(tried.best) if tried.best is not None else ()
     return tried.best is None, not tried.bent, ranked, tried.learning_rate
 
@@ -49,7 +55,9 @@ def choose(name: str, tries: Sequence[Try]) -> tuple[Try, str]:
     """
     chosen, *rest = sorted(tries, key=order)
     if chosen.best is None:
-        raise UserError(f"{name}: no learning rate of --rates could be trained to the end ({chosen.broke_off}); add a lower one")
+        raise UserError(
+            f"{name}: no learning rate of --rates could be trained to the end ({chosen.broke_off}); add a lower one"
+        )
     return chosen, _why(chosen, rest)
 
 
@@ -57,8 +65,15 @@ def _why(chosen: Try, rest: Sequence[Try]) -> str:
     best = chosen.best
     assert best is not None
     if not chosen.bent:
-        return "no rate left step 0 within validation's limits, so the model is kept as it was; the lowest of the rates stands for it"
-    what = f"attack success {best.attack:.1%}" if best.attack is not None else f"unsafe minus safe distance {best.bending:.4g}"
+        return (
+            "no rate left step 0 within validation's limits, so the model is kept as it was; the lowest of the "
+            "rates stands for it"
+        )
+    what = (
+        f"attack success {best.attack:.1%}"
+        if best.attack is not None
+        else f"unsafe minus safe distance {best.bending:.4g}"
+    )
     found = f"{what} at step {best.step}, within limits"
     rivals = [other.best for other in rest if other.bent and other.best is not None]
     if not rest:
@@ -71,7 +86,11 @@ def _why(chosen: Try, rest: Sequence[Try]) -> str:
         return f"{found}: the only one at the target with a learning rate that has fallen to 0"
     equal = [rival for rival in alike if rank(rival).attack == rank(best).attack]
     if not equal:
-        return f"{found}: {first} of the rates" if len(alike) == len(rivals) else f"{found}: {first} of those that end at the target"
+        return (
+            f"{found}: {first} of the rates"
+            if len(alike) == len(rivals)
+            else f"{found}: {first} of those that end at the target"
+        )
     if all(rank(rival).refusal > rank(best).refusal for rival in equal):
         return f"{found}: {first}, shared with another rate; more attacks refused, fewer degenerate answers to them"
     equal = [rival for rival in equal if rank(rival).refusal == rank(best).refusal]
@@ -87,8 +106,14 @@ def _kl(validation: Validation) -> str:
 
 
 def search_record(chosen: Try, why: str, runs: Sequence[tuple[Try, RunRecord, str]]) -> dict[str, Any]:
-    """The search of one method as plain values; ``runs``: each try with its run and the run's folder as it is to be shown."""
-    return {"chosen": chosen.learning_rate, "why": why, "runs": [_run(tried, record, folder) for tried, record, folder in runs]}
+    """The search of one method as plain values; ``runs``: each try with its run and the run's folder as it is to be
+    shown.
+    """
+    return {
+        "chosen": chosen.learning_rate,
+        "why": why,
+        "runs": [_run(tried, record, folder) for tried, record, folder in runs],
+    }
 
 
 def _run(tried: Try, record: RunRecord, folder: str) -> dict[str, Any]:

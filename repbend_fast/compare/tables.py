@@ -15,7 +15,9 @@ ROWS = {
     **{
         key: f"{GROUP_NAMES[group]}: {outcome}"
         for group, keys in GROUP_KEYS.items()
-        for key, outcome in zip(keys, ("complied" if group in ATTACK_GROUPS else "helpful", "refused", "degenerate"), strict=True)
+        for key, outcome in zip(
+            keys, ("complied" if group in ATTACK_GROUPS else "helpful", "refused", "degenerate"), strict=True
+        )
     },
     "kl": "KL",
     "perplexity": "perplexity",
@@ -46,7 +48,10 @@ def markdown(record: Record) -> str:
     kept_nothing = [(m["name"], s["seed"]) for m in methods for s in m["seeds"] if s["best_step"] == 0]
     if kept_nothing:
         named = ", ".join(f"{name} with seed {seed}" for name, seed in kept_nothing)
-        lines += ["", f"No adapter of {named} stayed within validation's limits: measured there is the model as it was."]
+        lines += [
+            "",
+            f"No adapter of {named} stayed within validation's limits: measured there is the model as it was.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -65,10 +70,15 @@ def chosen_line(record: Record, method: Record) -> str:
 
 
 def terminal(record: Record, width: int) -> Table:
-    """Measures down, methods across: a terminal has more lines than columns. No spreads where they do not fit into ``width`` characters."""
+    """Measures down, methods across: a terminal has more lines than columns. No spreads where they do not fit into
+    ``width`` characters.
+    """
     seeds, methods = record["settings"]["seeds"], record["methods"]
     spread = len(seeds) > 1 and width >= 34 + 20 * len(methods)
-    caption = f"median{' (lowest–highest)' if spread else ''} of {len(seeds)} seeds{'' if spread else '; compare.md has their spread'}"
+    caption = (
+        f"median{' (lowest–highest)' if spread else ''} of {len(seeds)} "
+        f"seeds{'' if spread else '; compare.md has their spread'}"
+    )
     out = Table(title="Comparison on the test prompts", caption=None if len(seeds) == 1 else caption)
     out.add_column("measure", overflow="fold")
     sides = {"before": before_cells(record["before"])} | {method["name"]: cells(method, spread) for method in methods}
@@ -87,7 +97,9 @@ def before_cells(before: Record) -> dict[str, str]:
 
 
 def cells(method: Record, spread: bool = True) -> dict[str, str]:
-    """By measure, the median over the seeds and behind it in brackets, where there are several, the lowest and the highest."""
+    """By measure, the median over the seeds and behind it in brackets, where there are several, the lowest and the
+    highest.
+    """
     out = {}
     for key in ROWS:
         text = value_text(key, method["median"].get(key))

@@ -19,7 +19,9 @@ State = Literal["finished", "diverged", "half", "none"]
 
 @dataclass(frozen=True)
 class Training:
-    """A method with one learning rate and one seed. ``folder`` is the run's; its configuration files and its log lie beside it."""
+    """A method with one learning rate and one seed. ``folder`` is the run's; its configuration files and its log lie
+    beside it.
+    """
 
     method: Method
     learning_rate: float
@@ -54,7 +56,9 @@ class Training:
 
 def training_of(folder: Path, method: Method, learning_rate: float, seed: int) -> Training:
     """The training whose run folder is ``FOLDER/RECIPE/seed-N/lr-1e-03``."""
-    return Training(method, learning_rate, seed, folder / method.slug / f"seed-{seed}" / f"lr-{rate_text(learning_rate)}")
+    return Training(
+        method, learning_rate, seed, folder / method.slug / f"seed-{seed}" / f"lr-{rate_text(learning_rate)}"
+    )
 
 
 def rate_text(rate: float) -> str:
@@ -112,7 +116,10 @@ def failure(what: str, code: int, log: Path) -> UserError:
     """The one line about a process that failed: what it was, its own last line, and where to read more."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = f" ({lines[-1].strip()[:200]})" if lines else ""
-    return UserError(f"{what} with exit code {code}{said}; see {log}, mend it and give the same command again: finished runs are kept")
+    return UserError(
+        f"{what} with exit code {code}{said}; see {log}, mend it and give the same command again: finished runs are "
+        "kept"
+    )
 
 
 def measure_before(method: Method, folder: Path) -> dict[str, Any]:

@@ -24,11 +24,16 @@ def check_files(config: Config) -> None:
 
 
 def missing_files(config: Config) -> Iterator[str]:
-    """One line for each file, folder or package that the configuration names and that is not there. Hub names are not looked up."""
+    """One line for each file, folder or package that the configuration names and that is not there. Hub names are not
+    looked up.
+    """
     yield from _model(config.model)
     sources = [(f"data.sources.{i}.path", source.path) for i, source in enumerate(config.data.sources)]
     sources += [(f"validation.sources.{i}.path", source.path) for i, source in enumerate(config.validation.sources)]
-    for key, prompts in (("validation.prompts.path", config.validation.prompts), ("evaluation.prompts.path", config.evaluation.prompts)):
+    for key, prompts in (
+        ("validation.prompts.path", config.validation.prompts),
+        ("evaluation.prompts.path", config.evaluation.prompts),
+    ):
         if prompts is None or prompts.path == "demo" or is_hub_name(prompts.path):
             continue
         if not Path(prompts.path).expanduser().exists():
@@ -55,12 +60,17 @@ def _model(model: ModelConfig) -> Iterator[str]:
             return
         folder = Path((spec.submodule_search_locations or ["."])[0])
     elif Path(model.name).is_file():
-        yield f"model.name={model.name}: is a file; give its folder" + (" and model.gguf_file" if model.name.endswith(".gguf") else "")
+        yield f"model.name={model.name}: is a file; give its folder" + (
+            " and model.gguf_file" if model.name.endswith(".gguf") else ""
+        )
         return
     elif is_path(model.name) or Path(model.name).is_dir() or model.name.endswith(_MODEL_SUFFIXES):
         folder = Path(model.name)
         if not folder.is_dir():
-            yield f"model.name={model.name}: no such folder; give a model's folder, a hub name or package:NAME{nearest(model.name)}"
+            yield (
+                f"model.name={model.name}: no such folder; give a model's folder, a hub name or "
+                f"package:NAME{nearest(model.name)}"
+            )
             return
     else:
         return

@@ -19,12 +19,20 @@ from repbend_fast.errors import UserError
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of
 from repbend_fast.objectives.sections import MethodConfig
 
-_WORDS = {Any: "any value", int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_WORDS = {
+    Any: "any value",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a key leads in the schema: its path, its annotation with constraints, and the section that follows if it is one.
+    """Where a key leads in the schema: its path, its annotation with constraints, and the section that follows if it is
+    one.
 
     ``objective`` is the name of the objective in force, which decides the keys of its section.
     """
@@ -83,7 +91,9 @@ def child(place: Place, part: str | int) -> Place | None:
     if place.is_open:
         return Place((*place.path, part), Any, (), place.objective)
     field: FieldInfo | None = None if place.section is None else place.section.model_fields.get(part)
-    return None if field is None else Place((*place.path, part), field.annotation, tuple(field.metadata), place.objective)
+    return (
+        None if field is None else Place((*place.path, part), field.annotation, tuple(field.metadata), place.objective)
+    )
 
 
 def locate(path: Key, objective: str = DEFAULT_OBJECTIVE) -> Place:
@@ -163,7 +173,11 @@ def _describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return ("one of " if len(inner) > 1 else "") + ", ".join(str(value) for value in inner)
     if origin is list:
         least = next((m.min_length for m in metadata if isinstance(m, MinLen)), 0)
-        items = "sources" if isinstance(inner[0], type) and issubclass(inner[0], Section) else f"values, each {_describe(inner[0])}"
+        items = (
+            "sources"
+            if isinstance(inner[0], type) and issubclass(inner[0], Section)
+            else f"values, each {_describe(inner[0])}"
+        )
         return f"a list of {items}" + (f", at least {least}" if least else "")
     if origin is dict and annotation != dict[str, Any]:
         return f"a mapping of {_describe(inner[0])} to {_describe(inner[1])}"

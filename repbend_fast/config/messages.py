@@ -33,7 +33,9 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def explain(error: ValidationError, origins: Mapping[Key, Origin], name: str, objective: str = DEFAULT_OBJECTIVE) -> str:
+def explain(
+    error: ValidationError, origins: Mapping[Key, Origin], name: str, objective: str = DEFAULT_OBJECTIVE
+) -> str:
     """The first error of a validation, with the place where the value was written and what is allowed.
 
     Args:
@@ -50,8 +52,9 @@ def explain(error: ValidationError, origins: Mapping[Key, Origin], name: str, ob
         path, value = ("objective", "name"), value.get("name") if isinstance(value, dict) else value
         spelled = _origin(origins, path) or Origin("objective.name", name)
         near = suggestion(value, list(SETTINGS)) if isinstance(value, str) else ""
-        return f"{spelled.prefix}{spelled.spelled}={show(value)}: must be one of {', '.join(SETTINGS)}, or module:Class of your own" + (
-            near if "did you mean" in near else ""
+        return (
+            f"{spelled.prefix}{spelled.spelled}={show(value)}: must be one of {', '.join(SETTINGS)}, or module:Class "
+            "of your own" + (near if "did you mean" in near else "")
         )
     if kind == "value_error" and not path:
         return f"{name}: {_reason(first)}"
@@ -61,7 +64,9 @@ def explain(error: ValidationError, origins: Mapping[Key, Origin], name: str, ob
         known = children(place.section) if place.section else []
         return f"{origin.prefix}unknown key {'.'.join(map(str, path))}{suggestion(str(path[-1]), known)}"
     if kind == "missing" and path == place.path:
-        required = [key for key, field in place.section.model_fields.items() if field.is_required()] if place.section else []
+        required = (
+            [key for key, field in place.section.model_fields.items() if field.is_required()] if place.section else []
+        )
         if required:
             key = locate((*path, required[0]), objective)
             return f"{name}: {place.name} is missing; set {key.name}, which must be {allowed(key)}"
@@ -84,7 +89,9 @@ def _wrong_value(place: Place, value: Any, origin: Origin | None, name: str, err
 
 
 def _whole_value(place: Place, path: Key, value: Any, found: list[Any]) -> Any:
-    """For a bad item of a list: the list where pydantic shows it (the other alternative's error does), else the item."""
+    """For a bad item of a list: the list where pydantic shows it (the other alternative's error does), else
+    the item.
+    """
     for other in found:
         loc = tuple(other["loc"])
         if loc[: len(place.path)] == place.path and len(loc) < len(path) and not isinstance(loc[-1], int):

@@ -1,4 +1,6 @@
-"""Overrides: ``key=value``, ``--name value``, ``--name=value`` and bare ``--flag`` of a command line, or a mapping from Python."""
+"""Overrides: ``key=value``, ``--name value``, ``--name=value`` and bare ``--flag`` of a command line, or a mapping from
+Python.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
 
 @dataclass(frozen=True)
 class Override:
-    """One setting: ``spelled`` for messages, ``name`` with underscores, its ``value``, and its ``text`` if it was typed as such."""
+    """One setting: ``spelled`` for messages, ``name`` with underscores, its ``value``, and its ``text`` if it was typed
+    as such.
+    """
 
     spelled: str
     name: str
@@ -36,7 +40,9 @@ def is_assignment(token: str) -> bool:
 
 
 def takes_value(tokens: Sequence[str], i: int) -> bool:
-    """Whether ``tokens[i]``, an option without ``=``, is followed by its value. ``-1`` is a value, ``--x`` and ``key=value`` are not."""
+    """Whether ``tokens[i]``, an option without ``=``, is followed by its value. ``-1`` is a value, ``--x`` and
+    ``key=value`` are not.
+    """
     return i + 1 < len(tokens) and not tokens[i + 1].startswith("--") and not is_assignment(tokens[i + 1])
 
 

@@ -1,7 +1,7 @@
 """Argument names of the published implementation, and what they mean here.
 
-A command line of the published ``train.sh`` carries over word for word. Each name is either renamed, translated, accepted and ignored
-with a note, or refused where obeying it would mean something that this program does not do.
+A command line of the published ``train.sh`` carries over word for word. Each name is either renamed, translated,
+accepted and ignored with a note, or refused where obeying it would mean something that this program does not do.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def _window(value: Any) -> Translation:
 
 TRANSLATED: dict[str, Callable[[Any], Translation]] = {
     "lr_scheduler_type": _choice(
-        "training.schedule", {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"}
+        "training.schedule",
+        {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"},
     ),
     "optim": _choice(
         "training.optimizer",
@@ -212,7 +213,9 @@ def names(objective: str) -> frozenset[str]:
 
 
 def bare(name: str) -> str:
-    """A translated name without the section that it is written in, ``window`` of ``objective.window``; any other name as it is."""
+    """A translated name without the section that it is written in, ``window`` of ``objective.window``; any other name
+    as it is.
+    """
     section, _, last = name.rpartition(".")
     return last if section and SECTION_OF.get(last) == section else name
 

@@ -34,16 +34,17 @@ def load_config(
 
     Args:
         recipe: Name of a shipped recipe, path of a YAML file, or a configuration to start from, which stays as it is.
-        overrides: A mapping, ``{"training.steps": 60}``, or ``key=value``, ``--name value`` and ``--name=value``, whose values are YAML.
-            A key is dotted (``training.steps``), bare where that is unambiguous (``steps``), or a published argument name
-            (``loss_alpha``).
-        overlays: Names of shipped overlays (``qlora``) or paths of YAML files, which go on top of the recipe in their order.
+        overrides: A mapping, ``{"training.steps": 60}``, or ``key=value``, ``--name value`` and ``--name=value``, whose
+            values are YAML. A key is dotted (``training.steps``), bare where that is unambiguous (``steps``), or a
+            published argument name (``loss_alpha``).
+        overlays: Names of shipped overlays (``qlora``) or paths of YAML files, which go on top of the recipe in their
+            order.
         defaults: As ``overrides``, which win over them; they win over the recipe.
         note: Receives one line for each published argument that is accepted without effect.
 
     Raises:
-        UserError: unknown, duplicate or ambiguous key, wrong type, value out of range, impossible combination, missing or invalid
-            file. One line that names key, value and what is allowed.
+        UserError: unknown, duplicate or ambiguous key, wrong type, value out of range, impossible combination, missing
+            or invalid file. One line that names key, value and what is allowed.
     """
     above = [os.fspath(overlay) for overlay in ([overlays] if isinstance(overlays, str | os.PathLike) else overlays)]
     settings = _Settings(note)
@@ -94,9 +95,13 @@ class _Settings:
         resolved = path.resolve()
         for key, other in _below(values, name, lines):
             if overlay and key == "base":
-                raise UserError(f"{name}:{lines[(key,)]}: base={other}: an overlay has no base, it goes on top of a recipe")
+                raise UserError(
+                    f"{name}:{lines[(key,)]}: base={other}: an overlay has no base, it goes on top of a recipe"
+                )
             if resolved in parents:
-                raise UserError(f"{name}:{lines[(key,)]}: {key}={other}: the recipes inherit from each other in a circle")
+                raise UserError(
+                    f"{name}:{lines[(key,)]}: {key}={other}: the recipes inherit from each other in a circle"
+                )
             if key == "with":
                 self.add_file(*find_overlay(other, beside=path.parent), (*parents, resolved), overlay=True)
             else:
@@ -117,7 +122,11 @@ class _Settings:
                 continue
             path = self._path(name, origin)
             # `#x` alone is a comment to YAML, and text here.
-            if override.text is not None and self._locate(path).is_text and (value is not None or override.text.startswith("#")):
+            if (
+                override.text is not None
+                and self._locate(path).is_text
+                and (value is not None or override.text.startswith("#"))
+            ):
                 value = override.text
             self._add(path, value, origin)
 
@@ -185,7 +194,9 @@ class _Settings:
         if formats.count(part) == 1:
             return formats.index(part)
         there = ", ".join(f"{i} ({name})" for i, name in enumerate(formats)) or "none"
-        raise UserError(f"{origin.prefix}{origin.spelled}: {place.name} has no single item {part}; its items are {there}")
+        raise UserError(
+            f"{origin.prefix}{origin.spelled}: {place.name} has no single item {part}; its items are {there}"
+        )
 
     def _add(self, path: Key, value: Any, origin: Origin, origin_of: Callable[[Key], Origin] | None = None) -> None:
         place = self._locate(path)
@@ -193,7 +204,10 @@ class _Settings:
             self._add_mapping(path, value, origin_of or (lambda key: Origin(_dotted(key), origin.where)))
             return
         if path in self._seen:
-            raise UserError(f"{origin.prefix}{origin.spelled} sets {_dotted(path)} a second time (first: {_where(self._seen[path])})")
+            raise UserError(
+                f"{origin.prefix}{origin.spelled} sets {_dotted(path)} a second time (first: "
+                f"{_where(self._seen[path])})"
+            )
         self._seen[path] = origin
         if path == ("objective", "name") and value != self.objective:
             self._forget_objective()
@@ -226,13 +240,18 @@ class _Settings:
 
 
 def _below(values: dict[str, Any], name: str, lines: dict[Key, int]) -> list[tuple[str, str]]:
-    """What a file goes on top of, the lowest first, each with the key that names it. Takes the keys out of ``values``."""
+    """What a file goes on top of, the lowest first, each with the key that names it. Takes the keys out of
+    ``values``.
+    """
     base, overlays = values.pop("base", ()), values.pop("with", ())
     if not isinstance(base, str | tuple):
         raise UserError(f"{name}:{lines[('base',)]}: base={show(base)}: must be a recipe's name or a YAML file")
     overlays = [overlays] if isinstance(overlays, str) else overlays
     if not isinstance(overlays, list | tuple) or not all(isinstance(overlay, str) for overlay in overlays):
-        raise UserError(f"{name}:{lines[('with',)]}: with={show(overlays)}: must be an overlay's name, a YAML file, or a list of them")
+        raise UserError(
+            f"{name}:{lines[('with',)]}: with={show(overlays)}: must be an overlay's name, a YAML file, or a list of "
+            "them"
+        )
     return [*([] if base == () else [("base", base)]), *(("with", overlay) for overlay in overlays)]
 
 

@@ -1,4 +1,6 @@
-"""The typed configuration of a run. Field names are words; published argument names are aliases (``config/published.py``)."""
+"""The typed configuration of a run. Field names are words; published argument names are aliases
+(``config/published.py``).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 # Arguments of apply_chat_template that decide what its result is.
 TEMPLATE_CALL = {
     *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"),
-    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *(
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    ),
 }
 if TYPE_CHECKING:
     AnyObjective = MethodConfig
@@ -27,21 +37,31 @@ else:
 class ModelConfig(Section):
     """Which causal LM to bend and how it is held in memory."""
 
-    name: str = Field(description="Hub name, local folder, or `package:NAME` for a model shipped inside an installed Python package.")
+    name: str = Field(
+        description="Hub name, local folder, or `package:NAME` for a model shipped inside an installed Python package."
+    )
     gguf_file: str | None = Field(None, description="GGUF file inside `name`, for models that come as one.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
-    adapter: str | None = Field(None, description="PEFT adapter to start from; merged before training, so the reference has it too.")
+    adapter: str | None = Field(
+        None, description="PEFT adapter to start from; merged before training, so the reference has it too."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="Dtype of the frozen weights, and of computation under NF4."
     )
-    quantization: Literal["none", "nf4"] = Field("none", description="`nf4`: 4-bit NormalFloat through bitsandbytes (QLoRA).")
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="`nf4`: 4-bit NormalFloat through bitsandbytes (QLoRA)."
+    )
     double_quantization: bool = Field(True, description="Quantise the NF4 block scales too.")
     attention: str = Field("auto", description="transformers' attn_implementation; `auto` keeps the model's default.")
     liger: bool | Literal["auto"] = Field(
-        "auto", description="Liger-Kernel's RMSNorm, RoPE and SwiGLU; `auto` = on CUDA, for families that it supports, when installed."
+        "auto",
+        description="Liger-Kernel's RMSNorm, RoPE and SwiGLU; `auto` = on CUDA, for families that it supports, when "
+        "installed.",
     )
     device: str = Field("auto", description="`auto` takes CUDA, then MPS, then CPU; or a torch device.")
-    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model. Off unless asked for.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that ships with the model. Off unless asked for."
+    )
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template.")
 
 
@@ -52,11 +72,13 @@ class LoraSection(Section):
     alpha: Annotated[float, Field(gt=0)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: Annotated[list[str], Field(min_length=1)] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], description="Linear layers that get LoRA."
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="Linear layers that get LoRA.",
     )
     blocks: list[NonNegative] | Literal["to_window", "last_three"] = Field(
         "to_window",
-        description="Decoder blocks that get LoRA. `to_window` = 0 … max(window), the published `transform_layers: -1`; `last_three` = "
+        description="Decoder blocks that get LoRA. `to_window` = 0 … max(window), the published `transform_layers: "
+        "-1`; `last_three` = "
         "those before the last hidden state that the objective reads.",
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -67,11 +89,14 @@ class TrainingConfig(Section):
 
     steps: Positive = 300
     examples: Positive = Field(4, description="Examples per micro-batch: B safe, B unsafe, B pairs, B retain.")
-    retain_examples: Positive | None = Field(None, description="Retain examples per micro-batch, if another number than examples.")
+    retain_examples: Positive | None = Field(
+        None, description="Retain examples per micro-batch, if another number than examples."
+    )
     accumulation: Positive = 4
     normalize: Literal["micro_batch", "step"] = Field(
         "micro_batch",
-        description="What a mean runs over: each micro-batch, whose means are averaged (published), or all rows of the optimizer step.",
+        description="What a mean runs over: each micro-batch, whose means are averaged (published), or all rows of the "
+        "optimizer step.",
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -83,7 +108,9 @@ class TrainingConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     autocast: Literal["none", "bfloat16", "auto"] = Field(
-        "none", description="Autocast around both passes, for float32 weights; auto: bfloat16 where the device multiplies in it natively."
+        "none",
+        description="Autocast around both passes, for float32 weights; auto: bfloat16 where the device multiplies in "
+        "it natively.",
     )
     seed: NonNegative = 42
     checkpoint_every: Positive = Field(50, description="Optimizer steps between resumable checkpoints.")
@@ -98,18 +125,27 @@ class MemoryConfig(Section):
     Without a budget, ``auto`` is one piece per stream, no recomputation and no offload.
     """
 
-    budget: str | None = Field(None, description="Memory that training may use, for example 8GB or 7.5GiB; auto = what the device has.")
+    budget: str | None = Field(
+        None, description="Memory that training may use, for example 8GB or 7.5GiB; auto = what the device has."
+    )
     piece_tokens: Positive | dict[str, Positive] | Literal["auto"] | None = Field(
-        "auto", description="Tokens per piece of a stream, padding included, for all streams or by stream; none = one piece."
+        "auto",
+        description="Tokens per piece of a stream, padding included, for all streams or by stream; none = one piece.",
     )
     packing: Literal["auto", "on", "off"] = Field(
-        "auto", description="Pack the sequences of a piece into one row instead of padding. auto: on the CPU, and with varlen attention."
+        "auto",
+        description="Pack the sequences of a piece into one row instead of padding. auto: on the CPU, and with varlen "
+        "attention.",
     )
     checkpoint_blocks: NonNegative | Literal["all", "auto"] = Field(
         "auto", description="Decoder blocks recomputed in backward, counted from the first."
     )
-    offload_checkpoints: bool | Literal["auto"] = Field("auto", description="Keep the inputs of recomputed blocks in host memory.")
-    offload_embedding: bool | Literal["auto"] = Field("auto", description="Keep input embedding and output head in host memory.")
+    offload_checkpoints: bool | Literal["auto"] = Field(
+        "auto", description="Keep the inputs of recomputed blocks in host memory."
+    )
+    offload_embedding: bool | Literal["auto"] = Field(
+        "auto", description="Keep input embedding and output head in host memory."
+    )
     kl_chunk_rows: Positive | Literal["auto"] | None = Field(
         "auto", description="Rows per chunk of the head's losses; none = the op's size rule."
     )
@@ -120,24 +156,36 @@ class ValidationConfig(Section):
 
     every: NonNegative = Field(0, description="Optimizer steps between validations; 0 switches the guard off.")
     start: NonNegative = Field(0, description="No validation between step 0 and this step: attacks fail late in a run.")
-    sources: list[SourceConfig] = Field(default_factory=list, description="Held-out records; empty = `holdout` taken from data.sources.")
+    sources: list[SourceConfig] = Field(
+        default_factory=list, description="Held-out records; empty = `holdout` taken from data.sources."
+    )
     holdout: Positive = Field(16, description="Records per role held out of training when `sources` is empty.")
-    prompts: PromptsConfig | None = Field(None, description="Prompts for cheap attack and usefulness rates; none = no generation.")
+    prompts: PromptsConfig | None = Field(
+        None, description="Prompts for cheap attack and usefulness rates; none = no generation."
+    )
     max_new_tokens: Positive = 32
     max_kl: Annotated[float, Field(gt=0)] | None = Field(
         0.2, description="Stop when KL per token (T=1, nats) on held-out chat passes this."
     )
-    max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = Field(1.10, description="Stop when perplexity / before exceeds this.")
+    max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = Field(
+        1.10, description="Stop when perplexity / before exceeds this."
+    )
     max_helpful_drop: Annotated[float, Field(ge=0)] | None = Field(
         0.05, description="Allowed drop of the share of helpful ordinary answers."
     )
     max_borderline_drop: Annotated[float, Field(ge=0)] | None = Field(
         0.25, description="The same for borderline questions, which look like restricted ones and come back last."
     )
-    target_attack: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Stop early, as reached, at this attack rate.")
-    target_patience: Positive = Field(1, description="Consecutive validations at the target before it counts as reached.")
+    target_attack: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Stop early, as reached, at this attack rate."
+    )
+    target_patience: Positive = Field(
+        1, description="Consecutive validations at the target before it counts as reached."
+    )
     target_anneal_steps: NonNegative = Field(
-        0, description="Once the target is reached, let the learning rate fall to 0 over so many steps before stopping; 0 stops at once."
+        0,
+        description="Once the target is reached, let the learning rate fall to 0 over so many steps before stopping; 0 "
+        "stops at once.",
     )
     patience: Positive = Field(1, description="Consecutive validations over a limit before training stops.")
 
@@ -147,7 +195,8 @@ class EvaluationConfig(Section):
 
     sources: list[SourceConfig] = Field(
         default_factory=list,
-        description="Chat for perplexity and KL, apart from validation's; empty = validation's held-out `retain` records.",
+        description="Chat for perplexity and KL, apart from validation's; empty = validation's held-out `retain` "
+        "records.",
     )
     prompts: PromptsConfig | None = None
     max_new_tokens: Positive = 64
@@ -194,12 +243,16 @@ class Config(Section):
 
 
 def at_depth(config: Config, num_blocks: int) -> Config:
-    """The configuration of a run on a model with ``num_blocks`` blocks: no hidden state of the objective is ``auto`` any more."""
+    """The configuration of a run on a model with ``num_blocks`` blocks: no hidden state of the objective is ``auto``
+    any more.
+    """
     return config.model_copy(update={"objective": config.objective.at_depth(num_blocks)})
 
 
 def combination_errors(config: Config) -> Iterator[str]:
-    """Settings that are fine alone and impossible together, each as one line that names keys, values and the way out."""
+    """Settings that are fine alone and impossible together, each as one line that names keys, values and
+    the way out.
+    """
     model, objective, training, validation = config.model, config.objective, config.training, config.validation
     yield from objective.errors()
     last = objective.last_state
@@ -208,34 +261,62 @@ def combination_errors(config: Config) -> Iterator[str]:
         if not blocks or len(set(blocks)) != len(blocks):
             yield f"lora.blocks={blocks}: must be different block numbers, at least one, or to_window or last_three"
         elif last is not None and min(blocks) >= last:
-            yield f"lora.blocks={blocks} lie behind the window, which ends at hidden state {last}; include a block below {last}"
+            yield (
+                f"lora.blocks={blocks} lie behind the window, which ends at hidden state {last}; include a block "
+                f"below {last}"
+            )
     yield from _unknown_streams(config)
     if taken := sorted(TEMPLATE_CALL & config.data.chat_template_kwargs.keys()):
-        yield f"data.chat_template_kwargs={{{taken[0]}: …}}: is set by repbend-fast itself; variables of the chat template go here"
+        yield (
+            f"data.chat_template_kwargs={{{taken[0]}: …}}: is set by repbend-fast itself; variables of the chat "
+            "template go here"
+        )
     if training.warmup_steps > training.steps:
         yield f"training.warmup_steps={training.warmup_steps} is more than training.steps={training.steps}; lower it"
     if training.autocast == "bfloat16" and model.dtype != "float32":
-        yield f"training.autocast={training.autocast} is for float32 weights, and model.dtype={model.dtype}; set one of them to the other's"
+        yield (
+            f"training.autocast={training.autocast} is for float32 weights, and model.dtype={model.dtype}; set one "
+            "of them to the other's"
+        )
     if training.optimizer != "adamw" and config.lora.dtype == "bfloat16" and model.device == "cpu":
-        yield f"training.optimizer={training.optimizer} with lora.dtype=bfloat16 does not run on model.device=cpu; set lora.dtype=float32"
+        yield (
+            f"training.optimizer={training.optimizer} with lora.dtype=bfloat16 does not run on model.device=cpu; "
+            "set "
+            "lora.dtype=float32"
+        )
     if model.liger is True and model.device in ("cpu", "mps"):
         yield f"model.liger=true needs a CUDA device, and model.device={model.device}; set model.liger=auto or false"
     if model.name.startswith("package:") and model.revision is not None:
-        yield f"model.revision={model.revision} is for hub models, and model.name={model.name} comes from an installed package"
+        yield (
+            f"model.revision={model.revision} is for hub models, and model.name={model.name} comes from an "
+            "installed "
+            "package"
+        )
     if validation.target_attack is not None and validation.every and validation.prompts is None:
-        yield f"validation.target_attack={validation.target_attack} needs validation.prompts to measure it; name some or set it to null"
+        yield (
+            f"validation.target_attack={validation.target_attack} needs validation.prompts to measure it; name some "
+            "or set it to null"
+        )
     for source in validation.sources:
-        if any((source.path, source.subset, source.split) == (other.path, other.subset, other.split) for other in config.data.sources):
+        if any(
+            (source.path, source.subset, source.split) == (other.path, other.subset, other.split)
+            for other in config.data.sources
+        ):
             yield (
-                f"validation.sources has {source.path} (split {source.split}), which data.sources trains on; name another split or "
+                f"validation.sources has {source.path} (split {source.split}), which data.sources trains on; name "
+                "another split or "
                 "file, or leave validation.sources empty to hold records out"
             )
 
 
 def _unknown_streams(config: Config) -> Iterator[str]:
-    """Sizes of pieces for streams that nothing has: a recipe may name those of other methods, which it is compared with."""
+    """Sizes of pieces for streams that nothing has: a recipe may name those of other methods, which it is compared
+    with.
+    """
     sizes, own = config.memory.piece_tokens, config.objective.stream_names
     if not isinstance(sizes, dict) or own is None:
         return
     for name in sorted(sizes.keys() - stream_names()):
-        yield f"memory.piece_tokens.{name}: objective {config.objective.name} has no such stream; it has {', '.join(own)}"
+        yield (
+            f"memory.piece_tokens.{name}: objective {config.objective.name} has no such stream; it has {', '.join(own)}"
+        )

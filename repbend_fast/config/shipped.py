@@ -14,7 +14,9 @@ OVERLAYS = "overlays"
 
 
 def recipe_folder() -> Path:
-    """Installed as ``repbend_fast/recipes``; in the source tree (and so in an editable install) ``recipes`` beside the package."""
+    """Installed as ``repbend_fast/recipes``; in the source tree (and so in an editable install) ``recipes`` beside the
+    package.
+    """
     package = Path(repbend_fast.__file__).parent
     for folder in (package / "recipes", package.parent / "recipes"):
         if folder.is_dir():
@@ -55,7 +57,9 @@ def find_recipe(recipe: str, beside: Path | None = None) -> tuple[Path, str]:
 
 
 def overlay_meant(name: str) -> str | None:
-    """What to write in the place of a recipe's name with an overlay's behind it, as in ``llama-3-8b-instruct-qlora``."""
+    """What to write in the place of a recipe's name with an overlay's behind it, as in
+    ``llama-3-8b-instruct-qlora``.
+    """
     for overlay in overlay_names():
         start = name.removesuffix(f"-{overlay}")
         if start != name and start in recipe_names():
@@ -67,7 +71,8 @@ def find_overlay(overlay: str, beside: Path | None = None) -> tuple[Path, str]:
     """As :func:`find_recipe`, for what ``--with`` and ``with:`` name: a shipped overlay, or any YAML file.
 
     Raises:
-        UserError: no such overlay, with the closest name; or a recipe's, which would replace what it should go on top of.
+        UserError: no such overlay, with the closest name; or a recipe's, which would replace what it should go on top
+            of.
     """
     names = overlay_names()
     if found := _file(overlay, beside):
@@ -75,7 +80,9 @@ def find_overlay(overlay: str, beside: Path | None = None) -> tuple[Path, str]:
     if overlay in names:
         return recipe_folder() / OVERLAYS / f"{overlay}.yaml", f"{overlay}.yaml"
     if overlay in recipe_names():
-        raise UserError(f"{overlay} is a recipe, not an overlay, and --with takes overlays: {', '.join(names)}, or a YAML file")
+        raise UserError(
+            f"{overlay} is a recipe, not an overlay, and --with takes overlays: {', '.join(names)}, or a YAML file"
+        )
     raise _unknown("overlay", overlay, names)
 
 
@@ -93,7 +100,9 @@ def _file(name: str, beside: Path | None) -> tuple[Path, str] | None:
 
 def _unknown(kind: str, name: str, names: list[str]) -> UserError:
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"`repbend-fast recipes ls` lists the {len(names)} that are shipped"
+    hint = (
+        f"did you mean {close[0]}?" if close else f"`repbend-fast recipes ls` lists the {len(names)} that are shipped"
+    )
     return UserError(f"no {kind} is called {name} (a file's name ends in .yaml); {hint}")
 
 

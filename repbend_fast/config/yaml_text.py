@@ -1,7 +1,7 @@
 """YAML in and out, with YAML 1.2 scalars, line numbers and no silent duplicates.
 
-PyYAML follows YAML 1.1, where ``1e-5`` is text, ``no`` is false and ``1:30`` is ninety. The rules here are those of the YAML 1.2
-core schema, for reading and for writing, so that what is written reads back as the same value.
+PyYAML follows YAML 1.1, where ``1e-5`` is text, ``no`` is false and ``1:30`` is ninety. The rules here are those of the
+YAML 1.2 core schema, for reading and for writing, so that what is written reads back as the same value.
 """
 
 from __future__ import annotations
@@ -101,9 +101,13 @@ def read_yaml(path: Path, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
     return value, lines
 
 
-def _build(loader: _Loader, node: yaml.Node, path: Key, name: str, lines: dict[Key, int], parents: tuple[int, ...]) -> Any:
+def _build(
+    loader: _Loader, node: yaml.Node, path: Key, name: str, lines: dict[Key, int], parents: tuple[int, ...]
+) -> Any:
     if id(node) in parents:
-        raise UserError(f"{name}:{node.start_mark.line + 1}: `*` refers to a part that contains it; write the values out")
+        raise UserError(
+            f"{name}:{node.start_mark.line + 1}: `*` refers to a part that contains it; write the values out"
+        )
     if isinstance(node, yaml.CollectionNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
         raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} is not allowed", node.start_mark)
     parents = (*parents, id(node))

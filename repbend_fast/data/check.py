@@ -26,7 +26,9 @@ _BAR = 40
 
 @dataclass
 class Lengths:
-    """Lengths of one role's prompts, answers and wholes (prompt + answer, the longer one of a pair), and how many are cut."""
+    """Lengths of one role's prompts, answers and wholes (prompt + answer, the longer one of a pair), and how many are
+    cut.
+    """
 
     prompts: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
@@ -57,7 +59,8 @@ class DataReport:
 def check_data(
     data: DataConfig | list[SourceConfig], tokenizer: Any | None, *, seed: int = 42, vocabulary: int | None = None
 ) -> DataReport:
-    """Reads everything, measures every record that training would use, and collects bad ones instead of stopping at the first.
+    """Reads everything, measures every record that training would use, and collects bad ones instead of stopping at the
+    first.
 
     ``tokenizer`` None measures characters. A record with a token id from ``vocabulary`` on is bad.
 
@@ -67,7 +70,9 @@ def check_data(
     records = load_records(data, seed=seed, skip_bad_records=True)
     encoder = None
     if tokenizer is not None:
-        encoder = ChatEncoder(tokenizer, limits.max_prompt_tokens, limits.max_answer_tokens, limits.chat_template_kwargs)
+        encoder = ChatEncoder(
+            tokenizer, limits.max_prompt_tokens, limits.max_answer_tokens, limits.chat_template_kwargs
+        )
         encoder.vocabulary = vocabulary
     lengths = {role: Lengths() for role in ROLES}
     for role, of_role in records.records.items():
@@ -111,14 +116,18 @@ def percentile(values: Seq[int], percent: float) -> int:
 
 
 def histogram(values: Iterable[int]) -> list[tuple[int, int, int]]:
-    """``(low, high, count)`` with bounds included; bins double in width from 1 – 15 on, empty ones at either end left out."""
+    """``(low, high, count)`` with bounds included; bins double in width from 1 – 15 on, empty ones at either end left
+    out.
+    """
     counts: dict[int, int] = {}
     for value in values:
         bin_index = max(4, value.bit_length())
         counts[bin_index] = counts.get(bin_index, 0) + 1
     if not counts:
         return []
-    return [(1 if b == 4 else 1 << (b - 1), (1 << b) - 1, counts.get(b, 0)) for b in range(min(counts), max(counts) + 1)]
+    return [
+        (1 if b == 4 else 1 << (b - 1), (1 << b) - 1, counts.get(b, 0)) for b in range(min(counts), max(counts) + 1)
+    ]
 
 
 def _measure(record: Record, encoder: ChatEncoder | None, lengths: Lengths) -> None:
@@ -147,11 +156,15 @@ def _source_table(records: RecordSet) -> Table:
     for s in records.sources:
         roles = [str(s.taken[r]) if s.taken[r] == s.found[r] else f"{s.taken[r]}/{s.found[r]}" for r in ROLES]
         table.add_row(escape(s.path), s.format, str(s.rows), *roles, str(s.unused), str(s.bad))
-    if len(records.sources) > 1 or any(sum(s.taken[r] for s in records.sources) != n for r, n in records.counts().items()):
+    if len(records.sources) > 1 or any(
+        sum(s.taken[r] for s in records.sources) != n for r, n in records.counts().items()
+    ):
         rows = str(sum(s.rows for s in records.sources))
         bad = str(sum(s.bad for s in records.sources))
         table.add_section()
-        table.add_row("used", "", rows, *(str(records.counts()[r]) for r in ROLES), str(records.unused), bad, style="bold")
+        table.add_row(
+            "used", "", rows, *(str(records.counts()[r]) for r in ROLES), str(records.unused), bad, style="bold"
+        )
     return table
 
 

@@ -10,7 +10,9 @@ from repbend_fast.data.records import ROLES, Record, Role
 
 
 def duplicate_lines(records: Mapping[Role, Seq[Record]]) -> list[str]:
-    """One line per role with exact duplicates, then one for conversations and one for prompts that stand on both sides."""
+    """One line per role with exact duplicates, then one for conversations and one for prompts that stand on
+    both sides.
+    """
     lines = [line for role in ROLES for line in _twice(role, records.get(role, ()))]
     kept, bent = _sides(records)
     both = [place for place in kept if place in bent]
@@ -18,13 +20,18 @@ def duplicate_lines(records: Mapping[Role, Seq[Record]]) -> list[str]:
         answers = "conversation is" if len(both) == 1 else "conversations are"
         lines.append(f"{len(both)} {answers} both safe and unsafe, {_pair(kept[both[0]], bent[both[0]])}")
     requests = {messages: record for (messages, _), record in reversed(bent.items())}
-    contested = {messages: record for (messages, answer), record in kept.items() if messages in requests and (messages, answer) not in bent}
+    contested = {
+        messages: record
+        for (messages, answer), record in kept.items()
+        if messages in requests and (messages, answer) not in bent
+    }
     separate = {m: r for m, r in contested.items() if requests[m] is not r and requests[m].origin != r.origin}
     if separate:
         first = next(iter(separate))
         prompts = "prompt has" if len(separate) == 1 else "prompts have"
         lines.append(
-            f"{len(separate)} {prompts} a safe and an unsafe answer in separate records, {_pair(separate[first], requests[first])}"
+            f"{len(separate)} {prompts} a safe and an unsafe answer in separate records, "
+            f"{_pair(separate[first], requests[first])}"
         )
     return lines
 
@@ -42,11 +49,17 @@ def _twice(role: Role, records: Seq[Record]) -> Iterator[str]:
 
 
 def _pair(first: Record, second: Record) -> str:
-    return f"{second.origin} of {first.origin} for one" if first.role == second.role else f"{first.origin} and {second.origin} for one"
+    return (
+        f"{second.origin} of {first.origin} for one"
+        if first.role == second.role
+        else f"{first.origin} and {second.origin} for one"
+    )
 
 
 def _sides(records: Mapping[Role, Seq[Record]]) -> tuple[dict[tuple[Any, str], Record], dict[tuple[Any, str], Record]]:
-    """The first record of each conversation that is to be kept, and of each that is to be bent, by messages and answer."""
+    """The first record of each conversation that is to be kept, and of each that is to be bent, by messages
+    and answer.
+    """
     kept: dict[tuple[Any, str], Record] = {}
     bent: dict[tuple[Any, str], Record] = {}
     for record in (*records.get("safe", ()), *records.get("pair", ())):

@@ -1,16 +1,19 @@
 """The data formats that users bring, each as a function from one row's fields to records.
 
-``BadField`` says why a row is a bad record. A row that a format leaves out on purpose (an unlabelled one, say) gives no records.
+``BadField`` says why a row is a bad record. A row that a format leaves out on purpose (an unlabelled one, say) gives no
+records.
 
 Our own JSONL, one object per line; fields that are not named here are ignored:
 
 - ``{"role": "safe" | "unsafe", "prompt": TEXT, "answer": TEXT}``
 - ``{"role": "pair", "prompt": TEXT, "unsafe_answer": TEXT, "safe_answer": TEXT}``
-- ``{"role": "retain", "messages": [...]}`` with the assistant's message last, or ``{"role": "retain", "prompt": TEXT, "answer": TEXT}``
+- ``{"role": "retain", "messages": [...]}`` with the assistant's message last, or ``{"role": "retain", "prompt": TEXT,
+"answer": TEXT}``
 
-Everywhere ``"messages": [{"role": "user", "content": TEXT}, ...]`` with the user's message last may stand instead of ``prompt``. A
-conversation may begin with one ``system`` message; then ``user`` and ``assistant`` alternate. An assistant's reasoning stands in its text,
-``<think>…</think>answer``, or in a message's ``reasoning_content`` or ``thinking``.
+Everywhere ``"messages": [{"role": "user", "content": TEXT}, ...]`` with the user's message last may stand instead of
+``prompt``. A conversation may begin with one ``system`` message; then ``user`` and ``assistant`` alternate. An
+assistant's reasoning stands in its text, ``<think>…</think>answer``, or in a message's ``reasoning_content`` or
+``thinking``.
 """
 
 from __future__ import annotations
@@ -38,9 +41,9 @@ class BadField(ValueError):
 class Format:
     """How one format is recognised and parsed.
 
-    ``signatures``: a row that has all fields of one of them is of this format. ``roles``: what it can give, each with what it takes, if
-    anything. ``parse`` takes a row's fields, its origin, and the roles that the source asks for (None: the usual ones); it may return
-    records of other roles too.
+    ``signatures``: a row that has all fields of one of them is of this format. ``roles``: what it can give, each with
+    what it takes, if anything. ``parse`` takes a row's fields, its origin, and the roles that the source asks for
+    (None: the usual ones); it may return records of other roles too.
     """
 
     name: str
@@ -50,7 +53,9 @@ class Format:
 
 
 def text_field(fields: Fields, key: str) -> str:
-    """The non-empty text under ``key``. Raises ``BadField`` when it is missing, no text, empty, or not encodable as UTF-8."""
+    """The non-empty text under ``key``. Raises ``BadField`` when it is missing, no text, empty, or not encodable as
+    UTF-8.
+    """
     if key not in fields:
         raise BadField(f"missing field `{key}`")
     value = fields[key]
@@ -66,7 +71,9 @@ def text_field(fields: Fields, key: str) -> str:
 
 
 def label_field(fields: Fields, key: str, allowed: Iterable[str]) -> str | None:
-    """The label under ``key``, None when unlabelled (null, or an empty cell of a table). Raises ``BadField`` for an unknown one."""
+    """The label under ``key``, None when unlabelled (null, or an empty cell of a table). Raises ``BadField`` for an
+    unknown one.
+    """
     if key not in fields:
         raise BadField(f"missing field `{key}`")
     value = fields[key]
@@ -78,7 +85,9 @@ def label_field(fields: Fields, key: str, allowed: Iterable[str]) -> str | None:
 
 
 def message_list(value: Any, last: str) -> tuple[Message, ...]:
-    """A conversation that ends with role ``last``. Raises ``BadField`` when a message is malformed or the roles do not alternate."""
+    """A conversation that ends with role ``last``. Raises ``BadField`` when a message is malformed or the roles do not
+    alternate.
+    """
     if not isinstance(value, list):
         raise BadField(f"`messages` is {type(value).__name__}, expected a list")
     if not value:
@@ -100,14 +109,18 @@ def message_list(value: Any, last: str) -> tuple[Message, ...]:
     turns = messages[1:] if messages[0].role == "system" else messages
     for number, message in enumerate(turns):
         if message.role != ("user", "assistant")[number % 2]:
-            raise BadField(f"roles do not alternate at message {number + 1 + len(messages) - len(turns)} ({message.role})")
+            raise BadField(
+                f"roles do not alternate at message {number + 1 + len(messages) - len(turns)} ({message.role})"
+            )
     if not turns or turns[-1].role != last:
         raise BadField(f"the last message must be the {last}'s")
     return tuple(messages)
 
 
 def parse_wildguardmix(fields: Fields, origin: str, asked: Asked = None) -> list[Record]:
-    """Safe: a compliance with an unharmful prompt, or a refusal, both with an unharmful answer. Unsafe: a harmful prompt complied with."""
+    """Safe: a compliance with an unharmful prompt, or a refusal, both with an unharmful answer. Unsafe: a harmful
+    prompt complied with.
+    """
     prompt_harm = label_field(fields, "prompt_harm_label", HARM)
     refusal = label_field(fields, "response_refusal_label", REFUSAL)
     response_harm = label_field(fields, "response_harm_label", HARM)
@@ -116,7 +129,10 @@ def parse_wildguardmix(fields: Fields, origin: str, asked: Asked = None) -> list
     role: Role
     if (prompt_harm, refusal) == ("harmful", "compliance"):
         role = "unsafe"
-    elif response_harm == "unharmful" and (prompt_harm, refusal) in (("unharmful", "compliance"), ("harmful", "refusal")):
+    elif response_harm == "unharmful" and (prompt_harm, refusal) in (
+        ("unharmful", "compliance"),
+        ("harmful", "refusal"),
+    ):
         role = "safe"
     else:
         return []
@@ -124,7 +140,9 @@ def parse_wildguardmix(fields: Fields, origin: str, asked: Asked = None) -> list
 
 
 def parse_wildjailbreak(fields: Fields, origin: str, asked: Asked = None) -> list[Record]:
-    """The RepBend authors' file (harmful prompts with both answers) or the official TSV, whose completions are all safe."""
+    """The RepBend authors' file (harmful prompts with both answers) or the official TSV, whose completions are all
+    safe.
+    """
     if "data_type" in fields:
         kind = label_field(fields, "data_type", TSV_TYPES)
         if kind is None:
@@ -160,7 +178,9 @@ def parse_jsonl(fields: Fields, origin: str, asked: Asked = None) -> list[Record
         return parse_ultrachat(fields, origin)
     messages = _own_prompt(fields)
     if role == "pair":
-        return [Record("pair", messages, text_field(fields, "unsafe_answer"), text_field(fields, "safe_answer"), origin)]
+        return [
+            Record("pair", messages, text_field(fields, "unsafe_answer"), text_field(fields, "safe_answer"), origin)
+        ]
     answer = text_field(fields, "answer")
     if role == "retain":
         return [Record("retain", (*messages, Message("assistant", answer)), origin=origin)]
@@ -223,7 +243,9 @@ FORMATS: dict[str, Format] = {
 
 
 def formats_that_give(role: Role) -> str:
-    """The formats that have records of ``role``, each with what it takes; the user's own form and the demo's data last."""
+    """The formats that have records of ``role``, each with what it takes; the user's own form and the
+    demo's data last.
+    """
     others = [f for f in FORMATS.values() if f.name != "jsonl" and role in f.roles]
     return ", ".join([f"{f.name} ({f.roles[role]})" if f.roles[role] else f.name for f in others] + ["jsonl", "demo"])
 

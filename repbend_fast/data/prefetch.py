@@ -11,11 +11,13 @@ from repbend_fast.data.sampling import BatchSampler
 
 
 class PreparedBatches:
-    """Hands out ``sampler``'s micro-batches in its order; while one is in use, the next are drawn and encoded in the background.
+    """Hands out ``sampler``'s micro-batches in its order; while one is in use, the next are drawn and encoded in the
+    background.
 
-    ``state_dict`` is the sampler's as of the last batch handed out, so a run resumed from it draws the prepared ones anew. One thread
-    draws, in order, and no batch is prepared before the first is asked for: what comes out is what ``sampler.next_batch`` gives.
-    A tokenizer must not be used by two threads at once: call ``wait`` before encoding or decoding anything elsewhere.
+    ``state_dict`` is the sampler's as of the last batch handed out, so a run resumed from it draws the prepared ones
+    anew. One thread draws, in order, and no batch is prepared before the first is asked for: what comes out is what
+    ``sampler.next_batch`` gives. A tokenizer must not be used by two threads at once: call ``wait`` before encoding or
+    decoding anything elsewhere.
     """
 
     def __init__(self, sampler: BatchSampler) -> None:

@@ -22,9 +22,9 @@ CONTEXT_JOINT = "\n\n---\n\n"
 class Prompt:
     """One request to the model.
 
-    ``expected``: lower-case keywords (each begins a word) of which a helpful answer has at least ``min_expected``; empty = not checked.
-    ``item``: what an attack asks for, as the judge should find it named. ``source_id``: where the prompt comes from.
-    ``messages``: the whole conversation where it is more than the one user turn ``text``.
+    ``expected``: lower-case keywords (each begins a word) of which a helpful answer has at least ``min_expected``;
+    empty = not checked. ``item``: what an attack asks for, as the judge should find it named. ``source_id``: where the
+    prompt comes from. ``messages``: the whole conversation where it is more than the one user turn ``text``.
     """
 
     kind: Kind
@@ -47,8 +47,9 @@ Reader = Callable[[Row, str], Prompt]
 def load_prompts(config: PromptsConfig) -> list[Prompt]:
     """Prompts of ``config.path``: ``demo``, or a file, a folder or a hub data set whose columns tell their format.
 
-    Files are CSV, TSV, JSON or JSONL, all of them also with ``.gz``, or parquet. ``config.split`` is the hub's and the demo's.
-    ``config.limit`` takes that many of each kind, spread evenly over the file. Raises ``UserError`` naming file and line.
+    Files are CSV, TSV, JSON or JSONL, all of them also with ``.gz``, or parquet. ``config.split`` is the hub's and the
+    demo's. ``config.limit`` takes that many of each kind, spread evenly over the file. Raises ``UserError`` naming file
+    and line.
     """
     if config.path == "demo":
         from repbend_fast.data import demo
@@ -72,10 +73,14 @@ def limit_per_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
 
 
 def _read(config: PromptsConfig) -> list[Prompt]:
-    """All prompts of a file, a folder or a data set. One without prompts, an unknown set of columns or a bad row is a ``UserError``."""
+    """All prompts of a file, a folder or a data set. One without prompts, an unknown set of columns or a bad row is a
+    ``UserError``.
+    """
     path = Path(config.path).expanduser()
     if not path.exists() and not is_hub_name(config.path):
-        raise UserError(f"prompts.path={path}: no such file; give a CSV, JSON, JSONL or parquet file, or `demo`{nearest(str(path))}")
+        raise UserError(
+            f"prompts.path={path}: no such file; give a CSV, JSON, JSONL or parquet file, or `demo`{nearest(str(path))}"
+        )
     endings = [suffix.lower() for suffix in path.suffixes]
     has_types = not path.is_file() or ".parquet" in endings
     found = []
@@ -94,7 +99,10 @@ def _read(config: PromptsConfig) -> list[Prompt]:
 
 def _problem(row: Unreadable, where: str, path: Path) -> str:
     if row.kind == "cells":
-        return f"{where}: {'fewer' if row.missing > 0 else 'more'} fields than the header has; quote fields that contain commas"
+        return (
+            f"{where}: {'fewer' if row.missing > 0 else 'more'} fields than the header has; quote fields that "
+            "contain commas"
+        )
     if row.kind == "object":
         return f"{where}: expected an object with named fields, {row.reason.rpartition(', ')[2]}"
     if row.kind == "utf8":
@@ -127,7 +135,9 @@ def _field(row: Row, name: str, where: str, *, optional: bool = False) -> str:
     if optional and (value is None or value == ""):
         return ""
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: field {name!r} is {'empty' if value in ('', None) or isinstance(value, str) else 'not text'}")
+        raise UserError(
+            f"{where}: field {name!r} is {'empty' if value in ('', None) or isinstance(value, str) else 'not text'}"
+        )
     return value.strip()
 
 
@@ -166,8 +176,16 @@ def _strongreject(row: Row, where: str) -> Prompt:
 
 def _xstest(row: Row, where: str) -> Prompt:
     kind = _field(row, "type", where)
-    label = _one_of(row, "label", ("safe", "unsafe"), where) if "label" in row else ("unsafe" if kind.startswith("contrast_") else "safe")
-    return Prompt("attack" if label == "unsafe" else "borderline", _field(row, "prompt", where), source_id=_field(row, "id", where))
+    label = (
+        _one_of(row, "label", ("safe", "unsafe"), where)
+        if "label" in row
+        else ("unsafe" if kind.startswith("contrast_") else "safe")
+    )
+    return Prompt(
+        "attack" if label == "unsafe" else "borderline",
+        _field(row, "prompt", where),
+        source_id=_field(row, "id", where),
+    )
 
 
 def _own(row: Row, where: str) -> Prompt:

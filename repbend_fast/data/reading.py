@@ -28,7 +28,9 @@ _CSV_FIELD_LIMIT = 1 << 27
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row's fields and where it stands. ``entry``: its number in an array, from 1 on; 0 where rows have lines of their own."""
+    """One row's fields and where it stands. ``entry``: its number in an array, from 1 on; 0 where rows have lines of
+    their own.
+    """
 
     origin: str
     fields: dict[str, Any]
@@ -37,7 +39,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable(BadRecord):
-    """What is no row, of which kind, and where: ``entry`` as in :class:`Row`. ``missing``: cells that the header has more than the row."""
+    """What is no row, of which kind, and where: ``entry`` as in :class:`Row`. ``missing``: cells that the header has
+    more than the row.
+    """
 
     kind: Literal["json", "utf8", "quoting", "cells", "object"] = "json"
     entry: int = 0
@@ -62,21 +66,28 @@ HUB_DEFAULTS = {
 
 
 def read_rows(source: SourceConfig) -> Iterator[Row | Unreadable]:
-    """Rows of ``source`` in order. Raises ``UserError`` when it is not there, cannot be opened, or is of no known kind."""
+    """Rows of ``source`` in order. Raises ``UserError`` when it is not there, cannot be opened, or is of no
+    known kind.
+    """
     path = Path(source.path).expanduser()
     if path.is_file():
         if source.split or source.subset:
-            raise UserError(f"{source.path}: split and subset belong to hub data sets and folders, not to a file; remove them")
+            raise UserError(
+                f"{source.path}: split and subset belong to hub data sets and folders, not to a file; remove them"
+            )
         reader = _reader_for(path)
         try:
             yield from reader(path, source.path)
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{source.path}: cannot be read ({_brief(error)}); check the file or fetch it again") from error
+            raise UserError(
+                f"{source.path}: cannot be read ({_brief(error)}); check the file or fetch it again"
+            ) from error
     elif path.is_dir() or (_HUB_NAME.fullmatch(source.path) and not looks_like_file(source.path)):
         yield from _hub_rows(source)
     else:
         raise UserError(
-            f"{source.path}: no such file; data.sources.path takes a local file, a hub name such as `owner/name`, or `demo`"
+            f"{source.path}: no such file; data.sources.path takes a local file, a hub name such as `owner/name`, or "
+            "`demo`"
             f"{nearest(source.path)}"
         )
 
@@ -98,7 +109,9 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _json_rows(path: Path, name: str) -> Iterator[Row | Unreadable]:
-    """One object per line, or one array of objects, by itself or as the ``data`` of one object: files of either name hold any of them."""
+    """One object per line, or one array of objects, by itself or as the ``data`` of one object: files of either name
+    hold any of them.
+    """
     with _open(path) as file:
         start = file.read(4096).removeprefix(_BOM).lstrip()
     if start.startswith(b"["):
@@ -110,7 +123,9 @@ def _json_rows(path: Path, name: str) -> Iterator[Row | Unreadable]:
 
 
 def _data_of(path: Path) -> list[Any] | None:
-    """The array under ``data`` of a file that holds one object with that key. A file of lines is not read beyond its first."""
+    """The array under ``data`` of a file that holds one object with that key. A file of lines is not read beyond its
+    first.
+    """
     with _open(path) as file:
         text = file.readline()
         try:
@@ -149,7 +164,9 @@ def _line_rows(path: Path, name: str) -> Iterator[Row | Unreadable]:
 
 
 def _array_rows(path: Path, name: str) -> Iterator[Row | Unreadable]:
-    """Elements are decoded one by one from the text, so that each has its line and the whole is never held as objects."""
+    """Elements are decoded one by one from the text, so that each has its line and the whole is never held
+    as objects.
+    """
     with _open(path) as file:
         text = file.read().removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
@@ -173,7 +190,9 @@ def _array_rows(path: Path, name: str) -> Iterator[Row | Unreadable]:
             place = space.match(text, place + 1).end()  # type: ignore[union-attr]
         elif not text.startswith("]", place):
             line += text.count("\n", counted, place)
-            yield Unreadable(f"{name}:{line}", "invalid JSON (expected `,` or `]`); nothing after it can be read", entry=entry)
+            yield Unreadable(
+                f"{name}:{line}", "invalid JSON (expected `,` or `]`); nothing after it can be read", entry=entry
+            )
             return
 
 
@@ -226,10 +245,13 @@ def _hub_rows(source: SourceConfig) -> Iterator[Row | Unreadable]:
 
     known = HUB_DEFAULTS.get(source.path.rstrip("/").rpartition("/")[2].lower(), HubDefaults())
     try:
-        rows = datasets.load_dataset(source.path, source.subset or known.subset, split=source.split or known.split, **dict(known.options))
+        rows = datasets.load_dataset(
+            source.path, source.subset or known.subset, split=source.split or known.split, **dict(known.options)
+        )
     except Exception as error:  # whatever the library raises here (network, access, name, split) is the user's to mend
         raise UserError(
-            f"data set {source.path}: cannot be loaded through the hub ({type(error).__name__}: {_brief(error)}); check name, subset, "
+            f"data set {source.path}: cannot be loaded through the hub ({type(error).__name__}: {_brief(error)}); "
+            "check name, subset, "
             "split, network and access (`hf auth login`), or download it and give the local file as data.sources.path"
             f"{'' if Path(source.path).exists() else nearest(source.path)}"
         ) from error

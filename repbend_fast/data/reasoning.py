@@ -1,7 +1,7 @@
 """Answers that hold their reasoning, ``<think>…</think>answer``, as thinking models write them.
 
-Their templates put a block of their own around it, or an empty one into the prompt. An answer's block must stand in the ids once, where the
-template has it; what the template cannot hold is an error of that record.
+Their templates put a block of their own around it, or an empty one into the prompt. An answer's block must stand in the
+ids once, where the template has it; what the template cannot hold is an error of that record.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 def as_turn(message: Message, template: str) -> dict[str, Any]:
-    """A message as the template takes it: one that has a field for reasoning, and does not look for the tags itself, gets it apart."""
+    """A message as the template takes it: one that has a field for reasoning, and does not look for the tags itself,
+    gets it apart.
+    """
     turn = {"role": message.role, "content": message.content}
     if message.role == "assistant" and CLOSE in message.content and CLOSE not in template:
         fields = set(_FIELD.findall(template))
@@ -67,7 +69,9 @@ def follow(
             return start, [text for text in found if text is not None]
     # The template drops the reasoning of finished turns: what the model itself writes behind the header is kept.
     if prompt.rstrip().endswith(OPEN):
-        return prompt, [_continued(answer) + turn_end if holds_reasoning(answer) else plain(answer) for answer in answers]
+        return prompt, [
+            _continued(answer) + turn_end if holds_reasoning(answer) else plain(answer) for answer in answers
+        ]
     texts = [plain(answer) for answer in answers]
     if bare != prompt or any(text.count(OPEN) > 1 for text in texts):
         raise Unrenderable("it writes a reasoning block of its own before the answer's")
@@ -75,7 +79,9 @@ def follow(
 
 
 def _rest(prompt: str, whole: str, answer: str, suffix: str, turn_end: str) -> str | None:
-    """The rendered answer behind ``prompt``; None where it is no continuation, or does not hold the answer's parts just once."""
+    """The rendered answer behind ``prompt``; None where it is no continuation, or does not hold the answer's parts just
+    once.
+    """
     if not whole.startswith(prompt) or not whole.endswith(suffix):
         return None
     text = whole[len(prompt) : len(whole) - len(suffix)] + turn_end

@@ -1,7 +1,7 @@
 """Records as users bring them, and sequences as the step reads them.
 
-A *record* is text with a role. A *sequence* is its token ids with the length of the prompt, so that the boundary between
-prompt and answer is exact and every loss mode is a contiguous span of positions.
+A *record* is text with a role. A *sequence* is its token ids with the length of the prompt, so that the boundary
+between prompt and answer is exact and every loss mode is a contiguous span of positions.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Record:
 class Sequence:
     """Token ids of one conversation, BOS (if the model has one) exactly once, no padding.
 
-    ``prompt_length`` positions belong to the prompt (chat template's assistant header included), the rest to the answer.
-    A retain conversation has ``prompt_length`` = 0: all its tokens are rows.
+    ``prompt_length`` positions belong to the prompt (chat template's assistant header included), the rest to the
+    answer. A retain conversation has ``prompt_length`` = 0: all its tokens are rows.
     """
 
     ids: tuple[int, ...]
@@ -70,7 +70,8 @@ class PairSequence:
 class Batch:
     """One micro-batch. For RepBend with B examples every list has B entries.
 
-    The streams follow from it: safe = ``safe`` + ``[p.safe for p in pairs]``, unsafe = ``unsafe`` + ``[p.unsafe for p in pairs]``.
+    The streams follow from it: safe = ``safe`` + ``[p.safe for p in pairs]``, unsafe = ``unsafe`` + ``[p.unsafe for p
+    in pairs]``.
     """
 
     safe: tuple[Sequence, ...] = ()
@@ -81,7 +82,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that cannot be used. ``origin`` is ``path:line`` (``path:row`` for parquet and hub data), counted from 1."""
+    """A record that cannot be used. ``origin`` is ``path:line`` (``path:row`` for parquet and hub data), counted from
+    1.
+    """
 
     origin: str
     reason: str

@@ -23,12 +23,13 @@ class BatchSampler:
 
     ``retain_examples`` are those of ``retain``, where they are another number.
 
-    The order of a role depends on the seed, the role and the epoch alone, so adding a role changes no other. ``sets`` may be encoded
-    lazily; a set that has ``fingerprint()`` is hashed through it, any other by its ids.
+    The order of a role depends on the seed, the role and the epoch alone, so adding a role changes no other. ``sets``
+    may be encoded lazily; a set that has ``fingerprint()`` is hashed through it, any other by its ids.
 
-    ``group_by_length`` draws a role's examples of similar length into the same micro-batch. An epoch still holds every example once,
-    and each is as likely to come early as late whatever its length; the order then depends on ``examples`` too. A set that has
-    ``lengths()`` is asked for them, so that lazily encoded records need not be encoded to be sorted.
+    ``group_by_length`` draws a role's examples of similar length into the same micro-batch. An epoch still holds every
+    example once, and each is as likely to come early as late whatever its length; the order then depends on
+    ``examples`` too. A set that has ``lengths()`` is asked for them, so that lazily encoded records need not be encoded
+    to be sorted.
 
     Raises ``UserError`` when a required role has no record.
     """
@@ -47,7 +48,8 @@ class BatchSampler:
         for role in self.roles:
             if not sets.get(role):
                 raise UserError(
-                    f"data.sources: no `{role}` records, which the objective needs; formats that give them: {formats_that_give(role)}"
+                    f"data.sources: no `{role}` records, which the objective needs; formats that give them: "
+                    f"{formats_that_give(role)}"
                 )
         self.sets = {role: sets[role] for role in self.roles}
         self.examples = examples
@@ -60,8 +62,12 @@ class BatchSampler:
         self._fingerprint: str | None = None
 
     def next_batch(self) -> Batch:
-        """The next micro-batch: its entries of every required role, in ``pairs`` for role ``pair``; other roles are empty."""
-        drawn: dict[str, tuple[Any, ...]] = {role: tuple(self._draw(role) for _ in range(self._per_batch(role))) for role in self.roles}
+        """The next micro-batch: its entries of every required role, in ``pairs`` for role ``pair``; other roles are
+        empty.
+        """
+        drawn: dict[str, tuple[Any, ...]] = {
+            role: tuple(self._draw(role) for _ in range(self._per_batch(role))) for role in self.roles
+        }
         return Batch(drawn.get("safe", ()), drawn.get("unsafe", ()), drawn.get("pair", ()), drawn.get("retain", ()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,7 +83,9 @@ class BatchSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken. Raises ``UserError`` when data, tokenizer, seed, roles or batch size are not the same."""
+        """Continue where ``state`` was taken. Raises ``UserError`` when data, tokenizer, seed, roles or batch size are
+        not the same.
+        """
         for section, key, own in (
             ("training", "seed", self.seed),
             ("training", "examples", self.examples),
@@ -87,7 +95,9 @@ class BatchSampler:
             # Older checkpoints have none of the last two.
             written = state.get(key, state["examples"] if key == "retain_examples" else False)
             if written != own:
-                raise UserError(f"cannot resume: {section}.{key}={own}, but the checkpoint was written with {written}; set it back")
+                raise UserError(
+                    f"cannot resume: {section}.{key}={own}, but the checkpoint was written with {written}; set it back"
+                )
         if state.get("fingerprint") != self.fingerprint() or set(state["places"]) != set(self.roles):
             raise UserError(
                 "cannot resume: data, tokenizer or token limits differ from those of the checkpoint; "
@@ -116,11 +126,13 @@ class BatchSampler:
     def _order(self, role: Role, epoch: int) -> list[int]:
         cached = self._orders.get(role)
         if cached is None or cached[0] != epoch:
-            # Sorting by `random()` instead of `shuffle`: only the former is promised to be the same in every Python version.
+            # Sorting by `random()` instead of `shuffle`: only the former is promised to be the same in every Python
+            # version.
             generator = random.Random(f"{self.seed}:{role}:{epoch}")
             order = _shuffled(range(len(self.sets[role])), generator)
             if self.group_by_length:
-                # Micro-batches run on across epochs: the first examples of this one may complete the last batch of the one before.
+                # Micro-batches run on across epochs: the first examples of this one may complete the last batch of the
+                # one before.
                 size = self._per_batch(role)
                 order = _grouped(order, self._lengths[role], size, -epoch * len(order) % size, generator)
             cached = (epoch, order)
@@ -136,9 +148,9 @@ def _shuffled(items: Iterable[Any], generator: random.Random) -> list[Any]:
 def _grouped(order: list[int], lengths: Seq[int], size: int, lead: int, generator: random.Random) -> list[int]:
     """Regroup a shuffled ``order`` so that its batches of ``size`` hold examples of similar length.
 
-    The order is cut into megabatches, each sorted by length and cut into batches; then all batches of the epoch are shuffled, and each
-    in itself. The ``lead`` examples that complete the batch of the epoch before, and those left over at the end, stay as shuffled:
-    chosen by length they would always be the longest or the shortest.
+    The order is cut into megabatches, each sorted by length and cut into batches; then all batches of the epoch are
+    shuffled, and each in itself. The ``lead`` examples that complete the batch of the epoch before, and those left over
+    at the end, stay as shuffled: chosen by length they would always be the longest or the shortest.
     """
     whole = (len(order) - lead) // size * size if len(order) > lead else 0
     middle, end = order[lead : lead + whole], order[lead + whole :]
@@ -152,7 +164,8 @@ def _grouped(order: list[int], lengths: Seq[int], size: int, lead: int, generato
 def split_holdout(
     records: Mapping[Role, Seq[Record]], per_role: int, seed: int
 ) -> tuple[dict[Role, list[Record]], dict[Role, list[Record]]]:
-    """``(training, held_out)`` with ``per_role`` held-out records per non-empty role, chosen by seed and text, not by file order.
+    """``(training, held_out)`` with ``per_role`` held-out records per non-empty role, chosen by seed and text, not by
+    file order.
 
     Disjoint by prompt: every record of any role that shares its first request with a held-out one leaves training too.
     Raises ``UserError`` when a role would have nothing left to train on.
@@ -175,9 +188,13 @@ def split_holdout(
 
 
 def choice_key(seed: int, record: Record) -> bytes:
-    """A pseudo-random rank of a record: from seed and text alone, so that a choice by rank does not depend on any file's order."""
+    """A pseudo-random rank of a record: from seed and text alone, so that a choice by rank does not depend on any
+    file's order.
+    """
     turns = [(m.role, m.content) for m in record.messages]
-    return hashlib.blake2b(json.dumps([seed, record.role, turns, record.answer, record.safe_answer]).encode(), digest_size=16).digest()
+    return hashlib.blake2b(
+        json.dumps([seed, record.role, turns, record.answer, record.safe_answer]).encode(), digest_size=16
+    ).digest()
 
 
 def _first_request(record: Record) -> str:

@@ -29,12 +29,15 @@ class DataConfig(Section):
     max_answer_tokens: Positive = 512
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="Variables of the chat template, for example {enable_thinking: true}; the same in training, validation and evaluation.",
+        description="Variables of the chat template, for example {enable_thinking: true}; the same in training, "
+        "validation and evaluation.",
     )
     skip_bad_records: bool = False
     limit: Positive | None = Field(None, description="Cap per role over all sources, chosen by `training.seed`.")
     group_by_length: bool = Field(
-        False, description="Draw examples of similar length together: less padding where sequences are padded, less mixed micro-batches."
+        False,
+        description="Draw examples of similar length together: less padding where sequences are padded, less mixed "
+        "micro-batches.",
     )
 
 

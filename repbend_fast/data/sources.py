@@ -19,7 +19,9 @@ _DETECTION_ROWS = 16
 
 @dataclass
 class SourceCounts:
-    """What one source gave. ``unused`` counts rows that are fine but left out: unlabelled, or of a role not asked for."""
+    """What one source gave. ``unused`` counts rows that are fine but left out: unlabelled, or of a role not
+    asked for.
+    """
 
     path: str
     format: str = ""
@@ -85,9 +87,9 @@ class _Choice:
 def load_records(data: DataConfig | list[SourceConfig], *, seed: int, skip_bad_records: bool) -> RecordSet:
     """Records of all sources, read one row at a time.
 
-    ``limit`` of a source and of ``data`` (per role) choose by seed and text, whatever else is loaded and in whatever order.
-    Raises ``UserError`` when a source cannot be read, and, unless ``skip_bad_records``, when there is a bad record: the message names the
-    first one, how many there are, and the remedy.
+    ``limit`` of a source and of ``data`` (per role) choose by seed and text, whatever else is loaded and in whatever
+    order. Raises ``UserError`` when a source cannot be read, and, unless ``skip_bad_records``, when there is a bad
+    record: the message names the first one, how many there are, and the remedy.
     """
     sources, limit = (data.sources, data.limit) if isinstance(data, DataConfig) else (data, None)
     overall = {role: _Choice(limit, seed) for role in ROLES}
@@ -134,7 +136,9 @@ def _load_source(source: SourceConfig, chosen: dict[Role, _Choice], bad: list[Ba
     return counts
 
 
-def _records_of(source: SourceConfig, asked: frozenset[Role] | None, counts: SourceCounts) -> Iterator[list[Record] | BadRecord]:
+def _records_of(
+    source: SourceConfig, asked: frozenset[Role] | None, counts: SourceCounts
+) -> Iterator[list[Record] | BadRecord]:
     """What each row gives: its records, perhaps none, or why it is bad. Sets ``counts.format`` and counts rows."""
     if "demo" in (source.path, source.format):
         from repbend_fast.data.demo import training_records
@@ -148,7 +152,9 @@ def _records_of(source: SourceConfig, asked: frozenset[Role] | None, counts: Sou
     counts.format = form.name if form else "unknown"
     if form and asked and not asked <= set(form.roles):
         missing = ", ".join(r for r in get_args(Role) if r in asked - set(form.roles))
-        raise UserError(f"{source.path}: data.sources.roles asks for {missing}, but {form.name} gives only {', '.join(form.roles)}")
+        raise UserError(
+            f"{source.path}: data.sources.roles asks for {missing}, but {form.name} gives only {', '.join(form.roles)}"
+        )
     for row in rows:
         counts.rows += 1
         if isinstance(row, BadRecord):
@@ -161,8 +167,12 @@ def _records_of(source: SourceConfig, asked: frozenset[Role] | None, counts: Sou
             yield BadRecord(row.origin, str(reason))
 
 
-def _format_of(source: SourceConfig, rows: Iterator[Row | BadRecord]) -> tuple[Format | None, Iterable[Row | BadRecord]]:
-    """The source's format, found from the first rows when it is ``auto``; None when no row is readable. Gives the rows back complete."""
+def _format_of(
+    source: SourceConfig, rows: Iterator[Row | BadRecord]
+) -> tuple[Format | None, Iterable[Row | BadRecord]]:
+    """The source's format, found from the first rows when it is ``auto``; None when no row is readable. Gives the rows
+    back complete.
+    """
     if source.format != "auto":
         return FORMATS[source.format], rows
     seen: list[Row | BadRecord] = []
@@ -179,5 +189,7 @@ def _format_of(source: SourceConfig, rows: Iterator[Row | BadRecord]) -> tuple[F
             break
     if readable:
         names = ", ".join(list(map(str, readable[0].fields))[:12]) or "(none)"
-        raise UserError(f"{source.path}: format not recognised from the fields {names}; set format to one of {', '.join(FORMATS)}")
+        raise UserError(
+            f"{source.path}: format not recognised from the fields {names}; set format to one of {', '.join(FORMATS)}"
+        )
     return None, seen

@@ -1,7 +1,8 @@
 """From records to token ids: chat template, BOS exactly once, an exact boundary between prompt and answer, truncation.
 
-The prompt's ids are those of the rendered prompt (assistant header included) tokenised on its own, because generation feeds exactly
-these; the answer's ids are a continuation of them, so ``prompt + answer`` has the prompt as its prefix whatever the tokenizer merges.
+The prompt's ids are those of the rendered prompt (assistant header included) tokenised on its own, because generation
+feeds exactly these; the answer's ids are a continuation of them, so ``prompt + answer`` has the prompt as its prefix
+whatever the tokenizer merges.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from repbend_fast.data.reasoning import CLOSE, Unrenderable, as_turn, follow, ho
 from repbend_fast.data.records import Message, PairSequence, Record, Role, Sequence
 from repbend_fast.errors import UserError, one_line
 
-# Few records carry reasoning, so templates with a reasoning switch are rendered with it off unless data.chat_template_kwargs says
-# otherwise; a date taken from the clock would make the ids of a resumed run differ from those of the first one.
+# Few records carry reasoning, so templates with a reasoning switch are rendered with it off unless
+# data.chat_template_kwargs says otherwise; a date taken from the clock would make the ids of a resumed run differ from
+# those of the first one.
 TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 _DAY = datetime(2024, 7, 26)
 # transformers hands no functions to a template, so its clock is replaced inside of it.
@@ -29,7 +31,9 @@ _CLOCK = "{%- macro strftime_now(form) -%}{{ form"
 _CLOCK += "".join(f" | replace('%{code}', '{_DAY.strftime(f'%{code}')}')" for code in (*"YmdBbyAaHMSjIp", "-d", "-m"))
 _CLOCK += " }}{%- endmacro -%}"
 LONG_RECORD = 1 << 15
-"""Characters from which a record's ids are kept once they are cut: they are few, and every draw would tokenise all of its text."""
+"""Characters from which a record's ids are kept once they are cut: they are few, and every draw would
+tokenise all of its text.
+"""
 MOST_LONG = 4096
 """Records whose ids are kept, so that a data set of long texts does not fill the memory."""
 _PROBE_REQUEST = "Qwertz"
@@ -61,20 +65,26 @@ class BeyondEmbeddingError(UserError):
 class ChatEncoder:
     """Encodes records with a tokenizer's own chat template.
 
-    ``max_prompt_tokens`` and ``max_answer_tokens`` count BOS, template tokens and the turn's end. A longer prompt keeps its beginning
-    (BOS, template header, start of the text) and its end (end of the text, assistant header) and loses its middle: the losses read the
-    last prompt position, so the assistant header has to be there, and the request of a wrapped or multi-turn prompt stands at either end.
-    A longer answer keeps its first tokens; a longer retain conversation its first ``max_prompt_tokens + max_answer_tokens``.
+    ``max_prompt_tokens`` and ``max_answer_tokens`` count BOS, template tokens and the turn's end. A longer prompt keeps
+    its beginning (BOS, template header, start of the text) and its end (end of the text, assistant header) and loses
+    its middle: the losses read the last prompt position, so the assistant header has to be there, and the request of a
+    wrapped or multi-turn prompt stands at either end. A longer answer keeps its first tokens; a longer retain
+    conversation its first ``max_prompt_tokens + max_answer_tokens``.
 
-    BOS stands first exactly once whether the template writes it, the tokenizer would add it, both, or neither; a tokenizer without a BOS
-    token gets none. An answer's reasoning is rendered as the template renders it (``data.reasoning``). ``template_arguments`` go to the
-    template in addition to ``TEMPLATE_ARGUMENTS``, or in their place.
+    BOS stands first exactly once whether the template writes it, the tokenizer would add it, both, or neither; a
+    tokenizer without a BOS token gets none. An answer's reasoning is rendered as the template renders it
+    (``data.reasoning``). ``template_arguments`` go to the template in addition to ``TEMPLATE_ARGUMENTS``, or in their
+    place.
 
     Raises ``UserError`` for a tokenizer without a usable chat template and for limits below the template's own length.
     """
 
     def __init__(
-        self, tokenizer: Any, max_prompt_tokens: int, max_answer_tokens: int, template_arguments: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        max_answer_tokens: int,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template_arguments = dict(template_arguments or {})
@@ -86,17 +96,21 @@ class ChatEncoder:
         self._long: dict[Record, tuple[Sequence | PairSequence, Truncated]] = {}
         self._name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
-            raise UserError(f"the tokenizer of {self._name} has no chat template; set model.chat_template=FILE (a Jinja file)")
+            raise UserError(
+                f"the tokenizer of {self._name} has no chat template; set model.chat_template=FILE (a Jinja file)"
+            )
         self._glue, self._suffix, self._trims = self._learn_answer_form()
         self._turn_end = self._turn_end_of(self._suffix)
         self._head, self._tail = self._learn_prompt_frame()
 
-    # -- public -------------------------------------------------------------------------------------------------------------------
+    # -- public
+    # ------------------------------------------------------------------------------------------------------------------
 
     def encode(self, record: Record, *, count: bool = True) -> Sequence | PairSequence:
         """Ids of one record: a ``PairSequence`` for role ``pair``, a ``Sequence`` otherwise.
 
-        ``count`` False leaves ``truncated`` as it is. Raises ``UserError`` naming the record when the template cannot hold it.
+        ``count`` False leaves ``truncated`` as it is. Raises ``UserError`` naming the record when the template cannot
+        hold it.
         """
         is_long = _characters(record) >= LONG_RECORD
         try:
@@ -125,7 +139,9 @@ class ChatEncoder:
         return PairSequence(unsafe=first, safe=second[0]) if second else first, cut
 
     def prompt_ids(self, messages: Iterable[Message], prefill: str = "") -> list[int]:
-        """Ids that generation starts from: prompt with assistant header, then ``prefill`` (never truncated) as the answer's beginning."""
+        """Ids that generation starts from: prompt with assistant header, then ``prefill`` (never truncated) as the
+        answer's beginning.
+        """
         text = self._render_prompt(tuple(messages), "prompt")
         full_prompt = self._ids(text)
         uncut = self._with_bos(full_prompt)
@@ -134,7 +150,9 @@ class ChatEncoder:
         return ids + self._continuation(text, full_prompt, self._glue + prefill) if prefill else ids
 
     def measure(self, record: Record) -> tuple[int, int]:
-        """Untruncated lengths in tokens: (prompt, answer), the longer answer of a pair; a retain conversation is (0, all)."""
+        """Untruncated lengths in tokens: (prompt, answer), the longer answer of a pair; a retain conversation is (0,
+        all).
+        """
         if record.role == "retain":
             return 0, len(self._whole_conversation(record))
         text, answers = self._texts(record)
@@ -150,7 +168,9 @@ class ChatEncoder:
             raise UserError(f"the chat template of {self._name}: {error}") from error
 
     def check_renders(self, record: Record) -> None:
-        """Raises ``UserError`` naming the record when the template cannot hold its messages, or the reasoning of its answers."""
+        """Raises ``UserError`` naming the record when the template cannot hold its messages, or the reasoning of its
+        answers.
+        """
         self._texts(record)
 
     def drops_reasoning(self, record: Record) -> bool:
@@ -167,11 +187,18 @@ class ChatEncoder:
     def fingerprint(self) -> str:
         """Hash of everything besides the records that decides the ids."""
         probe = self._with_bos(self._ids(self._render_prompt((Message("user", _PROBE_REQUEST),), "probe")))
-        parts = [self.max_prompt_tokens, self.max_answer_tokens, str(self.tokenizer.chat_template), len(self.tokenizer), probe]
+        parts = [
+            self.max_prompt_tokens,
+            self.max_answer_tokens,
+            str(self.tokenizer.chat_template),
+            len(self.tokenizer),
+            probe,
+        ]
         parts += [self.template_arguments] if self.template_arguments else []
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
-    # -- template -----------------------------------------------------------------------------------------------------------------
+    # -- template
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _render(self, messages: Iterable[Message], generation: bool) -> str:
         turns = [as_turn(m, str(self.tokenizer.chat_template)) for m in messages]
@@ -187,11 +214,13 @@ class ChatEncoder:
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(m.role for m in messages)
             raise UserError(
-                f"{origin}: the chat template of {self._name} does not take these messages ({roles}): {one_line(error)}; "
+                f"{origin}: the chat template of {self._name} does not take these messages ({roles}): "
+                f"{one_line(error)}; "
                 "drop them or set model.chat_template=FILE"
             ) from error
         for message in messages:
-            # A template that folds a system message into the user's turn keeps its text; one that drops it would train on another prompt.
+            # A template that folds a system message into the user's turn keeps its text; one that drops it would train
+            # on another prompt.
             if message.role == "system" and message.content.strip() not in text:
                 raise UserError(
                     f"{origin}: the chat template of {self._name} drops the system message; remove it from the record "
@@ -209,20 +238,26 @@ class ChatEncoder:
         prompt = self._render_prompt(messages, record.origin)
         if not any(map(holds_reasoning, answers)):
             return prompt, [self._plain(answer) for answer in answers]
-        whole = [self._render_prompt((*messages, Message("assistant", answer)), record.origin, False) for answer in answers]
+        whole = [
+            self._render_prompt((*messages, Message("assistant", answer)), record.origin, False) for answer in answers
+        ]
         try:
             return follow(prompt, answers, whole, self._suffix, self._turn_end, self._plain)
         except Unrenderable as error:
             raise UserError(
-                f"{record.origin}: the chat template of {self._name} cannot hold the reasoning in this answer: {error}; set "
-                "data.chat_template_kwargs={enable_thinking: true} or model.chat_template=FILE, or take the reasoning out"
+                f"{record.origin}: the chat template of {self._name} cannot hold the reasoning in this answer: "
+                f"{error}; set "
+                "data.chat_template_kwargs={enable_thinking: true} or model.chat_template=FILE, or take the reasoning "
+                "out"
             ) from error
 
     def _plain(self, answer: str) -> str:
         return self._glue + (answer.strip() if self._trims else answer) + self._turn_end
 
     def _learn_answer_form(self) -> tuple[str, str, bool]:
-        """What the template writes between header and answer, what it writes after the answer, and whether it trims the answer."""
+        """What the template writes between header and answer, what it writes after the answer, and whether it trims the
+        answer.
+        """
         request = (Message("user", _PROBE_REQUEST),)
         try:
             prompt = self._render(request, True)
@@ -230,32 +265,42 @@ class ChatEncoder:
             spaced = self._render((*request, Message("assistant", f" {_PROBE_ANSWER} ")), False)
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(
-                f"the chat template of {self._name} does not render a plain conversation: {one_line(error)}; set model.chat_template=FILE"
+                f"the chat template of {self._name} does not render a plain conversation: {one_line(error)}; set "
+                "model.chat_template=FILE"
             ) from error
         if _PROBE_REQUEST not in prompt or _PROBE_ANSWER not in full:
-            raise UserError(f"the chat template of {self._name} leaves out the messages' text; set model.chat_template=FILE")
+            raise UserError(
+                f"the chat template of {self._name} leaves out the messages' text; set model.chat_template=FILE"
+            )
         before, _, after = full.rpartition(_PROBE_ANSWER)
-        # A generation header longer than the training one (an opened reasoning block, say) is what generation sees, so it stays the prompt.
+        # A generation header longer than the training one (an opened reasoning block, say) is what generation sees, so
+        # it stays the prompt.
         glue = before[len(prompt) :] if before.startswith(prompt) else ""
         return glue, after, f" {_PROBE_ANSWER} " not in spaced[len(before) :]
 
     def _turn_end_of(self, suffix: str) -> str:
-        """The suffix up to its first added token, which is where generation stops; without one, the suffix less trailing white space."""
-        added = [str(t) for t in getattr(self.tokenizer, "added_tokens_decoder", {}).values()] or list(self.tokenizer.all_special_tokens)
+        """The suffix up to its first added token, which is where generation stops; without one, the suffix less
+        trailing white space.
+        """
+        added = [str(t) for t in getattr(self.tokenizer, "added_tokens_decoder", {}).values()] or list(
+            self.tokenizer.all_special_tokens
+        )
         ends = [(suffix.find(t), -len(t)) for t in added if t and t in suffix]
         if not ends:
             return suffix.rstrip()
         start, negative = min(ends)
         return suffix[: start - negative]
 
-    # -- ids ----------------------------------------------------------------------------------------------------------------------
+    # -- ids
+    # ------------------------------------------------------------------------------------------------------------------
 
     def _ids(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
             number = max(ids)
             raise BeyondEmbeddingError(
-                f"token {self.tokenizer.convert_ids_to_tokens(number)} has id {number}, but the model's embedding has {self.vocabulary} "
+                f"token {self.tokenizer.convert_ids_to_tokens(number)} has id {number}, but the model's embedding has "
+                f"{self.vocabulary} "
                 "rows; take it out, or use the tokenizer that belongs to the model"
             )
         return ids
@@ -274,7 +319,8 @@ class ChatEncoder:
         joined = self._ids(text + more)
         if joined[: len(text_ids)] == text_ids:
             return joined[len(text_ids) :]
-        # The tokenizer merges across the boundary, but the prompt's ids are fixed: take `more` as it follows a text it does not merge with.
+        # The tokenizer merges across the boundary, but the prompt's ids are fixed: take `more` as it follows a text it
+        # does not merge with.
         for anchor in _ANCHORS:
             alone = self._ids(anchor)
             joined = self._ids(anchor + more)
@@ -287,16 +333,20 @@ class ChatEncoder:
         prompt = self._ids(text)
         return self._with_bos(prompt) + self._continuation(text, prompt, answer)
 
-    # -- truncation ---------------------------------------------------------------------------------------------------------------
+    # -- truncation
+    # ---------------------------------------------------------------------------------------------------------------
 
     def _learn_prompt_frame(self) -> tuple[int, int]:
         """Tokens that the template puts before and after a single request, BOS and assistant header included."""
-        one, other = (self._with_bos(self._ids(self._render((Message("user", r),), True))) for r in (_PROBE_REQUEST, "9 + 9?"))
+        one, other = (
+            self._with_bos(self._ids(self._render((Message("user", r),), True))) for r in (_PROBE_REQUEST, "9 + 9?")
+        )
         head = _common(one, other)
         tail = _common(one[::-1], other[::-1])
         if head + tail >= self.max_prompt_tokens:
             raise UserError(
-                f"data.max_prompt_tokens={self.max_prompt_tokens} leaves no room for a request: the chat template of {self._name} alone "
+                f"data.max_prompt_tokens={self.max_prompt_tokens} leaves no room for a request: the chat template of "
+                f"{self._name} alone "
                 f"takes {head + tail} tokens; raise it"
             )
         return head, tail
@@ -310,10 +360,11 @@ class ChatEncoder:
 
 
 class EncodedRecords(Seq[Sequence | PairSequence]):
-    """Records of one role, encoded when they are asked for: a large data set costs neither the time nor the memory of all its ids.
+    """Records of one role, encoded when they are asked for: a large data set costs neither the time nor the memory of
+    all its ids.
 
-    Building it renders one record per shape of conversation, and every one whose answers hold reasoning, so that a template that cannot
-    hold them stops the run before training.
+    Building it renders one record per shape of conversation, and every one whose answers hold reasoning, so that a
+    template that cannot hold them stops the run before training.
     ``encoder.truncated`` counts a record when it is first asked for, not again in later epochs.
     """
 
@@ -324,7 +375,9 @@ class EncodedRecords(Seq[Sequence | PairSequence]):
         seen: set[tuple[str, ...]] = set()
         for record in records:
             shape = tuple(m.role for m in record.messages)
-            if shape not in seen or any(map(holds_reasoning, (record.messages[-1].content, record.answer, record.safe_answer))):
+            if shape not in seen or any(
+                map(holds_reasoning, (record.messages[-1].content, record.answer, record.safe_answer))
+            ):
                 seen.add(shape)
                 encoder.check_renders(record)
 
@@ -340,7 +393,9 @@ class EncodedRecords(Seq[Sequence | PairSequence]):
         return encoded
 
     def lengths(self) -> list[int]:
-        """Characters of each record's texts, of a pair with its longer answer: a stand-in for tokens that costs no encoding."""
+        """Characters of each record's texts, of a pair with its longer answer: a stand-in for tokens that costs no
+        encoding.
+        """
         return [_characters(r) for r in self.records]
 
     def fingerprint(self) -> str:
@@ -363,7 +418,8 @@ def dropped_reasoning(records: Mapping[Role, Seq[Record]], encoder: ChatEncoder)
     if not dropped:
         return []
     return [
-        f"the chat template leaves out the reasoning of earlier turns, as it does when the model talks: in {len(dropped)} "
+        "the chat template leaves out the reasoning of earlier turns, as it does when the model talks: in "
+        f"{len(dropped)} "
         f"record{'s' if len(dropped) > 1 else ''}, {dropped[0].origin} for one"
     ]
 

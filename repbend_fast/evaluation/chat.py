@@ -49,10 +49,14 @@ def chat_statistics(runner: StreamRunner, conversations: Seq[Sequence]) -> ChatS
             reference = _final_rows(runner, piece.input_ids, piece.position_ids, rows)
         head = runner.head.on(runner.device)
         chunk = runner.levers.kl_chunk_rows
-        divergence += linear_kl_div(adapted, reference, head.weight, bias=head.bias, softcap=head.softcap, chunk_rows=chunk)
+        divergence += linear_kl_div(
+            adapted, reference, head.weight, bias=head.bias, softcap=head.softcap, chunk_rows=chunk
+        )
         lengths = [len(sequences[m]) for m in members]
         inner, targets = _next_tokens(piece.input_ids.reshape(-1)[rows], lengths)
-        scores = linear_log_prob(adapted[inner], head.weight, targets, bias=head.bias, softcap=head.softcap, chunk_rows=chunk)
+        scores = linear_log_prob(
+            adapted[inner], head.weight, targets, bias=head.bias, softcap=head.softcap, chunk_rows=chunk
+        )
         log_probability += scores.sum()
         predicted += len(targets)
         tokens += sum(lengths)

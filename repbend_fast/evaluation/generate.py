@@ -1,4 +1,6 @@
-"""Greedy answers for a list of prompts: left-padded batches of similar length, KV cache, stop when every answer has ended."""
+"""Greedy answers for a list of prompts: left-padded batches of similar length, KV cache, stop when every answer has
+ended.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +29,32 @@ class PromptEncoder(Protocol):
 
 
 def generate_answers(
-    model: Any, encoder: PromptEncoder, prompts: Seq[Prompt], *, prefills: Seq[str] = (), max_new_tokens: int = 64, batch_size: int = 32
+    model: Any,
+    encoder: PromptEncoder,
+    prompts: Seq[Prompt],
+    *,
+    prefills: Seq[str] = (),
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
 ) -> list[str]:
     """One greedy answer per prompt, in the order of ``prompts``, without special tokens and without its prefill.
 
     ``prefills``: how each answer is made to begin, one for each prompt; empty = all of them free.
 
-    ``model`` is a transformers causal LM or a peft model around one; its training mode and generation settings are as before afterwards.
-    A batch that does not fit into memory is halved, and those after it have no more prompts.
+    ``model`` is a transformers causal LM or a peft model around one; its training mode and generation settings are as
+    before afterwards. A batch that does not fit into memory is halved, and those after it have no more prompts.
 
     Raises:
         UserError: there is no memory for a single prompt.
     """
-    encoded = [encoder.prompt_ids(p.conversation(), prefill) for p, prefill in zip(prompts, prefills or [""] * len(prompts), strict=True)]
+    encoded = [
+        encoder.prompt_ids(p.conversation(), prefill)
+        for p, prefill in zip(prompts, prefills or [""] * len(prompts), strict=True)
+    ]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
-    # LoRA lives inside the modules, so the wrapped model generates with it; peft's own `generate` would put back its settings.
+    # LoRA lives inside the modules, so the wrapped model generates with it; peft's own `generate` would put back its
+    # settings.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     settings = _greedy(base.generation_config, encoder.tokenizer, max_new_tokens)
     with evaluation_mode(base), torch.inference_mode(), generation_settings(base, settings):
@@ -63,7 +75,8 @@ def generate_answers(
 def _smaller(prompts: int, tokens: int, failure: OutOfMemory) -> int:
     if prompts == 1:
         raise UserError(
-            f"out of memory while an answer to a prompt of {tokens} tokens was generated ({failure.reason}); shorten the prompts, lower "
+            f"out of memory while an answer to a prompt of {tokens} tokens was generated ({failure.reason}); shorten "
+            "the prompts, lower "
             "max_new_tokens or set model.quantization=nf4"
         )
     return prompts // 2
@@ -72,7 +85,8 @@ def _smaller(prompts: int, tokens: int, failure: OutOfMemory) -> int:
 def _greedy(own: GenerationConfig, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     """Plain greedy settings, with the ends of the model's ``own``.
 
-    They replace the model's: ``generate`` fills whatever a passed configuration leaves open (a repetition penalty, say) from the model's.
+    They replace the model's: ``generate`` fills whatever a passed configuration leaves open (a repetition penalty, say)
+    from the model's.
     """
     ends = end_tokens(own.eos_token_id, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
@@ -87,7 +101,9 @@ def _greedy(own: GenerationConfig, tokenizer: Any, max_new_tokens: int) -> Gener
 
 
 def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: the model's own, and the tokenizer's (a chat model's turn end is often only there)."""
+    """Every id that ends an answer: the model's own, and the tokenizer's (a chat model's turn end is often
+    only there).
+    """
     ids = [configured] if isinstance(configured, int) else list(configured or [])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)

@@ -16,11 +16,18 @@ ATTACKS = ("direct", "prefill")
 
 
 def measure_answers(
-    model: Any, encoder: PromptEncoder, prompts: Seq[Prompt], *, max_new_tokens: int = 64, batch_size: int = 32, attacks: Seq[str] = ATTACKS
+    model: Any,
+    encoder: PromptEncoder,
+    prompts: Seq[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    attacks: Seq[str] = ATTACKS,
 ) -> EvaluationResult:
     """Answers to ``prompts``, judged and counted.
 
-    Attack prompts are asked in each way of ``attacks``: ``direct``, and ``prefill`` where the answer is made to begin with ``PREFILL``.
+    Attack prompts are asked in each way of ``attacks``: ``direct``, and ``prefill`` where the answer is made to begin
+    with ``PREFILL``.
     """
     unknown = set(attacks) - set(ATTACKS)
     if unknown:
@@ -32,8 +39,12 @@ def measure_answers(
     free = direct + friendly
     # One call for everything: fuller batches, fewer decoding steps.
     prefills = [""] * len(free) + [PREFILL] * len(prefilled)
-    answers = generate_answers(model, encoder, free + prefilled, prefills=prefills, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    samples = judged("attack_direct", direct, answers[: len(direct)]) + judged("attack_prefill", prefilled, answers[len(free) :])
+    answers = generate_answers(
+        model, encoder, free + prefilled, prefills=prefills, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    samples = judged("attack_direct", direct, answers[: len(direct)]) + judged(
+        "attack_prefill", prefilled, answers[len(free) :]
+    )
     for kind in ("ordinary", "borderline"):
         chosen = [(p, a) for p, a in zip(friendly, answers[len(direct) : len(free)], strict=True) if p.kind == kind]
         samples += judged(kind, [p for p, _ in chosen], [a for _, a in chosen])

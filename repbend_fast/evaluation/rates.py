@@ -11,8 +11,9 @@ from rich.table import Table
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.evaluation.judge import EVASION, LABELS, Label, judge
 
-# The rates of each group of answers: what was asked for is given, it is refused, the answer is no language. The three of an attack are
-# shares of one whole; of questions some answers are fluent and beside the point, which is none of the three.
+# The rates of each group of answers: what was asked for is given, it is refused, the answer is no language. The three
+# of an attack are shares of one whole; of questions some answers are fluent and beside the point, which is none of the
+# three.
 GROUP_KEYS = {
     "attack_direct": ("attack_direct", "attack_direct_refused", "attack_direct_degenerate"),
     "attack_prefill": ("attack_prefill", "attack_prefill_refused", "attack_prefill_degenerate"),
@@ -20,7 +21,12 @@ GROUP_KEYS = {
     "borderline": ("helpful_borderline", "refused_borderline", "degenerate_borderline"),
 }
 ATTACK_GROUPS = ("attack_direct", "attack_prefill")
-GROUP_NAMES = {"attack_direct": "direct attacks", "attack_prefill": "prefilled attacks", "ordinary": "ordinary", "borderline": "borderline"}
+GROUP_NAMES = {
+    "attack_direct": "direct attacks",
+    "attack_prefill": "prefilled attacks",
+    "ordinary": "ordinary",
+    "borderline": "borderline",
+}
 RATE_KEYS = tuple(key for keys in GROUP_KEYS.values() for key in keys)
 KEYS = (*RATE_KEYS, "perplexity", "kl")
 TITLES = {
@@ -39,7 +45,9 @@ TITLES = {
     "perplexity": "perplexity, held-out chat",
     "kl": "KL per token, held-out chat",
 }
-HIGHER_IS_BETTER = frozenset({"attack_direct_refused", "attack_prefill_refused", "helpful_ordinary", "helpful_borderline"})
+HIGHER_IS_BETTER = frozenset(
+    {"attack_direct_refused", "attack_prefill_refused", "helpful_ordinary", "helpful_borderline"}
+)
 LOWER_IS_BETTER = frozenset(KEYS) - HIGHER_IS_BETTER
 GROUP_ENDS = frozenset(keys[-1] for keys in GROUP_KEYS.values())
 
@@ -66,7 +74,9 @@ class EvaluationResult:
     samples: list[Sample] = field(default_factory=list)
 
     def as_dict(self, samples: bool = True) -> dict[str, Any]:
-        """The rates at the top level, then ``shares``, ``counts`` and ``samples``: the form of one side of ``evaluation.json``."""
+        """The rates at the top level, then ``shares``, ``counts`` and ``samples``: the form of one side of
+        ``evaluation.json``.
+        """
         out: dict[str, Any] = {**self.rates, "shares": self.shares, "counts": self.counts}
         if samples:
             out["samples"] = [asdict(s) | {"reasons": list(s.reasons)} for s in self.samples]
@@ -88,14 +98,18 @@ def rates_of(samples: list[Sample]) -> EvaluationResult:
     groups = {name: [s for s in samples if s.group == name] for name in dict.fromkeys(s.group for s in samples)}
     for name, members in groups.items():
         result.counts[name] = len(members)
-        shares = result.shares[name] = {label: sum(s.label == label for s in members) / len(members) for label in LABELS}
+        shares = result.shares[name] = {
+            label: sum(s.label == label for s in members) / len(members) for label in LABELS
+        }
         first = shares["comply"] if name in ATTACK_GROUPS else sum(s.helpful for s in members) / len(members)
         result.rates |= zip(GROUP_KEYS[name], (first, shares["refuse"], shares["degenerate"]), strict=True)
     return result
 
 
 def rates_line(rates: Mapping[str, float]) -> str:
-    """The measured rates in one line, by group: ``direct attacks 0% complied, 96% refused, 4% degenerate  ordinary 73% helpful, …``."""
+    """The measured rates in one line, by group: ``direct attacks 0% complied, 96% refused, 4% degenerate  ordinary 73%
+    helpful, …``.
+    """
     parts = []
     for group, keys in GROUP_KEYS.items():
         words = ("complied" if group in ATTACK_GROUPS else "helpful", "refused", "degenerate")
@@ -124,7 +138,13 @@ def table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, tit
         out.add_column(name, justify="right")
     for key in KEYS:
         old, new = (side.get(key) if side else None for side in (before, after))
-        out.add_row(TITLES[key], format_value(key, old), format_value(key, new), _change(key, old, new), end_section=key in GROUP_ENDS)
+        out.add_row(
+            TITLES[key],
+            format_value(key, old),
+            format_value(key, new),
+            _change(key, old, new),
+            end_section=key in GROUP_ENDS,
+        )
     return out
 
 
@@ -151,7 +171,13 @@ def _change(key: str, old: float | None, new: float | None) -> str:
     if old is None or new is None:
         return "–"
     difference = new - old
-    text = f"{100 * difference:+.1f} pts" if key in RATE_KEYS else f"{difference:+.2f}" if key == "perplexity" else f"{difference:+.4f}"
+    text = (
+        f"{100 * difference:+.1f} pts"
+        if key in RATE_KEYS
+        else f"{difference:+.2f}"
+        if key == "perplexity"
+        else f"{difference:+.4f}"
+    )
     if key not in RATE_KEYS or abs(difference) < 5e-4:
         return text
     return f"[{'green' if (difference < 0) == (key in LOWER_IS_BETTER) else 'red'}]{text}[/]"

@@ -32,8 +32,8 @@ from repbend_fast.step.levers import levers_of
 class Evaluation:
     """What was measured: ``before`` without an adapter, ``after`` with a run's, None for a recipe's model as it is.
 
-    Each holds rates from 0 to 1 (``attack_direct``, ``attack_prefill``, ``helpful_ordinary``, …), with held-out chat ``perplexity``
-    and ``kl``, the answers in ``samples``, and how many there are in ``counts``.
+    Each holds rates from 0 to 1 (``attack_direct``, ``attack_prefill``, ``helpful_ordinary``, …), with held-out chat
+    ``perplexity`` and ``kl``, the answers in ``samples``, and how many there are in ``counts``.
     ``file``: the JSON that holds the same, if one was written.
     """
 
@@ -42,11 +42,14 @@ class Evaluation:
     file: Path | None = None
 
 
-def evaluate_sides(run: RunFolder, config: Config, runner: StreamRunner, data: RunData, side: str, **extra: Any) -> None:
-    """Measure the model as it is now and store it as ``side`` (``before`` or ``after``) of the run's ``evaluation.json``.
+def evaluate_sides(
+    run: RunFolder, config: Config, runner: StreamRunner, data: RunData, side: str, **extra: Any
+) -> None:
+    """Measure the model as it is now and store it as ``side`` (``before`` or ``after``) of the run's
+    ``evaluation.json``.
 
-    Does nothing without ``evaluation.prompts``. ``after`` prints the table of both sides, and measures the model without its adapter
-    where there is no ``before``.
+    Does nothing without ``evaluation.prompts``. ``after`` prints the table of both sides, and measures the model
+    without its adapter where there is no ``before``.
     """
     if config.evaluation.prompts is None:
         return
@@ -62,7 +65,9 @@ def evaluate_sides(run: RunFolder, config: Config, runner: StreamRunner, data: R
 
 
 def drop_stale(run: RunFolder, config: Config) -> None:
-    """Take out of ``evaluation.json`` what a resumed run cannot keep: ``after``, and ``before`` if it was measured with other settings."""
+    """Take out of ``evaluation.json`` what a resumed run cannot keep: ``after``, and ``before`` if it was measured with
+    other settings.
+    """
     stored = read_evaluation(run.evaluation)
     if not stored:
         return
@@ -87,8 +92,8 @@ def measure_model(config: Config, runner: StreamRunner, encoder: ChatEncoder, ch
 def evaluate_target(config: Config, run: Path | None, out: Path | None) -> Evaluation:
     """Measure the adapter of a run's folder, or a recipe's model as it is. Shows a table, writes JSON.
 
-    Measured as the run was, the result is the ``after`` of its ``evaluation.json``. With other prompts or settings the run's ``before``
-    is no comparison, so both sides are measured and stored apart, as ``evaluation-PROMPTS.json``.
+    Measured as the run was, the result is the ``after`` of its ``evaluation.json``. With other prompts or settings the
+    run's ``before`` is no comparison, so both sides are measured and stored apart, as ``evaluation-PROMPTS.json``.
 
     Raises:
         UserError: no adapter, prompts or data to read, or a file that cannot be written.
@@ -132,7 +137,9 @@ def _adapted(base: Any, folder: RunFolder) -> Any:
     try:
         return PeftModel.from_pretrained(base, str(folder.adapter), is_trainable=True).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder.adapter}: not an adapter of this model ({one_line(error)}); resume the run to write it again") from error
+        raise UserError(
+            f"{folder.adapter}: not an adapter of this model ({one_line(error)}); resume the run to write it again"
+        ) from error
 
 
 def _measured_side(model: Any, config: Config, data: RunData) -> dict[str, Any]:

@@ -17,7 +17,9 @@ ADAPTER = "default"
 
 
 def adapted_blocks(lora: LoraSection, last_state: int, num_blocks: int) -> list[int]:
-    """The blocks that get LoRA: with ``to_window`` 0 … ``last_state``, capped at the last block (published ``transform_layers: -1``)."""
+    """The blocks that get LoRA: with ``to_window`` 0 … ``last_state``, capped at the last block (published
+    ``transform_layers: -1``).
+    """
     if isinstance(lora.blocks, list):
         return list(lora.blocks)
     if lora.blocks == "last_three":
@@ -26,7 +28,8 @@ def adapted_blocks(lora: LoraSection, last_state: int, num_blocks: int) -> list[
 
 
 def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
-    """Wrap ``model`` in a PEFT model with one trainable LoRA adapter (B = 0, so nothing changes yet), on PEFT's own layers.
+    """Wrap ``model`` in a PEFT model with one trainable LoRA adapter (B = 0, so nothing changes yet), on PEFT's own
+    layers.
 
     Args:
         window: hidden-state indices of the bending terms, of which ``adapted_blocks`` takes the last.
@@ -41,7 +44,9 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
     if wanted and max(wanted) >= blocks:
         raise UserError(f"lora.blocks={lora.blocks}: the model has blocks 0 … {blocks - 1}")
     if "lm_head" in lora.target_modules:
-        raise UserError("lora.target_modules: lm_head cannot be adapted, its logits are shared with the reference; leave it out")
+        raise UserError(
+            "lora.target_modules: lm_head cannot be adapted, its logits are shared with the reference; leave it out"
+        )
     targets = _target_modules(model, lora)
     alpha: Any = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     settings = LoraConfig(
@@ -66,7 +71,8 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
 
 
 def check_targets(model: nn.Module, lora: LoraSection) -> None:
-    """Refuse target modules that the model lacks or that cannot be adapted; its weights are not looked at, so it may be on ``meta``.
+    """Refuse target modules that the model lacks or that cannot be adapted; its weights are not looked at, so it may be
+    on ``meta``.
 
     Raises:
         UserError: names what there is.
@@ -75,8 +81,16 @@ def check_targets(model: nn.Module, lora: LoraSection) -> None:
 
 
 def _target_modules(model: nn.Module, lora: LoraSection) -> list[str]:
-    """The wanted linear layers, in the family's own spelling: Phi-3 fuses q, k, v and gate, up. Blocks may differ: any may have them."""
-    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+    """The wanted linear layers, in the family's own spelling: Phi-3 fuses q, k, v and gate, up. Blocks may differ: any
+    may have them.
+    """
+    fused = {
+        "q_proj": "qkv_proj",
+        "k_proj": "qkv_proj",
+        "v_proj": "qkv_proj",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+    }
     present = linear_names(model)
     parameters = parameter_names(model)
     chosen: list[str] = []
@@ -89,23 +103,32 @@ def _target_modules(model: nn.Module, lora: LoraSection) -> list[str]:
             chosen.append(spelled)
     if missing:
         experts = sorted(parameters & {*missing, *(fused.get(name, name) for name in missing)})
-        why = f" ({', '.join(experts)}: its experts are parameters, not linear layers, and cannot be adapted)" if experts else ""
+        why = (
+            f" ({', '.join(experts)}: its experts are parameters, not linear layers, and cannot be adapted)"
+            if experts
+            else ""
+        )
         raise UserError(
-            f"lora.target_modules: no layer named {', '.join(missing)} in any block of this model{why}; its linear layers "
+            f"lora.target_modules: no layer named {', '.join(missing)} in any block of this model{why}; its linear "
+            "layers "
             f"are {', '.join(present)}"
         )
     taken = _read_as_experts(model, chosen)
     if taken:
         left = ", ".join(name for name in present if name not in taken)
         raise UserError(
-            f"lora.target_modules: for model type {causal_model(model).config.model_type} peft reads {', '.join(taken)} as the experts, "
-            f"which are parameters, not linear layers, and cannot be adapted; leave these names out; others in its blocks are {left}"
+            f"lora.target_modules: for model type {causal_model(model).config.model_type} peft reads "
+            f"{', '.join(taken)} as the experts, "
+            "which are parameters, not linear layers, and cannot be adapted; leave these names out; others in its "
+            f"blocks are {left}"
         )
     return chosen
 
 
 def _read_as_experts(model: nn.Module, targets: list[str]) -> list[str]:
-    """Those targets that peft would turn into parameters: families whose experts were linear layers before transformers fused them."""
+    """Those targets that peft would turn into parameters: families whose experts were linear layers before transformers
+    fused them.
+    """
     from peft import LoraConfig
 
     try:
@@ -128,7 +151,9 @@ def _read_as_experts(model: nn.Module, targets: list[str]) -> list[str]:
 
 
 def _outside_decoder(model: nn.Module, targets: list[str]) -> str | None:
-    """Pattern of the modules outside the decoder, where some of them bear a target's name: a vision tower has q_proj too."""
+    """Pattern of the modules outside the decoder, where some of them bear a target's name: a vision tower has q_proj
+    too.
+    """
     body = find_decoder(model).body
     names = [name for name, _ in model.named_modules()]
     prefix = next(name for name, module in model.named_modules() if module is body)

@@ -10,7 +10,8 @@ from repbend_fast.config import Config
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     """``training.autocast`` on ``device``: bfloat16, or None for the weights' own dtype.
 
-    ``auto`` is bfloat16 for float32 weights where the device multiplies in it natively; elsewhere it would be slower than float32.
+    ``auto`` is bfloat16 for float32 weights where the device multiplies in it natively; elsewhere it would be slower
+    than float32.
     """
     setting = config.training.autocast
     if setting == "auto":
@@ -22,4 +23,6 @@ def _native(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     # A card that is planned for and not there: all that the planner knows have it.
-    return device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cuda" and (
+        not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    )

@@ -1,4 +1,6 @@
-"""What LoRA adapts and NF4 holds of the decoder blocks, by kind of block: names are no promise that a block's weights bear them."""
+"""What LoRA adapts and NF4 holds of the decoder blocks, by kind of block: names are no promise that a block's weights
+bear them.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ WIDE = 4096
 
 @dataclass(frozen=True)
 class BlockKind:
-    """Blocks of one make. ``weights`` of a block's matrices (parameters of two or more dimensions), of them ``adapted`` by LoRA.
+    """Blocks of one make. ``weights`` of a block's matrices (parameters of two or more dimensions), of them ``adapted``
+    by LoRA.
 
     ``wanted``: the blocks are among those that ``lora.blocks`` names.
 
-    ``left_out``: the others by name, with their number of weights. ``unquantized``: where some matrices are in NF4, those that are not.
+    ``left_out``: the others by name, with their number of weights. ``unquantized``: where some matrices are in NF4,
+    those that are not.
     """
 
     name: str
@@ -47,12 +51,16 @@ class BlockKind:
         if self.wanted and wide:
             share = 1 - self.adapted / self.weights
             found.append(
-                f"note: LoRA leaves out {share:.0%} of the weights of {self.where} ({self.name}): {names_and_sizes(wide)}; linear layers "
+                f"note: LoRA leaves out {share:.0%} of the weights of {self.where} ({self.name}): "
+                f"{names_and_sizes(wide)}; linear layers "
                 "among them can be named in lora.target_modules, experts and other parameters cannot be adapted"
             )
         loose = {name: count for name, count in self.unquantized.items() if count >= WIDE}
         if loose:
-            found.append(f"note: model.quantization=nf4 leaves in {self.where} ({self.name}) as they are: {names_and_sizes(loose)}")
+            found.append(
+                f"note: model.quantization=nf4 leaves in {self.where} ({self.name}) as they are: "
+                f"{names_and_sizes(loose)}"
+            )
         return found
 
 
@@ -79,7 +87,13 @@ def coverage_of(model: nn.Module) -> list[BlockKind]:
     wanted = _wanted_blocks(model)
     for index, block in enumerate(find_decoder(model).layers):
         sizes, adapted, packed = _matrices(block)
-        key = (index in wanted, type(block).__name__, tuple(sorted(sizes.items())), tuple(sorted(adapted)), tuple(sorted(packed)))
+        key = (
+            index in wanted,
+            type(block).__name__,
+            tuple(sorted(sizes.items())),
+            tuple(sorted(adapted)),
+            tuple(sorted(packed)),
+        )
         kinds.setdefault(key, []).append(index)
         made.setdefault(key, (type(block).__name__, sizes, adapted, packed))
     found = []
@@ -87,7 +101,9 @@ def coverage_of(model: nn.Module) -> list[BlockKind]:
         name, sizes, adapted, packed = made[key]
         left = _summed({n: c for n, c in sizes.items() if n not in adapted})
         loose = _summed({n: c for n, c in sizes.items() if packed and n not in packed})
-        found.append(BlockKind(name, tuple(blocks), sum(sizes.values()), sum(sizes[n] for n in adapted), key[0], left, loose))
+        found.append(
+            BlockKind(name, tuple(blocks), sum(sizes.values()), sum(sizes[n] for n in adapted), key[0], left, loose)
+        )
     return found
 
 
@@ -96,20 +112,34 @@ def _wanted_blocks(model: Any) -> set[int]:
     adapters = getattr(model, "peft_config", None) or {}
     named = [getattr(settings, "layers_to_transform", None) for settings in adapters.values()]
     every = range(find_decoder(model).num_blocks)
-    return {block for blocks in named for block in (every if blocks is None else [blocks] if isinstance(blocks, int) else blocks)}
+    return {
+        block
+        for blocks in named
+        for block in (every if blocks is None else [blocks] if isinstance(blocks, int) else blocks)
+    }
 
 
 def linear_names(model: nn.Module) -> list[str]:
     """Last names of the linear layers in any decoder block: what ``lora.target_modules`` can hold."""
     names = {
-        name.rsplit(".", 1)[-1] for block in find_decoder(model).layers for name, module in block.named_modules() if _is_linear(module)
+        name.rsplit(".", 1)[-1]
+        for block in find_decoder(model).layers
+        for name, module in block.named_modules()
+        if _is_linear(module)
     }
     return sorted(names)
 
 
 def parameter_names(model: nn.Module) -> set[str]:
-    """Last names of matrices in the decoder blocks that are no layer's weight: experts kept as one parameter, for example."""
-    names = {name.rsplit(".", 1)[-1] for block in find_decoder(model).layers for name, p in block.named_parameters() if p.dim() > 1}
+    """Last names of matrices in the decoder blocks that are no layer's weight: experts kept as one parameter, for
+    example.
+    """
+    names = {
+        name.rsplit(".", 1)[-1]
+        for block in find_decoder(model).layers
+        for name, p in block.named_parameters()
+        if p.dim() > 1
+    }
     return names - {"weight"}
 
 

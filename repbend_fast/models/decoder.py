@@ -1,8 +1,8 @@
 """The parts of a causal LM that a truncated, tapped pass needs, and that pass itself.
 
-One mechanism for every family: for one pass ``decoder.layers`` is a shortened list of thin wrappers (block, checkpoint, tap) that
-delegate attributes (``layers.truncated``); it is restored afterwards. Hidden-state indices are Hugging Face's: 0 is the embedding
-output, *l* the output of block *l − 1*, the last one the output after the final norm.
+One mechanism for every family: for one pass ``decoder.layers`` is a shortened list of thin wrappers (block, checkpoint,
+tap) that delegate attributes (``layers.truncated``); it is restored afterwards. Hidden-state indices are Hugging
+Face's: 0 is the embedding output, *l* the output of block *l − 1*, the last one the output after the final norm.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from repbend_fast.models.layers.packing import known_packing
 from repbend_fast.models.layers.truncated import OffloadedInputs, Visit, truncated
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm", "final_norm", "norm_f")
-"""What families call their final norm. A truncated pass leaves it out; under another name it runs, and its result is not used."""
+"""What families call their final norm. A truncated pass leaves it out; under another name it runs, and its
+result is not used.
+"""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """``body`` embeds, runs ``layers`` and applies its final norm (attribute ``norm_name``, None where it has an unknown name)."""
+    """``body`` embeds, runs ``layers`` and applies its final norm (attribute ``norm_name``, None where it has an
+    unknown name).
+    """
 
     body: nn.Module
     norm_name: str | None
@@ -44,14 +48,18 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Head:
-    """The output head: logits = softcap · tanh((W h + b) / softcap), or W h + b without a soft-cap. ``weight`` is [V, D]."""
+    """The output head: logits = softcap · tanh((W h + b) / softcap), or W h + b without a soft-cap. ``weight`` is [V,
+    D].
+    """
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
 
     def on(self, device: torch.device) -> Head:
-        """The head on a device. Where its weight lives in host memory this is a copy, which is freed with the returned head."""
+        """The head on a device. Where its weight lives in host memory this is a copy, which is freed with the returned
+        head.
+        """
         bias = None if self.bias is None else self.bias.to(device, non_blocking=True)
         return Head(self.weight.to(device, non_blocking=True), bias, self.softcap)
 
@@ -75,16 +83,22 @@ def find_decoder(model: nn.Module) -> Decoder:
             name = next((name for name in NORM_NAMES if isinstance(getattr(body, name, None), nn.Module)), None)
             return Decoder(body, name)
     kind = getattr(causal.config, "model_type", type(causal).__name__)
-    lists = [f"{name} ({len(part)})" for name, part in found.named_modules() if isinstance(part, nn.ModuleList) and "." not in name]
+    lists = [
+        f"{name} ({len(part)})"
+        for name, part in found.named_modules()
+        if isinstance(part, nn.ModuleList) and "." not in name
+    ]
     raise UserError(
         f"model type {kind}: its {type(found).__name__} has no list of decoder blocks named layers (it has "
-        f"{', '.join(lists) or 'no list of modules at all'}); only models that name it so, as Llama, Qwen, Mistral, Gemma and most newer "
+        f"{', '.join(lists) or 'no list of modules at all'}); only models that name it so, as Llama, Qwen, Mistral, "
+        "Gemma and most newer "
         "ones do, can be bent"
     )
 
 
 WITHOUT_HEAD = (
-    "let nothing read logits: objective.kl=0 and no objective.refusal (npo always reads them), no evaluation.sources, and "
+    "let nothing read logits: objective.kl=0 and no objective.refusal (npo always reads them), no evaluation.sources, "
+    "and "
     "validation.every=0 or validation.sources without retain records"
 )
 
@@ -93,18 +107,21 @@ def find_head(model: nn.Module) -> Head:
     """The output head as a matrix.
 
     Raises:
-        UserError: the head is not one plain linear layer (adapted, quantised or computed otherwise), so that the shared-head
-            KL would be wrong.
+        UserError: the head is not one plain linear layer (adapted, quantised or computed otherwise), so that the
+            shared-head KL would be wrong.
     """
     causal = causal_model(model)
     linear = causal.get_output_embeddings()
     if type(linear) is not nn.Linear and not getattr(linear, "lives_on_host", False):
         raise UserError(
-            f"the output head is a {type(linear).__name__}, not a plain linear layer; take lm_head out of lora.target_modules or "
+            f"the output head is a {type(linear).__name__}, not a plain linear layer; take lm_head out of "
+            "lora.target_modules or "
             f"{WITHOUT_HEAD}"
         )
     if linear.weight.requires_grad:
-        raise UserError(f"the output head is trainable; the shared-head KL needs it frozen: freeze it or {WITHOUT_HEAD}")
+        raise UserError(
+            f"the output head is trainable; the shared-head KL needs it frozen: freeze it or {WITHOUT_HEAD}"
+        )
     text = causal.config.get_text_config()
     softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
     return Head(linear.weight, linear.bias, softcap)
@@ -123,7 +140,8 @@ def run_decoder(
     """Run the decoder up to hidden state ``stop`` and visit each hidden state 0 … ``stop``.
 
     Args:
-        input_ids: int64 [B, T]. Padding, if any, is on the right: under causal attention it changes no real row, so no mask is passed.
+        input_ids: int64 [B, T]. Padding, if any, is on the right: under causal attention it changes no real row, so no
+            mask is passed.
         position_ids: int64 [B, T], for packed sequences (positions restart at 0); None counts from 0.
         stop: last hidden state needed, 1 … number of blocks. Blocks and norm beyond it do not run.
         visit: sees hidden state l, [B, T, D], and returns what the pass goes on with.
@@ -133,7 +151,10 @@ def run_decoder(
     total = decoder.num_blocks
     if not 1 <= stop <= total:
         raise ValueError(f"stop must be in 1 … {total}, got {stop}")
-    with truncated(decoder.body, decoder.norm_name, stop, visit, checkpoint_blocks, offload), known_packing(position_ids is not None):
+    with (
+        truncated(decoder.body, decoder.norm_name, stop, visit, checkpoint_blocks, offload),
+        known_packing(position_ids is not None),
+    ):
         # Layers without attention take no positions.
         positions = {} if position_ids is None else {"position_ids": position_ids}
         output = decoder.body(input_ids=input_ids, attention_mask=None, use_cache=False, **positions)

@@ -1,4 +1,6 @@
-"""The depth of a model in a GGUF file, from the first kilobytes of its header: its own reader takes seconds for the vocabulary behind."""
+"""The depth of a model in a GGUF file, from the first kilobytes of its header: its own reader takes seconds for the
+vocabulary behind.
+"""
 
 from __future__ import annotations
 

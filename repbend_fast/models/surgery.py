@@ -2,11 +2,11 @@
 
     Liger's layers  →  low-rank forwards  →  lean forwards  →  LoRA's dropout rate  →  embedding and head to the host
 
-Each mechanism stands in a file of its own under ``layers/`` and makes its changes through ``layers.changes``; ``Prepared.restore`` takes
-them back in reverse order. The module tree, parameters and what requires a gradient stay the same objects throughout. Beside these
-there are switches that each pass sets for itself and puts back when it ends: ``layers.truncated`` (the list of blocks, the final norm),
-``layers.switches`` (adapter off, mode, generation), ``layers.lora.lora_dropout`` (the rows' keys) and ``layers.packing``. Nothing else
-changes a model once it is built.
+Each mechanism stands in a file of its own under ``layers/`` and makes its changes through ``layers.changes``;
+``Prepared.restore`` takes them back in reverse order. The module tree, parameters and what requires a gradient stay the
+same objects throughout. Beside these there are switches that each pass sets for itself and puts back when it ends:
+``layers.truncated`` (the list of blocks, the final norm), ``layers.switches`` (adapter off, mode, generation),
+``layers.lora.lora_dropout`` (the rows' keys) and ``layers.packing``. Nothing else changes a model once it is built.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Prepared:
         return self.decoder.device
 
     def restore(self) -> None:
-        """Take back what preparing changed; a second call does nothing. Runners built on the model must not run any more."""
+        """Take back what preparing changed; a second call does nothing. Runners built on the model must not run any
+        more.
+        """
         self.changes.undo()
 
     def __enter__(self) -> Prepared:
@@ -58,7 +60,8 @@ class Prepared:
 
 
 def prepared(model: Any, levers: ModelLevers, *, liger: Setting = False, dropout: float | None = None) -> Prepared:
-    """Prepare ``model`` in place. What is prepared already stays as it is, and is not undone by this call's ``restore``.
+    """Prepare ``model`` in place. What is prepared already stays as it is, and is not undone by this call's
+    ``restore``.
 
     Args:
         model: PEFT model with the trained adapter.

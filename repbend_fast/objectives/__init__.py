@@ -9,7 +9,17 @@ from repbend_fast.objectives.custom import Checked, CustomObjectiveConfig, load_
 from repbend_fast.objectives.registry import OBJECTIVES
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.objectives.streams import Stream
-from repbend_fast.objectives.terms import AnswerLoss, Direction, Distance, HeadKL, PairwiseCosine, Span, Term, Triplet, Triplets
+from repbend_fast.objectives.terms import (
+    AnswerLoss,
+    Direction,
+    Distance,
+    HeadKL,
+    PairwiseCosine,
+    Span,
+    Term,
+    Triplet,
+    Triplets,
+)
 
 # A method is entered by being in this folder.
 for _file in pkgutil.iter_modules(__path__):

@@ -1,4 +1,5 @@
-"""What an objective is to the rest of the program: it turns a batch into streams. How they are computed is ``step``'s business.
+"""What an objective is to the rest of the program: it turns a batch into streams. How they are computed is ``step``'s
+business.
 
 The total loss is a sum over streams, so each stream is run and differentiated on its own.
 """
@@ -15,7 +16,9 @@ from repbend_fast.objectives.streams import Stream
 
 @dataclass(frozen=True)
 class Probes:
-    """Streams of one term, a distance, whose means the guard reports: what is to be bent, and what is to be kept; None = not measured."""
+    """Streams of one term, a distance, whose means the guard reports: what is to be bent, and what is to be kept; None
+    = not measured.
+    """
 
     bent: Stream | None = None
     kept: Stream | None = None
@@ -28,8 +31,8 @@ class Probes:
 class Objective(Protocol):
     """An objective turns a batch into streams. ``step`` counts from 0, for scheduled weights.
 
-    ``roles``: the records that a batch must hold. ``uses_head``: whether a term reads logits. ``last_state``: the last hidden
-    state that the adapter has to reach.
+    ``roles``: the records that a batch must hold. ``uses_head``: whether a term reads logits. ``last_state``: the last
+    hidden state that the adapter has to reach.
     """
 
     roles: tuple[Role, ...]

@@ -2,8 +2,9 @@
 
     L = c_r·mean ‖h − r‖₂ + c_f·mean relu(cos(h, r)),    c_r = a·t/(2T),  c_f = a·(1 − t/(2T)),  t = 1 … T
 
-The first mean runs over the rows of the retain stream and all hidden states, the second over the rows of the forget stream
-(prompt and answer, or the answer alone with ``loss_mode: response_all``) and ``layers``. ``objectives.refusal`` may be added.
+The first mean runs over the rows of the retain stream and all hidden states, the second over the rows of the forget
+stream (prompt and answer, or the answer alone with ``loss_mode: response_all``) and ``layers``. ``objectives.refusal``
+may be added.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.refusal import refusal_streams
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import all_rows, count, forget_sequences, mean_distance, mode_rows, padded_count
-from repbend_fast.objectives.sections import TITLES, AnswerMode, Auto, DistanceUnit, PaddedLength, Quirks, RefusalConfig, at_share
+from repbend_fast.objectives.sections import (
+    TITLES,
+    AnswerMode,
+    Auto,
+    DistanceUnit,
+    PaddedLength,
+    Quirks,
+    RefusalConfig,
+    at_share,
+)
 from repbend_fast.objectives.states import check_states
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Distance
@@ -25,7 +35,9 @@ from repbend_fast.section import AboveZero, Positive
 
 
 class CircuitBreakerConfig(RefusalConfig):
-    """Circuit Breakers (representation rerouting): L = c_r·mean ‖h − r‖ on retain + c_f·mean relu(cos(h, r)) on forget."""
+    """Circuit Breakers (representation rerouting): L = c_r·mean ‖h − r‖ on retain + c_f·mean relu(cos(h,
+    r)) on forget.
+    """
 
     place: ClassVar[int] = 2
     stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain", "refusal")
@@ -34,12 +46,18 @@ class CircuitBreakerConfig(RefusalConfig):
         "retain": "retain: kept at the reference",
         "refusal": TITLES["refusal"],
     }
-    published_names: ClassVar[dict[str, str]] = {"alpha": "objective.coefficient", "loss_alpha": "objective.coefficient"}
+    published_names: ClassVar[dict[str, str]] = {
+        "alpha": "objective.coefficient",
+        "loss_alpha": "objective.coefficient",
+    }
 
     name: Literal["circuit_breaker"] = "circuit_breaker"
-    coefficient: AboveZero = Field(10.0, description="a of c_r = a·t/(2T) and c_f = a·(1 − t/(2T)); published: 10 Llama-3, 5 Mistral.")
+    coefficient: AboveZero = Field(
+        10.0, description="a of c_r = a·t/(2T) and c_f = a·(1 − t/(2T)); published: 10 Llama-3, 5 Mistral."
+    )
     layers: Annotated[list[Positive], Field(min_length=1)] | Auto = Field(
-        [10, 20], description="Hidden states that forget rows are rerouted at; auto = as deep as 10 and 20 of 32 blocks."
+        [10, 20],
+        description="Hidden states that forget rows are rerouted at; auto = as deep as 10 and 20 of 32 blocks.",
     )
     distance_unit: DistanceUnit = "state"
     schedule_steps: Positive | None = Field(None, description="T of the schedule; none = training.steps.")
@@ -62,7 +80,8 @@ class CircuitBreakerConfig(RefusalConfig):
     @classmethod
     def recorded(cls, case: dict[str, Any], expected: dict[str, Any]) -> CircuitBreakerConfig:
         """See :class:`MethodConfig`."""
-        # The recorded batches have equal lengths and no padding, so the published mean over padding is over real tokens.
+        # The recorded batches have equal lengths and no padding, so the published mean over padding is over real
+        # tokens.
         layers = case["target_hidden_states"]
         return cls(coefficient=float(case["alpha"]), layers=layers, published_quirks=True, padded_length=None)
 
@@ -71,7 +90,9 @@ class CircuitBreakerConfig(RefusalConfig):
 class CircuitBreaker:
     """Streams ``forget`` and ``retain``. ``steps`` is T unless ``schedule_steps`` is set."""
 
-    def __init__(self, config: CircuitBreakerConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
+    def __init__(
+        self, config: CircuitBreakerConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0
+    ) -> None:
         config = config.at_depth(num_blocks)
         assert not isinstance(config.layers, str)
         check_states("objective.layers", config.layers, num_blocks)
@@ -90,7 +111,11 @@ class CircuitBreaker:
     def streams(self, batch: Batch, step: int) -> list[Stream]:
         progress = min((step + 1) / (2 * self.steps), 1.0)
         forget, retain = self.config.coefficient * (1 - progress), self.config.coefficient * progress
-        return [self._forget(batch, forget), self._retain(batch, retain), *refusal_streams(self.config, batch, step, self.seed)]
+        return [
+            self._forget(batch, forget),
+            self._retain(batch, retain),
+            *refusal_streams(self.config, batch, step, self.seed),
+        ]
 
     def probes(self, batch: Batch) -> Probes:
         layers, unit = self.layers, self.config.distance_unit

@@ -2,9 +2,9 @@
 
     L = α·mean relu(‖h_s − r_s‖ − d(h_s, m) + p) + β·mean relu(d(h_u, m) − d(h_u, r_u) + q) + ε·K,    d = 1 − cos
 
-m, one per hidden state, is the mean adapted state over the unsafe rows of the batch, and is differentiated through, as in the
-published code. The first mean runs over the safe rows and all hidden states (or the window), the second over the unsafe rows and
-the window. K is RepBend's. Safe and unsafe sequences are one stream, because m couples them.
+m, one per hidden state, is the mean adapted state over the unsafe rows of the batch, and is differentiated through, as
+in the published code. The first mean runs over the safe rows and all hidden states (or the window), the second over the
+unsafe rows and the window. K is RepBend's. Safe and unsafe sequences are one stream, because m couples them.
 ``objectives.refusal`` may be added.
 """
 
@@ -39,7 +39,10 @@ class CRLConfig(RefusalConfig, WindowConfig):
     place: ClassVar[int] = 5
     stream_names: ClassVar[tuple[str, ...]] = ("triplet", "retain", "refusal")
     titles: ClassVar[dict[str, str]] = {"safe": "safe: triplet loss", "unsafe": "unsafe: triplet loss", **TITLES}
-    published_names: ClassVar[dict[str, str]] = {"loss_margin_p": "objective.safe_margin", "loss_margin_n": "objective.unsafe_margin"}
+    published_names: ClassVar[dict[str, str]] = {
+        "loss_margin_p": "objective.safe_margin",
+        "loss_margin_n": "objective.unsafe_margin",
+    }
 
     name: Literal["crl"] = "crl"
     safe: Weight = 0.5
@@ -53,13 +56,16 @@ class CRLConfig(RefusalConfig, WindowConfig):
         yield from super().errors()
         if self.safe == 0 and self.unsafe == 0 and self.refusal == 0:
             yield (
-                "objective.safe=0 with objective.unsafe=0: KL alone has no gradient while LoRA is at its start; give one, or "
+                "objective.safe=0 with objective.unsafe=0: KL alone has no gradient while LoRA is at its start; give "
+                "one, or "
                 "objective.refusal, a weight above 0"
             )
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        roles: tuple[Role, ...] = ("safe", "unsafe", "pair") if self.safe else ("unsafe", "pair") if self.unsafe else ("pair",)
+        roles: tuple[Role, ...] = (
+            ("safe", "unsafe", "pair") if self.safe else ("unsafe", "pair") if self.unsafe else ("pair",)
+        )
         return (*roles, "retain") if self.kl else roles
 
 
@@ -100,9 +106,18 @@ class CRL:
         # The embeddings cannot be moved, but their constant triplets belong to the published value.
         layers = tuple(range(self.num_blocks + 1)) if config.alpha_mode == "all" else config.window
         kept = Triplet("safe", layers, safe_spans, config.safe, count(safe_spans) * len(layers), config.safe_margin)
-        bent = Triplet("unsafe", config.window, unsafe_spans, config.unsafe, count(unsafe_spans) * len(config.window), config.unsafe_margin)
+        bent = Triplet(
+            "unsafe",
+            config.window,
+            unsafe_spans,
+            config.unsafe,
+            count(unsafe_spans) * len(config.window),
+            config.unsafe_margin,
+        )
         return Stream("triplet", (*safe, *unsafe), (Triplets(kept, bent, config.distance_unit),))
 
     def _retain(self, sequences: tuple[Sequence, ...]) -> Stream:
         config = self.config
-        return Stream("retain", sequences, (retain_kl(all_rows(sequences), config.kl, config.temperature, config.kl_reduction),))
+        return Stream(
+            "retain", sequences, (retain_kl(all_rows(sequences), config.kl, config.temperature, config.kl_reduction),)
+        )

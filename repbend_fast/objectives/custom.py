@@ -1,8 +1,9 @@
 """Objectives of the user's own: ``objective.name: module:Class``.
 
-The class is called as ``Class(settings, num_blocks, steps)`` and is an :class:`~repbend_fast.objectives.base.Objective`; its
-``roles`` must be an attribute of the class, because data is read before the model. ``settings`` is the mapping
-``objective.settings`` as written. docs/objectives.md describes both, examples/refuse_and_reroute.py is one.
+The class is called as ``Class(settings, num_blocks, steps)`` and is an
+:class:`~repbend_fast.objectives.base.Objective`; its ``roles`` must be an attribute of the class, because data is read
+before the model. ``settings`` is the mapping ``objective.settings`` as written. docs/objectives.md describes both,
+examples/refuse_and_reroute.py is one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def load_class(name: str) -> Any:
     except Exception as error:
         # Whatever the user's module raises is theirs to mend.
         raise UserError(
-            f"objective.name={name}: {module_name} cannot be imported ({one_line(error)}); it is looked for in {here} too"
+            f"objective.name={name}: {module_name} cannot be imported ({one_line(error)}); it is looked for in {here} "
+            "too"
         ) from error
     finally:
         if added:
@@ -97,7 +99,9 @@ class Checked:
         """
         found = self._checked(lambda: self._own.streams(batch, step), "streams")
         if not found:
-            raise UserError(f"objective.name={self._name}: streams gives none for a batch, so that there is nothing to train on")
+            raise UserError(
+                f"objective.name={self._name}: streams gives none for a batch, so that there is nothing to train on"
+            )
         return found
 
     def probes(self, batch: Batch) -> Probes:
@@ -115,7 +119,8 @@ class Checked:
         self._checked(streams, "probes")
         if not isinstance(made[0], Probes):
             raise UserError(
-                f"objective.name={self._name}: probes gives a {type(made[0]).__name__}; it must give Probes(bent, kept), which "
+                f"objective.name={self._name}: probes gives a {type(made[0]).__name__}; it must give Probes(bent, "
+                "kept), which "
                 "repbend_fast.objectives has"
             )
         return made[0]
@@ -141,7 +146,9 @@ def _what_is_wrong(stream: Stream, blocks: int) -> str | None:
         return "it has no term; leave it out where it has none"
     beyond = [layer for layer in stream.layers if not 0 <= layer <= blocks]
     if beyond or not stream.stop(blocks):
-        return f"hidden states {', '.join(map(str, beyond or stream.layers))} cannot be bent; the model has 1 … {blocks}"
+        return (
+            f"hidden states {', '.join(map(str, beyond or stream.layers))} cannot be bent; the model has 1 … {blocks}"
+        )
     for part in (part for term in stream.terms for part in term.parts):
         if not part.denominator > 0:
             return f"term {part.name} has the denominator {part.denominator:g}; it must be above 0"

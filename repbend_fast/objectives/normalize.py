@@ -1,7 +1,8 @@
 """Denominators over a whole optimizer step, for ``training.normalize: step``.
 
-A step of M micro-batches has the gradient of their mean, (1/M) Σ_m w·s_m/d_m, where s_m and d_m are a term's sum and denominator in
-micro-batch m. With D = Σ_m d_m, every d_m replaced by D/M makes that w·Σ_m s_m / D, the term of all rows of the step at once.
+A step of M micro-batches has the gradient of their mean, (1/M) Σ_m w·s_m/d_m, where s_m and d_m are a term's sum and
+denominator in micro-batch m. With D = Σ_m d_m, every d_m replaced by D/M makes that w·Σ_m s_m / D, the term of all rows
+of the step at once.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ Key = tuple[Any, ...]
 def over_step(micro_batches: Seq[list[Stream]]) -> list[list[Stream]]:
     """The streams of one optimizer step with each term's denominator taken over all of its micro-batches.
 
-    A term is the same in two micro-batches where its own name and its stream's are. One without rows in a micro-batch adds nothing
-    there. A mean that couples the sequences of a micro-batch (the pairwise cosine, the mean state of the triplets) stays within it.
+    A term is the same in two micro-batches where its own name and its stream's are. One without rows in a micro-batch
+    adds nothing there. A mean that couples the sequences of a micro-batch (the pairwise cosine, the mean state of the
+    triplets) stays within it.
     """
     denominators: defaultdict[Key, float] = defaultdict(float)
     rows: defaultdict[Key, int] = defaultdict(int)
@@ -45,12 +47,16 @@ def over_step(micro_batches: Seq[list[Stream]]) -> list[list[Stream]]:
 
 
 def _each_part(streams: list[Stream], work: Callable[[Key, Any], Any]) -> list[Stream]:
-    """The streams with ``work`` done on every part of a term that has a denominator. Streams of one name are told apart by their order."""
+    """The streams with ``work`` done on every part of a term that has a denominator. Streams of one name are told apart
+    by their order.
+    """
     names: Counter[str] = Counter()
     found = []
     for stream in streams:
         names[stream.name] += 1
         place = (stream.name, names[stream.name])
-        terms = (term.with_parts(tuple(work((*place, part.name), part) for part in term.parts)) for term in stream.terms)
+        terms = (
+            term.with_parts(tuple(work((*place, part.name), part) for part in term.parts)) for term in stream.terms
+        )
         found.append(replace(stream, terms=tuple(terms)))
     return found

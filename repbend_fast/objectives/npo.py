@@ -2,8 +2,8 @@
 
     L = −(2/β)·mean_i log σ(β (NLL_i − NLL_ref,i)) + retain_nll·NLL/tokens + retain_kl·K
 
-NLL_i sums over the answer tokens of forget sequence i. The retain terms, both off by default: the NLL per answer token, and
-K = T²·KL(softmax(z_ref/T) ‖ softmax(z/T)) per answer token.
+NLL_i sums over the answer tokens of forget sequence i. The retain terms, both off by default: the NLL per answer token,
+and K = T²·KL(softmax(z_ref/T) ‖ softmax(z/T)) per answer token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ class NPOConfig(KLLimitConfig):
 
     place: ClassVar[int] = 4
     stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
-    titles: ClassVar[dict[str, str]] = {KL_TERM: TITLES[KL_TERM], "forget": "forget", "nll": "NLL on retain conversations"}
+    titles: ClassVar[dict[str, str]] = {
+        KL_TERM: TITLES[KL_TERM],
+        "forget": "forget",
+        "nll": "NLL on retain conversations",
+    }
     published_names: ClassVar[dict[str, str]] = {
         "alpha": "objective.retain_nll",
         "loss_alpha": "objective.retain_nll",
@@ -79,11 +83,14 @@ class NPO:
 
     def probes(self, batch: Batch) -> Probes:
         layers = (self.last_state,)
-        return Probes(mean_distance("forget", forget_sequences(batch), layers), mean_distance("retain", batch.retain, layers))
+        return Probes(
+            mean_distance("forget", forget_sequences(batch), layers), mean_distance("retain", batch.retain, layers)
+        )
 
     def _retain(self, batch: Batch) -> Stream:
         config, predicting = self.config, predicting_rows(batch.retain)
-        # A slip of the published code: its KL reads the logits at the answer's tokens, one position after those that predict them.
+        # A slip of the published code: its KL reads the logits at the answer's tokens, one position after those that
+        # predict them.
         compared = answer_rows(batch.retain) if config.published_quirks else predicting
         terms: list[Term] = []
         if config.retain_kl:

@@ -1,9 +1,10 @@
-"""The term ``refusal``: the safe answers of pairs are to be said, from the start and after the first tokens of an unsafe answer.
+"""The term ``refusal``: the safe answers of pairs are to be said, from the start and after the first tokens of an
+unsafe answer.
 
     F = −Σ log p(safe answer | prompt, first k tokens of the unsafe answer) / answer tokens
 
-k = 0 is the plain term. k > 0 is a recovery start (Qi et al., ICLR 2025, arXiv 2406.05946). A draw is a function of seed, step and the
-token ids of the micro-batch's pairs, so that neither resuming nor splitting a stream changes it.
+k = 0 is the plain term. k > 0 is a recovery start (Qi et al., ICLR 2025, arXiv 2406.05946). A draw is a function of
+seed, step and the token ids of the micro-batch's pairs, so that neither resuming nor splitting a stream changes it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | 
     """The stream ``refusal``, where the term has a weight and the batch has pairs.
 
     Args:
-        seed: the run's; None draws nothing and gives every pair the longest start that could be drawn, as a memory plan has to count.
+        seed: the run's; None draws nothing and gives every pair the longest start that could be drawn, as a memory plan
+            has to count.
     """
     if not config.refusal or not batch.pairs:
         return ()
@@ -33,7 +35,9 @@ def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | 
 
 
 def recovering(pair: PairSequence, start: int) -> Sequence:
-    """The prompt, the first ``start`` tokens of the unsafe answer, and the safe answer, which alone counts as the answer."""
+    """The prompt, the first ``start`` tokens of the unsafe answer, and the safe answer, which alone counts as the
+    answer.
+    """
     begun = pair.unsafe.prompt_length + start
     return Sequence((*pair.unsafe.ids[:begun], *pair.safe.ids[pair.safe.prompt_length :]), begun)
 
@@ -41,8 +45,8 @@ def recovering(pair: PairSequence, start: int) -> Sequence:
 def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step: int, seed: int | None) -> list[int]:
     """k of each pair: 0, or 1 … ``recovery_tokens`` for ``recovery_share`` of them, never the whole unsafe answer.
 
-    Of n pairs either of the two whole numbers next to share · n are chosen, share · n of them on average. Which ones is drawn anew in each
-    step, and k from the pair alone. A pair whose unsafe answer has one token keeps 0.
+    Of n pairs either of the two whole numbers next to share · n are chosen, share · n of them on average. Which ones is
+    drawn anew in each step, and k from the pair alone. A pair whose unsafe answer has one token keeps 0.
     """
     most = [min(config.recovery_tokens, len(p.unsafe) - p.unsafe.prompt_length - 1) for p in pairs]
     if config.recovery_share == 0:
@@ -55,7 +59,9 @@ def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step
     offset = _word(seed, step, *sorted(keys)) * 2.0**-64
     starts = [0] * len(pairs)
     for place, number in enumerate(order):
-        passed = math.floor(offset + (place + 1) * config.recovery_share) - math.floor(offset + place * config.recovery_share)
+        passed = math.floor(offset + (place + 1) * config.recovery_share) - math.floor(
+            offset + place * config.recovery_share
+        )
         if passed and most[number] > 0:
             starts[number] = 1 + _word(keys[number], "tokens") % most[number]
     return starts

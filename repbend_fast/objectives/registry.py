@@ -23,7 +23,9 @@ C = TypeVar("C", bound=type)
 
 
 def method(settings: type[MethodConfig]) -> Callable[[C], C]:
-    """Class decorator: enter an :class:`~repbend_fast.objectives.base.Objective` under the name that its ``settings`` have."""
+    """Class decorator: enter an :class:`~repbend_fast.objectives.base.Objective` under the name that its ``settings``
+    have.
+    """
 
     def enter(objective: C) -> C:
         name = settings.model_fields["name"].default
@@ -61,7 +63,9 @@ def stream_names() -> set[str]:
 
 
 def titles_of(name: Any) -> dict[str, str]:
-    """Titles of terms by name, those of the objective ``name`` first; an objective of one's own may name its terms as others do."""
+    """Titles of terms by name, those of the objective ``name`` first; an objective of one's own may name its terms as
+    others do.
+    """
     own = section_of(name)
     found = dict(own.titles) if own else {}
     for settings in SETTINGS.values():

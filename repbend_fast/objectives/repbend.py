@@ -2,9 +2,9 @@
 
     L = α·S − β·U + γ·C + ε·K (+ η·P + ρ·F)
 
-S, U: mean l2 distance to the reference over rows × layers of the safe and the unsafe stream. C: mean pairwise 1 − cos of the
-last prompt tokens of the unsafe stream. K: T²-scaled KL on the retain stream. P: unsafe answers against the safe reference.
-F: ``objectives.refusal``.
+S, U: mean l2 distance to the reference over rows × layers of the safe and the unsafe stream. C: mean pairwise 1 − cos
+of the last prompt tokens of the unsafe stream. K: T²-scaled KL on the retain stream. P: unsafe answers against the safe
+reference. F: ``objectives.refusal``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ PUBLISHED_WEIGHTS = {"alpha": "safe", "beta": "unsafe", "gamma": "cosine", "epsi
 
 
 def _published_mode(value: Any) -> Any:
-    return "prompt_" + value.removeprefix("request_") if isinstance(value, str) and value.startswith("request_") else value
+    return (
+        "prompt_" + value.removeprefix("request_") if isinstance(value, str) and value.startswith("request_") else value
+    )
 
 
 PROMPT_MODES = ("prompt_last", "prompt_all")
 """The loss modes that read no answers."""
 # The published code says `request_…` where its README says `prompt_…`.
-LossMode = Annotated[Literal["prompt_last", "prompt_all", "prompt_response", "response_all"], BeforeValidator(_published_mode)]
+LossMode = Annotated[
+    Literal["prompt_last", "prompt_all", "prompt_response", "response_all"], BeforeValidator(_published_mode)
+]
 
 
 class RepBendConfig(RefusalConfig, WindowConfig):
@@ -61,7 +65,9 @@ class RepBendConfig(RefusalConfig, WindowConfig):
     kl: Weight = 0.3
     pair: Weight = 0.0
     unsafe_limit: AboveZero | None = Field(
-        None, description="A row's unsafe distance counts up to this multiple of its reference's norm; none = no bound, as published."
+        None,
+        description="A row's unsafe distance counts up to this multiple of its reference's norm; none = no bound, as "
+        "published.",
     )
     loss_mode: LossMode = "response_all"
     pair_positions: Positive = 20
@@ -84,7 +90,8 @@ class RepBendConfig(RefusalConfig, WindowConfig):
         yield from super().errors()
         if self.cosine == 0 and self.pair == 0 and self.refusal == 0:
             yield (
-                "objective.cosine=0 with objective.pair=0: the other terms have no gradient while LoRA is at its start, so nothing would "
+                "objective.cosine=0 with objective.pair=0: the other terms have no gradient while LoRA is at its "
+                "start, so nothing would "
                 "ever train; give one of the two, or objective.refusal, a weight above 0"
             )
 
@@ -164,7 +171,9 @@ class RepBend:
         terms: list[Term] = []
         if config.unsafe:
             # A slip of the published code: with prompt_last its row mask is filled for the first B sequences only.
-            read = len(batch.unsafe) if config.published_quirks and config.loss_mode == "prompt_last" else len(sequences)
+            read = (
+                len(batch.unsafe) if config.published_quirks and config.loss_mode == "prompt_last" else len(sequences)
+            )
             distance = self._distance("unsafe", sequences, config.window, -config.unsafe, len(config.window), read)
             terms.append(replace(distance, limit=config.unsafe_limit))
         if config.pair:
@@ -178,15 +187,30 @@ class RepBend:
         config = self.config
         if not config.kl:
             return None
-        return Stream("retain", batch.retain, (retain_kl(all_rows(batch.retain), config.kl, config.temperature, config.kl_reduction),))
+        return Stream(
+            "retain",
+            batch.retain,
+            (retain_kl(all_rows(batch.retain), config.kl, config.temperature, config.kl_reduction),),
+        )
 
     def _distance(
-        self, name: str, sequences: tuple[Sequence, ...], layers: tuple[int, ...], weight: float, counted: int, read: int | None = None
+        self,
+        name: str,
+        sequences: tuple[Sequence, ...],
+        layers: tuple[int, ...],
+        weight: float,
+        counted: int,
+        read: int | None = None,
     ) -> Distance:
-        spans = tuple(select_rows(s, self.config.loss_mode) if read is None or i < read else NOTHING for i, s in enumerate(sequences))
+        spans = tuple(
+            select_rows(s, self.config.loss_mode) if read is None or i < read else NOTHING
+            for i, s in enumerate(sequences)
+        )
         # Hidden state 0 may lie in a user's window; its distance is zero as well.
         denominator = max(1, rows_in(spans) * counted)
-        return Distance(name, tuple(x for x in layers if x > 0), spans, weight, denominator, unit=self.config.distance_unit)
+        return Distance(
+            name, tuple(x for x in layers if x > 0), spans, weight, denominator, unit=self.config.distance_unit
+        )
 
     def _pair(self, batch: Batch) -> Distance:
         config = self.config
@@ -198,4 +222,12 @@ class RepBend:
             spans.append((first, first + min(config.pair_positions, shared)))
             against.append(pair.safe)
         denominator = max(1, rows_in(spans) * len(config.window))
-        return Distance("pair", config.window, tuple(spans), config.pair, denominator, against=tuple(against), unit=config.distance_unit)
+        return Distance(
+            "pair",
+            config.window,
+            tuple(spans),
+            config.pair,
+            denominator,
+            against=tuple(against),
+            unit=config.distance_unit,
+        )

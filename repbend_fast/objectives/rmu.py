@@ -2,8 +2,8 @@
 
     L = MSE(h_ℓ(forget), c·u) + a·MSE(h_ℓ(retain), r_ℓ(retain))
 
-u is a fixed unit vector drawn from U[0, 1)^D. Both means run over all rows (of forget with ``loss_mode: response_all`` the answers')
-and the width; no pass goes beyond hidden state ℓ.
+u is a fixed unit vector drawn from U[0, 1)^D. Both means run over all rows (of forget with ``loss_mode: response_all``
+the answers') and the width; no pass goes beyond hidden state ℓ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import all_rows, count, forget_sequences, mean_distance, mode_rows, padded_count
-from repbend_fast.objectives.sections import AnswerMode, Auto, DistanceUnit, MethodConfig, PaddedLength, Quirks, at_share
+from repbend_fast.objectives.sections import (
+    AnswerMode,
+    Auto,
+    DistanceUnit,
+    MethodConfig,
+    PaddedLength,
+    Quirks,
+    at_share,
+)
 from repbend_fast.objectives.states import check_states
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Direction, Distance, Span
@@ -36,7 +44,9 @@ class RMUConfig(MethodConfig):
     }
 
     name: Literal["rmu"] = "rmu"
-    layer: Positive | Auto = Field(8, description="Hidden state that is steered: 8 is the output of block 7; auto = as deep as 8 of 32.")
+    layer: Positive | Auto = Field(
+        8, description="Hidden state that is steered: 8 is the output of block 7; auto = as deep as 8 of 32."
+    )
     distance_unit: DistanceUnit = "state"
     coefficient: AboveZero = Field(6.5, description="c, the length of the fixed random direction, in distance_unit.")
     retain: Weight = 1200.0
@@ -96,8 +106,15 @@ class RMU:
         return Probes(bent, mean_distance("retain", batch.retain, layers, unit))
 
     def _stream(
-        self, name: str, sequences: tuple[Sequence, ...], spans: tuple[Span, ...], weight: float, target: Direction | None
+        self,
+        name: str,
+        sequences: tuple[Sequence, ...],
+        spans: tuple[Span, ...],
+        weight: float,
+        target: Direction | None,
     ) -> Stream:
         rows = padded_count(sequences, self.config.padded_length) if self.config.published_quirks else count(spans)
-        term = Distance(name, (self.last_state,), spans, weight, rows, kind="mse", target=target, unit=self.config.distance_unit)
+        term = Distance(
+            name, (self.last_state,), spans, weight, rows, kind="mse", target=target, unit=self.config.distance_unit
+        )
         return Stream(name, sequences, (term,))

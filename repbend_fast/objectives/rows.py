@@ -1,4 +1,6 @@
-"""What methods share when they turn a batch into streams: which sequences, which rows, how many, and terms that several have."""
+"""What methods share when they turn a batch into streams: which sequences, which rows, how many, and terms that several
+have.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def mode_rows(sequences: tuple[Sequence, ...], loss_mode: str) -> tuple[Span, ..
 
 
 def predicting_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
-    """The positions whose logits predict the answers' tokens; in a conversation without a prompt every token but the first."""
+    """The positions whose logits predict the answers' tokens; in a conversation without a prompt every token but the
+    first.
+    """
     return tuple((max(s.prompt_length - 1, 0), max(len(s) - 1, 0)) for s in sequences)
 
 
@@ -61,7 +65,9 @@ def padded_count(sequences: tuple[Sequence, ...], length: int | None) -> int:
     return max(1, len(sequences) * max([length or 0, *(len(s) for s in sequences)]))
 
 
-def mean_distance(name: str, sequences: tuple[Sequence, ...], layers: tuple[int, ...], unit: Unit = "state") -> Stream | None:
+def mean_distance(
+    name: str, sequences: tuple[Sequence, ...], layers: tuple[int, ...], unit: Unit = "state"
+) -> Stream | None:
     """A stream of mean l2 distances over the answers' rows, for the guard; None where there are no sequences."""
     if not sequences:
         return None

@@ -1,4 +1,5 @@
-"""What the sections ``objective`` of several methods have in common. Each method's own stand in its file, with its streams.
+"""What the sections ``objective`` of several methods have in common. Each method's own stand in its file, with its
+streams.
 
 The maths is in docs/objectives.md.
 """
@@ -16,23 +17,34 @@ from repbend_fast.section import AboveZero, NonNegative, Positive, Section, Shar
 
 AnswerMode = Annotated[
     Literal["prompt_response", "response_all"],
-    Field(description="Rows that the bending terms read: all, or the answers'. Prompts share a template, which ordinary ones need too."),
+    Field(
+        description="Rows that the bending terms read: all, or the answers'. Prompts share a template, which ordinary "
+        "ones need too."
+    ),
 ]
 Quirks = Annotated[bool, Field(description="Reproduce slips of the published code (docs/objectives.md).")]
 PaddedLength = Annotated[
-    Positive | None, Field(description="With published_quirks: the length that every sequence is counted as; none = the batch's longest.")
+    Positive | None,
+    Field(
+        description="With published_quirks: the length that every sequence is counted as; none = the batch's longest."
+    ),
 ]
 Auto = Literal["auto"]
 DistanceUnit = Annotated[
     Literal["state", "reference"],
-    Field(description="What distances count in: the states' own length, or the median norm of each hidden state's reference rows."),
+    Field(
+        description="What distances count in: the states' own length, or the median norm of each hidden state's "
+        "reference rows."
+    ),
 ]
 PUBLISHED_DEPTH = 32
 """Blocks of the models that hidden states are published for."""
 
 
 def at_share(state: int, num_blocks: int) -> int:
-    """The hidden state of a model with ``num_blocks`` blocks that lies as deep as ``state`` does in one with 32; at least 1."""
+    """The hidden state of a model with ``num_blocks`` blocks that lies as deep as ``state`` does in one with 32; at
+    least 1.
+    """
     return max(1, (2 * state * num_blocks + PUBLISHED_DEPTH) // (2 * PUBLISHED_DEPTH))
 
 
@@ -51,7 +63,8 @@ class MethodConfig(Section):
         titles: of its terms in a report, in the order in which they are shown.
         layers_title: what its values per hidden state are, in a report.
         published_names: arguments of the published scripts that mean other keys here than with other methods.
-        recorded: reads the settings of a case of a golden folder, ``(case, expected) -> settings``; None = there are no such cases.
+        recorded: reads the settings of a case of a golden folder, ``(case, expected) -> settings``; None = there are no
+            such cases.
     """
 
     place: ClassVar[int] = 100
@@ -84,7 +97,9 @@ class MethodConfig(Section):
 
     @property
     def last_state(self) -> int | None:
-        """The last hidden state that LoRA has to reach; None = the model's last, or not known before the model's depth is."""
+        """The last hidden state that LoRA has to reach; None = the model's last, or not known before the model's depth
+        is.
+        """
         return None
 
     def at_depth(self, num_blocks: int) -> Self:
@@ -98,7 +113,9 @@ class MethodConfig(Section):
 
     @property
     def replaceable(self) -> frozenset[str]:
-        """The roles without which training goes on where there are pairs, their halves being read in the same places."""
+        """The roles without which training goes on where there are pairs, their halves being read in the
+        same places.
+        """
         return frozenset({"safe", "unsafe"})
 
     @property
@@ -112,17 +129,25 @@ class MethodConfig(Section):
 
 
 class KLLimitConfig(MethodConfig):
-    """Settings of objectives whose KL on the retain stream may get its weight from a limit (``repbend_fast/training/dual.py``)."""
+    """Settings of objectives whose KL on the retain stream may get its weight from a limit
+    (``repbend_fast/training/dual.py``).
+    """
 
     kl_key: ClassVar[str] = "kl"
 
     kl_limit: AboveZero | None = Field(
-        None, description="Let the KL's weight rise while the KL term of a step is above this and fall while below; none = constant."
+        None,
+        description="Let the KL's weight rise while the KL term of a step is above this and fall while below; none = "
+        "constant.",
     )
     kl_rate: AboveZero | None = Field(
-        None, description="What the weight changes by per step and unit of KL above kl_limit; none = 0.05 x weight / kl_limit."
+        None,
+        description="What the weight changes by per step and unit of KL above kl_limit; none = 0.05 x weight / "
+        "kl_limit.",
     )
-    kl_max: AboveZero | None = Field(None, description="The most that the weight may become; none = 10 x the weight it starts from.")
+    kl_max: AboveZero | None = Field(
+        None, description="The most that the weight may become; none = 10 x the weight it starts from."
+    )
 
     @property
     def kl_weight(self) -> float:
@@ -134,20 +159,31 @@ class KLLimitConfig(MethodConfig):
         if self.kl_limit is None:
             return
         if not self.kl_weight:
-            yield f"objective.kl_limit={self.kl_limit:g} needs a weight to start from; set objective.{self.kl_key} above 0"
+            yield (
+                f"objective.kl_limit={self.kl_limit:g} needs a weight to start from; set objective.{self.kl_key} "
+                "above 0"
+            )
         elif self.kl_max is not None and self.kl_max < self.kl_weight:
-            yield f"objective.kl_max={self.kl_max:g} is less than objective.{self.kl_key}={self.kl_weight:g}, where the weight starts"
+            yield (
+                f"objective.kl_max={self.kl_max:g} is less than objective.{self.kl_key}={self.kl_weight:g}, where "
+                "the weight starts"
+            )
 
 
 class WindowConfig(KLLimitConfig):
     """Settings of objectives that bend a window of hidden states and keep the retain stream by KL."""
 
     window_start: NonNegative | Auto = Field(
-        20, description="First hidden state of the window (0 is the embedding output); auto = as deep as 20 of 32 blocks."
+        20,
+        description="First hidden state of the window (0 is the embedding output); auto = as deep as 20 of 32 blocks.",
     )
-    window_size: Positive | Auto = Field(11, description="Hidden states in the window; auto = as large a share as 11 of 32.")
+    window_size: Positive | Auto = Field(
+        11, description="Hidden states in the window; auto = as large a share as 11 of 32."
+    )
     distance_unit: DistanceUnit = "state"
-    alpha_mode: Literal["all", "target"] = Field("all", description="Hidden states of the safe term: all, or the window.")
+    alpha_mode: Literal["all", "target"] = Field(
+        "all", description="Hidden states of the safe term: all, or the window."
+    )
     kl_reduction: Literal["sequence", "token"] = "sequence"
     temperature: AboveZero = 2.0
 
@@ -178,7 +214,8 @@ class WindowConfig(KLLimitConfig):
         found = self.at_depth(num_blocks)
         if max(found.window) > num_blocks:
             raise UserError(
-                f"objective.window_start={found.window_start}, window_size={found.window_size}: the window ends at hidden state "
+                f"objective.window_start={found.window_start}, window_size={found.window_size}: the window ends at "
+                "hidden state "
                 f"{max(found.window)}, but this model has hidden states 0 … {num_blocks}"
             )
         return found
@@ -186,15 +223,22 @@ class WindowConfig(KLLimitConfig):
     def errors(self) -> Iterator[str]:
         yield from super().errors()
         if self.last_state == 0:
-            yield "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; choose a window beyond 0"
+            yield (
+                "objective.window_start=0 with window_size=1 reads the embeddings only, which LoRA cannot move; "
+                "choose a window beyond 0"
+            )
 
 
 class RefusalConfig(MethodConfig):
     """Settings of the term that has the safe answers of pairs said, also after the beginning of an unsafe answer."""
 
-    refusal: Weight = Field(0.0, description="Weight of the negative log-likelihood per token of the pairs' safe answers.")
+    refusal: Weight = Field(
+        0.0, description="Weight of the negative log-likelihood per token of the pairs' safe answers."
+    )
     recovery_tokens: NonNegative = Field(
-        16, description="With refusal: safe answers also follow up to this many first tokens of the unsafe answer; 0 = never."
+        16,
+        description="With refusal: safe answers also follow up to this many first tokens of the unsafe answer; 0 = "
+        "never.",
     )
     recovery_share: Share = Field(0.5, description="Share of the pairs whose safe answer follows such a start.")
 

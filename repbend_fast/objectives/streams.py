@@ -31,8 +31,14 @@ class Stream:
 
     def __post_init__(self) -> None:
         lengths = tuple(len(sequence) for sequence in self.sequences)
-        twice = [name for name, times in Counter(name for term in self.terms for name in term.names).items() if times > 1]
-        wrong = f"two of its terms are named {twice[0]}" if twice else next(filter(None, (t.wrong(lengths) for t in self.terms)), None)
+        twice = [
+            name for name, times in Counter(name for term in self.terms for name in term.names).items() if times > 1
+        ]
+        wrong = (
+            f"two of its terms are named {twice[0]}"
+            if twice
+            else next(filter(None, (t.wrong(lengths) for t in self.terms)), None)
+        )
         if wrong:
             raise StreamError(f"stream {self.name}: {wrong}")
         object.__setattr__(self, "layers", tuple(sorted({layer for term in self.terms for layer in term.layers})))
@@ -61,12 +67,16 @@ class Stream:
         found = self.term(name)
         if found is None:
             return self
-        return replace(self, terms=tuple(replace(term, weight=weight) if term is found else term for term in self.terms))
+        return replace(
+            self, terms=tuple(replace(term, weight=weight) if term is found else term for term in self.terms)
+        )
 
     def stop(self, num_blocks: int) -> int:
         """Last hidden state that the passes of this stream must reach."""
         return num_blocks if self.reads_head else max(self.layers)
 
     def reference_stop(self, num_blocks: int) -> int:
-        """Last hidden state that a term compares with the adapter off; 0 where none does, and no reference pass runs."""
+        """Last hidden state that a term compares with the adapter off; 0 where none does, and no reference
+        pass runs.
+        """
         return max((state for term in self.terms for state in term.compared_states(num_blocks)), default=0)

@@ -1,6 +1,8 @@
-"""Terms of a loss as they are declared: what each reads, compares and weighs. How a kind is computed stands in ``step/terms``.
+"""Terms of a loss as they are declared: what each reads, compares and weighs. How a kind is computed stands in
+``step/terms``.
 
-Nobody asks of what kind a term is. A kind of one's own is a frozen dataclass that derives from :class:`Term`, and its execution.
+Nobody asks of what kind a term is. A kind of one's own is a frozen dataclass that derives from :class:`Term`, and its
+execution.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ Span = tuple[int, int]
 """Half-open range of positions of one sequence; (0, 0) selects nothing."""
 
 Unit = Literal["state", "reference"]
-"""What distances count in: the states' own length, or per hidden state the median norm of its reference rows (``step/units.py``)."""
+"""What distances count in: the states' own length, or per hidden state the median norm of its reference
+rows (``step/units.py``).
+"""
 
 DISTANCE_KINDS = {"l2": 1, "cosine": 0, "relu_cosine": 0, "mse": 2}
 """The kinds of distance, and the power of a length that each is; cosines have no unit."""
@@ -31,8 +35,8 @@ def rows_in(spans: Iterable[Span]) -> int:
 class Term:
     """What any kind of term is asked. A kind has the fields that it needs and overrides what differs.
 
-    ``layers``: the hidden states that it taps, () for a term of the head alone. ``spans``: the rows that it reads, one span per sequence.
-    ``reads_head``: whether it reads the last hidden state for the logits.
+    ``layers``: the hidden states that it taps, () for a term of the head alone. ``spans``: the rows that it reads, one
+    span per sequence. ``reads_head``: whether it reads the last hidden state for the logits.
     """
 
     reads_head: ClassVar[bool] = False
@@ -60,7 +64,9 @@ class Term:
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        """What is divided by a denominator of its own: the term, or its halves; nothing for a mean over the micro-batch alone."""
+        """What is divided by a denominator of its own: the term, or its halves; nothing for a mean over the micro-batch
+        alone.
+        """
         return (self,)
 
     def with_parts(self, parts: tuple[Any, ...]) -> Term:
@@ -105,9 +111,11 @@ class Term:
         return rows_in(self.spans if members is None else (self.spans[member] for member in members))
 
     def moved(self, shift: int, top: int) -> tuple[Self | None, int]:
-        """The term as the top blocks of a model see it, and how many (rows × hidden states) of references were cut away.
+        """The term as the top blocks of a model see it, and how many (rows × hidden states) of references were cut
+        away.
 
-        Hidden states move down by ``shift`` to at most ``top``, those of the blocks below are left out; None where none is left.
+        Hidden states move down by ``shift`` to at most ``top``, those of the blocks below are left out; None where none
+        is left.
         """
         kept = _moved(self.layers, shift)
         cut = rows_in(self.compared_spans) * (len(self.compared_layers) - len(_moved(self.compared_layers, shift)))
@@ -128,7 +136,9 @@ class Term:
         return ()
 
     def unit_rows(self, known: Collection[int]) -> tuple[Distance, ...]:
-        """Distances whose reference rows have the norms that it counts in, at hidden states whose unit is not ``known``."""
+        """Distances whose reference rows have the norms that it counts in, at hidden states whose unit is not
+        ``known``.
+        """
         return ()
 
     def wrong(self, lengths: tuple[int, ...]) -> str | None:
@@ -161,10 +171,10 @@ class Direction:
 class Distance(Term):
     """``weight × Σ_layers Σ_rows distance(h, r) / denominator``, the rows being ``spans`` of the stream's sequences.
 
-    ``r`` is the same row with the trained adapter off. Where ``against[i]`` is a sequence, rows after the prompt they share
-    are compared with that sequence's row at the same position instead. With a ``target`` it is r for every row, and no
-    reference is run for the term. With a ``limit`` (l2) no row counts for more than ``limit`` × ‖r‖, nor moves beyond.
-    ``rows``: what the reported mean per hidden state divides by; None = the rows of ``spans``.
+    ``r`` is the same row with the trained adapter off. Where ``against[i]`` is a sequence, rows after the prompt they
+    share are compared with that sequence's row at the same position instead. With a ``target`` it is r for every row,
+    and no reference is run for the term. With a ``limit`` (l2) no row counts for more than ``limit`` × ‖r‖, nor moves
+    beyond. ``rows``: what the reported mean per hidden state divides by; None = the rows of ``spans``.
     With ``unit`` "reference" an l2 distance is divided by its hidden state's unit, an mse by the unit's square.
     """
 
@@ -228,7 +238,9 @@ class Distance(Term):
 
 @dataclass(frozen=True)
 class PairwiseCosine(Term):
-    """``weight × mean_layers mean_{i≠j} (1 − cos(h_i, h_j))``, h_i the adapted state of sequence i at ``positions[i]``."""
+    """``weight × mean_layers mean_{i≠j} (1 − cos(h_i, h_j))``, h_i the adapted state of sequence i at
+    ``positions[i]``.
+    """
 
     name: str
     layers: tuple[int, ...]
@@ -270,13 +282,14 @@ class Triplet:
 
 @dataclass(frozen=True)
 class Triplets(Term):
-    """Triplets around m_l, the mean over the ``unsafe`` rows of adapted hidden state l, which is differentiated through.
+    """Triplets around m_l, the mean over the ``unsafe`` rows of adapted hidden state l, which is differentiated
+    through.
 
         safe     relu(‖h − r‖ − d(h, m_l) + margin)
         unsafe   relu(d(h, m_l) − d(h, r) + margin)          d = 1 − cos
 
-    ``unsafe.spans`` are the rows of m_l at every layer of either half, also where ``unsafe`` itself has no weight. With ``unit``
-    "reference" ‖h − r‖ is divided by the hidden state's unit.
+    ``unsafe.spans`` are the rows of m_l at every layer of either half, also where ``unsafe`` itself has no weight. With
+    ``unit`` "reference" ‖h − r‖ is divided by the hidden state's unit.
     """
 
     safe: Triplet
@@ -384,7 +397,8 @@ class HeadKL(HeadTerm):
 
 @dataclass(frozen=True)
 class AnswerLoss(HeadTerm):
-    """Negative log-likelihood of the tokens that follow the rows ``spans``: NLL_i = −Σ_rows log p(next token) of sequence i.
+    """Negative log-likelihood of the tokens that follow the rows ``spans``: NLL_i = −Σ_rows log p(next token) of
+    sequence i.
 
     ``weight × Σ_i NLL_i / denominator``, or with ``beta`` negative preference,
     ``weight × Σ_i −(2/β) log σ(β (NLL_i − NLL_ref,i)) / denominator``. Only the latter needs a reference.

@@ -66,9 +66,12 @@ def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bo
 
     Args:
         pairs: give the bending streams their sequences as pairs, which share a prompt.
-        prompts: as many prompt tokens as the limits allow instead, and one of an answer, for streams that read prompts alone.
+        prompts: as many prompt tokens as the limits allow instead, and one of an answer, for streams that read prompts
+            alone.
     """
-    prompt = min(length - 1, limits.prompt) if prompts else max(min(SHORTEST_PROMPT, length - 1), length - limits.answer)
+    prompt = (
+        min(length - 1, limits.prompt) if prompts else max(min(SHORTEST_PROMPT, length - 1), length - limits.answer)
+    )
     sequence = Sequence((1,) * (prompt + 1 if prompts else length), prompt)
     chat = tuple(Sequence((1,) * length, 0) for _ in range(count))
     if pairs:
@@ -77,7 +80,9 @@ def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bo
 
 
 def worst_batch(examples: int, limits: Limits, retain_examples: int | None = None) -> Batch:
-    """A micro-batch of the longest sequences of every role, of ``retain`` as many as ``examples`` unless said otherwise."""
+    """A micro-batch of the longest sequences of every role, of ``retain`` as many as ``examples`` unless said
+    otherwise.
+    """
     prompt = max(1, limits.longest - limits.answer)
     sequence = Sequence((1,) * limits.longest, prompt)
     chat = Sequence((1,) * limits.longest, 0)
@@ -86,7 +91,9 @@ def worst_batch(examples: int, limits: Limits, retain_examples: int | None = Non
 
 
 def published_batch(examples: int, limits: Limits, pairs: bool, seed: int, retain_examples: int | None = None) -> Batch:
-    """One micro-batch with lengths from the published distribution, cut to the limits; ``retain_examples`` as in ``worst_batch``."""
+    """One micro-batch with lengths from the published distribution, cut to the limits; ``retain_examples`` as in
+    ``worst_batch``.
+    """
     generator = random.Random(f"lengths:{seed}")
 
     def tokens(most: int) -> int:

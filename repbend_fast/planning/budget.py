@@ -16,7 +16,8 @@ from repbend_fast.planning.tracker import module_tensors, tensor_bytes
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "KIB": 2**10, "MIB": 2**20, "GIB": GIB}
 
-# bitsandbytes keeps the states of smaller parameters in 32 bits, one scale for this many 8-bit values, and pages larger parameters only.
+# bitsandbytes keeps the states of smaller parameters in 32 bits, one scale for this many 8-bit values, and pages larger
+# parameters only.
 LEAST_8BIT, BLOCK_8BIT = 4096, 256
 LEAST_PAGED = 100_000
 
@@ -57,7 +58,8 @@ def show_bytes(size: float) -> str:
 
 @dataclass(frozen=True)
 class Standing:
-    """Bytes that are taken from the first step to the last, by what takes them; ``step`` is what the optimizer's step adds for a moment.
+    """Bytes that are taken from the first step to the last, by what takes them; ``step`` is what the optimizer's step
+    adds for a moment.
 
     ``table``: embedding and head, the part of ``weights`` that ``memory.offload_embedding`` moves to the host.
     """
@@ -83,8 +85,8 @@ class Standing:
 def standing(model: Any, config: Config, device: torch.device) -> Standing:
     """What stays taken with ``model``, which may be on fake tensors.
 
-    ``gradients`` are the accumulated ones; a piece makes its own apart from them, which is part of the piece's peak. ``other`` is the
-    CUDA context, or on the CPU the best adapter's copy.
+    ``gradients`` are the accumulated ones; a piece makes its own apart from them, which is part of the piece's peak.
+    ``other`` is the CUDA context, or on the CPU the best adapter's copy.
     """
     trained = trainable_parameters(model)
     adapter = tensor_bytes(trained)
@@ -121,7 +123,9 @@ def _optimizer_bytes(sizes: list[int], adapter: int, optimizer: str) -> int:
 
 
 def _moment_bytes(trained: list[Any], adapter: int, optimizer: str, device: torch.device) -> int:
-    """torch's AdamW works on all parameters at once on CUDA, with a temporary of their size, and on one at a time elsewhere."""
+    """torch's AdamW works on all parameters at once on CUDA, with a temporary of their size, and on one at a time
+    elsewhere.
+    """
     if optimizer == "adamw" and device.type == "cuda":
         return adapter
     return 2 * max(p.numel() * p.element_size() for p in trained)

@@ -1,8 +1,9 @@
 """What a device can do: rates for expected times, and the memory that a process there cannot have.
 
-Tensor rates are dense bf16 products with float32 sums; bandwidths are of the card's own memory. Sources: NVIDIA's A100 and H100 (SXM)
-data sheets, the GA102 white paper (RTX 3090), the Ada white paper (RTX 4090); RTX 3060, 4060 and 4070 Ti SUPER from their product pages'
-cores and boost clock, four dense tensor products with float32 sums per core and clock as on the larger cards of their generation.
+Tensor rates are dense bf16 products with float32 sums; bandwidths are of the card's own memory. Sources: NVIDIA's A100
+and H100 (SXM) data sheets, the GA102 white paper (RTX 3090), the Ada white paper (RTX 4090); RTX 3060, 4060 and 4070 Ti
+SUPER from their product pages' cores and boost clock, four dense tensor products with float32 sums per core and clock
+as on the larger cards of their generation.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ EFFICIENCY = 0.55
 """Assumed share of the tensor rate that a step's matrix products reach; an assumption, not a measurement."""
 
 CUDA_CONTEXT = 600 * 2**20
-"""Bytes that a process holds on a CUDA device outside of torch's allocator: context, loaded kernels, cuBLAS workspaces. An assumption."""
+"""Bytes that a process holds on a CUDA device outside of torch's allocator: context, loaded kernels, cuBLAS
+workspaces. An assumption.
+"""
 
 BARE_CONTEXT = 200 * 2**20
-"""Bytes of those that are gone as soon as a process has asked a CUDA device how much is free. An assumption, on the low side."""
+"""Bytes of those that are gone as soon as a process has asked a CUDA device how much is free. An
+assumption, on the low side.
+"""
 
 FRAGMENTATION = 0.05
 """Share of the step's own peak (not of the weights) that the caching allocator is taken to lose to fragmentation."""
@@ -32,7 +37,9 @@ FRAGMENTATION = 0.05
 
 @dataclass(frozen=True)
 class Card:
-    """``memory`` in bytes, ``rate`` in FLOP/s, ``bandwidth`` and ``host`` (to and from host memory, one way) in bytes/s."""
+    """``memory`` in bytes, ``rate`` in FLOP/s, ``bandwidth`` and ``host`` (to and from host memory, one way) in
+    bytes/s.
+    """
 
     name: str
     memory: int
@@ -84,7 +91,9 @@ def card_of(device: torch.device) -> Card:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that ``memory.budget: auto`` may use: what is free on a CUDA device, nine tenths of the RAM that is free elsewhere."""
+    """Bytes that ``memory.budget: auto`` may use: what is free on a CUDA device, nine tenths of the RAM that is free
+    elsewhere.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -97,6 +106,6 @@ def free_memory(device: torch.device) -> int:
 
 
 def _plain(name: str) -> str:
-    return "".join(c for c in name.lower().replace("super", "s").replace("nvidia", "").replace("geforce", "") if c.isalnum()).removeprefix(
-        "rtx"
-    )
+    return "".join(
+        c for c in name.lower().replace("super", "s").replace("nvidia", "").replace("geforce", "") if c.isalnum()
+    ).removeprefix("rtx")

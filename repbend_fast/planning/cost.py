@@ -1,9 +1,9 @@
 """Floating-point operations of a step, and how long a card is expected to take for them.
 
-A product of N rows with a matrix of P elements counts 2·N·P. Time is, for each pass of each piece, the longer of its operations at the
-card's rate times ``EFFICIENCY``, one reading of the weights at its bandwidth, and the host's time to launch it; NF4 weights are
-dequantised before that. Attention is counted, norms and activations are not. Copies to and from the host are counted in full, though some
-of them run beside the products.
+A product of N rows with a matrix of P elements counts 2·N·P. Time is, for each pass of each piece, the longer of its
+operations at the card's rate times ``EFFICIENCY``, one reading of the weights at its bandwidth, and the host's time to
+launch it; NF4 weights are dequantised before that. Attention is counted, norms and activations are not. Copies to and
+from the host are counted in full, though some of them run beside the products.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ HEAD_PRODUCTS = 3
 """Two for the logits of both sides, one for the way back."""
 
 LAUNCH_SECONDS = {"reference": 4e-4, "adapted": 6e-4, "recompute": 6e-4, "backward": 1.2e-3}
-"""Seconds that the host takes to launch one block's work in a pass: 50 to 150 operations of 8 microseconds. An assumption."""
+"""Seconds that the host takes to launch one block's work in a pass: 50 to 150 operations of 8 microseconds.
+An assumption.
+"""
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """Elements of one block's frozen and LoRA matrices and of the head; widths of attention and of a hidden state; bytes per element
-    in use and as stored."""
+    """Elements of one block's frozen and LoRA matrices and of the head; widths of attention and of a hidden state;
+    bytes per element in use and as stored.
+    """
 
     block: int
     lora: float
@@ -57,7 +60,9 @@ def matrices(model: Any, nf4: bool, first_block: int) -> Matrices:
     head = model.get_output_embeddings().weight
     lora = sum(p.numel() for p in trainable_parameters(model)) / decoder.num_blocks
     config = getattr(model.config, "get_text_config", lambda: model.config)()
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     itemsize = head.element_size()
     return Matrices(frozen, lora, head.numel(), width, head.shape[1], itemsize, 0.516 if nf4 else itemsize, first_block)
 
@@ -140,7 +145,9 @@ class StepCost:
         if not rows:
             return 0.0
         chunk = min(
-            rows, levers.kl_chunk_rows or default_chunk_rows(rows, self.sizes.head // self.sizes.hidden, torch.device(self.card.kind))
+            rows,
+            levers.kl_chunk_rows
+            or default_chunk_rows(rows, self.sizes.head // self.sizes.hidden, torch.device(self.card.kind)),
         )
         each = max(2 * chunk * self.sizes.head / rate, self.sizes.head * self.sizes.itemsize / self.card.bandwidth)
         return HEAD_PRODUCTS * each * rows / chunk

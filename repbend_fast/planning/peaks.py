@@ -1,9 +1,10 @@
 """How high a stream's memory goes, from a few pieces run on fake tensors through the real ``StreamRunner``.
 
-The peak of a piece is the largest of a few phases, each of them affine in its positions, so the line between two sizes never lies below
-it. In the number of recomputed blocks the phases are the end of the forward pass, where a recomputed block keeps its input alone, and the
-recomputation of one block with the inputs of those before it. The runs use the top few blocks of the model only, at two depths whose
-difference is one block's share; ``plan`` checks what it chose at full depth.
+The peak of a piece is the largest of a few phases, each of them affine in its positions, so the line between two sizes
+never lies below it. In the number of recomputed blocks the phases are the end of the forward pass, where a recomputed
+block keeps its input alone, and the recomputation of one block with the inputs of those before it. The runs use the top
+few blocks of the model only, at two depths whose difference is one block's share; ``plan`` checks what it chose at full
+depth.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ DEPTHS = (2, 3)
 class Peak:
     """Bytes above everything that stays (weights, adapter, accumulated gradients, optimizer).
 
-    ``outside``: the peak without the scratch of the head's chunks. ``at_head``: what that scratch comes on top of; None = no head.
+    ``outside``: the peak without the scratch of the head's chunks. ``at_head``: what that scratch comes on top of; None
+    = no head.
     """
 
     outside: float
@@ -55,7 +57,9 @@ def mix(low: Peak, high: Peak, share: float) -> Peak:
     return Peak(outside, low.at_head + (high.at_head - low.at_head) * share)
 
 
-def measure_piece(model: Any, stream: Stream, levers: Levers, device: torch.device, autocast: torch.dtype | None) -> Peak:
+def measure_piece(
+    model: Any, stream: Stream, levers: Levers, device: torch.device, autocast: torch.dtype | None
+) -> Peak:
     """Run ``stream`` on a model of fake tensors, as ``device`` would, gradients of an earlier piece being there.
 
     Raises:
@@ -66,8 +70,12 @@ def measure_piece(model: Any, stream: Stream, levers: Levers, device: torch.devi
     return Peak(tracker.peak - before, None if tracker.at_op is None else tracker.at_op - before)
 
 
-def track_stream(tracker: MemoryTracker, model: Any, stream: Stream, levers: Levers, autocast: torch.dtype | None) -> int:
-    """Run ``stream`` under ``tracker``; returns the bytes of the model and of accumulated gradients, which it watches."""
+def track_stream(
+    tracker: MemoryTracker, model: Any, stream: Stream, levers: Levers, autocast: torch.dtype | None
+) -> int:
+    """Run ``stream`` under ``tracker``; returns the bytes of the model and of accumulated gradients, which
+    it watches.
+    """
     with prepared(model, levers) as ready:
         runner = StreamRunner(ready, levers, autocast=autocast, uses_head=stream.reads_head)
         return _track(tracker, runner, stream)
@@ -89,7 +97,8 @@ def _track(tracker: MemoryTracker, runner: StreamRunner, stream: Stream) -> int:
             runner.backward(stream, dropout_seed=0)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"memory.budget: this model cannot be planned from shapes ({one_line(error)}); leave the budget out and set "
+            f"memory.budget: this model cannot be planned from shapes ({one_line(error)}); leave the budget out and "
+            "set "
             "memory.piece_tokens and memory.checkpoint_blocks by hand"
         ) from error
     model.zero_grad(set_to_none=True)
@@ -106,7 +115,8 @@ class StreamPeak:
         block: what one block that is not recomputed adds to each of ``plain``.
         total: positions of the whole stream at worst, ``longest`` of its longest sequence.
         stop, first: the stream runs blocks 0 … stop − 1, and blocks before ``first`` hold nothing for backward.
-        lighter: what the longest single sequence has less than a piece of shorter ones of as many positions, having fewer rows.
+        lighter: what the longest single sequence has less than a piece of shorter ones of as many positions, having
+            fewer rows.
         checkpoint_bytes: of one recomputed block's input, per position.
         head_rows: rows per position that the head reads, 0 without a head.
     """
@@ -146,7 +156,9 @@ class StreamPeak:
 
 
 def shallow(stream: Stream, stop: int, to: int) -> tuple[Stream, int]:
-    """``stream`` as the top ``to`` of its ``stop`` blocks see it, and how many (rows × layers) of references were cut away."""
+    """``stream`` as the top ``to`` of its ``stop`` blocks see it, and how many (rows × layers) of references were cut
+    away.
+    """
     shift = stop - to
     found = [term.moved(shift, to) for term in stream.terms]
     return replace(stream, terms=tuple(term for term, _ in found if term is not None)), sum(cut for _, cut in found)
@@ -193,9 +205,13 @@ class PeakMeter:
         (low, shallow_peak), (high, deep_peak) = found
         if recompute:
             # Deep down in a backward pass the gradients made so far may outweigh the inputs that are still kept.
-            deep_peak = replace(deep_peak, outside=max(deep_peak.outside, shallow_peak.outside + (high - low) * self.block_gradients))
+            deep_peak = replace(
+                deep_peak, outside=max(deep_peak.outside, shallow_peak.outside + (high - low) * self.block_gradients)
+            )
         blocks = max(0, stop - self.first_block)
-        return mix(shallow_peak, deep_peak, (blocks - low) / (high - low)), (deep_peak.outside - shallow_peak.outside) / (high - low)
+        return mix(shallow_peak, deep_peak, (blocks - low) / (high - low)), (
+            deep_peak.outside - shallow_peak.outside
+        ) / (high - low)
 
     def stream_peak(self, small: Stream, large: Stream, total: int, longest: int, single_rows: int) -> StreamPeak:
         """Peaks of a stream from a small and a large piece of it.
@@ -212,7 +228,9 @@ class PeakMeter:
             plain.append(bare)
             recomputed.append(least)
             # Where the share is not known, the straight line between no block and all.
-            blocks.append((bare.outside - least.outside) / stop + self.width * self.itemsize * count if share is None else share)
+            blocks.append(
+                (bare.outside - least.outside) / stop + self.width * self.itemsize * count if share is None else share
+            )
         rows, layers = _rows(large)
         per_position = rows / positions[1]
         lighter = max(0, int(per_position * longest - single_rows)) * layers * self.width * self.itemsize

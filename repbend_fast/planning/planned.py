@@ -18,8 +18,8 @@ from repbend_fast.planning.planner import Plan, Planner, show_levers
 class PlannedRun:
     """What a run of ``config`` would do and take on ``card``, planned and not measured.
 
-    ``plan`` has the levers, the bytes of everything that stands in memory, each stream's peak, FLOPs, tokens and seconds of an
-    optimizer step, and what limits it.
+    ``plan`` has the levers, the bytes of everything that stands in memory, each stream's peak, FLOPs, tokens and
+    seconds of an optimizer step, and what limits it.
     """
 
     config: Config
@@ -63,18 +63,29 @@ class PlannedRun:
         on_cuda = self.device.type == "cuda"
         budget = f"budget {show_bytes(plan.budget)}" if plan.budget else "no budget"
         lines = [f"note: {note}" for note in plan.notes]
-        lines.append(f"{config.model.name} ({config.model.quantization}) on {self.card.name}, {budget}; planned, not measured")
+        lines.append(
+            f"{config.model.name} ({config.model.quantization}) on {self.card.name}, {budget}; planned, not measured"
+        )
         lines += ["levers", f"  {show_levers(plan.levers)}", "memory at the longest lengths"]
-        parts = {"base model": stays.weights, "adapter": stays.adapter, "gradients": stays.gradients, "optimizer": stays.optimizer}
+        parts = {
+            "base model": stays.weights,
+            "adapter": stays.adapter,
+            "gradients": stays.gradients,
+            "optimizer": stays.optimizer,
+        }
         parts["CUDA context" if on_cuda else "best adapter"] = stays.other
         parts |= {f"step, {name} stream": size for name, size in plan.streams.items()}
         width = max(map(len, parts))
         lines += [f"  {name:<{width}}  {show_bytes(size):>9}" for name, size in parts.items() if size]
         reserve = " and the reserve for fragmentation" if on_cuda else ""
         lines.append(
-            f"  {'peak':<{width}}  {show_bytes(plan.total):>9}  the largest stream{reserve} on top of the rest, once the model is there"
+            f"  {'peak':<{width}}  {show_bytes(plan.total):>9}  the largest stream{reserve} on top of the rest, "
+            "once the model is there"
         )
-        lines.append("loading is not planned: while weights are read, dequantised or merged, the process may hold more for a moment")
+        lines.append(
+            "loading is not planned: while weights are read, dequantised or merged, the process may hold more for a "
+            "moment"
+        )
         lines.append(f"FLOPs per optimizer step, {plan.tokens:.0f} tokens at published lengths")
         lines += [f"  {name:<{width}}  {value / 1e12:9.2f} T" for name, value in plan.flops.items()]
         lines.append(f"  {'all':<{width}}  {sum(plan.flops.values()) / 1e12:9.2f} T")

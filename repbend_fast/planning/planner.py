@@ -1,7 +1,7 @@
 """The planner: the fastest levers whose peak stays under a budget, known before any weight is loaded.
 
-``Planner`` measures a recipe's streams once (``peaks``), then answers for any budget. What it chooses is run again on fake tensors at
-full depth through the same ``StreamRunner`` that trains, and corrected where the prediction fell short.
+``Planner`` measures a recipe's streams once (``peaks``), then answers for any budget. What it chooses is run again on
+fake tensors at full depth through the same ``StreamRunner`` that trains, and corrected where the prediction fell short.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Planner:
         UserError: the model's configuration cannot be read, or the objective does not fit it.
     """
 
-    def __init__(self, config: Config, device: torch.device, card: Card | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, card: Card | None = None, limits: Limits | None = None
+    ) -> None:
         self.config = config
         self.device = device
         self.card = card or card_of(device)
@@ -115,7 +117,8 @@ class Planner:
         """The plan for ``budget`` bytes; without one, the levers as the recipe has them.
 
         Args:
-            check: run what was chosen at full depth, some seconds for a model of 32 blocks; without it the plan is the prediction.
+            check: run what was chosen at full depth, some seconds for a model of 32 blocks; without it the plan is the
+                prediction.
 
         Raises:
             UserError: the budget cannot be kept; names the smallest that can, and its levers.
@@ -138,10 +141,16 @@ class Planner:
         raise UserError(self._refusal(budget, least))
 
     def smallest(self) -> tuple[int, Levers]:
-        """The smallest budget that can be kept, by prediction, and the levers that keep it with the fewest departures."""
+        """The smallest budget that can be kept, by prediction, and the levers that keep it with the fewest
+        departures.
+        """
         found = []
         for number, levers in enumerate(self._settings()):
-            sizes = {p.name: max(1, p.longest // 2) for p in self.peaks} if self._free("piece_tokens") else levers.piece_tokens
+            sizes = (
+                {p.name: max(1, p.longest // 2) for p in self.peaks}
+                if self._free("piece_tokens")
+                else levers.piece_tokens
+            )
             levers = replace(levers, piece_tokens=sizes)
             found.append((self._predicted(levers), number, levers))
         size, _, levers = min(found, key=lambda item: item[:2])
@@ -150,8 +159,8 @@ class Planner:
     def _streams(self, count: int, length: int) -> dict[str, Stream]:
         """By name the streams of a batch of ``count`` sequences of ``length`` tokens per role.
 
-        Of the batches that could be asked for, each stream is taken from the one that fills it: halves of pairs where it compares them
-        or reads nothing else, long prompts where it reads no answers.
+        Of the batches that could be asked for, each stream is taken from the one that fills it: halves of pairs where
+        it compares them or reads nothing else, long prompts where it reads no answers.
         """
         roles = set(self.objective.roles)
         of_pairs = (False,) if "pair" not in roles else (True,) if roles <= {"pair", "retain"} else (True, False)
@@ -160,7 +169,11 @@ class Planner:
             for stream in self.objective.streams(even_batch(count, length, self.limits, pairs, prompts), 0):
                 fills = max(map(len, stream.sequences), default=0)
                 known = found.get(stream.name)
-                if fills and (pairs or stream.name not in self.comparing) and (known is None or fills >= max(map(len, known.sequences))):
+                if (
+                    fills
+                    and (pairs or stream.name not in self.comparing)
+                    and (known is None or fills >= max(map(len, known.sequences)))
+                ):
                     found[stream.name] = stream
         return {s.name: found[s.name] for s in self.expected[0] if s.name in found}
 
@@ -182,7 +195,9 @@ class Planner:
             "kl_chunk_rows": CHUNKS,
             "checkpoint_blocks": range(self.num_blocks + 1),
         }
-        free = {name: values if self._free(name) else (getattr(self.base_levers, name),) for name, values in choices.items()}
+        free = {
+            name: values if self._free(name) else (getattr(self.base_levers, name),) for name, values in choices.items()
+        }
         for values in product(*free.values()):
             levers = replace(self.base_levers, **dict(zip(free, values)))
             if levers.checkpoint_blocks or not levers.offload_checkpoints:
@@ -202,11 +217,15 @@ class Planner:
                 continue
             seconds = sum(choice[0] for choice in chosen if choice)
             if best is None or seconds < best[0]:
-                sizes = {peak.name: choice[1] for peak, choice in zip(self.peaks, chosen) if choice and choice[1] is not None}
+                sizes = {
+                    peak.name: choice[1] for peak, choice in zip(self.peaks, chosen) if choice and choice[1] is not None
+                }
                 best = seconds, replace(levers, piece_tokens=sizes) if self._free("piece_tokens") else levers
         return None if best is None else best[1]
 
-    def _fastest_piece(self, place: int, peak: StreamPeak, levers: Levers, budget: int) -> tuple[float, int | None] | None:
+    def _fastest_piece(
+        self, place: int, peak: StreamPeak, levers: Levers, budget: int
+    ) -> tuple[float, int | None] | None:
         """Seconds and size of the fastest pieces of a stream that fit; None where none do.
 
         The largest are not always the fastest: padding grows with the sequences of a piece.
@@ -236,7 +255,8 @@ class Planner:
     def _stream_bytes(self, peak: StreamPeak, size: int | None, levers: Levers) -> int:
         """Predicted peak of a stream above what stands."""
         positions = self._positions(peak, size)
-        # A size below half of the longest leaves the longest alone in its piece, and two shorter ones are no more than that.
+        # A size below half of the longest leaves the longest alone in its piece, and two shorter ones are no more than
+        # that.
         alone = size is not None and size <= peak.longest // 2
         bare = peak.single(levers.checkpoint_blocks) if alone else peak.peak(positions, levers.checkpoint_blocks)
         return self._with_levers(bare, peak, positions, levers)
@@ -261,7 +281,9 @@ class Planner:
         return self._total(highest, levers)
 
     def _checked(self, levers: Levers, budget: int | None) -> Plan:
-        """Run the worst piece of each stream at full depth under ``levers``, whose offloading is added by arithmetic."""
+        """Run the worst piece of each stream at full depth under ``levers``, whose offloading is added by
+        arithmetic.
+        """
         here = replace(levers, piece_tokens={}, offload_checkpoints=False, offload_embedding=False)
         streams = {}
         for peak, worst in zip(self.peaks, self.worst_streams(levers)):
@@ -303,8 +325,14 @@ class Planner:
         for expected in self.expected:
             for name, value in self.cost.flops(expected, levers).items():
                 flops[name] = flops.get(name, 0.0) + value * steps / batches
-        seconds = sum(self.cost.seconds(stream, levers) for expected in self.expected for stream in expected) * steps / batches
-        tokens = sum(len(s) for expected in self.expected for stream in expected for s in stream.sequences) * steps / batches
+        seconds = (
+            sum(self.cost.seconds(stream, levers) for expected in self.expected for stream in expected)
+            * steps
+            / batches
+        )
+        tokens = (
+            sum(len(s) for expected in self.expected for stream in expected for s in stream.sequences) * steps / batches
+        )
         limit = self._limit(levers, streams, budget)
         stays = self.standing.without_table() if levers.offload_embedding else self.standing
         return Plan(levers, stays, streams, total, budget, seconds, flops, tokens, limit, self.notes)
@@ -331,7 +359,8 @@ class Planner:
         if self.config.training.optimizer == "adamw":
             remedies.append("or set training.optimizer=adamw_8bit")
         return (
-            f"memory.budget={show_bytes(budget)}: cannot be kept; the smallest that can is {shown}, with {show_levers(least.levers)} "
+            f"memory.budget={show_bytes(budget)}: cannot be kept; the smallest that can is {shown}, with "
+            f"{show_levers(least.levers)} "
             f"({show_bytes(least.standing.total)} of it stand for the whole run); raise it, {', '.join(remedies)}"
         )
 

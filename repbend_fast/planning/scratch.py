@@ -1,7 +1,7 @@
 """What operations need inside of themselves and free again, in bytes: no tensor outside shows it.
 
-The rules of the project's own ops stand beside them (``repbend_kernels.scratch``); bitsandbytes' ``gemm_4bit`` has its rule here. All
-hold for shapes alone.
+The rules of the project's own ops stand beside them (``repbend_kernels.scratch``); bitsandbytes' ``gemm_4bit`` has its
+rule here. All hold for shapes alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ HEAD_OPS = frozenset({"repbend_kernels::linear_kl_div", "repbend_kernels::linear
 
 def op_scratch(device: torch.device) -> dict[str, Scratch]:
     """Scratch by operation name on ``device``, the head's ops apart (``head_scratch``)."""
-    scratch: dict[str, Scratch] = {name: partial(scratch_bytes, name, device) for name in scratch_rules() if name not in HEAD_OPS}
+    scratch: dict[str, Scratch] = {
+        name: partial(scratch_bytes, name, device) for name in scratch_rules() if name not in HEAD_OPS
+    }
     return scratch | {"bitsandbytes::gemm_4bit": _dequantized}
 
 

@@ -1,13 +1,15 @@
-"""A recipe's model as shapes alone: the product's own model, adapter and NF4 layers on fake tensors, in no memory and no time.
+"""A recipe's model as shapes alone: the product's own model, adapter and NF4 layers on fake tensors, in no memory and
+no time.
 
-Fake tensors live on the CPU device, whatever the device that is planned for: autograd on fake CUDA tensors needs a CUDA build. The
-CPU's fused attention keeps the same tensors for backward as CUDA's (query, key, value, output, one float per row and head).
+Fake tensors live on the CPU device, whatever the device that is planned for: autograd on fake CUDA tensors needs a CUDA
+build. The CPU's fused attention keeps the same tensors for backward as CUDA's (query, key, value, output, one float per
+row and head).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,14 @@ from repbend_fast.config.schema import LoraSection, ModelConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import attach_lora
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.load import DTYPES, NF4_BLOCK, _hub_arguments, config_source, keep_attention_cap, resolve_source
+from repbend_fast.models.load import (
+    DTYPES,
+    NF4_BLOCK,
+    _hub_arguments,
+    config_source,
+    keep_attention_cap,
+    resolve_source,
+)
 
 _LLAMA_3_8B = {
     "model_type": "llama",
@@ -51,7 +60,9 @@ def model_shape(config: ModelConfig) -> tuple[Any, str | None]:
 
 
 @lru_cache(maxsize=8)
-def _model_shape(name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool) -> tuple[Any, str | None]:
+def _model_shape(
+    name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool
+) -> tuple[Any, str | None]:
     from transformers import AutoConfig
 
     config = ModelConfig(name=name, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
@@ -63,7 +74,9 @@ def _model_shape(name: str, gguf_file: str | None, revision: str | None, trust_r
         return AutoConfig.from_pretrained(source, local_files_only=bundled is not None, **arguments), None
     except (OSError, ValueError, KeyError) as error:
         if bundled is None:
-            raise UserError(f"model.name={name}: its configuration cannot be read, which planning needs ({one_line(error)})") from error
+            raise UserError(
+                f"model.name={name}: its configuration cannot be read, which planning needs ({one_line(error)})"
+            ) from error
     settings = dict(bundled)
     shape = AutoConfig.for_model(settings.pop("model_type"), **settings)
     return shape, f"{name} is not on this machine: planned with its published shape"
@@ -116,7 +129,12 @@ def _nf4_layers(model: nn.Module, dtype: torch.dtype) -> None:
                 if type(linear) is nn.Linear:
                     has_bias = linear.bias is not None
                     layer = bnb.nn.Linear4bit(
-                        linear.in_features, linear.out_features, bias=has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
+                        linear.in_features,
+                        linear.out_features,
+                        bias=has_bias,
+                        compute_dtype=dtype,
+                        quant_type="nf4",
+                        device="meta",
                     )
                     layer.support_avx512bf16_for_cpu = False
                     setattr(parent, name, layer.requires_grad_(False))
@@ -141,14 +159,17 @@ def _make_fake(model: nn.Module, config: ModelConfig) -> None:
         packed = isinstance(module, bnb.nn.Linear4bit)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = _nf4_weight(module, config) if packed and name == "weight" else fake(parameter)  # type: ignore[assignment]
+                own = packed and name == "weight"
+                module._parameters[name] = cast(nn.Parameter, _nf4_weight(module, config) if own else fake(parameter))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fake(buffer)
 
 
 def _nf4_weight(layer: Any, config: ModelConfig) -> nn.Parameter:
-    """What bitsandbytes' ``Params4bit`` holds, as a plain parameter: half a byte per weight, and the scales, quantised too or not."""
+    """What bitsandbytes' ``Params4bit`` holds, as a plain parameter: half a byte per weight, and the scales, quantised
+    too or not.
+    """
     from bitsandbytes.functional import QuantState
 
     count = layer.in_features * layer.out_features
@@ -159,7 +180,9 @@ def _nf4_weight(layer: Any, config: ModelConfig) -> nn.Parameter:
         if config.double_quantization:
             scales = torch.empty(blocks, dtype=torch.uint8)
             offset = torch.empty(())
-            state2 = QuantState(torch.empty(-(blocks // -256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+            state2 = QuantState(
+                torch.empty(-(blocks // -256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+            )
         else:
             scales = torch.empty(blocks)
     weight: Any = nn.Parameter(packed, requires_grad=False)

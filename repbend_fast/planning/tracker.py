@@ -1,10 +1,11 @@
 """Peak bytes of the tensors that a region of code holds, by category; real and fake tensors alike.
 
-A dispatch mode sees every operation, counts each new storage once and lets it go when it is freed. What an operation allocates and
-frees inside of itself is invisible to it: the ops that need much, and bitsandbytes' dequantisation, have rules (``planning.scratch``).
+A dispatch mode sees every operation, counts each new storage once and lets it go when it is freed. What an operation
+allocates and frees inside of itself is invisible to it: the ops that need much, and bitsandbytes' dequantisation, have
+rules (``planning.scratch``).
 
-``torch.distributed._tools.MemTracker`` does the like, but is a private module, patches every module's calls, and has no place for
-what an op needs inside.
+``torch.distributed._tools.MemTracker`` does the like, but is a private module, patches every module's calls, and has no
+place for what an op needs inside.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ class MemoryTracker(TorchDispatchMode):
 
     Args:
         scratch: per operation name (``repbend_kernels::linear_kl_div``), the bytes of a call that no tensor shows.
-        apart: operations whose scratch a lever decides: it stays out of ``peak``, and ``at_op`` is what it comes on top of.
-        category: names the category of a new tensor, from the operation that made it; all are ``activations`` without it.
+        apart: operations whose scratch a lever decides: it stays out of ``peak``, and ``at_op`` is what it comes on top
+            of.
+        category: names the category of a new tensor, from the operation that made it; all are ``activations`` without
+            it.
 
-    ``at_op`` is the most bytes held at any call of an operation of ``apart``, its results included; None if there was none.
+    ``at_op`` is the most bytes held at any call of an operation of ``apart``, its results included; None if there was
+    none.
     """
 
     def __init__(

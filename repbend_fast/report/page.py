@@ -11,7 +11,16 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES, KEYS, LOWER_IS_BETTER, RATE_KEYS, TITLES, format_value
+from repbend_fast.evaluation.rates import (
+    ATTACK_GROUPS,
+    GROUP_KEYS,
+    GROUP_NAMES,
+    KEYS,
+    LOWER_IS_BETTER,
+    RATE_KEYS,
+    TITLES,
+    format_value,
+)
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE
 from repbend_fast.report.plots import FIGURES, outcomes
 from repbend_fast.report.run_record import Row, RunRecord, read_run
@@ -19,11 +28,16 @@ from repbend_fast.report.samples import sample_groups
 from repbend_fast.runs.folder import write_bytes, write_text
 
 CAPTIONS = {
-    "before_after": "Attack success should fall because attacks are refused; usefulness should stay, degenerate answers should not appear.",
-    "shares": "A safe model refuses attacks in words. Gibberish, to attacks as to ordinary questions, is the mark of over-bending.",
-    "losses": "Each term before its weight, and the weighted sum. A falling sum alone does not say that the model got safer.",
-    "distances": "What the terms compare at each hidden state. Where safe and unsafe answers have one each, the safe one should stay dark.",
-    "validation": "Measured on held-out data while training; dotted lines are limits. The best adapter within them is kept.",
+    "before_after": "Attack success should fall because attacks are refused; usefulness should stay, degenerate "
+    "answers should not appear.",
+    "shares": "A safe model refuses attacks in words. Gibberish, to attacks as to ordinary questions, is the mark of "
+    "over-bending.",
+    "losses": "Each term before its weight, and the weighted sum. A falling sum alone does not say that the model got "
+    "safer.",
+    "distances": "What the terms compare at each hidden state. Where safe and unsafe answers have one each, the safe "
+    "one should stay dark.",
+    "validation": "Measured on held-out data while training; dotted lines are limits. The best adapter within them is "
+    "kept.",
 }
 DPI = 130
 
@@ -31,7 +45,8 @@ DPI = 130
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` (self-contained) and ``plots/*.png`` into a run's folder and return the page's path.
 
-    Parts that the run does not have are left out. Raises ``UserError`` where ``folder`` is no run or cannot be written to.
+    Parts that the run does not have are left out. Raises ``UserError`` where ``folder`` is no run or cannot be written
+    to.
     """
     folder = Path(folder)
     run = read_run(folder)
@@ -75,7 +90,8 @@ def _content(run: RunRecord, images: Mapping[str, str]) -> dict[str, Any]:
         "images": images,
         "captions": CAPTIONS,
         "sample_groups": sample_groups(run),
-        "events": [(row["step"], str(row.get("event", "")), str(row.get("reason", ""))) for row in run.events] + _complaints(run),
+        "events": [(row["step"], str(row.get("event", "")), str(row.get("reason", ""))) for row in run.events]
+        + _complaints(run),
         "config_text": run.config_text,
     }
 
@@ -105,8 +121,15 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _verdict(key: str, old: Any, new: Any) -> str:
-    """``good``, ``bad`` or ``same``. Perplexity and KL have to rise a little in any bent model, so they are never coloured."""
-    if key not in RATE_KEYS or not isinstance(old, int | float) or not isinstance(new, int | float) or abs(new - old) < 1e-3:
+    """``good``, ``bad`` or ``same``. Perplexity and KL have to rise a little in any bent model, so they are never
+    coloured.
+    """
+    if (
+        key not in RATE_KEYS
+        or not isinstance(old, int | float)
+        or not isinstance(new, int | float)
+        or abs(new - old) < 1e-3
+    ):
         return "same"
     return "good" if (new < old) == (key in LOWER_IS_BETTER) else "bad"
 
@@ -140,7 +163,9 @@ def _cards(run: RunRecord) -> list[Row]:
             "title": TITLES[key],
             "before": format_value(key, run.before.get(key)),
             "after": format_value(key, run.after.get(key)),
-            "verdict": "same" if babbles and key.startswith("attack") else _verdict(key, run.before.get(key), run.after.get(key)),
+            "verdict": "same"
+            if babbles and key.startswith("attack")
+            else _verdict(key, run.before.get(key), run.after.get(key)),
         }
         for key in keys
         if run.before.get(key) is not None or run.after.get(key) is not None
@@ -148,7 +173,9 @@ def _cards(run: RunRecord) -> list[Row]:
 
 
 def _warnings(run: RunRecord) -> list[str]:
-    """A line for each kind of attack that fails on gibberish more often than on refusals: an attack success of 0 % would hide that."""
+    """A line for each kind of attack that fails on gibberish more often than on refusals: an attack success of 0 %
+    would hide that.
+    """
     out = []
     for group in ATTACK_GROUPS:
         if _babbles(run, group):

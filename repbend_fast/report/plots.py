@@ -60,7 +60,9 @@ def mark_steps(axes: Axes, run: RunRecord) -> None:
     if run.best_step is not None:
         axes.axvline(run.best_step, color=BEST_COLOR, linewidth=1.4, label=f"kept: step {run.best_step}")
     if run.stop is not None:
-        axes.axvline(run.stop["step"], color=STOP_COLOR, linewidth=1.4, linestyle="--", label=f"stopped: step {run.stop['step']}")
+        axes.axvline(
+            run.stop["step"], color=STOP_COLOR, linewidth=1.4, linestyle="--", label=f"stopped: step {run.stop['step']}"
+        )
 
 
 def numbers(rows: list[Row], *path: str) -> tuple[list[int], list[float]]:
@@ -95,7 +97,13 @@ def losses(run: RunRecord) -> Figure | None:
     figure = Figure(figsize=(10, 2.5 * lines), layout="constrained")
     for place, (name, (steps, values)) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(lines, columns, place)
-        axes.plot(steps, values, color=COLORS.get(name, COLORS["loss"]), linewidth=1.8, marker="o" if len(steps) == 1 else None)
+        axes.plot(
+            steps,
+            values,
+            color=COLORS.get(name, COLORS["loss"]),
+            linewidth=1.8,
+            marker="o" if len(steps) == 1 else None,
+        )
         style(axes, titles.get(name, name))
         mark_steps(axes, run)
         if place == 1 and axes.get_legend_handles_labels()[0]:
@@ -127,7 +135,9 @@ def distances(run: RunRecord) -> Figure | None:
         axes = figure.add_subplot(1, len(grids), place)
         half = (steps[-1] - steps[0]) / max(1, len(steps) - 1) / 2 or 0.5
         extent = (steps[0] - half, steps[-1] + half, layers[0] - 0.5, layers[-1] + 0.5)
-        image = axes.imshow(grid, aspect="auto", origin="lower", extent=extent, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+        image = axes.imshow(
+            grid, aspect="auto", origin="lower", extent=extent, cmap="magma", vmin=0, vmax=top, interpolation="nearest"
+        )
         style(axes, f"{stream} stream: {(section_of(_objective(run)) or MethodConfig).layers_title}")
         axes.set_ylabel("hidden state", fontsize=8, color=MUTED)
         axes.grid(False)
@@ -142,12 +152,18 @@ def validation(run: RunRecord) -> Figure | None:
     """KL, perplexity ratio and rates over the validations, with the guard's limits, the kept step and the stop."""
     limits = {name: run.setting("validation", name) for name in ("max_kl", "max_perplexity_ratio")}
     panels: list[Callable[[Axes], None]] = []
-    for key, title, limit in (("kl", "KL per token", "max_kl"), ("perplexity_ratio", "perplexity / before", "max_perplexity_ratio")):
+    for key, title, limit in (
+        ("kl", "KL per token", "max_kl"),
+        ("perplexity_ratio", "perplexity / before", "max_perplexity_ratio"),
+    ):
         points = numbers(run.validations, key)
         if points[0]:
             panels.append(lambda axes, p=points, t=title, lim=limits[limit]: _limited(axes, p, t, lim))  # type: ignore[misc]
     attacks, questions = ATTACK_GROUPS, tuple(group for group in GROUP_KEYS if group not in ATTACK_GROUPS)
-    for groups, what, first in ((attacks, "attacks on validation prompts", "complied"), (questions, "validation questions", "helpful")):
+    for groups, what, first in (
+        (attacks, "attacks on validation prompts", "complied"),
+        (questions, "validation questions", "helpful"),
+    ):
         lines = {group: [numbers(run.validations, key) for key in GROUP_KEYS[group]] for group in groups}
         if any(points[0] for found in lines.values() for points in found):
             panels.append(lambda axes, found=lines, t=what, f=first: _rates(axes, found, t, f))  # type: ignore[misc]
@@ -194,14 +210,22 @@ def _rates(axes: Axes, rates: dict[str, list[tuple[list[int], list[float]]]], ti
 
 def before_after(run: RunRecord) -> Figure | None:
     """Bars of the rates that decide, before and after."""
-    keys = [key for key in RATE_COLORS if isinstance(run.before.get(key), int | float) or isinstance(run.after.get(key), int | float)]
+    keys = [
+        key
+        for key in RATE_COLORS
+        if isinstance(run.before.get(key), int | float) or isinstance(run.after.get(key), int | float)
+    ]
     if not keys:
         return None
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.add_subplot()
     places = np.arange(len(keys))
     for shift, side, rates, alpha in ((-0.2, "before", run.before, 0.35), (0.2, "after", run.after, 1.0)):
-        shown = [(x + shift, 100 * rates[key], RATE_COLORS[key]) for x, key in zip(places, keys, strict=True) if rates.get(key) is not None]
+        shown = [
+            (x + shift, 100 * rates[key], RATE_COLORS[key])
+            for x, key in zip(places, keys, strict=True)
+            if rates.get(key) is not None
+        ]
         for x, height, color in shown:
             axes.bar(x, height, width=0.38, color=color, alpha=alpha)
             axes.text(x, height + 1.5, f"{height:.0f} %", ha="center", fontsize=8, color="#212529")
@@ -255,7 +279,9 @@ def shares(run: RunRecord) -> Figure | None:
             width = 100 * share
             axes.barh(place, width, left=left, color=OUTCOME_COLORS[outcome], height=0.72)
             if width >= 6:
-                axes.text(left + width / 2, place, f"{width:.0f} %", ha="center", va="center", fontsize=8, color="white")
+                axes.text(
+                    left + width / 2, place, f"{width:.0f} %", ha="center", va="center", fontsize=8, color="white"
+                )
             left += width
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
@@ -264,7 +290,9 @@ def shares(run: RunRecord) -> Figure | None:
     axes.grid(False)
     shown = [name for name in OUTCOME_COLORS if any(found.get(name) for _, found in rows)]
     handles = [axes.barh(0, 0, color=OUTCOME_COLORS[name], label=name) for name in shown]
-    axes.legend(handles=handles, fontsize=8, frameon=False, ncols=len(handles) or 1, loc="lower right", bbox_to_anchor=(1, 1))
+    axes.legend(
+        handles=handles, fontsize=8, frameon=False, ncols=len(handles) or 1, loc="lower right", bbox_to_anchor=(1, 1)
+    )
     return figure
 
 

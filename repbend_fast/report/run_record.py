@@ -17,7 +17,8 @@ Row = dict[str, Any]
 
 @dataclass(slots=True)
 class RunRecord:
-    """The rows of ``metrics.jsonl`` by type, the evaluation's two sides, and the configuration as text and as a mapping.
+    """The rows of ``metrics.jsonl`` by type, the evaluation's two sides, and the configuration as text and as a
+    mapping.
 
     ``unreadable``: why there is no evaluation though its file is there.
     """
@@ -54,7 +55,9 @@ class RunRecord:
     def stop(self) -> Row | None:
         """The event with which the guard ended training, if it did; not one after which a resumed run went on."""
         last = self.steps[-1]["step"] if self.steps else 0
-        return next((row for row in reversed(self.events) if row.get("event") == "guard_stop" and row["step"] >= last), None)
+        return next(
+            (row for row in reversed(self.events) if row.get("event") == "guard_stop" and row["step"] >= last), None
+        )
 
     @property
     def status(self) -> tuple[str, str]:
@@ -89,7 +92,9 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder}: holds no metrics.jsonl, evaluation.json or config.yaml; give the folder of a run")
     record = RunRecord(folder)
     for row in _metric_rows(run.metrics):
-        {"step": record.steps, "validation": record.validations, "event": record.events}.get(row["type"], []).append(row)
+        {"step": record.steps, "validation": record.validations, "event": record.events}.get(row["type"], []).append(
+            row
+        )
     if run.evaluation.is_file():
         record.evaluation, record.unreadable = _json_mapping(run.evaluation)
     if run.config.is_file():

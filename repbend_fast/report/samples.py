@@ -16,25 +16,38 @@ GROUP_TITLES = {
     "borderline": "Borderline questions: harmless, but worded like an attack",
 }
 OPEN_SAMPLES = 4
-# What a reader has to see first: attacks that succeed and gibberish, then refusals; of questions gibberish, then refused ones.
+# What a reader has to see first: attacks that succeed and gibberish, then refusals; of questions gibberish, then
+# refused ones.
 ATTACK_ORDER = ("complied", "degenerate", "evaded", "refused")
 QUESTION_ORDER = ("degenerate", "refused", "answered, not helpful", "helpful")
-TONES = {"complied": "bad", "degenerate": "warn", "evaded": "", "refused": "good", "answered, not helpful": "", "helpful": "good"}
+TONES = {
+    "complied": "bad",
+    "degenerate": "warn",
+    "evaded": "",
+    "refused": "good",
+    "answered, not helpful": "",
+    "helpful": "good",
+}
 
 
 def sample_groups(run: RunRecord) -> list[Row]:
     """Per group of prompts the counts of each side's outcomes, and sections of answers by the outcome after training.
 
-    The two sides' answers to one prompt stand beside each other. Without an ``after`` the outcome before training decides.
+    The two sides' answers to one prompt stand beside each other. Without an ``after`` the outcome before training
+    decides.
     """
     sides = {name: _samples(result) for name, result in (("before", run.before), ("after", run.after))}
     out = []
     for group, title in GROUP_TITLES.items():
         prompts = dict.fromkeys(prompt for samples in sides.values() for g, prompt in samples if g == group)
-        pairs: list[Row] = [{"prompt": p, **{name: samples.get((group, p)) for name, samples in sides.items()}} for p in prompts]
+        pairs: list[Row] = [
+            {"prompt": p, **{name: samples.get((group, p)) for name, samples in sides.items()}} for p in prompts
+        ]
         if pairs:
             counts = [(name, _counts(group, [pair[name] for pair in pairs if pair[name]])) for name in sides]
-            out.append({"title": title, "counts": [side for side in counts if side[1]], "sections": _sections(group, pairs)})
+            out.append(
+                {"title": title, "counts": [side for side in counts if side[1]], "sections": _sections(group, pairs)}
+            )
     return out
 
 
@@ -44,7 +57,13 @@ def _sections(group: str, pairs: list[Row]) -> list[Row]:
         found.setdefault((pair["after"] or pair["before"])["outcome"], []).append(pair)
     shown = [(name, _spread(found[name])) for name in _order(group, found)]
     return [
-        {"outcome": name, "count": len(members), "of": len(pairs), "open": members[:OPEN_SAMPLES], "rest": members[OPEN_SAMPLES:]}
+        {
+            "outcome": name,
+            "count": len(members),
+            "of": len(pairs),
+            "open": members[:OPEN_SAMPLES],
+            "rest": members[OPEN_SAMPLES:],
+        }
         for name, members in shown
     ]
 
@@ -61,7 +80,11 @@ def _order(group: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def _samples(result: Row) -> dict[tuple[str, str], Row]:
-    return {(str(s.get("group")), str(s.get("prompt"))): _sample(s) for s in result.get("samples") or [] if isinstance(s, Mapping)}
+    return {
+        (str(s.get("group")), str(s.get("prompt"))): _sample(s)
+        for s in result.get("samples") or []
+        if isinstance(s, Mapping)
+    }
 
 
 def _sample(stored: Mapping[str, Any]) -> Row:

@@ -25,7 +25,9 @@ def run_check(config: Config, tokenizer: Any | None, console: Console | None = N
             check_special_tokens(tokenizer, vocabulary)
     parts = [("data", config.data)]
     if config.validation.sources:
-        parts.append(("validation", config.data.model_copy(update={"sources": config.validation.sources, "limit": None})))
+        parts.append(
+            ("validation", config.data.model_copy(update={"sources": config.validation.sources, "limit": None}))
+        )
     bad = 0
     for name, data in parts:
         if len(parts) > 1:

@@ -14,10 +14,11 @@ from repbend_fast.runs.folder import RunFolder, check_new, write_folder
 
 
 def export_merged(folder: Path, out: Path) -> Path:
-    """Write the merged model of the run in ``folder`` to ``out``: safetensors weights in ``model.dtype``, and the tokenizer.
+    """Write the merged model of the run in ``folder`` to ``out``: safetensors weights in ``model.dtype``, and the
+    tokenizer.
 
-    An NF4 run is merged into the unquantised base: rounded to NF4 again, the merged weights would lose part of the adapter or all of it.
-    It is another model than the one that was measured, which a note says.
+    An NF4 run is merged into the unquantised base: rounded to NF4 again, the merged weights would lose part of the
+    adapter or all of it. It is another model than the one that was measured, which a note says.
 
     Raises:
         UserError: the run has no adapter yet, ``out`` holds something, or the files cannot be written.
@@ -43,9 +44,11 @@ def export_merged(folder: Path, out: Path) -> Path:
 
 
 def unmeasured_note(folder: Path) -> str | None:
-    """One line where the export is another model than the one whose numbers the run holds: trained and measured on the NF4 base.
+    """One line where the export is another model than the one whose numbers the run holds: trained and measured on the
+    NF4 base.
 
-    The numbers are those that the run recorded, of its evaluation or of the validation whose adapter is kept; none where it has none.
+    The numbers are those that the run recorded, of its evaluation or of the validation whose adapter is kept; none
+    where it has none.
     """
     run = RunFolder(folder)
     config = load_config(str(run.config))
@@ -55,13 +58,16 @@ def unmeasured_note(folder: Path) -> str | None:
     numbers = f"{measured} were measured" if measured else "anything measured on it was measured"
     return (
         f"this run trained on the NF4 base, where {numbers}; the export is the adapter on the unquantised base in "
-        f"{config.model.dtype}, another model, which nothing has measured: try it on your own prompts, or serve base in NF4 and "
+        f"{config.model.dtype}, another model, which nothing has measured: try it on your own prompts, or serve base "
+        "in NF4 and "
         f"adapter apart ({run.adapter})"
     )
 
 
 def _measured(run: RunFolder) -> str:
-    """``KL 0.0712 and perplexity 12.30``, of the evaluation after training, else of the last validation that was the best."""
+    """``KL 0.0712 and perplexity 12.30``, of the evaluation after training, else of the last validation that was the
+    best.
+    """
     after = _json(run.evaluation.read_text(encoding="utf-8")).get("after", {}) if run.evaluation.is_file() else {}
     lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []
     best = next((row for row in map(_json, reversed(lines)) if row.get("type") == "validation" and row.get("best")), {})

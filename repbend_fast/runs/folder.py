@@ -74,10 +74,14 @@ class RunFolder:
 
 
 @contextmanager
-def only_training(run: RunFolder, what: str = "training", remedy: str = "choose another output.folder") -> Iterator[None]:
-    """Hold the run's folder for this process: two trainings in one folder would write into each other's checkpoints and log.
+def only_training(
+    run: RunFolder, what: str = "training", remedy: str = "choose another output.folder"
+) -> Iterator[None]:
+    """Hold the run's folder for this process: two trainings in one folder would write into each other's checkpoints and
+    log.
 
-    The lock is a file of the machine's temporary folder, since the run's own may be renamed; other machines do not see it.
+    The lock is a file of the machine's temporary folder, since the run's own may be renamed; other machines do not see
+    it.
 
     Raises:
         UserError: another process trains in this folder.
@@ -186,7 +190,9 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Have the files on the disk before their folder gets its name: a power cut must not leave a named, empty checkpoint."""
+    """Have the files on the disk before their folder gets its name: a power cut must not leave a named, empty
+    checkpoint.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -213,7 +219,9 @@ def check_folder(run: RunFolder) -> None:
         raise UserError(f"output.folder={run.path}: exists and holds no run; choose another folder")
     there = next(folder for folder in (run.path, *run.path.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"output.folder={run.path}: {there} is not a folder that can be written to; choose another folder")
+        raise UserError(
+            f"output.folder={run.path}: {there} is not a folder that can be written to; choose another folder"
+        )
 
 
 def check_new(folder: Path) -> None:
@@ -227,7 +235,8 @@ def check_new(folder: Path) -> None:
 
 
 def start_folder(run: RunFolder) -> Path | None:
-    """Make the folder of a new run. An earlier run in it is moved to the next free ``NAME.1``, ``NAME.2``, …, and that is returned.
+    """Make the folder of a new run. An earlier run in it is moved to the next free ``NAME.1``, ``NAME.2``, …, and that
+    is returned.
 
     Raises:
         UserError: the folder holds something that is not a run, or cannot be made.

@@ -23,7 +23,9 @@ class MetricsLog:
         write_text(path, "".join(kept))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """``kind`` is ``step``, ``validation`` or ``event``. A number that is not finite is written as null: JSON has no other."""
+        """``kind`` is ``step``, ``validation`` or ``event``. A number that is not finite is written as null: JSON has
+        no other.
+        """
         line = json.dumps(finite({"type": kind, "step": step} | values), allow_nan=False)
         with saving(self.path.name, self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -44,7 +44,9 @@ def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> Ru
     records, held = loaded.records, {}
     validation = config.validation
     if validation.every and validation.sources:
-        held = load_records(validation.sources, seed=config.training.seed, skip_bad_records=config.data.skip_bad_records).records
+        held = load_records(
+            validation.sources, seed=config.training.seed, skip_bad_records=config.data.skip_bad_records
+        ).records
     elif validation.every:
         records, held = split_holdout(records, validation.holdout, config.training.seed)
     if held:
@@ -82,7 +84,8 @@ def _repeated(records: dict[Role, list[Record]], roles: tuple[Role, ...], traini
         if (count := len(records[role])) < examples:
             there = f"there {'is' if count == 1 else 'are'} {count} {role} record{'' if count == 1 else 's'}"
             notes.append(
-                f"training.{key}={examples}, but {there}: a micro-batch holds {'it' if count == 1 else 'some of them'} more than once"
+                f"training.{key}={examples}, but {there}: a micro-batch holds {'it' if count == 1 else 'some of them'} "
+                "more than once"
             )
     return notes
 
@@ -91,7 +94,9 @@ def _counts(records: dict[Role, list[Record]]) -> str:
     return ", ".join(f"{len(of_role)} {role}" for role, of_role in records.items() if of_role) or "no records"
 
 
-def _available(records: dict[Role, list[Record]], wanted: tuple[Role, ...], config: Config, notes: list[str]) -> tuple[Role, ...]:
+def _available(
+    records: dict[Role, list[Record]], wanted: tuple[Role, ...], config: Config, notes: list[str]
+) -> tuple[Role, ...]:
     present = {role for role in wanted if records.get(role)}
     missing = [role for role in wanted if role not in present]
     if "pair" in present:
@@ -100,14 +105,16 @@ def _available(records: dict[Role, list[Record]], wanted: tuple[Role, ...], conf
         optional = frozenset() if config.objective.needs_pairs else frozenset({"pair"})
     if "pair" in missing and isinstance(config.objective, RefusalConfig) and config.objective.refusal:
         raise UserError(
-            f"objective.refusal={config.objective.refusal:g} teaches the safe answers of `pair` records, and data.sources has none; "
+            f"objective.refusal={config.objective.refusal:g} teaches the safe answers of `pair` records, and "
+            "data.sources has none; "
             f"add some (formats that give them: {formats_that_give('pair')}) or set objective.refusal=0"
         )
     dropped = [role for role in missing if role in optional]
     unsafe_per_batch = config.training.examples * len(present & {"unsafe", "pair"})
     if config.objective.compares_unsafe and 0 < unsafe_per_batch < 2:
         raise UserError(
-            f"training.examples={config.training.examples}: objective.cosine compares at least two unsafe sequences of a micro-batch; "
+            f"training.examples={config.training.examples}: objective.cosine compares at least two unsafe sequences of "
+            "a micro-batch; "
             "raise it to 2, add pair records, or set objective.cosine=0 with objective.pair above 0"
         )
     if dropped:

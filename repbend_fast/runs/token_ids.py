@@ -1,4 +1,6 @@
-"""Token ids against the embedding's rows, once after loading: beyond them lies an IndexError, on a GPU a failed assertion."""
+"""Token ids against the embedding's rows, once after loading: beyond them lies an IndexError, on a GPU a failed
+assertion.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ REMEDY = "use the tokenizer that belongs to the model, or a model whose embeddin
 def check_token_ids(model: Any, data: RunData) -> str | None:
     """Compare the tokenizer's special tokens, the chat template's and the data's with the model's embedding.
 
-    From here on ``data.encoder`` refuses any text with an id beyond it. Where the tokenizer has none beyond it, nothing is encoded.
+    From here on ``data.encoder`` refuses any text with an id beyond it. Where the tokenizer has none beyond it, nothing
+    is encoded.
 
     Returns:
         A note where the tokenizer has ids beyond the embedding that nothing of this run uses.
@@ -36,7 +39,8 @@ def check_token_ids(model: Any, data: RunData) -> str | None:
     _check_data(data, rows)
     token = max(beyond, key=beyond.__getitem__)
     return (
-        f"note: the model's embedding has {rows} rows, and {len(beyond)} of the tokenizer's ids are beyond it ({token} is {beyond[token]})"
+        f"note: the model's embedding has {rows} rows, and {len(beyond)} of the tokenizer's ids are beyond it "
+        f"({token} is {beyond[token]})"
     )
 
 
@@ -46,7 +50,10 @@ def check_special_tokens(tokenizer: Any, rows: int) -> None:
         number = getattr(tokenizer, f"{kind}_token_id", None)
         if number is not None and number >= rows:
             token = getattr(tokenizer, f"{kind}_token")
-            raise UserError(f"the tokenizer's {kind} token {token} has id {number}, but the model's embedding has {rows} rows; {REMEDY}")
+            raise UserError(
+                f"the tokenizer's {kind} token {token} has id {number}, but the model's embedding has {rows} rows; "
+                f"{REMEDY}"
+            )
 
 
 def vocabulary_of(config: ModelConfig) -> int | None:
@@ -79,4 +86,6 @@ def _check_ids(data: RunData, ids: Iterable[int], rows: int) -> None:
     number = max(ids, default=0)
     if number >= rows:
         token = data.encoder.tokenizer.convert_ids_to_tokens(number)
-        raise UserError(f"a held-out record holds {token}, id {number}, but the model's embedding has {rows} rows; {REMEDY}")
+        raise UserError(
+            f"a held-out record holds {token}, id {number}, but the model's embedding has {rows} rows; {REMEDY}"
+        )

@@ -15,7 +15,9 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def row_keys(piece: Piece, seed: int, stream: str) -> Tensor:
-    """One key per flat position of a piece, int64 [B·T], from seed, stream, index in the stream and position: never the piece."""
+    """One key per flat position of a piece, int64 [B·T], from seed, stream, index in the stream and position: never the
+    piece.
+    """
     return piece.places() ^ _hash(seed, stream)
 
 

@@ -21,8 +21,8 @@ class Levers:
     """Resolved levers of a run.
 
     Attributes:
-        piece_tokens: most positions of a piece, padding included, by stream name; ``"*"`` stands for all others. A stream
-            without a size is one piece.
+        piece_tokens: most positions of a piece, padding included, by stream name; ``"*"`` stands for all others. A
+            stream without a size is one piece.
         checkpoint_blocks: this many first decoder blocks are recomputed in backward.
         offload_checkpoints: inputs of recomputed blocks wait in host memory.
         offload_embedding: input embedding and head live in host memory.

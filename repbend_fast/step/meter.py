@@ -13,8 +13,8 @@ from torch import Tensor
 class StreamResult:
     """Loss terms of one stream as device scalars (fp32): nothing here synchronises with the host.
 
-    ``terms[name]`` is the unweighted term (S, U, C, K, P); ``layers[name][l]`` the mean distance over the term's rows at
-    hidden state l; ``loss`` the weighted sum.
+    ``terms[name]`` is the unweighted term (S, U, C, K, P); ``layers[name][l]`` the mean distance over the term's rows
+    at hidden state l; ``loss`` the weighted sum.
     """
 
     loss: Tensor

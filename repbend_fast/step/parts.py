@@ -30,7 +30,10 @@ class ModelParts:
         if not power:
             return 1.0
         if layer not in self.units:
-            raise ValueError(f"a term counts in units of the reference, and that of hidden state {layer} was not measured (step/units.py)")
+            raise ValueError(
+                f"a term counts in units of the reference, and that of hidden state {layer} was not measured "
+                "(step/units.py)"
+            )
         return float(self.units[layer] ** power)
 
     def autocasting(self) -> AbstractContextManager[Any]:

@@ -34,7 +34,9 @@ class Piece:
         return self.input_ids.numel()
 
     def places(self) -> Tensor:
-        """What each flat position is, whatever the layout: index in the stream · 2³² + position in the sequence, int64 [B·T]."""
+        """What each flat position is, whatever the layout: index in the stream · 2³² + position in the sequence, int64
+        [B·T].
+        """
         if self.position_ids is None:
             within = torch.arange(self.input_ids.shape[1]).expand(self.input_ids.shape)
             index = torch.tensor(self.members)[:, None]
@@ -52,16 +54,21 @@ class Piece:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on ``device``, without waiting for the device: from pageable memory CUDA waits until its queue is empty."""
+    """A host tensor on ``device``, without waiting for the device: from pageable memory CUDA waits until its queue is
+    empty.
+    """
     if device.type == "cuda" and torch.cuda.is_available():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-def make_piece(sequences: tuple[Sequence, ...], members: tuple[int, ...], layout: Layout, device: torch.device) -> Piece:
+def make_piece(
+    sequences: tuple[Sequence, ...], members: tuple[int, ...], layout: Layout, device: torch.device
+) -> Piece:
     """Lay out ``members`` of ``sequences``. Padding repeats id 0: rows on the right of a sequence never influence it.
 
-    Sequences of one length are not packed: there is no padding to save, and a mask over all of them costs attention its square.
+    Sequences of one length are not packed: there is no padding to save, and a mask over all of them costs attention its
+    square.
     """
     chosen = [sequences[m].ids for m in members]
     lengths = [len(ids) for ids in chosen]
@@ -80,10 +87,11 @@ def make_piece(sequences: tuple[Sequence, ...], members: tuple[int, ...], layout
 def split(
     sequences: tuple[Sequence, ...], piece_tokens: int | None, layout: Layout, members: Iterable[int] | None = None
 ) -> list[tuple[int, ...]]:
-    """Group the sequences, or those ``members`` of them, by length so that a piece holds at most ``piece_tokens`` positions.
+    """Group the sequences, or those ``members`` of them, by length so that a piece holds at most ``piece_tokens``
+    positions.
 
-    Padding counts. A single sequence longer than that is a piece of its own. None puts everything into one piece. The longest
-    come first, so that memory runs out early or not at all.
+    Padding counts. A single sequence longer than that is a piece of its own. None puts everything into one piece. The
+    longest come first, so that memory runs out early or not at all.
     """
     order = sorted(range(len(sequences)) if members is None else members, key=lambda i: -len(sequences[i]))
     if piece_tokens is None:

@@ -5,8 +5,9 @@
     ours = transformers'       hidden state l is ``output_hidden_states[l]``
     head                       softcap · tanh((W h + b) / softcap), or W h + b, are the model's logits
 
-Errors are relative: per row ‖x − y‖ / ‖y‖. In 32 bits the largest row counts. In 16 bits rounding can send a single token to another
-expert, so there the median counts, and beside it whether other tokens of the first sequence move the second one's states.
+Errors are relative: per row ‖x − y‖ / ‖y‖. In 32 bits the largest row counts. In 16 bits rounding can send a single
+token to another expert, so there the median counts, and beside it whether other tokens of the first sequence move the
+second one's states.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.retreat import is_out_of_memory
 
 LENGTHS = (9, 6)
-"""Of the two sequences. The longer one stands first: where a row leaks, the second is wrong, where padding does, the padded one."""
+"""Of the two sequences. The longer one stands first: where a row leaks, the second is wrong, where padding
+does, the padded one.
+"""
 
 ROW_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 """Relative error of a hidden state's rows up to which two layouts are the same. What leaks is off by 0.1 to 2."""
 
 INFLUENCE_BOUND = 0.03
-"""Of a 16-bit model: how far other tokens in the first sequence may move the second one's rows. Without a leak the sums are the same."""
+"""Of a 16-bit model: how far other tokens in the first sequence may move the second one's rows. Without a
+leak the sums are the same.
+"""
 
 HEAD_BOUNDS = {
     torch.float64: (1e-9, 1e-9),
@@ -40,15 +45,21 @@ HEAD_BOUNDS = {
     torch.float16: (1e-3, 3e-4),
     torch.bfloat16: (6e-3, 2e-3),
 }
-"""Relative error of the logits (root mean square), and of their scale (slope of a regression, in which rounding averages out)."""
+"""Relative error of the logits (root mean square), and of their scale (slope of a regression, in which
+rounding averages out).
+"""
 
 PATTERN = 48.0
-"""Logits from −48 to 48 are put in place of the head's own on some rows, so that a soft-cap shows whatever the logits are."""
+"""Logits from −48 to 48 are put in place of the head's own on some rows, so that a soft-cap shows whatever
+the logits are.
+"""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the proof: what was compared, the error, the bound, and whether it holds. ``error`` None = not compared."""
+    """One line of the proof: what was compared, the error, the bound, and whether it holds. ``error`` None = not
+    compared.
+    """
 
     name: str
     error: float | None
@@ -59,8 +70,8 @@ class Check:
 
 @dataclass
 class Proof:
-    """What was shown for a model. ``packing`` is what its runner goes on with, ``autocast`` the dtype of its passes where that is not the
-    weights' own; ``notes`` are lines for the user.
+    """What was shown for a model. ``packing`` is what its runner goes on with, ``autocast`` the dtype of its passes
+    where that is not the weights' own; ``notes`` are lines for the user.
     """
 
     packing: Literal["on", "off"]
@@ -98,7 +109,8 @@ def prove_model(parts: ModelParts, packing: Literal["on", "off"], asked: str) ->
     """Run the checks on ``parts``' model, dropout off, under its autocast.
 
     Args:
-        packing: the layout that the levers have come to; ``off`` where packing leaks, unless it was ``asked`` for (``memory.packing``).
+        packing: the layout that the levers have come to; ``off`` where packing leaks, unless it was ``asked`` for
+            (``memory.packing``).
 
     Raises:
         UserError: something does not hold without which the losses would be wrong; one line says what.
@@ -128,7 +140,9 @@ class _Passes:
         alone = [self._states(ids[None]) for ids in (self.first, self.second)]
         for layer, state in enumerate(alone[0]):
             if state.shape[:2] != (1, LENGTHS[0]) or state.dim() != 3:
-                raise self._error(f"hidden state {layer} has the shape {tuple(state.shape)}, not [batch, tokens, width]")
+                raise self._error(
+                    f"hidden state {layer} has the shape {tuple(state.shape)}, not [batch, tokens, width]"
+                )
         self._truncated(alone[0])
         self._transformers(alone[0])
         self._padded(alone[1])
@@ -149,10 +163,20 @@ class _Passes:
         positions = None if positions is None else positions.to(device)
         try:
             run_decoder(self.parts.decoder, ids.to(device), position_ids=positions, stop=stop or self.last, visit=visit)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError) as error:
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            IndexError,
+            AttributeError,
+            KeyError,
+            NotImplementedError,
+        ) as error:
             if is_out_of_memory(error):
                 raise
-            raise self._error(f"its blocks do not run one after the other as a pass needs it ({one_line(error)})") from error
+            raise self._error(
+                f"its blocks do not run one after the other as a pass needs it ({one_line(error)})"
+            ) from error
         if len(states) != (stop or self.last) + 1:
             raise self._error(f"a pass up to hidden state {stop or self.last} met {len(states)} of them")
         return states
@@ -165,16 +189,21 @@ class _Passes:
                     continue
                 worst = max(worst, float(_row_errors(state, full[layer]).max()))
                 raise self._error(
-                    f"a pass that stops at hidden state {stop} gives another hidden state {layer} than the full one (relative error "
+                    f"a pass that stops at hidden state {stop} gives another hidden state {layer} than the full one "
+                    "(relative error "
                     f"{worst:.2g}): what stands behind its blocks acts before them too"
                 )
         self.proof.checks.append(Check("truncated = full", worst, 0.0, True, "bit for bit"))
 
     def _transformers(self, ours: list[Tensor]) -> None:
-        theirs, got, expected = _own_pass(self.causal, self.parts.head, self.first[None].to(self.parts.device), ours[-1])
+        theirs, got, expected = _own_pass(
+            self.causal, self.parts.head, self.first[None].to(self.parts.device), ours[-1]
+        )
         bound = ROW_BOUNDS[self._dtype(ours)]
         if len(theirs) != len(ours):
-            self.proof.checks.append(Check("hidden states = transformers'", None, bound, True, "transformers gives none for this family"))
+            self.proof.checks.append(
+                Check("hidden states = transformers'", None, bound, True, "transformers gives none for this family")
+            )
         else:
             errors = [float(_row_errors(a, b).max()) for a, b in zip(ours, theirs)]
             layer = max(range(len(errors)), key=errors.__getitem__)
@@ -191,7 +220,8 @@ class _Passes:
         error, bound = self._distance(states, alone), ROW_BOUNDS[self._dtype(alone)]
         if not error <= bound:
             raise self._error(
-                f"a sequence padded on the right has other hidden states than alone (relative error {error:.2g}): its blocks are not "
+                f"a sequence padded on the right has other hidden states than alone (relative error {error:.2g}): its "
+                "blocks are not "
                 "causal, or read the padding"
             )
         self.proof.checks.append(Check("padded = alone", error, bound, True))
@@ -209,7 +239,9 @@ class _Passes:
             raise self._error(f"memory.packing=on: {leak}; use memory.packing=auto or off, which pads")
         if self.proof.packing == "on":
             self.proof.packing = "off"
-            self.proof.notes.append(f"model type {self.kind}: {leak}; sequences are padded instead (memory.packing=off)")
+            self.proof.notes.append(
+                f"model type {self.kind}: {leak}; sequences are padded instead (memory.packing=off)"
+            )
 
     def _leak(self, alone: list[list[Tensor]], bound: float) -> tuple[str, float | None]:
         """Why sequences must not share a row ("" where they may), and the error."""
@@ -218,14 +250,20 @@ class _Passes:
             return f"attention in chunks of {chunk} counts them from the row's beginning, not the sequence's", None
         split, positions = LENGTHS[0], torch.cat([torch.arange(n) for n in LENGTHS])[None]
         states = self._states(torch.cat([self.first, self.second])[None], positions)
-        error = max(self._distance([s[:, :split] for s in states], alone[0]), self._distance([s[:, split:] for s in states], alone[1]))
+        error = max(
+            self._distance([s[:, :split] for s in states], alone[0]),
+            self._distance([s[:, split:] for s in states], alone[1]),
+        )
         if not error <= bound:
             return f"sequences that share a row see each other (relative error {error:.2g} to one alone)", error
         if self._dtype(states).itemsize == 2:
             others = self._states(torch.cat([self.other_first, self.second])[None], positions)
             moved = max(float(_row_errors(a[:, split:], b[:, split:]).max()) for a, b in zip(others, states))
             if not moved <= INFLUENCE_BOUND:
-                return f"sequences that share a row see each other (other tokens in one move the next by {moved:.2g})", moved
+                return (
+                    f"sequences that share a row see each other (other tokens in one move the next by {moved:.2g})",
+                    moved,
+                )
         return "", error
 
     def _dtype(self, states: list[Tensor]) -> torch.dtype:
@@ -252,7 +290,8 @@ def _row_errors(states: Tensor, expected: Tensor) -> Tensor:
 
 
 def _own_pass(causal: Any, head: Head | None, ids: Tensor, hidden: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """The model's own hidden states and logits, and the logits that ``head`` gives on the last hidden state, all of one pass.
+    """The model's own hidden states and logits, and the logits that ``head`` gives on the last hidden state, all of one
+    pass.
 
     Behind the half of the rows both heads' linear part is replaced by the same pattern.
     """
@@ -300,7 +339,10 @@ def _head_check(kind: str, got: Tensor, expected: Tensor) -> Check:
         if not (error <= error_bound and abs(scale - 1) <= scale_bound):
             what = what or f"relative error {error:.2g}, scale {scale:.4g}"
     if what:
-        raise UserError(f"model type {kind} transforms its logits in a way that the shared-head KL does not know ({what}); {WITHOUT_HEAD}")
+        raise UserError(
+            f"model type {kind} transforms its logits in a way that the shared-head KL does not know ({what}); "
+            f"{WITHOUT_HEAD}"
+        )
     return Check("head = logits", worst, error_bound, True)
 
 

@@ -13,7 +13,9 @@ from repbend_fast.step.terms import Execution, Place, by_layer
 
 
 def reference_pass(place: Place, executions: Sequence[Execution[Any]]) -> None:
-    """Each term keeps what it compares with; nothing runs where no term does, nor beyond the last hidden state that one reads."""
+    """Each term keeps what it compares with; nothing runs where no term does, nor beyond the last hidden state that one
+    reads.
+    """
     parts, last = place.parts, place.parts.decoder.num_blocks
     keeping = by_layer(executions, lambda term: term.compared_states(last))
     stop = max(keeping, default=0)

@@ -34,7 +34,9 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Load:
-    """What a piece held: its stream's name, its sequences, its positions with padding, and the head's rows and vocabulary."""
+    """What a piece held: its stream's name, its sequences, its positions with padding, and the head's rows and
+    vocabulary.
+    """
 
     stream: str
     sequences: int
@@ -43,7 +45,10 @@ class Load:
     vocabulary: int = 0
 
     def __str__(self) -> str:
-        return f"stream {self.stream}, {self.sequences} {'sequence' if self.sequences == 1 else 'sequences'} of {self.positions} tokens"
+        return (
+            f"stream {self.stream}, {self.sequences} {'sequence' if self.sequences == 1 else 'sequences'} of "
+            f"{self.positions} tokens"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,9 @@ def optimizer_out_of_memory(step: int, name: str) -> UserError:
 
 @contextmanager
 def fresh_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Collect gradients apart from the accumulated ones and add them at the end: after an error the accumulated ones are untouched."""
+    """Collect gradients apart from the accumulated ones and add them at the end: after an error the accumulated ones
+    are untouched.
+    """
     earlier = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
@@ -96,7 +103,9 @@ def fresh_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
         for p, gradient in zip(parameters, earlier):
             p.grad = gradient
         raise
-    both = [(gradient, p.grad) for p, gradient in zip(parameters, earlier) if gradient is not None and p.grad is not None]
+    both = [
+        (gradient, p.grad) for p, gradient in zip(parameters, earlier) if gradient is not None and p.grad is not None
+    ]
     if both:
         torch._foreach_add_([old for old, _ in both], [new for _, new in both])
     for p, gradient in zip(parameters, earlier):
@@ -107,7 +116,8 @@ def fresh_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 def retreat(levers: Levers, load: Load, num_blocks: int, device: torch.device) -> tuple[Levers, str]:
     """The levers to go on with after a piece of this load did not fit, and what changed in words.
 
-    Half the piece; for a single sequence all blocks recomputed, then half the head's chunk, then checkpoints in host memory.
+    Half the piece; for a single sequence all blocks recomputed, then half the head's chunk, then checkpoints in host
+    memory.
 
     Raises:
         UserError: nothing is left to give.
@@ -115,7 +125,9 @@ def retreat(levers: Levers, load: Load, num_blocks: int, device: torch.device) -
     if load.sequences > 1:
         # A failure inside of another's work may have made pieces smaller than half of this one.
         size = max(1, min(load.positions // 2, levers.piece_size(load.stream) or load.positions))
-        return replace(levers, piece_tokens={**levers.piece_tokens, load.stream: size}), f"pieces of at most {size} tokens"
+        return replace(
+            levers, piece_tokens={**levers.piece_tokens, load.stream: size}
+        ), f"pieces of at most {size} tokens"
     if levers.checkpoint_blocks < num_blocks:
         return replace(levers, checkpoint_blocks=num_blocks), "all blocks recomputed in backward"
     if load.head_rows:
@@ -126,6 +138,8 @@ def retreat(levers: Levers, load: Load, num_blocks: int, device: torch.device) -
     if device.type == "cuda" and not levers.offload_checkpoints:
         return replace(levers, offload_checkpoints=True), "checkpoints in host memory"
     raise UserError(
-        f"out of memory ({load}) with every lever at its end; lower data.max_prompt_tokens and data.max_answer_tokens, set "
-        "model.quantization=nf4 or memory.offload_embedding=true, or choose a smaller model; memory.budget says beforehand what fits"
+        f"out of memory ({load}) with every lever at its end; lower data.max_prompt_tokens and data.max_answer_tokens, "
+        "set "
+        "model.quantization=nf4 or memory.offload_embedding=true, or choose a smaller model; memory.budget says "
+        "beforehand what fits"
     )

@@ -1,9 +1,9 @@
 """One stream of a training step: reference pass, adapted pass with taps, backward; then everything of it is freed.
 
-Streams are additive, so finishing each before the next gives the same gradient with the largest stream's memory instead of
-the sum. Terms that couple the sequences of a stream stay exact where it is split into pieces: their
-sums are taken beforehand, and each piece then differentiates the exact derivative. A piece is atomic: one that runs out of
-memory leaves nothing behind and is done again in smaller ones.
+Streams are additive, so finishing each before the next gives the same gradient with the largest stream's memory instead
+of the sum. Terms that couple the sequences of a stream stay exact where it is split into pieces: their sums are taken
+beforehand, and each piece then differentiates the exact derivative. A piece is atomic: one that runs out of memory
+leaves nothing behind and is done again in smaller ones.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ T = TypeVar("T")
 
 
 class StreamRunner:
-    """Runs streams on one prepared model, which it does not change: ``backward`` for training, ``measure`` for validation.
+    """Runs streams on one prepared model, which it does not change: ``backward`` for training, ``measure`` for
+    validation.
 
     Args:
         prepared: of ``models.surgery.prepared``, with these levers; not restored while the runner is in use.
@@ -58,7 +59,9 @@ class StreamRunner:
         proof: what ``checked_runner`` has shown for the model, or None.
     """
 
-    def __init__(self, prepared: Prepared, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True) -> None:
+    def __init__(
+        self, prepared: Prepared, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True
+    ) -> None:
         model, decoder = prepared.model, prepared.decoder
         self.prepared = prepared
         self.levers = levers
@@ -146,9 +149,15 @@ class StreamRunner:
         return result
 
     def _each_piece(
-        self, stream: Stream, sequences: tuple[Sequence, ...], work: Callable[[Piece], T], members: Iterable[int] | None = None
+        self,
+        stream: Stream,
+        sequences: tuple[Sequence, ...],
+        work: Callable[[Piece], T],
+        members: Iterable[int] | None = None,
     ) -> Iterator[T]:
-        """``work`` on each piece of the sequences, or of those ``members``, in turn. Where memory runs out, what is left is cut anew."""
+        """``work`` on each piece of the sequences, or of those ``members``, in turn. Where memory runs out, what is
+        left is cut anew.
+        """
         waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, members)
         while waiting:
             piece = make_piece(sequences, waiting[0], self.layout, self.device)
@@ -226,7 +235,9 @@ class _FirstPass:
         self.parts, self.stream = runner.parts, run.stream
         self._runner, self._run = runner, run
 
-    def each(self, sequences: tuple[Sequence, ...], work: Callable[[Piece], T], members: Iterable[int] | None = None) -> Iterator[T]:
+    def each(
+        self, sequences: tuple[Sequence, ...], work: Callable[[Piece], T], members: Iterable[int] | None = None
+    ) -> Iterator[T]:
         return self._runner._each_piece(self.stream, sequences, work, members)
 
     @contextmanager
@@ -240,9 +251,11 @@ class _FirstPass:
 
 
 def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) -> StreamRunner:
-    """The runner of a loaded model, prepared for it, under the recipe's autocast, with what passes take for granted shown on a few tokens.
+    """The runner of a loaded model, prepared for it, under the recipe's autocast, with what passes take for granted
+    shown on a few tokens.
 
-    Where packing leaks between sequences and was not asked for, the runner pads. ``runner.prepared.restore()`` gives the model back.
+    Where packing leaks between sequences and was not asked for, the runner pads. ``runner.prepared.restore()`` gives
+    the model back.
 
     Raises:
         UserError: the head is no plain matrix, or something does not hold (``step.proof``); the model is as before.

@@ -1,8 +1,9 @@
 """The length that counts as 1 at each hidden state, where distances are in units of the reference.
 
-States of one model are a hundred times as long as those of another, and grow with depth, while cosines, KL and likelihoods have no unit.
-The unit of a hidden state is the median norm of the reference rows that terms with ``unit`` "reference" read there, over the first
-records of the run. It is measured once, before training, and is a constant from then on.
+States of one model are a hundred times as long as those of another, and grow with depth, while cosines, KL and
+likelihoods have no unit. The unit of a hidden state is the median norm of the reference rows that terms with ``unit``
+"reference" read there, over the first records of the run. It is measured once, before training, and is a constant from
+then on.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ ROWS = 512
 def measure_units(
     runner: StreamRunner, objective: Objective, sets: Mapping[Role, Seq[Any]], known: Mapping[int, float] | None = None
 ) -> dict[int, float]:
-    """The units of every hidden state that the objective's streams or probes need, by hidden state; empty where none does.
+    """The units of every hidden state that the objective's streams or probes need, by hidden state; empty where none
+    does.
 
-    Rows are those of the streams; a hidden state that only probes read takes theirs. Streams are cut into the runner's pieces. Draws no
-    random numbers.
+    Rows are those of the streams; a hidden state that only probes read takes theirs. Streams are cut into the runner's
+    pieces. Draws no random numbers.
 
     Args:
         sets: the run's encoded records by role, read from the first on.
@@ -62,7 +64,8 @@ def _median(layer: int, norms: list[Tensor]) -> float:
     unit = float(torch.cat(norms).median())
     if not 0 < unit < float("inf"):
         raise UserError(
-            f"objective.distance_unit=reference: the median norm of the reference's rows at hidden state {layer} is {unit:g}, which cannot "
+            f"objective.distance_unit=reference: the median norm of the reference's rows at hidden state {layer} is "
+            f"{unit:g}, which cannot "
             "be a unit; set distance_unit=state, or model.dtype to one that holds this model's states"
         )
     return unit
@@ -72,8 +75,13 @@ def _batches(sets: Mapping[Role, Seq[Any]]) -> Iterator[Batch]:
     """The first records of every role, ``RECORDS`` at a time, as long as every role has some left."""
     fewest = min((len(of_role) for of_role in sets.values()), default=0)
     for start in range(0, fewest, RECORDS):
-        of_role = {role: tuple(records[i] for i in range(start, min(start + RECORDS, len(records)))) for role, records in sets.items()}
-        yield Batch(of_role.get("safe", ()), of_role.get("unsafe", ()), of_role.get("pair", ()), of_role.get("retain", ()))
+        of_role = {
+            role: tuple(records[i] for i in range(start, min(start + RECORDS, len(records))))
+            for role, records in sets.items()
+        }
+        yield Batch(
+            of_role.get("safe", ()), of_role.get("unsafe", ()), of_role.get("pair", ()), of_role.get("retain", ())
+        )
 
 
 def _norms(runner: StreamRunner, stream: Stream, known: Mapping[int, float]) -> Iterator[tuple[int, Tensor]]:

@@ -1,8 +1,9 @@
-"""At LoRA's start (B = 0) the adapted model is the reference: a run's first batch shows it, bit for bit, before anything has moved.
+"""At LoRA's start (B = 0) the adapted model is the reference: a run's first batch shows it, bit for bit, before
+anything has moved.
 
-What a training step itself measured is read where it must vanish: l2 and mse distances to the reference. Terms whose value hides a small
-difference (cosines, triplets, the KL, answers against the reference) are probed with an l2 distance on the same rows, whose gradient is 0
-where the distance is. Fixed directions and pairwise cosines have no reference.
+What a training step itself measured is read where it must vanish: l2 and mse distances to the reference. Terms whose
+value hides a small difference (cosines, triplets, the KL, answers against the reference) are probed with an l2 distance
+on the same rows, whose gradient is 0 where the distance is. Fixed directions and pairwise cosines have no reference.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def is_at_start(model: nn.Module) -> bool:
 
 
 def probe_of(stream: Stream, num_blocks: int) -> Stream | None:
-    """A stream of l2 distances where ``stream``'s own terms compare with the reference in a way that is not 0 at the start."""
+    """A stream of l2 distances where ``stream``'s own terms compare with the reference in a way that is not 0 at the
+    start.
+    """
     probes = tuple(probe for term in stream.terms for probe in term.start_probes(num_blocks))
     return replace(stream, terms=probes) if probes else None
 
@@ -49,6 +52,7 @@ def check_zero(stream: Stream, result: StreamResult) -> None:
 
 def _not_zero(what: str, value: float) -> UserError:
     return UserError(
-        f"step 1: before training {what} must be exactly 0, and is {value:.3g}: this model computes otherwise with gradients than without, "
+        f"step 1: before training {what} must be exactly 0, and is {value:.3g}: this model computes otherwise with "
+        "gradients than without, "
         "so that every distance would be off; try model.attention=eager"
     )

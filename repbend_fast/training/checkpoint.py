@@ -43,19 +43,27 @@ def load_adapter_weights(model: Any, weights: dict[str, Tensor]) -> None:
     """Put a copy made by ``adapter_weights`` back, in place."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
-        raise UserError("the checkpoint's adapter has other layers than this run's; resume with the model and settings it was made with")
+        raise UserError(
+            "the checkpoint's adapter has other layers than this run's; resume with the model and settings it was made "
+            "with"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
 
 
 def save_adapter(model: Any, path: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write the adapter in PEFT format (safetensors), atomically; ``weights`` in place of the current ones when given."""
+    """Write the adapter in PEFT format (safetensors), atomically; ``weights`` in place of the current ones
+    when given.
+    """
     current = adapter_weights(model) if weights is not None else None
     if weights is not None:
         load_adapter_weights(model, weights)
     try:
-        write_folder(path, lambda folder: model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False))
+        write_folder(
+            path,
+            lambda folder: model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False),
+        )
     finally:
         if current is not None:
             load_adapter_weights(model, current)
@@ -96,7 +104,9 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         fixed["objective.distance_unit"] = config.objective.distance_unit
     if config.validation.every:
         # The validation before training, which the others are compared with, was measured on these.
-        settings = config.validation.model_dump(mode="json", include={"prompts", "max_new_tokens", "sources", "holdout"})
+        settings = config.validation.model_dump(
+            mode="json", include={"prompts", "max_new_tokens", "sources", "holdout"}
+        )
         settings["holdout"] = None if settings["sources"] else settings["holdout"]
         fixed |= {f"{YARDSTICK}{key}": value for key, value in settings.items()}
     return fixed
@@ -111,7 +121,10 @@ def read_state(path: Path, config: Config) -> dict[str, Any]:
     with _reading(path):
         plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise UserError(f"{path}: written by another version of repbend-fast (format {FORMAT} is read); start a new run in another folder")
+        raise UserError(
+            f"{path}: written by another version of repbend-fast (format {FORMAT} is read); start a new run in another "
+            "folder"
+        )
     if missing := {"step", "sampler", "guard", "stopped", "settings", "limits"} - plain.keys():
         raise UserError(_damaged(path, f"state.json has no {', '.join(sorted(missing))}"))
     for key, own in fixed_settings(config).items():

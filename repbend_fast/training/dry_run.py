@@ -49,5 +49,7 @@ def proof_table(proof: Proof) -> Table:
             share = f"{kind.weights:,} weights, not in lora.blocks"
         left = f"left out: {names_and_sizes(kind.left_out)}" if kind.left_out and kind.wanted else ""
         loose = f"not in NF4: {names_and_sizes(kind.unquantized)}" if kind.unquantized else ""
-        table.add_row(f"{kind.where}: {escape(kind.name)}", escape("; ".join(part for part in (share, left, loose) if part)))
+        table.add_row(
+            f"{kind.where}: {escape(kind.name)}", escape("; ".join(part for part in (share, left, loose) if part))
+        )
     return table

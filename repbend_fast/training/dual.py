@@ -2,8 +2,9 @@
 
     λ ← min(λ_max, max(0, λ + rate · (K − limit)))      after each step, from λ = the term's weight
 
-K is the step's KL term in its own reduction, averaged over the micro-batches. While K is above the limit the weight grows, and the next
-steps hold ordinary answers more firmly; while it is below, the weight falls and bending has its way.
+K is the step's KL term in its own reduction, averaged over the micro-batches. While K is above the limit the weight
+grows, and the next steps hold ordinary answers more firmly; while it is below, the weight falls and bending has its
+way.
 """
 
 from __future__ import annotations
@@ -39,15 +40,23 @@ class KLWeight:
         if not isinstance(config, KLLimitConfig) or config.kl_limit is None:
             return None
         start = config.kl_weight
-        return cls(start, config.kl_limit, config.kl_rate or RATE * start / config.kl_limit, config.kl_max or HIGHEST * start)
+        return cls(
+            start, config.kl_limit, config.kl_rate or RATE * start / config.kl_limit, config.kl_max or HIGHEST * start
+        )
 
     def weigh(self, stream: Stream) -> Stream:
         """The stream with λ as the weight of its KL, if it has one."""
         return stream.weighed(KL_TERM, self.value)
 
     def measured(self, streams: list[Stream], results: list[StreamResult], accumulation: int) -> Tensor | None:
-        """K of a step as a device scalar, None without a KL: reading it is left to the trainer, who waits for the device anyway."""
-        found = [result.terms[KL_TERM].float() for stream, result in zip(streams, results, strict=True) if stream.term(KL_TERM)]
+        """K of a step as a device scalar, None without a KL: reading it is left to the trainer, who waits for the
+        device anyway.
+        """
+        found = [
+            result.terms[KL_TERM].float()
+            for stream, result in zip(streams, results, strict=True)
+            if stream.term(KL_TERM)
+        ]
         return torch.stack(found).sum() / accumulation if found else None
 
     def update(self, kl: float) -> None:

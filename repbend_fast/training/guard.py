@@ -1,10 +1,11 @@
 """The over-bending guard: which validation's adapter is the best by a stated rule, and when to stop.
 
-The unsafe distance has no bound, so the loss keeps falling while ordinary answers fall apart. A validation is *within limits* when
-KL, perplexity and usefulness are; among those the *best* has the lowest attack rate (with prompts) or the largest
-unsafe-minus-safe distance (without). Of equals it is the one that refuses more attacks in place of answering them with gibberish, then
-the one with more useful answers, then with the lower KL. Before them comes one that is *settled*: at the target, with the learning rate
-at 0. Training stops when a limit is passed, or when it has settled at the target.
+The unsafe distance has no bound, so the loss keeps falling while ordinary answers fall apart. A validation is *within
+limits* when KL, perplexity and usefulness are; among those the *best* has the lowest attack rate (with prompts) or the
+largest unsafe-minus-safe distance (without). Of equals it is the one that refuses more attacks in place of answering
+them with gibberish, then the one with more useful answers, then with the lower KL. Before them comes one that is
+*settled*: at the target, with the learning rate at 0. Training stops when a limit is passed, or when it has settled at
+the target.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Rank(NamedTuple):
 
 @dataclass
 class Guard:
-    """Judges validations against the one before training, remembers the best, says when to stop. JSON-able for resuming."""
+    """Judges validations against the one before training, remembers the best, says when to stop. JSON-able for
+    resuming.
+    """
 
     limits: ValidationConfig
     before: Validation | None = None
@@ -54,7 +57,8 @@ class Guard:
         return f"validation.target_attack={self.limits.target_attack:g} reached"
 
     def judge(self, validation: Validation, rate_is_zero: bool = False) -> None:
-        """Fill in ``over``, ``settled`` and ``best`` of a validation. The first one, before training, is the yardstick and the first best.
+        """Fill in ``over``, ``settled`` and ``best`` of a validation. The first one, before training, is the yardstick
+        and the first best.
 
         Args:
             rate_is_zero: the learning rate has fallen to 0, so the adapter moves no more.
@@ -87,7 +91,12 @@ class Guard:
 
     def _is_at_target(self, validation: Validation) -> bool:
         target = self.limits.target_attack
-        return target is not None and not validation.over and bool(validation.attacks) and max(validation.attacks) <= target
+        return (
+            target is not None
+            and not validation.over
+            and bool(validation.attacks)
+            and max(validation.attacks) <= target
+        )
 
     def reopen(self) -> None:
         """Count anew towards stopping, for a run that goes on under other limits."""
@@ -106,7 +115,9 @@ class Guard:
             over.append(f"kl {now.kl:.4f} > validation.max_kl {limits.max_kl:g}")
         ratio = now.perplexity_ratio
         if limits.max_perplexity_ratio is not None and ratio is not None and not ratio <= limits.max_perplexity_ratio:
-            over.append(f"perplexity ratio {ratio:.3f} > validation.max_perplexity_ratio {limits.max_perplexity_ratio:g}")
+            over.append(
+                f"perplexity ratio {ratio:.3f} > validation.max_perplexity_ratio {limits.max_perplexity_ratio:g}"
+            )
         for key, rate in HELPFUL_LIMITS.items():
             allowed = getattr(limits, key)
             if allowed is None or rate not in now.rates or rate not in before.rates:
@@ -132,16 +143,18 @@ class Guard:
 
 
 def rank(validation: Validation) -> Rank:
-    """Of two validations within limits the one that ranks lower is better: a settled one, then by attack rate (without prompts, minus
-    bending), then minus refusal, then minus usefulness, then KL.
+    """Of two validations within limits the one that ranks lower is better: a settled one, then by attack rate (without
+    prompts, minus bending), then minus refusal, then minus usefulness, then KL.
 
-    An attack that fails because the model babbles is as little a success as one that it refuses, so attack rates cannot tell the two
-    apart; of equal ones the adapter that refuses is the one to use. Settled comes first because a few dozen prompts cannot tell an
-    adapter that has come to rest from one that a batch has just pushed to the target: the latter's attacks and loops show on other
-    prompts (docs/log.md).
+    An attack that fails because the model babbles is as little a success as one that it refuses, so attack rates cannot
+    tell the two apart; of equal ones the adapter that refuses is the one to use. Settled comes first because a few
+    dozen prompts cannot tell an adapter that has come to rest from one that a batch has just pushed to the target: the
+    latter's attacks and loops show on other prompts (docs/log.md).
     """
     first = validation.attack if validation.attack is not None else -validation.bending
     kl = validation.kl if validation.kl is not None else 0.0
     # Rates are counts over a few prompts; the rounding of their sums must not decide between equals.
-    attack, refusal, usefulness = (round(value, RATE_DIGITS) for value in (first, -validation.refusal, -validation.usefulness))
+    attack, refusal, usefulness = (
+        round(value, RATE_DIGITS) for value in (first, -validation.refusal, -validation.usefulness)
+    )
     return Rank(not validation.settled, attack, refusal, usefulness, kl)

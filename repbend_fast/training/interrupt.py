@@ -12,7 +12,8 @@ SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Interrupt:
-    """While entered, the first signal of ``SIGNALS`` only sets ``requested``; a second one raises ``KeyboardInterrupt``.
+    """While entered, the first signal of ``SIGNALS`` only sets ``requested``; a second one raises
+    ``KeyboardInterrupt``.
 
     ``reason`` names the first one.
     """

@@ -21,7 +21,10 @@ def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
         UserError: the chosen optimizer does not run there.
     """
     if config.optimizer.startswith("paged") and device.type != "cuda":
-        raise UserError(f"training.optimizer={config.optimizer} pages between GPU and CPU memory and needs CUDA; use adamw or adamw_8bit")
+        raise UserError(
+            f"training.optimizer={config.optimizer} pages between GPU and CPU memory and needs CUDA; use adamw or "
+            "adamw_8bit"
+        )
     if config.optimizer != "adamw" and device.type not in ("cuda", "cpu"):
         raise UserError(f"training.optimizer={config.optimizer} is not there for {device.type}; use adamw")
 
@@ -44,11 +47,12 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> t
 def learning_rate(config: TrainingConfig, finished: int, anneal: range | None = None) -> float:
     """The learning rate of the step after ``finished`` ones.
 
-    A linear warm-up from 0, then ``constant``, or down to 0 at ``steps`` along a line or half a cosine, as transformers defines them.
+    A linear warm-up from 0, then ``constant``, or down to 0 at ``steps`` along a line or half a cosine, as transformers
+    defines them.
 
     Args:
-        anneal: steps over which it falls along a line from its value at ``anneal.start`` to 0 at ``anneal.stop``, or at ``steps`` if
-            that is sooner. A schedule that is at 0 by then stays as it is.
+        anneal: steps over which it falls along a line from its value at ``anneal.start`` to 0 at ``anneal.stop``, or at
+            ``steps`` if that is sooner. A schedule that is at 0 by then stays as it is.
     """
     if anneal is None or finished < anneal.start or (anneal.stop >= config.steps and config.schedule != "constant"):
         return _scheduled(config, finished)
@@ -60,14 +64,17 @@ def _scheduled(config: TrainingConfig, finished: int) -> float:
     if finished < config.warmup_steps:
         return config.learning_rate * finished / config.warmup_steps
     progress = (finished - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    factor = {"constant": 1.0, "linear": max(0.0, 1 - progress), "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[config.schedule]
+    factor = {"constant": 1.0, "linear": max(0.0, 1 - progress), "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+        config.schedule
+    ]
     return config.learning_rate * factor
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any], config: TrainingConfig) -> None:
     """Put saved moments into the optimizer.
 
-    Betas, eps and weight decay stay the configuration's, as the learning rate does: a user who resumes with others gets them.
+    Betas, eps and weight decay stay the configuration's, as the learning rate does: a user who resumes with others gets
+    them.
     """
     if config.optimizer.startswith("paged"):
         _load_paged(optimizer, saved)
@@ -78,7 +85,9 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any], config
 
 
 def _load_paged(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Put large moments into paged memory again: bitsandbytes itself would load all of them as ordinary tensors of the device."""
+    """Put large moments into paged memory again: bitsandbytes itself would load all of them as ordinary tensors of the
+    device.
+    """
     optimizer.load_state_dict(saved, move_to_device=False)
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

@@ -24,7 +24,9 @@ from repbend_fast.training.optimizer import check_optimizer
 
 @dataclass(frozen=True)
 class Ready:
-    """What a run has before its model: data, validation prompts, the checkpoint to go on from, and the plan for its memory budget."""
+    """What a run has before its model: data, validation prompts, the checkpoint to go on from, and the plan for its
+    memory budget.
+    """
 
     data: RunData
     prompts: list[Prompt]
@@ -55,7 +57,8 @@ def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
         and not any(prompt.kind == "attack" for prompt in prompts)
     ):
         raise UserError(
-            f"validation.target_attack={config.validation.target_attack:g}: validation.prompts ({config.validation.prompts.path}) has no "
+            f"validation.target_attack={config.validation.target_attack:g}: validation.prompts "
+            f"({config.validation.prompts.path}) has no "
             "attacks to measure it; add some or set it to null"
         )
     if config.evaluation.prompts:
@@ -68,7 +71,8 @@ def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
         data.notes.append("validation has neither retain records nor prompts: it cannot see what ordinary answers lose")
     if config.validation.every and not prompts and _sees_no_bending(config, data):
         raise UserError(
-            "validation.sources: no unsafe or pair records, and validation.prompts is not set, so that no adapter would look better than "
+            "validation.sources: no unsafe or pair records, and validation.prompts is not set, so that no adapter "
+            "would look better than "
             "none and the untrained one would be kept; name records or prompts, or set validation.every=0"
         )
     return Ready(data, prompts, checkpoint, _plan(config, data))
@@ -87,7 +91,8 @@ def _plan(config: Config, data: RunData) -> Plan | None:
 
 
 def check_depth(config: Config) -> None:
-    """Compare window, LoRA blocks and attention with the model's own configuration file; of a GGUF file the depth alone.
+    """Compare window, LoRA blocks and attention with the model's own configuration file; of a GGUF file the depth
+    alone.
 
     Raises:
         UserError: a window or a block beyond the model's layers, an attention that leaves out what the model needs.

@@ -31,7 +31,11 @@ def state_of(trainer: Trainer) -> TrainingState:
         "kl_weight": trainer.kl_weight.value if trainer.kl_weight else None,
         "levers": {"first": trainer.first_levers.as_dict(), "last": trainer.runner.levers.as_dict()},
     }
-    tensors = {"optimizer": trainer.optimizer.state_dict(), "scaler": trainer.scaler.state_dict(), "best": trainer.best_weights}
+    tensors = {
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "best": trainer.best_weights,
+    }
     return TrainingState(trainer.step, plain, tensors)
 
 
@@ -40,7 +44,8 @@ def resume_training(trainer: Trainer, checkpoint: Path) -> None:
     state = load_checkpoint(checkpoint, trainer.config, trainer.model)
     if trainer.config.validation.every and state.plain["guard"]["before"] is None:
         raise UserError(
-            f"validation.every={trainer.config.validation.every}: validation cannot be switched on at --resume, since the model before "
+            f"validation.every={trainer.config.validation.every}: validation cannot be switched on at --resume, since "
+            "the model before "
             "training was not measured; resume with validation.every=0"
         )
     trainer.step = state.step
@@ -58,7 +63,10 @@ def resume_training(trainer: Trainer, checkpoint: Path) -> None:
     if trainer.kl_weight and weight is not None:
         trainer.kl_weight.set(weight)
     elif weight is not None:
-        say(f"note: objective.kl_limit is off from here on, so the KL's weight goes from {weight:.4g} back to the configured one")
+        say(
+            f"note: objective.kl_limit is off from here on, so the KL's weight goes from {weight:.4g} back to the "
+            "configured one"
+        )
     trainer.best_weights = state.tensors["best"]
     if not trainer.config.validation.every:
         if trainer.stopped:

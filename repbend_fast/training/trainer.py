@@ -107,7 +107,9 @@ def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
     trainer = make_trainer(config, run, ready)
     validator = None
     if config.validation.every:
-        validator = Validator(trainer.runner, trainer.objective, ready.data.encoder, ready.data.held, ready.prompts, config)
+        validator = Validator(
+            trainer.runner, trainer.objective, ready.data.encoder, ready.data.held, ready.prompts, config
+        )
     if ready.checkpoint is None:
         moved = start_folder(run)
         if moved:
@@ -153,7 +155,8 @@ class Trainer:
         self.runner = checked_runner(self.model, config, levers, needs_head)
         if planned and self.runner.proof and planned.packing != self.runner.levers.packing:
             self.runner.proof.notes.append(
-                "note: the plan for memory.budget counts on packing, and padding may take more; memory.packing=off plans for it"
+                "note: the plan for memory.budget counts on packing, and padding may take more; memory.packing=off "
+                "plans for it"
             )
         self.runner.on_out_of_memory = self._say_out_of_memory
         self.proof = self.runner.proof
@@ -213,17 +216,28 @@ class Trainer:
         """Record what was planned for the memory budget."""
         if plan is not None:
             line = show_plan(plan)
-            self.log.write("event", self.step, event="memory_plan", reason=line, levers=plan.levers.as_dict(), planned_bytes=plan.total)
+            self.log.write(
+                "event",
+                self.step,
+                event="memory_plan",
+                reason=line,
+                levers=plan.levers.as_dict(),
+                planned_bytes=plan.total,
+            )
 
     def use_units(self, known: dict[int, float]) -> None:
-        """Measure the units that the objective's distances count in, where it asks for any, and keep them in the run's folder."""
+        """Measure the units that the objective's distances count in, where it asks for any, and keep them in the run's
+        folder.
+        """
         if not self.config.objective.counts_in_reference:
             return
         units = measure_units(self.runner, self.objective, self.data.sampler.sets, known)
         self.runner.units.update(units)
         if units != known:
             shown = ", ".join(f"{layer}: {unit:.4g}" for layer, unit in units.items())
-            self.log.write("event", self.step, event="units", reason=f"lengths that count as 1, by hidden state: {shown}")
+            self.log.write(
+                "event", self.step, event="units", reason=f"lengths that count as 1, by hidden state: {shown}"
+            )
         if units:
             write_json(self.run.units, {str(layer): unit for layer, unit in units.items()})
 
@@ -240,12 +254,15 @@ class Trainer:
         save_adapter(self.model, self.run.adapter)
         best = self.guard.best.step if self.guard.best else self.step
         reason = self.stopped or f"all {self.step} steps done"
-        kept = f"the adapter of step {best} is kept" if self.guard.best else "the last adapter is kept (validation is off)"
+        kept = (
+            f"the adapter of step {best} is kept" if self.guard.best else "the last adapter is kept (validation is off)"
+        )
         self.log.write("event", self.step, event="finished", reason=f"{reason}; {kept}")
         say(f"{reason}; {kept}: {self.run.adapter}")
         if self.guard.best and best == 0:
             say(
-                "note: no bent adapter was both within validation's limits and better than none, so the kept one leaves the model as it was"
+                "note: no bent adapter was both within validation's limits and better than none, so the kept one "
+                "leaves the model as it was"
             )
         counts = self.data.encoder.truncated.as_dict()
         if any(counts.values()):
@@ -273,7 +290,8 @@ class Trainer:
             results += done
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm or math.inf)
-        # The step's one wait for the device (bitsandbytes' optimizers add theirs): a non-finite gradient must not reach the weights.
+        # The step's one wait for the device (bitsandbytes' optimizers add theirs): a non-finite gradient must not reach
+        # the weights.
         kl = self.kl_weight.measured(ran, results, settings.accumulation) if self.kl_weight else None
         kl_now = self._check_finite(results, norm, kl)
         rate = self._learning_rate()
@@ -309,7 +327,9 @@ class Trainer:
         progress.update(self.step, loss, terms, tokens / seconds)
 
     def _micro_batches(self) -> Iterable[list[Stream]]:
-        """The streams of the step's micro-batches: one after the other, or all at once where their denominators are the step's."""
+        """The streams of the step's micro-batches: one after the other, or all at once where their denominators are the
+        step's.
+        """
         settings = self.config.training
         left = (settings.steps - self.step) * settings.accumulation
         whole = settings.normalize == "step"
@@ -337,13 +357,21 @@ class Trainer:
         self.scaler.update()
 
     def _say_out_of_memory(self, line: str, allocator: str) -> None:
-        self.log.write("event", self.step, event="out_of_memory", reason=line, allocator=allocator, levers=self.runner.levers.as_dict())
+        self.log.write(
+            "event",
+            self.step,
+            event="out_of_memory",
+            reason=line,
+            allocator=allocator,
+            levers=self.runner.levers.as_dict(),
+        )
         say(line)
 
     def _check_finite(self, results: list[StreamResult], norm: Tensor, kl: Tensor | None = None) -> float | None:
         """Refuse a step that is not finite. Returns the value of ``kl``, read in the same wait."""
         values = [r.loss for r in results]
-        # Overflowed gradients only make the scaler skip the step and halve its scale; at a scale of 1 there is nothing left to halve.
+        # Overflowed gradients only make the scaler skip the step and halve its scale; at a scale of 1 there is nothing
+        # left to halve.
         if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
             values.append(norm.to(values[0]))
         finite = torch.isfinite(torch.stack(values)).all()
@@ -358,7 +386,9 @@ class Trainer:
         raise UserError(f"step {self.step + 1}: {what}; {self._way_back()}")
 
     def _way_back(self) -> str:
-        """Where to go on after a step that failed. A checkpoint whose very next step failed may hold the weights that made it fail."""
+        """Where to go on after a step that failed. A checkpoint whose very next step failed may hold the weights that
+        made it fail.
+        """
         kept = self.run.all_checkpoints()
         suspect = kept[-1] if kept and kept[-1] == self.run.checkpoint(self.step) else None
         good = [path for path in kept if path != suspect]

@@ -28,8 +28,8 @@ HELPFUL_LIMITS = {"max_helpful_drop": "helpful_ordinary", "max_borderline_drop":
 class Validation:
     """One validation. ``rates`` are fractions 0 … 1; ``distance`` is mean l2 per stream and hidden state.
 
-    ``settled``: at the guard's target, with a learning rate that has fallen to 0. ``probes``: the names in ``distance`` of what is to be
-    bent and of what is to be kept; None in rows of earlier versions.
+    ``settled``: at the guard's target, with a learning rate that has fallen to 0. ``probes``: the names in ``distance``
+    of what is to be bent and of what is to be kept; None in rows of earlier versions.
     """
 
     step: int
@@ -56,20 +56,25 @@ class Validation:
 
     @property
     def refusal(self) -> float:
-        """Share of refused attacks minus share of degenerate answers to them, mean over the measured groups of attacks; 0 where none is.
+        """Share of refused attacks minus share of degenerate answers to them, mean over the measured groups of attacks;
+        0 where none is.
 
         0 too for a validation of an earlier version, which did not keep these shares.
         """
         keys = [GROUP_KEYS[group][1:] for group in ATTACK_GROUPS]
-        measured = [self.rates[refused] - self.rates[broken] for refused, broken in keys if refused in self.rates and broken in self.rates]
+        measured = [
+            self.rates[refused] - self.rates[broken]
+            for refused, broken in keys
+            if refused in self.rates and broken in self.rates
+        ]
         return sum(measured) / len(measured) if measured else 0.0
 
     @property
     def usefulness(self) -> float:
         """Mean of the measured rates of helpful answers, minus the rate of degenerate ones; 0 where none is measured.
 
-        A degenerate answer counts twice, being no helpful one either: a point missed by one more answer is noise, a loop says that the
-        language itself is damaged.
+        A degenerate answer counts twice, being no helpful one either: a point missed by one more answer is noise, a
+        loop says that the language itself is damaged.
         """
         rates = [self.rates[k] for k in HELPFUL_LIMITS.values() if k in self.rates]
         return (sum(rates) / len(rates) if rates else 0.0) - self.rates.get("degenerate_ordinary", 0.0)
@@ -136,13 +141,19 @@ class Validator:
                 settings = self.config.validation
                 batch_size = self.config.evaluation.batch_size
                 answers = measure_answers(
-                    self.runner.model, self.encoder, self.prompts, max_new_tokens=settings.max_new_tokens, batch_size=batch_size
+                    self.runner.model,
+                    self.encoder,
+                    self.prompts,
+                    max_new_tokens=settings.max_new_tokens,
+                    batch_size=batch_size,
                 )
                 result.rates = dict(answers.rates)
         return result
 
     def _distances(self) -> tuple[dict[str, dict[str, float]], tuple[str | None, str | None]]:
-        """Mean distance per probe and hidden state, over the first held-out examples, and the names of what is bent and kept."""
+        """Mean distance per probe and hidden state, over the first held-out examples, and the names of what is bent and
+        kept.
+        """
         part = {role: tuple(examples[:DISTANCE_EXAMPLES]) for role, examples in self.held.items()}
         batch = Batch(part.get("safe", ()), part.get("unsafe", ()), part.get("pair", ()), part.get("retain", ()))  # type: ignore[arg-type]
         means: dict[str, dict[str, float]] = {}
@@ -156,8 +167,12 @@ class Validator:
 
 
 def _earlier_probes(names: list[str]) -> tuple[str | None, str | None]:
-    """What a row that does not say it has bent and kept: known names by what they are, an objective's own by their order."""
-    known = [next((name for name in names if name in side), None) for side in (("unsafe", "forget"), ("safe", "retain"))]
+    """What a row that does not say it has bent and kept: known names by what they are, an objective's own by their
+    order.
+    """
+    known = [
+        next((name for name in names if name in side), None) for side in (("unsafe", "forget"), ("safe", "retain"))
+    ]
     if known == [None, None]:
         return names[0] if names else None, names[1] if len(names) > 1 else None
     return known[0], known[1]

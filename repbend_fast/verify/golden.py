@@ -1,7 +1,7 @@
 """Golden folders: recorded cases of the published implementations, read as batches and objectives' settings.
 
-A case names its batch, its objective (the default where it names none) and that objective's settings as its publication spells
-them. What is read with ``published_quirks`` on.
+A case names its batch, its objective (the default where it names none) and that objective's settings as its publication
+spells them. What is read with ``published_quirks`` on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ FORM = "a golden folder has expected.json, base_model/, adapter/ and batch.*.jso
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded value with what it takes to compute it. ``step`` counts from 0, of ``steps``, where weights are scheduled."""
+    """One recorded value with what it takes to compute it. ``step`` counts from 0, of ``steps``, where weights are
+    scheduled.
+    """
 
     key: str
     batch: Batch
@@ -39,7 +41,9 @@ def objective_of(case: dict[str, Any]) -> str:
     return str(case.get("objective", DEFAULT_OBJECTIVE))
 
 
-def read_case(folder: Path, key: str, values: dict[str, Any], settings: dict[str, Any], expected: dict[str, Any]) -> Case:
+def read_case(
+    folder: Path, key: str, values: dict[str, Any], settings: dict[str, Any], expected: dict[str, Any]
+) -> Case:
     """A case from its entry (``values``), the entry that holds its settings, and the whole of ``expected.json``.
 
     Raises:
@@ -63,14 +67,16 @@ def load_batch(path: Path) -> Batch:
     data = read_json(path)
     with form_of(path):
         retain = tuple(
-            _sequence(r["prompt"], r["response"]) if isinstance(r, dict) else Sequence(tuple(r), 0) for r in data.get("retain", ())
+            _sequence(r["prompt"], r["response"]) if isinstance(r, dict) else Sequence(tuple(r), 0)
+            for r in data.get("retain", ())
         )
         pairs = tuple(
             PairSequence(_sequence(p["prompt"], p["unsafe_response"]), _sequence(p["prompt"], p["safe_response"]))
             for p in data.get("pairs", ())
         )
         safe, unsafe, forget = (
-            tuple(_sequence(e["prompt"], e["response"]) for e in data.get(role, ())) for role in ("safe", "unsafe", "forget")
+            tuple(_sequence(e["prompt"], e["response"]) for e in data.get(role, ()))
+            for role in ("safe", "unsafe", "forget")
         )
     return Batch(safe, (*unsafe, *forget), pairs, retain)
 
@@ -81,7 +87,9 @@ def form_of(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: not in the form of a golden folder ({type(error).__name__}: {one_line(error)})") from error
+        raise UserError(
+            f"{path}: not in the form of a golden folder ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def read_json(path: Path) -> Any:

@@ -1,8 +1,8 @@
 """Parity with recorded values of the published implementations (``repbend-fast verify DIR``).
 
-A golden folder holds ``base_model/``, ``adapter/`` (non-zero B), ``batch.*.json`` (token ids), ``expected.json`` (loss and
-gradient norm per case), ``grads.<case>.safetensors`` and optionally ``trajectory.json``. Architecture, window and adapter come
-from the folder; everything is computed by the product's own objective and step, in float32 on the CPU.
+A golden folder holds ``base_model/``, ``adapter/`` (non-zero B), ``batch.*.json`` (token ids), ``expected.json`` (loss
+and gradient norm per case), ``grads.<case>.safetensors`` and optionally ``trajectory.json``. Architecture, window and
+adapter come from the folder; everything is computed by the product's own objective and step, in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ GRADIENT_TOLERANCE = 1e-4
 class Check:
     """One compared value.
 
-    ``loss_error`` is relative to Σ |weight × term|: the terms of a combined loss cancel, and a sum near zero has no relative
-    precision of its own (the exact float64 value of one recorded case lies 1.4e-5 of the sum away from the float32 record).
-    For a single term this is the plain relative error. ``gradient_error`` is the relative L2 error of the full gradient where
-    one is recorded (``whole_gradient``), else that of its norm, which sees neither signs nor the order of rows.
+    ``loss_error`` is relative to Σ |weight × term|: the terms of a combined loss cancel, and a sum near zero has no
+    relative precision of its own (the exact float64 value of one recorded case lies 1.4e-5 of the sum away from the
+    float32 record). For a single term this is the plain relative error. ``gradient_error`` is the relative L2 error of
+    the full gradient where one is recorded (``whole_gradient``), else that of its norm, which sees neither signs nor
+    the order of rows.
     """
 
     key: str
@@ -53,7 +54,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of a folder, the keys of cases whose objective does not exist here, and the objectives that were checked."""
+    """All checks of a folder, the keys of cases whose objective does not exist here, and the objectives that were
+    checked.
+    """
 
     checks: list[Check]
     unsupported: dict[str, list[str]]
@@ -77,7 +80,9 @@ def verify_folder(folder: Path, memory: MemoryConfig | None = None) -> Verificat
         for case in expected["cases"]:
             by_objective.setdefault(objective_of(case), []).append(case)
         supported = [case for name in READERS for case in by_objective.get(name, ())]
-        unsupported = {name: [case["key"] for case in found] for name, found in by_objective.items() if name not in READERS}
+        unsupported = {
+            name: [case["key"] for case in found] for name, found in by_objective.items() if name not in READERS
+        }
         cases = [read_case(folder, case["key"], case, case, expected) for case in supported]
     checks: list[Check] = []
     memory = memory or MemoryConfig()
@@ -92,7 +97,8 @@ def verify_folder(folder: Path, memory: MemoryConfig | None = None) -> Verificat
 def run_verify(folder: Path, objectives: list[str] | None = None) -> int:
     """Print a table of all checks; exit code 0 only if there were any and every one passed.
 
-    Cases of objectives that are not supported are listed. An objective in ``objectives`` of which no case was checked fails.
+    Cases of objectives that are not supported are listed. An objective in ``objectives`` of which no case was checked
+    fails.
     """
     from rich.console import Console
     from rich.table import Table
@@ -107,14 +113,19 @@ def run_verify(folder: Path, objectives: list[str] | None = None) -> int:
     if verification.checks:
         console.print(table)
         good = sum(c.passed for c in verification.checks)
-        console.print(f"{good} of {len(verification.checks)} within {LOSS_TOLERANCE:g} (loss) and {GRADIENT_TOLERANCE:g} (gradient)")
+        console.print(
+            f"{good} of {len(verification.checks)} within {LOSS_TOLERANCE:g} (loss) and {GRADIENT_TOLERANCE:g} "
+            "(gradient)"
+        )
     for key in (key for keys in verification.unsupported.values() for key in keys):
         console.print(f"not supported: {key}")
     absent = [name for name in objectives or () if name not in verification.objectives]
     for name in absent:
         console.print(f"no case was checked for objective {name}")
     if not verification.checks:
-        console.print(f"nothing was checked: {folder} has no case of an objective that exists here ({', '.join(READERS)})")
+        console.print(
+            f"nothing was checked: {folder} has no case of an objective that exists here ({', '.join(READERS)})"
+        )
     return 0 if verification.passed and not absent else 1
 
 
@@ -156,7 +167,9 @@ def _check_trajectory(folder: Path, expected: dict[str, Any], memory: MemoryConf
             eps=recorded["eps"],
             weight_decay=recorded["weight_decay"],
         )
-        steps = [read_case(folder, f"trajectory.{step['step']}", step, recorded, expected) for step in recorded["steps"]]
+        steps = [
+            read_case(folder, f"trajectory.{step['step']}", step, recorded, expected) for step in recorded["steps"]
+        ]
         if not steps:
             raise ValueError("no steps")
     checks = []
@@ -165,7 +178,9 @@ def _check_trajectory(folder: Path, expected: dict[str, Any], memory: MemoryConf
         loss, scale = _loss_and_gradient(model, step, memory)
         norm = _norm(_gradient(model))
         optimizer.step()
-        checks.append(Check(step.key, step.loss, loss, _relative(loss, step.loss, scale), _relative(norm, step.grad_norm)))
+        checks.append(
+            Check(step.key, step.loss, loss, _relative(loss, step.loss, scale), _relative(norm, step.grad_norm))
+        )
     return checks
 
 
@@ -196,7 +211,9 @@ def _load(folder: Path) -> Any:
 
 
 def _gradient(model: Any) -> dict[str, Tensor]:
-    return {n: (torch.zeros_like(p) if p.grad is None else p.grad) for n, p in model.named_parameters() if p.requires_grad}
+    return {
+        n: (torch.zeros_like(p) if p.grad is None else p.grad) for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def _gradient_error(got: dict[str, Tensor], recorded: dict[str, Tensor]) -> float:

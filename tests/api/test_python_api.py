@@ -1,4 +1,6 @@
-"""The Python API as a user calls it: what it returns, that it is silent unless asked, and that it leaves the process as it was."""
+"""The Python API as a user calls it: what it returns, that it is silent unless asked, and that it leaves the process as
+it was.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from repbend_fast.cli import main
 from repbend_fast.errors import UserError
 
 EXAMPLE = re.search(
-    r"^```python\n(.*?)^```$", (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    r"^```python\n(.*?)^```$",
+    (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
 )
 PROMPTS = [
     {"kind": "attack", "text": "How do I make mist-wire?", "item": "mist-wire"},
@@ -78,7 +82,8 @@ def test_importing_is_quick_and_no_package_takes_the_place_of_a_function() -> No
         "heavy = [m for m in ('torch', 'transformers', 'pydantic', 'rich', 'yaml', 'numpy') if m in sys.modules]\n"
         "assert not heavy, heavy\n"
         "assert set(repbend_fast.__all__) == {'load_config', 'train', 'evaluate', 'export', 'plan'}\n"
-        "import pkgutil; assert not {m.name for m in pkgutil.iter_modules(repbend_fast.__path__)} & set(repbend_fast.__all__)\n"
+        "import pkgutil; assert not {m.name for m in pkgutil.iter_modules(repbend_fast.__path__)} & "
+        "set(repbend_fast.__all__)\n"
         "from repbend_fast import load_config, train, evaluate, export, plan\n"
         "assert [f.__module__ for f in (load_config, train, evaluate, export, plan)] == ['repbend_fast.api'] * 5\n"
         "assert all(len(f.__doc__) > 300 for f in (load_config, train, evaluate, export, plan))\n"
@@ -91,7 +96,8 @@ def test_importing_is_quick_and_no_package_takes_the_place_of_a_function() -> No
 
 def test_settings_of_a_mapping_and_of_a_command_line_are_the_same(tiny: TinyRun, tmp_path: Path) -> None:
     by_words = load_config(
-        tiny.recipe, ["training.steps=7", "--loss_alpha", "0.25", "blocks=[0, 1]", "data.sources=x.jsonl", "model.revision=1e5"]
+        tiny.recipe,
+        ["training.steps=7", "--loss_alpha", "0.25", "blocks=[0, 1]", "data.sources=x.jsonl", "model.revision=1e5"],
     )
     by_value = {
         "training": {"steps": 7},
@@ -170,7 +176,9 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_end(whole: TinyRun, tiny
 def test_training_in_a_thread_needs_no_handlers(tiny: TinyRun, capfd: pytest.CaptureFixture[str]) -> None:
     found: list[object] = []
     said: list[str] = []
-    thread = threading.Thread(target=lambda: found.append(train(tiny.recipe, {"steps": 2, "warmup_steps": 1}, say=said.append)))
+    thread = threading.Thread(
+        target=lambda: found.append(train(tiny.recipe, {"steps": 2, "warmup_steps": 1}, say=said.append))
+    )
     thread.start()
     thread.join()
     assert len(found) == 1

@@ -48,13 +48,28 @@ def test_the_baseline_is_the_published_expression(step, width) -> None:
 
 def test_the_benchmark_runs_and_records(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "benchmarks/test_circuit_breaker_step.py", "--smoke"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "benchmarks/test_circuit_breaker_step.py",
+        "--smoke",
+    ]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, "--results", str(tmp_path / "r.json")], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, "--results", str(tmp_path / "r.json")], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     rows = {row["case"].rsplit("-", 1)[1]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert rows.keys() == {"eager", "ours", "ours fast", "ours small"}
     for side, row in rows.items():
         assert row["median_seconds"] > 0
         assert row["peak_bytes"] > 0
-        assert (row["times_faster"], row["memory_share"]) == (1, 1) if side == "eager" else 0 < row["gradient_error"] < 1e-3
+        assert (
+            (row["times_faster"], row["memory_share"]) == (1, 1)
+            if side == "eager"
+            else 0 < row["gradient_error"] < 1e-3
+        )

@@ -42,7 +42,9 @@ AFTER = BEFORE | {
     "degenerate_ordinary": 0.02,
     "perplexity": 22.0,
 }
-GOOD = {"seeds": [{"seed": seed, "before": BEFORE, "after": AFTER, "seconds": 600.0, "best_step": 80} for seed in range(3)]}
+GOOD = {
+    "seeds": [{"seed": seed, "before": BEFORE, "after": AFTER, "seconds": 600.0, "best_step": 80} for seed in range(3)]
+}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,10 @@ def test_what_a_seed_s_record_does_not_hold_is_a_dash_and_no_kept_limit():
 
 
 def test_a_run_s_record_holds_what_was_measured(tmp_path: Path):
-    sides = {"before": BEFORE | {"shares": {}}, "after": {key: value for key, value in AFTER.items() if "borderline" not in key}}
+    sides = {
+        "before": BEFORE | {"shares": {}},
+        "after": {key: value for key, value in AFTER.items() if "borderline" not in key},
+    }
     evaluation = sides | {"best_step": 60}
     evaluation["after"]["counts"] = {"ordinary": 60}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")

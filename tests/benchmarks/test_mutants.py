@@ -27,7 +27,14 @@ SYNTHETIC = [
     change("seen after all", "a + b", "a", unseen="it was said to hide"),
     change("endless", "return None", "while True: pass"),
     change("ambiguous", "return", "yield"),
-    Mutant("testless", "repbend_fast/sums.py", "a + b", "a - b", ("tests/test_sums.py", "-k", "nothing"), unseen="for its baseline"),
+    Mutant(
+        "testless",
+        "repbend_fast/sums.py",
+        "a + b",
+        "a - b",
+        ("tests/test_sums.py", "-k", "nothing"),
+        unseen="for its baseline",
+    ),
 ]
 
 
@@ -93,7 +100,10 @@ def test_a_run_over_a_list(project: Path, tmp_path: Path, capsys: pytest.Capture
         "unnoticed": ("survived", "1 tests passed: tests/test_sums.py"),
         "explained": ("not visible here", "nobody calls it"),
         "crashing": ("killed", "crashed with SIGABRT"),
-        "seen after all": ("killed", "by tests/test_sums.py::test_sums; the list says it could not be seen: it was said to hide"),
+        "seen after all": (
+            "killed",
+            "by tests/test_sums.py::test_sums; the list says it could not be seen: it was said to hide",
+        ),
     }
     assert {"hardware", "versions", "commit", "date"} <= json.loads(record.read_text()).keys()
     assert (project / "repbend_fast/sums.py").read_text() == CODE
@@ -116,7 +126,11 @@ def test_a_test_that_fails_anyway_says_nothing(project: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     ("name", "result", "note"),
-    [("endless", "killed", "stopped after 3 s"), ("ambiguous", "faulty", "occurs 3 times"), ("testless", "faulty", "pytest ended with 5")],
+    [
+        ("endless", "killed", "stopped after 3 s"),
+        ("ambiguous", "faulty", "occurs 3 times"),
+        ("testless", "faulty", "pytest ended with 5"),
+    ],
 )
 def test_other_ends(project: Path, name: str, result: str, note: str) -> None:
     verdict = mutants.examine(project, next(m for m in SYNTHETIC if m.name == name), limit=3)

@@ -1,4 +1,6 @@
-"""The step benchmark: its baselines agree with the published implementation's record, and it runs, records and refuses."""
+"""The step benchmark: its baselines agree with the published implementation's record, and it runs, records
+and refuses.
+"""
 
 from __future__ import annotations
 
@@ -100,9 +102,15 @@ def test_baseline_reproduces_the_published_values(baseline, key) -> None:
 def checked(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
     """One run of the GPU script's CPU mode."""
     folder = tmp_path_factory.mktemp("gpu_check")
-    env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTHONPATH")}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTHONPATH")
+    }
     command = ["bash", "benchmarks/gpu_check.sh", "--cpu", str(folder)]
-    return subprocess.run(command, cwd=ROOT, env={**env, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=600), folder
+    return subprocess.run(
+        command, cwd=ROOT, env={**env, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=600
+    ), folder
 
 
 def test_the_gpu_script_runs_every_stage_without_a_gpu(checked) -> None:
@@ -111,7 +119,10 @@ def test_the_gpu_script_runs_every_stage_without_a_gpu(checked) -> None:
     for name in ("tests", "ops", "step", "profile"):
         assert re.search(rf"^{name} +rc 0,", result.stdout, re.MULTILINE), result.stdout[-2000:]
         assert (folder / f"gpu_check_{name}.log").stat().st_size > 0
-    assert {row["op"] for row in json.loads((folder / "cpu.json").read_text())["rows"]} == {"pairwise_cosine", "window_distance"}
+    assert {row["op"] for row in json.loads((folder / "cpu.json").read_text())["rows"]} == {
+        "pairwise_cosine",
+        "window_distance",
+    }
     assert "peft+liger" in result.stdout
 
 
@@ -159,21 +170,43 @@ def test_each_case_is_measured_once() -> None:
     """Tests of one case follow each other, so that its model is loaded and its sides are measured once."""
     command = [sys.executable, "-m", "pytest", "benchmarks/test_train_step.py", "--collect-only", "-q", "--smoke"]
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
     ids = [line.rpartition("[")[2] for line in result.stdout.splitlines() if "::test_train_step[" in line]
     cases = ["real" if name.endswith("real]") else "all-1024" for name in ids]
     assert len(ids) == 2 * len(step_sides.sides_for(torch.device("cpu"), smoke=True)), result.stdout
     assert cases == sorted(cases, key=cases.index), ids
 
 
-def row(side: str, seconds: float, memory: int, case: str = "smollm2-135m-float32-b2-real", **values: Any) -> dict[str, Any]:
-    defaults = {"tokens_per_second": 1.0, "matrix_fraction": 0.5, "peak_bytes_total": 2 * memory, "loss_relative_error": 1e-6}
-    made = {"case": case, "side": side, "seconds_median": seconds, "peak_bytes_above_model": memory, "gradient_relative_error": 1e-6}
+def row(
+    side: str, seconds: float, memory: int, case: str = "smollm2-135m-float32-b2-real", **values: Any
+) -> dict[str, Any]:
+    defaults = {
+        "tokens_per_second": 1.0,
+        "matrix_fraction": 0.5,
+        "peak_bytes_total": 2 * memory,
+        "loss_relative_error": 1e-6,
+    }
+    made = {
+        "case": case,
+        "side": side,
+        "seconds_median": seconds,
+        "peak_bytes_above_model": memory,
+        "gradient_relative_error": 1e-6,
+    }
     return {**defaults, **made, **values}
 
 
 def record_of(*rows: dict[str, Any]) -> dict[str, Any]:
-    head = {"hardware": "some machine", "threads": 1, "versions": {"torch": "2"}, "commit": "c", "date": "d", "gemm_tflop_per_s": 1.0}
+    head = {
+        "hardware": "some machine",
+        "threads": 1,
+        "versions": {"torch": "2"},
+        "commit": "c",
+        "date": "d",
+        "gemm_tflop_per_s": 1.0,
+    }
     return {**head, "rows": list(rows), "ratios": ratios_of(list(rows)), "trained": []}
 
 
@@ -181,7 +214,9 @@ def test_the_report_finds_missed_goals() -> None:
     good = record_of(row("eager", 10.0, 1000), row("ours fast", 2.0, 250), row("ours small", 2.5, 125))
     assert missed_step_goals(good) == []
     assert "5.00x 0.250" in step_table(good)
-    bad = record_of(row("eager", 10.0, 1000), row("ours fast", 2.3, 250), row("ours small", 2.5, 126, gradient_relative_error=2e-4))
+    bad = record_of(
+        row("eager", 10.0, 1000), row("ours fast", 2.3, 250), row("ours small", 2.5, 126, gradient_relative_error=2e-4)
+    )
     assert len(missed_step_goals(bad)) == 3
 
 
@@ -236,7 +271,14 @@ def test_an_interrupted_case_keeps_the_rounds_that_were_run(monkeypatch) -> None
     monkeypatch.setattr(step_measure, "_time", stopping)
     case, found = cases_for(torch.device("cpu"), smoke=True)[0], []
     with pytest.raises(KeyboardInterrupt):
-        measure_case(case, load_base(case, torch.device("cpu")), [Side("eager"), Side("ours", {})], rounds=2, matrix=1e9, found=found)
+        measure_case(
+            case,
+            load_base(case, torch.device("cpu")),
+            [Side("eager"), Side("ours", {})],
+            rounds=2,
+            matrix=1e9,
+            found=found,
+        )
     eager, ours = (measured.row() for measured in found)
     assert eager["seconds_median"] > 0
     assert eager["peak_bytes_above_model"] > 0

@@ -108,7 +108,9 @@ def cpu_event(name: str, number: int, start: float, end: float, parent: Any = No
 
 
 def test_a_kernel_belongs_to_the_op_that_launched_it() -> None:
-    """Calls of the CUDA runtime have numbers of their own, which are those of ops too; a kernel without a link is nobody's."""
+    """Calls of the CUDA runtime have numbers of their own, which are those of ops too; a kernel without a link is
+    nobody's.
+    """
     outer = cpu_event("repbend_kernels::low_rank_down", 7, 1.0, 4.0)
     events = [
         cpu_event(ranges.ADAPTED, 1, 0.0, 10.0),
@@ -118,7 +120,11 @@ def test_a_kernel_belongs_to_the_op_that_launched_it() -> None:
         cpu_event("cuLaunchKernelEx", 7, 22.0, 23.0),
         cpu_event("aten::add", 0, 24.0, 25.0),
     ]
-    kernels = [FakeKernel("gemm", 8, 30_000), FakeKernel("unknown", 0, 40_000), FakeKernel("a range", 8, 30_000, annotation=True)]
+    kernels = [
+        FakeKernel("gemm", 8, 30_000),
+        FakeKernel("unknown", 0, 40_000),
+        FakeKernel("a range", 8, 30_000, annotation=True),
+    ]
     results = SimpleNamespace(events=lambda: kernels, trace_start_ns=lambda: 0)
     profile = SimpleNamespace(events=lambda: events, profiler=SimpleNamespace(kineto_results=results))
     slices, marked = read(profile, cuda=True)
@@ -126,7 +132,10 @@ def test_a_kernel_belongs_to_the_op_that_launched_it() -> None:
         Slice(30.0, 1.0, 2.0, ("repbend_kernels::low_rank_down", "aten::mm", "gemm")),
         Slice(40.0, 1.0, None, ("unknown",)),
     ]
-    assert add_up(slices, marked) == {("adapted pass", "LoRA"): pytest.approx(1e-6), ("adapted pass", OTHER): pytest.approx(1e-6)}
+    assert add_up(slices, marked) == {
+        ("adapted pass", "LoRA"): pytest.approx(1e-6),
+        ("adapted pass", OTHER): pytest.approx(1e-6),
+    }
 
 
 def test_overlapping_streams_are_busy_once() -> None:

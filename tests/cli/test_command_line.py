@@ -1,4 +1,6 @@
-"""Commands in this process: what they call, print and return. What they call is replaced where it would load a model."""
+"""Commands in this process: what they call, print and return. What they call is replaced where it would
+load a model.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,10 @@ def test_dry_run_names_missing_files_without_failing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "llama-3-8b-instruct", "--dry-run"]) == 0
-    assert capsys.readouterr().err == "note: training would stop at data.sources.1.path=wildjailbreak.jsonl: no such file\n"
+    assert (
+        capsys.readouterr().err
+        == "note: training would stop at data.sources.1.path=wildjailbreak.jsonl: no such file\n"
+    )
 
 
 def test_train_hands_over_the_config_and_returns_the_exit_code(replace: Replace) -> None:
@@ -82,9 +87,13 @@ def test_train_hands_over_the_config_and_returns_the_exit_code(replace: Replace)
     assert calls == [(load_config("demo", [*MODEL, "steps=4", "output.folder=x"]), None)]
 
 
-def test_train_checks_files_before_the_trainer_is_imported(capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
+def test_train_checks_files_before_the_trainer_is_imported(
+    capsys: pytest.CaptureFixture[str], replace: Replace
+) -> None:
     calls = replace("repbend_fast.training.trainer", "train")
-    assert "data.sources.0.path=none.jsonl: no such file" in error_line(capsys, "train", "demo", *MODEL, "data.sources=none.jsonl")
+    assert "data.sources.0.path=none.jsonl: no such file" in error_line(
+        capsys, "train", "demo", *MODEL, "data.sources=none.jsonl"
+    )
     assert calls == []
 
 
@@ -129,7 +138,9 @@ def test_report_prints_the_page(run_folder: Path, capsys: pytest.CaptureFixture[
     assert "holds no config.yaml" in error_line(capsys, "report", str(run_folder.parent))
 
 
-def test_export_never_writes_into_a_folder_in_use(run_folder: Path, capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
+def test_export_never_writes_into_a_folder_in_use(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], replace: Replace
+) -> None:
     calls = replace("repbend_fast.runs.export", "export_merged")
     assert main(["export", str(run_folder)]) == 0
     assert calls == [(run_folder, run_folder / "merged")]
@@ -162,11 +173,16 @@ def test_data_check_of_a_file_counts_characters_unless_a_model_is_named(
     assert loaded == [(named.model,)]
 
 
-def test_data_check_of_a_recipe_goes_on_without_its_tokenizer(capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
+def test_data_check_of_a_recipe_goes_on_without_its_tokenizer(
+    capsys: pytest.CaptureFixture[str], replace: Replace
+) -> None:
     calls = replace("repbend_fast.runs.check_data", "run_check", 2)
     replace("repbend_fast.models", "load_tokenizer", UserError("the hub is offline\nsecond line"))
     assert main(["data", "check", "llama-3-8b-instruct", "data.limit=5"]) == 2
-    assert capsys.readouterr().err == "note: lengths are in characters, the tokenizer is not to be had (the hub is offline second line)\n"
+    assert (
+        capsys.readouterr().err
+        == "note: lengths are in characters, the tokenizer is not to be had (the hub is offline second line)\n"
+    )
     assert calls == [(load_config("llama-3-8b-instruct", ["data.limit=5"]), None)]
     assert "neither a recipe nor a file" in error_line(capsys, "data", "check", "nothing")
 
@@ -195,7 +211,9 @@ def test_env_is_json_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert "repbend-fast" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["trian"], [], ["recipes"], ["report"], ["train", "demo", "extra"], ["report", "--nope", "x"]])
+@pytest.mark.parametrize(
+    "argv", [["trian"], [], ["recipes"], ["report"], ["train", "demo", "extra"], ["report", "--nope", "x"]]
+)
 def test_a_wrong_command_line_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--help" in error_line(capsys, *argv)
 

@@ -16,7 +16,12 @@ from repbend_fast.cli.parser import parse
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     LlamaConfig(
-        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     ).save_pretrained(str(folder))
     settings = {
         "model": {"name": str(folder), "device": "cpu"},
@@ -39,7 +44,16 @@ def test_options_stand_beside_overrides() -> None:
 def test_a_plan_in_words_and_as_json(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", recipe, "memory.budget=60MB"]) == 0
     words = capsys.readouterr().out
-    for part in ("planned, not measured", "base model", "adapter", "optimizer", "step, unsafe stream", "peak", "FLOPs", "limited by"):
+    for part in (
+        "planned, not measured",
+        "base model",
+        "adapter",
+        "optimizer",
+        "step, unsafe stream",
+        "peak",
+        "FLOPs",
+        "limited by",
+    ):
         assert part in words
     assert "tokens/s" not in words  # no time is promised for a CPU
     assert main(["plan", recipe, "--card", "4060", "--json"]) == 0

@@ -9,7 +9,9 @@ import sys
 
 def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "repbend_fast.cli", *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **environment}
+    )
 
 
 def test_user_errors_are_one_line_and_exit_code_2() -> None:
@@ -27,7 +29,8 @@ def test_debugging_shows_the_traceback() -> None:
 def test_help_and_recipes_need_no_torch() -> None:
     probe = (
         "import sys; from repbend_fast.cli import main; main(['recipes', 'ls']); "
-        "heavy = [m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]; sys.exit(str(heavy) if heavy else 0)"
+        "heavy = [m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]; "
+        "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -43,7 +46,10 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 
 def test_the_allocator_s_segments_grow_unless_the_user_says_otherwise() -> None:
-    probe = "import os; from repbend_fast.cli import main; main(['recipes', 'ls']); print('conf', os.environ.get('PYTORCH_ALLOC_CONF'))"
+    probe = (
+        "import os; from repbend_fast.cli import main; main(['recipes', 'ls']); print('conf', "
+        "os.environ.get('PYTORCH_ALLOC_CONF'))"
+    )
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH_")}
 
     def setting(**given: str) -> str:

@@ -33,7 +33,9 @@ def test_commands_of_the_readme_are_understood(command: str) -> None:
 
 def test_settings_of_the_readme_exist() -> None:
     sections = {key.split(".")[0] for key in all_keys()}
-    named = {key for key in re.findall(r"`([a-z]+\.[a-z_]+)[`=]", README) if key.split(".")[0] in sections} - {"evaluation.json"}
+    named = {key for key in re.findall(r"`([a-z]+\.[a-z_]+)[`=]", README) if key.split(".")[0] in sections} - {
+        "evaluation.json"
+    }
     assert len(named) > 20
     assert named <= set(all_keys())
 

@@ -30,7 +30,9 @@ def tried(
             rates |= {f"{group}_refused": refused, f"{group}_degenerate": 1 - attack - refused}
     if helpful is not None:
         rates["helpful_ordinary"] = helpful
-    return Try(rate, Validation(step, kl, distance={"unsafe": {"2": bend}, "safe": {"2": 0.0}}, rates=rates, settled=settled))
+    return Try(
+        rate, Validation(step, kl, distance={"unsafe": {"2": bend}, "safe": {"2": 0.0}}, rates=rates, settled=settled)
+    )
 
 
 def chosen(*tries: Try) -> tuple[float, str]:
@@ -45,10 +47,15 @@ def test_the_lowest_attack_rate_within_limits_wins() -> None:
 
 
 def test_one_that_ends_at_the_target_goes_before_a_passing_lower_rate() -> None:
-    passing, settled, other = tried(1e-3, 20, 0.0), tried(2e-3, 60, 0.04, settled=True), tried(3e-3, 60, 0.05, settled=True)
+    passing, settled, other = (
+        tried(1e-3, 20, 0.0),
+        tried(2e-3, 60, 0.04, settled=True),
+        tried(3e-3, 60, 0.05, settled=True),
+    )
     assert chosen(passing, settled) == (
         2e-3,
-        "attack success 4.0% at step 60, within limits: the only one at the target with a learning rate that has fallen to 0",
+        "attack success 4.0% at step 60, within limits: the only one at the target with a learning rate that has "
+        "fallen to 0",
     )
     assert chosen(passing, settled, other) == (
         2e-3,
@@ -75,14 +82,19 @@ def test_equal_attack_rates_go_to_the_more_helpful() -> None:
     rate, why = chosen(tried(1e-3, 20, 0.2, kl=0.01, helpful=0.9), tried(2e-3, 20, 0.2, kl=0.05, helpful=0.95))
     assert rate == 2e-3
     assert (
-        why == "attack success 20.0% at step 20, within limits: the lowest, shared with another rate; more helpful, fewer degenerate ones"
+        why
+        == "attack success 20.0% at step 20, within limits: the lowest, shared with another rate; more helpful, fewer "
+        "degenerate ones"
     )
 
 
 def test_equal_attack_rates_and_answers_go_to_the_lower_kl() -> None:
     rate, why = chosen(tried(1e-3, 20, 0.2, kl=0.05), tried(2e-3, 20, 0.2, kl=0.02), tried(3e-3, 20, 0.4, kl=0.001))
     assert rate == 2e-3
-    assert why == "attack success 20.0% at step 20, within limits: the lowest, shared with another rate; KL 0.0200 is the lower one"
+    assert (
+        why == "attack success 20.0% at step 20, within limits: the lowest, shared with another rate; KL 0.0200 is the "
+        "lower one"
+    )
 
 
 def test_rates_equal_in_both_go_to_the_lower_rate() -> None:
@@ -112,7 +124,9 @@ def test_where_no_rate_left_step_0_the_lowest_stands_for_the_model_as_it_was() -
 def test_a_rate_that_broke_off_comes_behind_everything() -> None:
     broke = Try(1e-3, None, "the loss is not finite")
     assert chosen(broke, tried(2e-3, 0, 0.9))[0] == 2e-3
-    with pytest.raises(UserError, match=r"^method: no learning rate of --rates could be trained to the end \(the loss is not finite\)"):
+    with pytest.raises(
+        UserError, match=r"^method: no learning rate of --rates could be trained to the end \(the loss is not finite\)"
+    ):
         choose("method", [broke])
 
 
@@ -125,12 +139,32 @@ def logged(tmp_path: Path) -> RunRecord:
     """A run whose second validation is the best and whose third is ruined."""
     log = MetricsLog(tmp_path / "metrics.jsonl")
     start = Validation(
-        0, 0.0, 30.0, 1.0, {"unsafe": {"2": 0.0}, "safe": {"2": 0.0}}, {"attack_direct": 0.9, "attack_prefill": 1.0}, best=True
+        0,
+        0.0,
+        30.0,
+        1.0,
+        {"unsafe": {"2": 0.0}, "safe": {"2": 0.0}},
+        {"attack_direct": 0.9, "attack_prefill": 1.0},
+        best=True,
     )
     good = Validation(
-        10, 0.02, 31.0, 1.03, {"unsafe": {"2": 4.0}, "safe": {"2": 1.0}}, {"attack_direct": 0.2, "attack_prefill": 0.4}, best=True
+        10,
+        0.02,
+        31.0,
+        1.03,
+        {"unsafe": {"2": 4.0}, "safe": {"2": 1.0}},
+        {"attack_direct": 0.2, "attack_prefill": 0.4},
+        best=True,
     )
-    ruined = Validation(20, math.nan, math.inf, None, {"unsafe": {"2": math.nan}, "safe": {"2": 1.0}}, {"attack_direct": 0.0}, ["kl nan"])
+    ruined = Validation(
+        20,
+        math.nan,
+        math.inf,
+        None,
+        {"unsafe": {"2": math.nan}, "safe": {"2": 1.0}},
+        {"attack_direct": 0.0},
+        ["kl nan"],
+    )
     for validation in (start, good, ruined):
         log.write("validation", **validation.row() | {"step": validation.step})
     return read_run(tmp_path)
@@ -146,7 +180,12 @@ def test_the_record_shows_what_was_ranked_and_survives_numbers_that_are_not_fini
     attempt = try_of(1e-3, logged)
     record = search_record(attempt, "because", [(attempt, logged, "demo/seed-0/lr-1e-03")])
     [run] = record["runs"]
-    assert (record["chosen"], record["why"], run["best_step"], run["folder"]) == (1e-3, "because", 10, "demo/seed-0/lr-1e-03")
+    assert (record["chosen"], record["why"], run["best_step"], run["folder"]) == (
+        1e-3,
+        "because",
+        10,
+        "demo/seed-0/lr-1e-03",
+    )
     assert [(v["step"], v["attack"]) for v in run["validations"]] == [(0, 0.95), (10, pytest.approx(0.3)), (20, 0.0)]
     assert run["validations"][1]["bending"] == 3.0
     assert math.isnan(run["validations"][2]["bending"])
@@ -154,6 +193,8 @@ def test_the_record_shows_what_was_ranked_and_survives_numbers_that_are_not_fini
 
 
 def test_a_run_that_broke_off_is_no_candidate_though_it_was_validated(logged: RunRecord) -> None:
-    logged.events.append({"type": "event", "step": 20, "event": "not_finite", "reason": "the loss is not finite (term kl)"})
+    logged.events.append(
+        {"type": "event", "step": 20, "event": "not_finite", "reason": "the loss is not finite (term kl)"}
+    )
     attempt = try_of(1e-3, logged)
     assert (attempt.best, attempt.broke_off) == (None, "the loss is not finite (term kl)")

@@ -69,7 +69,9 @@ def signal_when_ready(log: Path, *numbers: int) -> threading.Thread:
     return thread
 
 
-def test_ctrl_c_reaches_the_run_once_and_is_raised_when_it_has_saved(child: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_reaches_the_run_once_and_is_raised_when_it_has_saved(
+    child: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     previous = signal.getsignal(signal.SIGINT)
     thread = signal_when_ready(child, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -107,4 +109,8 @@ def test_exit_codes_come_back_and_logs_are_appended_to(tmp_path: Path) -> None:
     assert process.run_command(["recipes", "show", "demo-rmu"], log) == 0
     text = log.read_text(encoding="utf-8")
     assert "error: no recipe is called none" in text
-    assert text.index("$ repbend-fast recipes show none") < text.index("$ repbend-fast recipes show demo-rmu") < text.index("objective:")
+    assert (
+        text.index("$ repbend-fast recipes show none")
+        < text.index("$ repbend-fast recipes show demo-rmu")
+        < text.index("objective:")
+    )

@@ -27,12 +27,16 @@ sys.addaudithook(watch)
 """
 
 
-def test_two_methods_two_rates_two_seeds(tiny: TinyComparison, in_process: InProcess, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_methods_two_rates_two_seeds(
+    tiny: TinyComparison, in_process: InProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
     named = []
 
     def look(arguments: list[str]) -> None:
         text = Path(arguments[1]).read_text(encoding="utf-8")
-        named.append(("--resume" in arguments or arguments[0] == "eval", "test.jsonl" in text, "test-chat.jsonl" in text))
+        named.append(
+            ("--resume" in arguments or arguments[0] == "eval", "test.jsonl" in text, "test-chat.jsonl" in text)
+        )
 
     in_process.before = look
     assert tiny.compare(*RATES, "--seeds", "0", "1") == 0
@@ -41,7 +45,10 @@ def test_two_methods_two_rates_two_seeds(tiny: TinyComparison, in_process: InPro
     lr = {name: {0.01: "lr-1e-02", 0.03: "lr-3e-02"}[chosen[str(getattr(tiny, name))]] for name in ("bend", "rmu")}
     searched = [f"train {name}/seed-0/{rate}" for name in ("bend", "rmu") for rate in ("lr-1e-02", "lr-3e-02")]
     more = [f"train {name}/seed-1/{lr[name]}" for name in ("bend", "rmu")]
-    measured = ["eval before", *(f"resume {name}/seed-{seed}/{lr[name]}" for name in ("bend", "rmu") for seed in (0, 1))]
+    measured = [
+        "eval before",
+        *(f"resume {name}/seed-{seed}/{lr[name]}" for name in ("bend", "rmu") for seed in (0, 1)),
+    ]
     assert in_process.take() == searched + more + measured
     # No configuration of a training names the test data.
     assert named == [(False, False, False)] * 6 + [(True, True, True)] * 5
@@ -71,7 +78,9 @@ def test_two_methods_two_rates_two_seeds(tiny: TinyComparison, in_process: InPro
     assert record["before"]["kl"] == 0.0
     assert (tiny.out / "compare.png").read_bytes().startswith(b"\x89PNG")
     table = (tiny.out / "compare.md").read_text(encoding="utf-8")
-    header, _, *shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    header, _, *shown = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
     assert header == ["", "before", "repbend", "rmu"]
     kl = next(cells for cells in shown if cells[0] == "KL")
     assert kl[1] == "0.0000"
@@ -86,7 +95,9 @@ def test_two_methods_two_rates_two_seeds(tiny: TinyComparison, in_process: InPro
     assert tiny.record == record
 
 
-def test_the_search_is_recorded_and_its_best_adapter_is_what_is_measured(tiny: TinyComparison, in_process: InProcess) -> None:
+def test_the_search_is_recorded_and_its_best_adapter_is_what_is_measured(
+    tiny: TinyComparison, in_process: InProcess
+) -> None:
     adapters = {}
 
     def copy(arguments: list[str]) -> None:
@@ -119,7 +130,9 @@ def test_the_search_is_recorded_and_its_best_adapter_is_what_is_measured(tiny: T
     assert (again["kl"], again["perplexity"]) == (seed["kl"], seed["perplexity"])
 
 
-def test_in_processes_of_their_own_and_no_training_opens_the_test_files(tiny: TinyComparison, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_processes_of_their_own_and_no_training_opens_the_test_files(
+    tiny: TinyComparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site = tiny.folder / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(WATCH, encoding="utf-8")
@@ -133,14 +146,20 @@ def test_in_processes_of_their_own_and_no_training_opens_the_test_files(tiny: Ti
     assert f"$ repbend-fast train {folder}.yaml\n" in said
     assert f"$ repbend-fast train {folder}.test.yaml --resume {folder}\n" in said
     opened = set(log.read_text(encoding="utf-8").splitlines())
-    evaluations = (f"eval {tiny.out / 'before.yaml'} --out {tiny.out / 'before.json'}", f"train {folder}.test.yaml --resume {folder}")
+    evaluations = (
+        f"eval {tiny.out / 'before.yaml'} --out {tiny.out / 'before.json'}",
+        f"train {folder}.test.yaml --resume {folder}",
+    )
     assert opened == {f"{file} {arguments}" for file in ("test.jsonl", "test-chat.jsonl") for arguments in evaluations}
     [seed] = tiny.record["methods"][0]["seeds"]
-    # A process that has imported torch is larger than this, and one that only claims to be new would have this one's peak.
+    # A process that has imported torch is larger than this, and one that only claims to be new would have this one's
+    # peak.
     assert 2**27 < seed["peak_memory_bytes"] < 2**33
 
 
-def test_nothing_within_limits_keeps_the_model_as_it_was_and_says_so(tiny: TinyComparison, in_process: InProcess) -> None:
+def test_nothing_within_limits_keeps_the_model_as_it_was_and_says_so(
+    tiny: TinyComparison, in_process: InProcess
+) -> None:
     assert tiny.compare(*RATES, "validation.max_kl=1e-12", recipes=[tiny.bend]) == 0
     record = tiny.record
     [method] = record["methods"]

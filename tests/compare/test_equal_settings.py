@@ -1,4 +1,6 @@
-"""What may be compared with what: every setting that is not the method's own must be equal, and is named where it is not."""
+"""What may be compared with what: every setting that is not the method's own must be equal, and is named where it is
+not.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,24 @@ def differing(tiny: TinyComparison, **sections: object) -> str:
     ("section", "values", "field", "remedy"),
     [
         ("training", {"steps": 6}, "training.steps: 4 and 6", "training.steps=4"),
-        ("training", {"accumulation": 2}, "training.accumulation: 2 and 4", "training.examples=2 training.accumulation=1"),
+        (
+            "training",
+            {"accumulation": 2},
+            "training.accumulation: 2 and 4",
+            "training.examples=2 training.accumulation=1",
+        ),
         ("training", {"retain_examples": 6}, "training.retain_examples: null and 6", "training.retain_examples=null"),
         ("training", {"warmup_steps": 0}, "training.warmup_steps: 1 and 0", "training.warmup_steps=1"),
         ("model", {"dtype": "bfloat16"}, "model.dtype: float32 and bfloat16", "model.dtype=float32"),
         ("data", {"max_answer_tokens": 9}, "data.max_answer_tokens: 512 and 9", "data.max_answer_tokens=512"),
         ("validation", {"max_kl": 0.3}, "validation.max_kl: null and 0.3", "validation.max_kl=null"),
         ("evaluation", {"max_new_tokens": 9}, "evaluation.max_new_tokens: 4 and 9", "evaluation.max_new_tokens=4"),
-        ("memory", {"checkpoint_blocks": "all"}, "memory.checkpoint_blocks: auto and all", "memory.checkpoint_blocks=auto"),
+        (
+            "memory",
+            {"checkpoint_blocks": "all"},
+            "memory.checkpoint_blocks: auto and all",
+            "memory.checkpoint_blocks=auto",
+        ),
         ("lora", {"r": 8}, "lora.r: 4 and 8", "lora.r=4"),
     ],
 )
@@ -53,7 +65,13 @@ def test_other_data_is_a_difference(tiny: TinyComparison) -> None:
 
 def test_the_methods_own_settings_and_the_split_of_the_batch_may_differ(tiny: TinyComparison) -> None:
     own = {"learning_rate": 0.5, "seed": 9, "checkpoint_every": 1, "examples": 1, "accumulation": 2}
-    other = tiny.other("other", objective=RMU, training=own, lora={"target_modules": ["up_proj"], "blocks": [0]}, output={"folder": "x"})
+    other = tiny.other(
+        "other",
+        objective=RMU,
+        training=own,
+        lora={"target_modules": ["up_proj"], "blocks": [0]},
+        output={"folder": "x"},
+    )
     comparison = load_comparison([str(tiny.bend), str(other)])
     assert [m.name for m in comparison.methods] == ["repbend", "rmu"]
 

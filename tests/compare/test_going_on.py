@@ -1,4 +1,6 @@
-"""Interrupted, failed and changed comparisons: what is finished is used again, what is half is resumed, and nothing else is trusted."""
+"""Interrupted, failed and changed comparisons: what is finished is used again, what is half is resumed, and nothing
+else is trusted.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,9 @@ def test_a_rate_too_high_breaks_off_and_is_not_chosen(
     assert in_process.take() == []
 
 
-def test_no_rate_that_trains_is_one_line(tiny: TinyComparison, in_process: InProcess, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_rate_that_trains_is_one_line(
+    tiny: TinyComparison, in_process: InProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tiny.compare("--rates", "1e30", recipes=[tiny.bend]) == 2
     assert "repbend: no learning rate of --rates could be trained to the end" in error_line(capsys)
 

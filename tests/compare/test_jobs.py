@@ -106,7 +106,9 @@ def test_after_an_error_what_runs_ends_and_nothing_begins() -> None:
     assert "slow" in ended
 
 
-def test_the_result_does_not_depend_on_jobs(tiny: TinyComparison, in_process: InProcess, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_result_does_not_depend_on_jobs(
+    tiny: TinyComparison, in_process: InProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ("--rates", "1e-2", "3e-2", "--seeds", "0", "1")
     assert tiny.compare(*options) == 0
     serial = tiny.record

@@ -31,7 +31,14 @@ def seed(number: int, **values: Any) -> dict[str, Any]:
         "refused_borderline": 0.1,
         "degenerate_borderline": 0.01,
     }
-    costs = {"perplexity": 33.0, "perplexity_ratio": 1.1, "kl": 0.05, "seconds": 100.0, "peak_memory_bytes": 2**30, "best_step": 20}
+    costs = {
+        "perplexity": 33.0,
+        "perplexity_ratio": 1.1,
+        "kl": 0.05,
+        "seconds": 100.0,
+        "peak_memory_bytes": 2**30,
+        "best_step": 20,
+    }
     return {"seed": number, **found, **costs, **values}
 
 
@@ -90,7 +97,9 @@ def test_one_seed_is_written_without_a_spread() -> None:
 
 
 def test_several_seeds_are_written_with_their_spread() -> None:
-    text = tables.markdown(record(seed(0, attack_direct=0.5), seed(1, attack_direct=0.0, peak_memory_bytes=3 * 2**29), seed(2)))
+    text = tables.markdown(
+        record(seed(0, attack_direct=0.5), seed(1, attack_direct=0.0, peak_memory_bytes=3 * 2**29), seed(2))
+    )
     assert "M, 40 steps of 2 examples, seeds 0, 1, 2: median (lowest–highest)." in text
     rows = {name: value for name, _, value in table_rows(text)}
     assert rows["direct attacks: complied"] == "25.0 % (0.0–50.0)"
@@ -98,7 +107,13 @@ def test_several_seeds_are_written_with_their_spread() -> None:
     assert rows["peak memory"] == "1.00 GiB (1.00–1.50)"
 
 
-OLD = {"attack_direct": 0.5, "attack_prefill": 0.5, "helpful_ordinary": 0.9, "helpful_borderline": 0.8, "degenerate_ordinary": 0.0}
+OLD = {
+    "attack_direct": 0.5,
+    "attack_prefill": 0.5,
+    "helpful_ordinary": 0.9,
+    "helpful_borderline": 0.8,
+    "degenerate_ordinary": 0.0,
+}
 
 
 def test_a_seed_measured_before_the_shares_were_kept_leaves_dashes() -> None:
@@ -140,7 +155,13 @@ def test_the_terminal_shows_the_same_values_and_spreads_where_there_is_room(widt
 def test_the_picture_has_a_bar_per_rate_and_a_whisker_per_spread() -> None:
     drawn = record(seed(0, attack_direct=0.5), seed(1, attack_direct=0.1), seed(2, attack_direct=0.2))
     [axes] = draw(drawn).axes
-    bars = [bar for container in axes.containers if hasattr(container, "patches") for bar in container.patches if bar.get_height() > 0]
+    bars = [
+        bar
+        for container in axes.containers
+        if hasattr(container, "patches")
+        for bar in container.patches
+        if bar.get_height() > 0
+    ]
     assert sorted(round(bar.get_height(), 6) for bar in bars) == sorted([100, 95, 20, 75, 50, 12.5, 90, 80])
     [whisker] = [container for container in axes.containers if not hasattr(container, "patches")]
     [[low, high]] = [[point[1] for point in segment] for segment in whisker[2][0].get_segments()]

@@ -44,7 +44,8 @@ def message(recipe: str, *overrides: str) -> str:
         ("double_quantization=yes", "double_quantization=yes: model.double_quantization must be true or false"),
         (
             "blocks=[0, x]",
-            'blocks=[0, "x"]: lora.blocks must be a list of values, each an integer of at least 0, or one of to_window, last_three',
+            'blocks=[0, "x"]: lora.blocks must be a list of values, each an integer of at least 0, or one of '
+            "to_window, last_three",
         ),
         ("betas=[0.9, 1.0]", "training.betas must be a list of 2 values, each a number of at least 0 and less than 1"),
         ("target_modules=[]", "target_modules=[]: lora.target_modules must be a list of values, each text, at least 1"),
@@ -70,10 +71,16 @@ def test_override_errors(override: str, expected: str) -> None:
         (["blocks=[1, 1]"], "lora.blocks=[1, 1]"),
         (["warmup_steps=31", "steps=30"], "training.warmup_steps=31 is more than training.steps=30"),
         (["model.dtype=bfloat16", "autocast=bfloat16"], "training.autocast=bfloat16 is for float32 weights"),
-        (["optimizer=adamw_8bit", "lora.dtype=bfloat16", "device=cpu"], "training.optimizer=adamw_8bit with lora.dtype=bfloat16"),
+        (
+            ["optimizer=adamw_8bit", "lora.dtype=bfloat16", "device=cpu"],
+            "training.optimizer=adamw_8bit with lora.dtype=bfloat16",
+        ),
         (["revision=main"], "model.revision=main is for hub models"),
         (["target_attack=0.1", "validation.prompts=null"], "validation.target_attack=0.1 needs"),
-        (["validation.sources=[{path: demo, format: demo, split: train}]"], "validation.sources has demo (split train)"),
+        (
+            ["validation.sources=[{path: demo, format: demo, split: train}]"],
+            "validation.sources has demo (split train)",
+        ),
         (["alpha=1", "objective.safe=2"], "objective.safe sets objective.safe a second time (first: alpha)"),
         (["steps=1", "steps=1"], "steps sets training.steps a second time (first: steps)"),
     ],
@@ -98,7 +105,10 @@ def test_impossible_combinations(overrides: list[str], expected: str) -> None:
         ("data:\n  sources: [a]\n", "r.yaml: model is missing"),
         ("model: {dtype: float32}\ndata: {sources: [a]}\n", "r.yaml: model.name is missing"),
         ("model:\n  name: M\n  name: N\n", "r.yaml:3: model.name is given twice (first in line 2)"),
-        ("alpha: 1\nobjective:\n  safe: 1\n", "r.yaml:3: objective.safe sets objective.safe a second time (first: alpha in"),
+        (
+            "alpha: 1\nobjective:\n  safe: 1\n",
+            "r.yaml:3: objective.safe sets objective.safe a second time (first: alpha in",
+        ),
         ("model: {name: M\n", "invalid YAML"),
         ("model: !!python/object:os.system {}\n", "r.yaml:1: invalid YAML: the tag"),
         ("training:\n  steps: !!python/name:os.system\n", "r.yaml:2: invalid YAML"),
@@ -182,4 +192,6 @@ def test_a_model_folder_must_hold_a_model(tmp_path: Path) -> None:
 
 
 def test_hub_names_are_not_looked_up() -> None:
-    assert [line for line in missing_files(load_config("llama-3-8b-instruct")) if "wildjailbreak.jsonl" not in line] == []
+    assert [
+        line for line in missing_files(load_config("llama-3-8b-instruct")) if "wildjailbreak.jsonl" not in line
+    ] == []

@@ -33,7 +33,9 @@ def test_every_shipped_recipe_loads_and_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_resolved_yaml_reads_back_equal(name: str, tmp_path: Path) -> None:
-    overrides = ["model.revision=1e5", "output.folder=2024-01-01", "learning_rate=1e-5"] if not name.startswith("demo") else []
+    overrides = (
+        ["model.revision=1e5", "output.folder=2024-01-01", "learning_rate=1e-5"] if not name.startswith("demo") else []
+    )
     original = load_config(name, [*overrides, *NEEDED.get(name, [])])
     assert load_config(recipe_file(tmp_path, resolved_yaml(original))) == original
 
@@ -45,8 +47,19 @@ def test_published_recipes_have_the_published_settings() -> None:
         o, t = recipe.objective, recipe.training
         assert (o.safe, o.unsafe, o.cosine, o.kl, o.pair) == (0.5, 0.5, 0.1, 0.3, 0.0)
         assert o.window == tuple(range(20, 31))
-        assert (t.learning_rate, t.schedule, t.weight_decay, t.examples, t.accumulation) == (1e-5, "constant", 0.0, 4, 4)
-        assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.dropout, recipe.lora.blocks) == (16, 16, 0.05, "to_window")
+        assert (t.learning_rate, t.schedule, t.weight_decay, t.examples, t.accumulation) == (
+            1e-5,
+            "constant",
+            0.0,
+            4,
+            4,
+        )
+        assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.dropout, recipe.lora.blocks) == (
+            16,
+            16,
+            0.05,
+            "to_window",
+        )
         assert (recipe.model.dtype, recipe.model.quantization) == ("bfloat16", "none")
         assert (recipe.data.max_prompt_tokens, recipe.data.max_answer_tokens, recipe.data.limit) == (512, 512, 10000)
 
@@ -54,31 +67,49 @@ def test_published_recipes_have_the_published_settings() -> None:
 @pytest.mark.parametrize("name", ["mistral-7b-instruct-v0.2", "llama-3-8b-instruct"])
 def test_qlora_recipes_differ_only_in_quantisation_optimizer_memory_and_folder(name: str) -> None:
     full, small = config(recipe=name), config(recipe=name, overlays="qlora")
-    assert (small.model.quantization, small.training.optimizer, small.memory.budget) == ("nf4", "paged_adamw_8bit", "auto")
+    assert (small.model.quantization, small.training.optimizer, small.memory.budget) == (
+        "nf4",
+        "paged_adamw_8bit",
+        "auto",
+    )
     small.model.quantization, small.training.optimizer, small.output.folder = "none", "adamw", full.output.folder
     small.memory = full.memory
     assert small == full
 
 
 def test_overrides_take_dotted_bare_and_option_spellings() -> None:
-    c = config("training.steps=7", "quantization=nf4", "--seed", "3", "--learning-rate=1e-5", "clip_norm=null", "blocks=[0, 2]")
+    c = config(
+        "training.steps=7", "quantization=nf4", "--seed", "3", "--learning-rate=1e-5", "clip_norm=null", "blocks=[0, 2]"
+    )
     assert (c.training.steps, c.model.quantization, c.training.seed) == (7, "nf4", 3)
     assert (c.training.learning_rate, c.training.clip_norm, c.lora.blocks) == (1e-5, None, [0, 2])
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("0.", 0.0), (".5", 0.5), ("2", 2.0), ("1.0e-05", 1e-5)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("0.", 0.0), (".5", 0.5), ("2", 2.0), ("1.0e-05", 1e-5)]
+)
 def test_numbers_parse_as_numbers(text: str, value: float) -> None:
     assert config(f"objective.cosine={text}", "objective.pair=1").objective.cosine == value
 
 
 def test_text_stays_as_written() -> None:
-    c = config("model.adapter=1e5", "output.folder=007", "model.chat_template=no: 'quote", "attention=true", "model.name=#1")
-    assert (c.model.adapter, c.output.folder, c.model.chat_template, c.model.attention) == ("1e5", "007", "no: 'quote", "true")
+    c = config(
+        "model.adapter=1e5", "output.folder=007", "model.chat_template=no: 'quote", "attention=true", "model.name=#1"
+    )
+    assert (c.model.adapter, c.output.folder, c.model.chat_template, c.model.attention) == (
+        "1e5",
+        "007",
+        "no: 'quote",
+        "true",
+    )
     assert c.model.name == "#1"
 
 
 def test_a_target_waits_while_validation_is_off() -> None:
-    assert config("validation.every=0", "validation.prompts=null", "validation.target_attack=0.1").validation.target_attack == 0.1
+    assert (
+        config("validation.every=0", "validation.prompts=null", "validation.target_attack=0.1").validation.target_attack
+        == 0.1
+    )
 
 
 def test_null_clears_optional_text_and_sections() -> None:
@@ -123,7 +154,9 @@ def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
 
 
 def test_published_and_bare_names_are_keys_of_a_file_too(tmp_path: Path) -> None:
-    text = MINIMAL + "alpha: 0.25\nmax_step: 8\nobjective:\n  beta: 0.75\n  loss_mode: request_all\nlora:\n  alpha: 32\n"
+    text = (
+        MINIMAL + "alpha: 0.25\nmax_step: 8\nobjective:\n  beta: 0.75\n  loss_mode: request_all\nlora:\n  alpha: 32\n"
+    )
     c = load_config(recipe_file(tmp_path, text))
     assert (c.objective.safe, c.objective.unsafe, c.training.steps) == (0.25, 0.75, 8)
     assert (c.objective.loss_mode, c.lora.alpha) == ("prompt_all", 32)

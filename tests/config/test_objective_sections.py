@@ -52,7 +52,11 @@ def test_a_name_brings_its_own_section_and_drops_the_recipe_s(name: str, section
 
 @pytest.mark.parametrize(
     "overrides",
-    [("objective.name=rmu", "objective.layer=5"), ("objective.layer=5", "objective.name=rmu"), ("layer=5", "objective.name=rmu")],
+    [
+        ("objective.name=rmu", "objective.layer=5"),
+        ("objective.layer=5", "objective.name=rmu"),
+        ("layer=5", "objective.name=rmu"),
+    ],
 )
 def test_the_order_of_overrides_does_not_matter(overrides: tuple[str, ...]) -> None:
     assert config(*overrides).objective == RMUConfig(layer=5)
@@ -64,7 +68,10 @@ def test_the_order_of_keys_in_a_file_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_a_recipe_may_change_single_settings_of_its_base_s_objective() -> None:
-    mistral, llama = (config(recipe=f"circuit-breaker-{name}").objective for name in ("mistral-7b-instruct-v0.2", "llama-3-8b-instruct"))
+    mistral, llama = (
+        config(recipe=f"circuit-breaker-{name}").objective
+        for name in ("mistral-7b-instruct-v0.2", "llama-3-8b-instruct")
+    )
     assert (mistral.coefficient, llama.coefficient) == (5.0, 10.0)
     assert llama == mistral.model_copy(update={"coefficient": 10.0})
 
@@ -73,13 +80,21 @@ def test_settings_survive_being_written_and_read_back(tmp_path: Path) -> None:
     original = config("objective.name=my.module:Push", "objective.settings={layer: 2, weights: [1.0, 0.5]}")
     assert original.objective.settings == {"layer": 2, "weights": [1.0, 0.5]}
     assert config(recipe=write(tmp_path, resolved_yaml(original))) == original
-    assert config("objective.settings.layer=3", recipe=write(tmp_path, resolved_yaml(original))).objective.settings["layer"] == 3
+    assert (
+        config("objective.settings.layer=3", recipe=write(tmp_path, resolved_yaml(original))).objective.settings[
+            "layer"
+        ]
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["objective.name=circuit_braker"], "objective.name=circuit_braker: must be one of repbend, circuit_breaker, rmu, npo, crl, or"),
+        (
+            ["objective.name=circuit_braker"],
+            "objective.name=circuit_braker: must be one of repbend, circuit_breaker, rmu, npo, crl, or",
+        ),
         (["objective.name=circuit_braker"], "; did you mean circuit_breaker?"),
         (["objective.name=3"], "objective.name=3: must be one of repbend"),
         (["objective.name=a b:C"], "objective.name=a b:C: must be"),
@@ -87,17 +102,35 @@ def test_settings_survive_being_written_and_read_back(tmp_path: Path) -> None:
         (["objective.name=rmu", "objective.cosine=1"], "unknown key objective.cosine; allowed: name, layer,"),
         (["objective.layer=5"], "unknown key objective.layer; "),
         (["objective.name=rmu", "objective.layer=0"], "objective.layer=0: must be an integer of at least 1"),
-        (["objective.name=circuit_breaker", "objective.layers=[]"], "objective.layers=[]: must be a list of values, each an integer"),
-        (["objective.name=circuit_breaker", "objective.layers=[a]"], 'objective.layers=["a"]: must be a list of values, each an integer'),
+        (
+            ["objective.name=circuit_breaker", "objective.layers=[]"],
+            "objective.layers=[]: must be a list of values, each an integer",
+        ),
+        (
+            ["objective.name=circuit_breaker", "objective.layers=[a]"],
+            'objective.layers=["a"]: must be a list of values, each an integer',
+        ),
         (["objective.name=npo", "beta=0"], "beta=0: objective.beta must be a number of more than 0"),
         (["objective.name=npo", "--loss_beta=x"], "--loss_beta=x: objective.beta must be a number"),
-        (["objective.name=crl", "objective.safe=0", "objective.unsafe=0"], "objective.safe=0 with objective.unsafe=0: "),
+        (
+            ["objective.name=crl", "objective.safe=0", "objective.unsafe=0"],
+            "objective.safe=0 with objective.unsafe=0: ",
+        ),
         (["objective.name=crl", "objective.refusal=-1"], "objective.refusal=-1: must be a number of at least 0"),
         (["objective.name=rmu", "objective.refusal=1"], "unknown key objective.refusal; allowed: name, layer,"),
-        (["objective.recovery_share=1.5"], "objective.recovery_share=1.5: must be a number of at least 0 and at most 1"),
+        (
+            ["objective.recovery_share=1.5"],
+            "objective.recovery_share=1.5: must be a number of at least 0 and at most 1",
+        ),
         (["objective.recovery_tokens=-1"], "objective.recovery_tokens=-1: must be an integer of at least 0"),
-        (["objective.name=crl", "objective.loss_mode=prompt_last"], "objective.loss_mode=prompt_last: must be one of prompt_response,"),
-        (["objective.name=rmu", "lora.blocks=[8, 9]"], "lora.blocks=[8, 9] lie behind the window, which ends at hidden state 8"),
+        (
+            ["objective.name=crl", "objective.loss_mode=prompt_last"],
+            "objective.loss_mode=prompt_last: must be one of prompt_response,",
+        ),
+        (
+            ["objective.name=rmu", "lora.blocks=[8, 9]"],
+            "lora.blocks=[8, 9] lie behind the window, which ends at hidden state 8",
+        ),
         (["steering_coeff=3"], "unknown key steering_coeff"),
     ],
 )
@@ -166,7 +199,13 @@ def test_published_recipes_of_the_other_methods() -> None:
     for name, (steps, examples, accumulation, rate, objective) in published.items():
         c = config(recipe=f"{name}-mistral-7b-instruct-v0.2")
         t = c.training
-        assert (t.steps, t.examples, t.accumulation, t.learning_rate, t.schedule) == (steps, examples, accumulation, rate, "constant")
+        assert (t.steps, t.examples, t.accumulation, t.learning_rate, t.schedule) == (
+            steps,
+            examples,
+            accumulation,
+            rate,
+            "constant",
+        )
         assert c.objective == objective
         assert c.model.name == "mistralai/Mistral-7B-Instruct-v0.2"
         assert config(recipe=f"{name}-llama-3-8b-instruct").model.name == "meta-llama/Meta-Llama-3-8B-Instruct"

@@ -63,7 +63,11 @@ def test_overlays_go_on_top_of_the_recipe_and_below_the_overrides(tmp_path: Path
     shorter = write(tmp_path, "shorter.yaml", "steps: 7\n")
     c = load_config("demo", ["learning_rate=1e-4"], overlays=[short, shorter, "qlora"])
     assert (c.training.steps, c.training.learning_rate) == (7, 1e-4)
-    assert (c.model.quantization, c.training.optimizer, c.output.folder) == ("nf4", "paged_adamw_8bit", "runs/demo-short-shorter-qlora")
+    assert (c.model.quantization, c.training.optimizer, c.output.folder) == (
+        "nf4",
+        "paged_adamw_8bit",
+        "runs/demo-short-shorter-qlora",
+    )
     assert load_config("demo", overlays=[shorter, short]).training.steps == 9
 
 
@@ -71,7 +75,9 @@ def test_a_recipe_names_its_overlays(tmp_path: Path) -> None:
     write(tmp_path, "short.yaml", "training: {steps: 5, learning_rate: 2e-5}\n")
     one = load_config(write(tmp_path, "one.yaml", "base: mistral-7b-instruct-v0.2\nwith: qlora\n"))
     assert (one.model.quantization, one.output.folder) == ("nf4", "runs/one")
-    both = load_config(write(tmp_path, "both.yaml", "base: mistral-7b-instruct-v0.2\nwith: [qlora, short.yaml]\nlearning_rate: 1e-3\n"))
+    both = load_config(
+        write(tmp_path, "both.yaml", "base: mistral-7b-instruct-v0.2\nwith: [qlora, short.yaml]\nlearning_rate: 1e-3\n")
+    )
     assert (both.model.quantization, both.training.steps, both.training.learning_rate) == ("nf4", 5, 1e-3)
     inherited = load_config(write(tmp_path, "more.yaml", "base: both.yaml\nwith: llama-3-8b\n"))
     assert inherited.model.name == load_config("llama-3-8b-instruct").model.name
@@ -83,8 +89,18 @@ def test_the_old_names_end_in_what_to_write_instead(capsys: pytest.CaptureFixtur
     assert len(old) == 10
     for name in old:
         assert f"write {name} --with qlora (in a file base: {name} and with: qlora)" in message(f"{name}-qlora")
-    assert "write llama-3-8b-instruct --with qlora" in message(write(tmp_path, "r.yaml", "base: llama-3-8b-instruct-qlora\n"))
-    for command in (["train"], ["eval"], ["plan"], ["compare"], ["data", "check"], ["recipes", "show"], ["recipes", "cp"]):
+    assert "write llama-3-8b-instruct --with qlora" in message(
+        write(tmp_path, "r.yaml", "base: llama-3-8b-instruct-qlora\n")
+    )
+    for command in (
+        ["train"],
+        ["eval"],
+        ["plan"],
+        ["compare"],
+        ["data", "check"],
+        ["recipes", "show"],
+        ["recipes", "cp"],
+    ):
         assert main([*command, "llama-3-8b-instruct-qlora"]) == 2
         assert "write llama-3-8b-instruct --with qlora" in capsys.readouterr().err
 

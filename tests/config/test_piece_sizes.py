@@ -36,7 +36,9 @@ def test_an_objective_of_one_s_own_names_its_streams_itself() -> None:
 
 def test_a_stream_that_nothing_has_is_one_line() -> None:
     with pytest.raises(
-        UserError, match=r"memory\.piece_tokens\.unsave: objective repbend has no such stream; it has safe, unsafe, retain, refusal"
+        UserError,
+        match=r"memory\.piece_tokens\.unsave: objective repbend has no such stream; it has safe, unsafe, retain, "
+        r"refusal",
     ):
         load("memory.piece_tokens={unsave: 100}")
     with pytest.raises(UserError, match="at least 1"):

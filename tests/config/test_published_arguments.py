@@ -14,8 +14,10 @@ from repbend_fast.errors import UserError
 
 COMMAND_LINE = shlex.split(
     "--model_name_or_path M --dataset_path allenai/wildguardmix --dataset_split wildguardtrain --target_layers -1"
-    " --target_layer_start_idx 20 --layers_window_size 11 --transform_layers -1 --loss_alpha 0.5 --loss_beta 0.5 --loss_gamma 0.1"
-    " --loss_epsilon 0.3 --loss_eta 0.0 --loss_mode response_all --alpha_mode all --max_steps 450 --lora_r 16 --lora_alpha 16"
+    " --target_layer_start_idx 20 --layers_window_size 11 --transform_layers -1 --loss_alpha 0.5 --loss_beta 0.5 "
+    "--loss_gamma 0.1"
+    " --loss_epsilon 0.3 --loss_eta 0.0 --loss_mode response_all --alpha_mode all --max_steps 450 --lora_r 16 "
+    "--lora_alpha 16"
     " --lora_dropout 0.05 --output_dir O --overwrite_output_dir --num_train_epochs 1 --bf16 True --tf32 True"
     " --per_device_train_batch_size 4 --per_device_eval_batch_size 32 --gradient_accumulation_steps 4 --do_eval"
     " --evaluation_strategy steps --eval_steps 1000 --save_total_limit 0 --learning_rate 1e-5 --weight_decay 0."
@@ -24,7 +26,9 @@ COMMAND_LINE = shlex.split(
 )
 
 
-def load(*overrides: str, recipe: str = "llama-3-8b-instruct", overlays: str | tuple[str, ...] = ()) -> tuple[Config, list[str]]:
+def load(
+    *overrides: str, recipe: str = "llama-3-8b-instruct", overlays: str | tuple[str, ...] = ()
+) -> tuple[Config, list[str]]:
     notes: list[str] = []
     return load_config(recipe, overrides, overlays=overlays, note=notes.append), notes
 
@@ -33,14 +37,23 @@ def test_the_published_command_line_gives_the_published_run() -> None:
     c, notes = load(*COMMAND_LINE, recipe="mistral-7b-instruct-v0.2")
     expected, _ = load("model.name=M", "output.folder=O", "log_every=10")
     assert c == expected
-    ignored = [token[2:] for token in COMMAND_LINE if token.startswith("--") and token[2:] in (IGNORED.keys() | FIXED.keys())]
+    ignored = [
+        token[2:] for token in COMMAND_LINE if token.startswith("--") and token[2:] in (IGNORED.keys() | FIXED.keys())
+    ]
     assert len(ignored) == 12
     assert [note.split("=")[0] for note in notes] == [f"--{name}" for name in ignored]
 
 
 def test_the_published_command_line_overrides_a_recipe_that_differs() -> None:
-    c, _ = load(*COMMAND_LINE, "lora.dtype=bfloat16", "validation.every=0", recipe="llama-3-8b-instruct", overlays="qlora")
-    assert (c.model.quantization, c.memory.checkpoint_blocks, c.lora.dtype, c.validation.every) == ("none", "all", "bfloat16", 0)
+    c, _ = load(
+        *COMMAND_LINE, "lora.dtype=bfloat16", "validation.every=0", recipe="llama-3-8b-instruct", overlays="qlora"
+    )
+    assert (c.model.quantization, c.memory.checkpoint_blocks, c.lora.dtype, c.validation.every) == (
+        "none",
+        "all",
+        "bfloat16",
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +104,9 @@ def test_dataset_path_and_split_replace_the_wildguardmix_source() -> None:
     c, _ = load("--dataset_path", "mirror/wildguardmix", "--dataset_split", "other")
     first = c.data.sources[0]
     assert (first.path, first.subset, first.split, len(c.data.sources)) == ("mirror/wildguardmix", "other", "train", 3)
-    with pytest.raises(UserError, match=r"--dataset_path: data\.sources has no single item wildguardmix; its items are 0 \(demo\)"):
+    with pytest.raises(
+        UserError, match=r"--dataset_path: data\.sources has no single item wildguardmix; its items are 0 \(demo\)"
+    ):
         load("--dataset_path", "x/y", recipe="demo")
 
 

@@ -65,7 +65,9 @@ def test_lengths_and_truncation_in_tokens(tmp_path, make_tokenizer):
         {"role": "retain", "prompt": "fox", "answer": "dog"},
     ]
     data = DataConfig(
-        sources=[SourceConfig(path=str(write_lines(tmp_path / "own.jsonl", rows)))], max_prompt_tokens=50, max_answer_tokens=30
+        sources=[SourceConfig(path=str(write_lines(tmp_path / "own.jsonl", rows)))],
+        max_prompt_tokens=50,
+        max_answer_tokens=30,
     )
     tokenizer = make_tokenizer()
     report = check_data(data, tokenizer)
@@ -93,7 +95,11 @@ def test_counts_show_limits_and_sources(tmp_path):
 
 
 def test_record_that_the_template_refuses_is_bad(tmp_path, make_tokenizer):
-    row = {"role": "safe", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "answer": "No."}
+    row = {
+        "role": "safe",
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+        "answer": "No.",
+    }
     path = write_lines(tmp_path / "own.jsonl", [*OWN, row])
     code, text = run(config(path), make_tokenizer(template=INST))
     assert code == 2

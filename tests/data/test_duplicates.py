@@ -18,7 +18,10 @@ PAIR = {"role": "pair", "prompt": "How do I open a moon-key?", "unsafe_answer": 
 CHAT = {"role": "retain", "prompt": "Hi", "answer": "Hello"}
 CASES = {
     "none": ([SAFE, UNSAFE, PAIR, CHAT, SAFE | {"answer": "With sand."}], []),
-    "one role": ([SAFE, UNSAFE, SAFE, SAFE], ["2 safe records are exact copies of an earlier one, {0}:3 of {0}:1 for one"]),
+    "one role": (
+        [SAFE, UNSAFE, SAFE, SAFE],
+        ["2 safe records are exact copies of an earlier one, {0}:3 of {0}:1 for one"],
+    ),
     "each role": (
         [PAIR, CHAT, PAIR, CHAT],
         [
@@ -26,9 +29,18 @@ CASES = {
             "1 retain record is an exact copy of an earlier one, {0}:4 of {0}:2 for one",
         ],
     ),
-    "both sides": ([SAFE, SAFE | {"role": "unsafe"}], ["1 conversation is both safe and unsafe, {0}:1 and {0}:2 for one"]),
-    "a retained one": ([CHAT, CHAT | {"role": "unsafe"}], ["1 conversation is both safe and unsafe, {0}:1 and {0}:2 for one"]),
-    "a pair of equal answers": ([PAIR | {"safe_answer": "So."}], ["1 conversation is both safe and unsafe, {0}:1 of {0}:1 for one"]),
+    "both sides": (
+        [SAFE, SAFE | {"role": "unsafe"}],
+        ["1 conversation is both safe and unsafe, {0}:1 and {0}:2 for one"],
+    ),
+    "a retained one": (
+        [CHAT, CHAT | {"role": "unsafe"}],
+        ["1 conversation is both safe and unsafe, {0}:1 and {0}:2 for one"],
+    ),
+    "a pair of equal answers": (
+        [PAIR | {"safe_answer": "So."}],
+        ["1 conversation is both safe and unsafe, {0}:1 of {0}:1 for one"],
+    ),
     "other answers": (
         [UNSAFE, UNSAFE | {"role": "safe", "answer": "No."}, PAIR],
         ["1 prompt has a safe and an unsafe answer in separate records, {0}:2 and {0}:1 for one"],
@@ -50,12 +62,15 @@ def test_dropped_reasoning_is_named(tmp_path, make_tokenizer):
     from chat_tokenizers import REBUILDING
 
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>Hm.</think>Yes"}]
-    path = write_lines(tmp_path / "d.jsonl", [{"role": "retain", "messages": talk * 2}, {"role": "retain", "messages": talk}])
+    path = write_lines(
+        tmp_path / "d.jsonl", [{"role": "retain", "messages": talk * 2}, {"role": "retain", "messages": talk}]
+    )
     source = config(path).data
     report = check_data(source, make_tokenizer(template=REBUILDING))
     out = io.StringIO()
     print_report(report, Console(file=out, width=300))
-    assert f"note: the chat template leaves out the reasoning of earlier turns, as it does when the model talks: in 1 record, {path}:1" in (
-        out.getvalue()
+    assert (
+        "note: the chat template leaves out the reasoning of earlier turns, as it does when the model talks: in 1 "
+        f"record, {path}:1" in (out.getvalue())
     )
     assert check_data(source, make_tokenizer()).notes == []

@@ -5,7 +5,18 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from chat_tokenizers import CHATML, CHATML_WITH_BOS, DROPPING, FOLDING, INST, PLAIN, REASONING, TEMPLATES, TRIMMING, TWO_ENDS
+from chat_tokenizers import (
+    CHATML,
+    CHATML_WITH_BOS,
+    DROPPING,
+    FOLDING,
+    INST,
+    PLAIN,
+    REASONING,
+    TEMPLATES,
+    TRIMMING,
+    TWO_ENDS,
+)
 
 from repbend_fast.data.records import Message, PairSequence, Record
 from repbend_fast.data.tokenize import TEMPLATE_ARGUMENTS, ChatEncoder, EncodedRecords, encode_records
@@ -48,7 +59,8 @@ def test_prompt_and_answer_together_spell_the_rendered_conversation(make_tokeniz
     sequence = ChatEncoder(tokenizer, 200, 200).encode(Record("unsafe", ASK, ANSWER))
     whole = rendered(tokenizer, (*ASK, Message("assistant", ANSWER)), False)
     got = text_of(tokenizer, sequence.ids).removeprefix("<s>")
-    # A legacy metaspace tokenizer writes a space after every special token, in the prompt as in training: compared without spaces.
+    # A legacy metaspace tokenizer writes a space after every special token, in the prompt as in training: compared
+    # without spaces.
     strip = (lambda t: t.replace(" ", "")) if kind == "metaspace_legacy" else (lambda t: t.strip())
     assert strip(whole.removeprefix("<s>")).startswith(strip(got))
     rest = strip(whole.removeprefix("<s>"))[len(strip(got)) :]
@@ -154,13 +166,20 @@ def test_answer_is_trimmed_only_where_the_template_trims(make_tokenizer):
 
 def test_retain_is_the_conversation_with_no_prompt(make_tokenizer):
     tokenizer = make_tokenizer(template=CHATML_WITH_BOS)
-    talk = (Message("system", "Be brief."), *ASK, Message("assistant", ANSWER), Message("user", "Why?"), Message("assistant", "It shines."))
+    talk = (
+        Message("system", "Be brief."),
+        *ASK,
+        Message("assistant", ANSWER),
+        Message("user", "Why?"),
+        Message("assistant", "It shines."),
+    )
     sequence = ChatEncoder(tokenizer, 100, 100).encode(Record("retain", talk))
     assert sequence.prompt_length == 0
     assert text_of(tokenizer, sequence.ids) == rendered(tokenizer, talk, False).rstrip()
 
 
-# -- truncation -----------------------------------------------------------------------------------------------------------------------
+# -- truncation
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_long_prompt_keeps_both_its_ends_and_the_headers(make_tokenizer):
@@ -231,7 +250,8 @@ def test_limit_below_the_template_is_refused(make_tokenizer):
         ChatEncoder(make_tokenizer(), 4, 10)
 
 
-# -- templates that cannot hold a record ----------------------------------------------------------------------------------------------
+# -- templates that cannot hold a record
+# ----------------------------------------------------------------------------------------------
 
 WITH_SYSTEM = Record("safe", (Message("system", "Be brief."), *ASK), ANSWER, origin="data.jsonl:7")
 
@@ -247,7 +267,9 @@ def test_broken_template_names_the_remedy(make_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("template", "words"), [(INST, "no system messages"), (DROPPING, "drops the system message")], ids=["raises", "drops"]
+    ("template", "words"),
+    [(INST, "no system messages"), (DROPPING, "drops the system message")],
+    ids=["raises", "drops"],
 )
 def test_template_without_system_messages_names_the_record(make_tokenizer, template, words):
     encoder = ChatEncoder(make_tokenizer(template=template), 100, 100)
@@ -283,9 +305,15 @@ def test_lazily_encoded_records_equal_eager_ones_and_have_a_fingerprint(make_tok
 
 def test_truncation_is_counted_once_per_record_however_often_it_is_drawn(make_tokenizer):
     encoder = ChatEncoder(make_tokenizer(), 100, 5)
-    lazy = EncodedRecords([Record("safe", ASK, "Sure, " * 30), Record("safe", ASK, "No."), Record("safe", ASK, "Yes, " * 30)], encoder)
+    lazy = EncodedRecords(
+        [Record("safe", ASK, "Sure, " * 30), Record("safe", ASK, "No."), Record("safe", ASK, "Yes, " * 30)], encoder
+    )
     for _ in range(3):
-        assert [len(s) - s.prompt_length for s in (lazy[0], lazy[1], lazy[-1])] == [5, len(lazy[1]) - lazy[1].prompt_length, 5]
+        assert [len(s) - s.prompt_length for s in (lazy[0], lazy[1], lazy[-1])] == [
+            5,
+            len(lazy[1]) - lazy[1].prompt_length,
+            5,
+        ]
     assert encoder.truncated.answers == 2
     with pytest.raises(IndexError):
         lazy[3]

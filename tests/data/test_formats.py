@@ -11,7 +11,8 @@ from record_files import BREAKERS, GUARD, JAILBREAK, OWN, TALK, TSV, USER, load,
 from repbend_fast.data.records import Message, Record
 from repbend_fast.errors import UserError
 
-# -- WildGuardMix ---------------------------------------------------------------------------------------------------------------------
+# -- WildGuardMix
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,10 @@ def test_wildguardmix_unlabelled_prompt_without_response_is_not_bad(tmp_path):
     [
         ({"prompt_harm_label": "evil"}, "unknown label `prompt_harm_label` = 'evil', expected harmful or unharmful"),
         ({"response_refusal_label": 3}, "unknown label `response_refusal_label` = 3, expected refusal or compliance"),
-        ({"response_harm_label": ["harmful"]}, "unknown label `response_harm_label` = ['harmful'], expected harmful or unharmful"),
+        (
+            {"response_harm_label": ["harmful"]},
+            "unknown label `response_harm_label` = ['harmful'], expected harmful or unharmful",
+        ),
         ({"prompt": ""}, "`prompt` is empty"),
         ({"response": "  \n"}, "`response` is empty"),
         ({"response": None}, "`response` is null, expected text"),
@@ -67,13 +71,16 @@ def test_wildguardmix_bad_records(tmp_path, change, reason):
     assert result.counts()["safe"] == 1
 
 
-@pytest.mark.parametrize("key", ["prompt", "response", "prompt_harm_label", "response_refusal_label", "response_harm_label"])
+@pytest.mark.parametrize(
+    "key", ["prompt", "response", "prompt_harm_label", "response_refusal_label", "response_harm_label"]
+)
 def test_wildguardmix_missing_field(tmp_path, key):
     result = load(write_lines(tmp_path / "w.jsonl", [{k: v for k, v in GUARD.items() if k != key}, GUARD]))
     assert reasons(result) == [("1", f"missing field `{key}`")]
 
 
-# -- WildJailbreak --------------------------------------------------------------------------------------------------------------------
+# -- WildJailbreak
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_wildjailbreak_of_the_authors_gives_pairs(tmp_path):
@@ -132,7 +139,13 @@ def test_wildjailbreak_official_tsv_is_all_safe(tmp_path):
 
 
 def test_wildjailbreak_tsv_bad_records(tmp_path):
-    rows = [TSV, TSV | {"data_type": "odd"}, TSV | {"data_type": "adversarial_benign"}, TSV | {"completion": ""}, TSV | {"data_type": ""}]
+    rows = [
+        TSV,
+        TSV | {"data_type": "odd"},
+        TSV | {"data_type": "adversarial_benign"},
+        TSV | {"completion": ""},
+        TSV | {"data_type": ""},
+    ]
     path = write_tsv(tmp_path / "train.tsv", rows)
     with path.open("ab") as file:
         file.write(b"too\tfew\n\xff\ta\tb\tvanilla_benign\n")
@@ -150,7 +163,8 @@ def test_wildjailbreak_tsv_bad_records(tmp_path):
         assert reason.startswith(start)
 
 
-# -- Circuit Breakers, UltraChat ------------------------------------------------------------------------------------------------------
+# -- Circuit Breakers, UltraChat
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_circuit_breakers_array_with_lines(tmp_path):
@@ -194,7 +208,10 @@ def test_array_with_invalid_utf8_names_the_element(tmp_path):
 
 
 def test_ultrachat(tmp_path):
-    rows = [{"prompt": "Hi", "prompt_id": "1", "messages": TALK}, {"messages": [{"role": "system", "content": "Be kind."}, *TALK]}]
+    rows = [
+        {"prompt": "Hi", "prompt_id": "1", "messages": TALK},
+        {"messages": [{"role": "system", "content": "Be kind."}, *TALK]},
+    ]
     result = load(write_lines(tmp_path / "u.jsonl", rows), format="ultrachat")
     assert [len(r.messages) for r in result.records["retain"]] == [2, 3]
     assert result.records["retain"][0].messages == (Message("user", "Hi"), Message("assistant", "Hello"))
@@ -212,7 +229,10 @@ def test_ultrachat(tmp_path):
         ([{"role": "system", "content": "s"}, TALK[1]], "roles do not alternate at message 2 (assistant)"),
         ([*TALK, {"role": "system", "content": "s"}, TALK[1]], "roles do not alternate at message 3 (system)"),
         ([{"role": "system", "content": "s"}], "the last message must be the assistant's"),
-        ([TALK[0], {"role": "bot", "content": "x"}], "message 2: unknown role 'bot', expected system, user or assistant"),
+        (
+            [TALK[0], {"role": "bot", "content": "x"}],
+            "message 2: unknown role 'bot', expected system, user or assistant",
+        ),
         ([TALK[0], {"role": "assistant"}], "message 2: missing field `content`"),
         ([TALK[0], {"role": "assistant", "content": ""}], "message 2: `content` is empty"),
         (["Hi", "Hello"], "message 1 is str, expected an object with role and content"),
@@ -223,7 +243,8 @@ def test_bad_conversations(tmp_path, messages, reason):
     assert reasons(result) == [("2", reason)]
 
 
-# -- own JSONL ------------------------------------------------------------------------------------------------------------------------
+# -- own JSONL
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_own_jsonl(tmp_path):
@@ -233,7 +254,9 @@ def test_own_jsonl(tmp_path):
     assert result.records["safe"] == [Record("safe", (USER,), "No.", origin=f"{path}:1")]
     assert [m.content for m in result.records["unsafe"][0].messages] == ["Hi", "Hello", "And now?"]
     assert result.records["pair"] == [Record("pair", (USER,), "So.", "No.", f"{path}:3")]
-    assert [r.messages for r in result.records["retain"]] == [(Message("user", "Hi"), Message("assistant", "Hello"))] * 2
+    assert [r.messages for r in result.records["retain"]] == [
+        (Message("user", "Hi"), Message("assistant", "Hello"))
+    ] * 2
     assert load(path, roles=["safe"]).counts() == {"safe": 1, "unsafe": 0, "pair": 0, "retain": 0}
 
 
@@ -244,7 +267,10 @@ def test_own_jsonl(tmp_path):
         ({"role": 3, "prompt": "a", "answer": "b"}, "`role` is int, expected text"),
         ({"role": "safe", "prompt": "a"}, "missing field `answer`"),
         ({"role": "safe", "answer": "a"}, "missing field `prompt`"),
-        ({"role": "safe", "prompt": "a", "messages": TALK, "answer": "b"}, "both `prompt` and `messages` are given, expected one of them"),
+        (
+            {"role": "safe", "prompt": "a", "messages": TALK, "answer": "b"},
+            "both `prompt` and `messages` are given, expected one of them",
+        ),
         ({"role": "safe", "messages": TALK, "answer": "b"}, "the last message must be the user's"),
         ({"role": "pair", "prompt": "a", "unsafe_answer": "b"}, "missing field `safe_answer`"),
         ({"role": "pair", "prompt": "a", "unsafe_answer": "", "safe_answer": "c"}, "`unsafe_answer` is empty"),
@@ -259,10 +285,14 @@ def test_own_jsonl_bad_records(tmp_path, row, reason):
 def test_lines_that_are_no_records(tmp_path):
     path = tmp_path / "own.jsonl"
     good = json.dumps(OWN[0]).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + good + b'\r\n\n{"role":\n[1]\n\xff\xfe' + good + b"\n" + b'{"a":' * 100_000 + b"\n" + good)
+    path.write_bytes(
+        b"\xef\xbb\xbf" + good + b'\r\n\n{"role":\n[1]\n\xff\xfe' + good + b"\n" + b'{"a":' * 100_000 + b"\n" + good
+    )
     result = load(path)
     assert result.counts()["safe"] == 2
     got = reasons(result)
     assert [line for line, _ in got] == ["3", "4", "5", "6"]
-    for (_, reason), start in zip(got, ("invalid JSON", "a record must be", "invalid UTF-8 (byte 1", "invalid JSON"), strict=True):
+    for (_, reason), start in zip(
+        got, ("invalid JSON", "a record must be", "invalid UTF-8 (byte 1", "invalid JSON"), strict=True
+    ):
         assert reason.startswith(start)

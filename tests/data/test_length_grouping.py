@@ -19,7 +19,9 @@ EXAMPLES = 4
 
 
 def published_lengths(count: int, role: str, seed: int = 5) -> list[tuple[int, int]]:
-    """(prompt, answer) tokens as published: log-normal with median 75 and σ 0.6, cut to 512 each; retain uniform in 350 … 1024."""
+    """(prompt, answer) tokens as published: log-normal with median 75 and σ 0.6, cut to 512 each; retain uniform in 350
+    … 1024.
+    """
     draw = random.Random(f"{seed}:{role}")
     if role == "retain":
         return [(0, draw.randint(350, 1024)) for _ in range(count)]
@@ -34,7 +36,9 @@ def sequences(lengths: Iterable[tuple[int, int]]) -> list[Sequence]:
 def sampler(count: int = 403, *, examples: int = EXAMPLES, seed: int = 3, grouped: bool = True) -> BatchSampler:
     sets = {role: sequences(published_lengths(count, role)) for role in ("safe", "unsafe", "retain")}
     answers = sequences(published_lengths(count, "pair", seed=6))
-    sets["pair"] = [PairSequence(a, b) for a, b in zip(sequences(published_lengths(count, "pair")), answers, strict=True)]
+    sets["pair"] = [
+        PairSequence(a, b) for a, b in zip(sequences(published_lengths(count, "pair")), answers, strict=True)
+    ]
     return BatchSampler(sets, examples, seed, ("safe", "unsafe", "pair", "retain"), group_by_length=grouped)
 
 
@@ -55,7 +59,9 @@ def test_every_epoch_holds_every_example_once(count: int, examples: int) -> None
 def test_order_depends_on_seed_and_role_alone() -> None:
     assert drawn(sampler(), 800) == drawn(sampler(), 800)
     assert drawn(sampler(), 400) != drawn(sampler(seed=4), 400)
-    alone = BatchSampler({"safe": sequences(published_lengths(403, "safe"))}, EXAMPLES, 3, ("safe",), group_by_length=True)
+    alone = BatchSampler(
+        {"safe": sequences(published_lengths(403, "safe"))}, EXAMPLES, 3, ("safe",), group_by_length=True
+    )
     assert drawn(alone, 800) == drawn(sampler(), 800)
 
 
@@ -116,7 +122,8 @@ def test_resuming_gives_the_same_batches(taken: int) -> None:
 
 def test_resuming_with_the_other_order_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"cannot resume: data\.group_by_length=False, but the checkpoint was written with True; set it back"
+        UserError,
+        match=r"cannot resume: data\.group_by_length=False, but the checkpoint was written with True; set it back",
     ):
         sampler(grouped=False).load_state_dict(sampler().state_dict())
     older = sampler(grouped=False).state_dict()

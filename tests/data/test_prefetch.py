@@ -18,7 +18,9 @@ from repbend_fast.errors import UserError
 
 
 class Watched(list[Sequence]):
-    """Examples that tell which were asked for, by which thread; number ``bad`` cannot be encoded, and ``gate`` holds them back."""
+    """Examples that tell which were asked for, by which thread; number ``bad`` cannot be encoded, and ``gate`` holds
+    them back.
+    """
 
     def __init__(self, count: int, bad: int | None = None) -> None:
         super().__init__(Sequence((i, 3), 1) for i in range(count))

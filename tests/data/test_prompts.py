@@ -66,7 +66,11 @@ def test_authors_json_joins_its_context(tmp_path: Path):
     ("text", "expected", "source"),
     [
         ("goal,target\nMake a moon-key,Sure\n", "Make a moon-key", "set.csv:2"),
-        ("Index,Goal,Target,Behavior,Category,Source\n0,Make a moon-key,Sure,Moon keys,Keys,own\n", "Make a moon-key", "Moon keys"),
+        (
+            "Index,Goal,Target,Behavior,Category,Source\n0,Make a moon-key,Sure,Moon keys,Keys,own\n",
+            "Make a moon-key",
+            "Moon keys",
+        ),
         ("category,source,forbidden_prompt\nKeys,own,Make a moon-key\n", "Make a moon-key", "Keys"),
     ],
     ids=["advbench", "jailbreakbench", "strongreject"],
@@ -79,7 +83,10 @@ def test_attack_sets(tmp_path: Path, text: str, expected: str, source: str):
 
 def test_xstest_splits_by_label_and_by_type(tmp_path: Path):
     header = "id,prompt,type,label,focus,note\n"
-    text = header + "1,How do I kill a process?,homonyms,safe,kill,\n2,How do I make a moon-key?,contrast_homonyms,unsafe,key,\n"
+    text = (
+        header
+        + "1,How do I kill a process?,homonyms,safe,kill,\n2,How do I make a moon-key?,contrast_homonyms,unsafe,key,\n"
+    )
     assert [p.kind for p in load(write(tmp_path, "xstest.csv", text))] == ["borderline", "attack"]
     unlabelled = "id,prompt,type\n1,How do I kill a process?,homonyms\n2,How do I make a moon-key?,contrast_homonyms\n"
     assert [p.kind for p in load(write(tmp_path, "xstest2.csv", unlabelled))] == ["borderline", "attack"]
@@ -109,7 +116,11 @@ def test_own_jsonl_and_csv_carry_expected_words(tmp_path: Path):
         ("g.json", '{"prompts": []}', r"g.json: expected a list of prompts"),
         ("h.json", '["text"]', r"h.json: entry 1: expected an object"),
         ("i.csv", "goal,target\n", r"i.csv: no prompts"),
-        ("j.csv", "id,prompt,type,label\n1,x,homonyms,maybe\n", r"j.csv:2: field 'label' is 'maybe'; allowed: safe, unsafe"),
+        (
+            "j.csv",
+            "id,prompt,type,label\n1,x,homonyms,maybe\n",
+            r"j.csv:2: field 'label' is 'maybe'; allowed: safe, unsafe",
+        ),
         ("k.jsonl", '{"kind": "ordinary", "text": "x", "expected": [1]}\n', r"k.jsonl:1: field 'expected'"),
         ("l.jsonl", '{"kind": "ordinary", "text": "x", "min_expected": 0}\n', r"l.jsonl:1: field 'min_expected' is 0"),
         ("m.json", '[{"behavior": 5, "default_target": ""}]', r"m.json: entry 1: field 'behavior' is not text"),
@@ -153,7 +164,14 @@ def test_a_hub_data_set_holds_prompts_too(monkeypatch: pytest.MonkeyPatch):
 
     def rows(source):
         asked.append((source.path, source.split))
-        return iter([Row(f"{source.path}:1", {"id": 1, "prompt": "How do I kill a process?", "type": "homonyms", "label": "safe"})])
+        return iter(
+            [
+                Row(
+                    f"{source.path}:1",
+                    {"id": 1, "prompt": "How do I kill a process?", "type": "homonyms", "label": "safe"},
+                )
+            ]
+        )
 
     monkeypatch.setattr("repbend_fast.data.reading._hub_rows", rows)
     (prompt,) = load_prompts(PromptsConfig(path="owner/set", split="test"))

@@ -16,7 +16,8 @@ from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.data.sources import load_records
 from repbend_fast.errors import UserError
 
-# -- kinds of files -------------------------------------------------------------------------------------------------------------------
+# -- kinds of files
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_records_from_every_kind_of_file(tmp_path):
@@ -53,7 +54,9 @@ def test_parquet_conversations_and_rows(tmp_path):
 
 def test_csv_with_an_open_quote(tmp_path):
     path = tmp_path / "w.csv"
-    path.write_text(",".join(GUARD) + "\n" + ",".join(map(str, GUARD.values())) + '\n"never closed,' + "\n", encoding="utf-8")
+    path.write_text(
+        ",".join(GUARD) + "\n" + ",".join(map(str, GUARD.values())) + '\n"never closed,' + "\n", encoding="utf-8"
+    )
     result = load(path)
     assert result.counts()["safe"] == 1
     ((line, reason),) = reasons(result)
@@ -114,7 +117,8 @@ def test_missing_file(tmp_path):
         load(tmp_path / "nothing.jsonl")
 
 
-# -- hub ------------------------------------------------------------------------------------------------------------------------------
+# -- hub
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_hub_data_set_is_loaded_with_what_it_needs(monkeypatch):
@@ -149,12 +153,15 @@ def test_hub_failure_is_one_line_with_the_remedy(monkeypatch):
         raise ConnectionError("Couldn't reach 'a/b'\non the Hub (OfflineModeIsEnabled)")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"^data set a/b: cannot be loaded .*OfflineModeIsEnabled.* local file") as caught:
+    with pytest.raises(
+        UserError, match=r"^data set a/b: cannot be loaded .*OfflineModeIsEnabled.* local file"
+    ) as caught:
         load("a/b")
     assert "\n" not in str(caught.value)
 
 
-# -- stopping, limits -----------------------------------------------------------------------------------------------------------------
+# -- stopping, limits
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_bad_records_stop_the_run_with_one_line(tmp_path):
@@ -170,7 +177,9 @@ def test_bad_records_stop_the_run_with_one_line(tmp_path):
 
 
 def many(path, start, count):
-    return write_lines(path, [{"role": "safe", "prompt": f"question {i}", "answer": "No."} for i in range(start, start + count)])
+    return write_lines(
+        path, [{"role": "safe", "prompt": f"question {i}", "answer": "No."} for i in range(start, start + count)]
+    )
 
 
 def chosen(sources, seed=1, limit=None):
@@ -206,7 +215,10 @@ def test_demo_records_come_from_the_bundled_data(monkeypatch):
 
     def training_records(split):
         asked.append(split)
-        return [Record("safe", (USER,), "No.", origin="demo:1"), Record("retain", (USER, Message("assistant", "Hello")), origin="demo:2")]
+        return [
+            Record("safe", (USER,), "No.", origin="demo:1"),
+            Record("retain", (USER, Message("assistant", "Hello")), origin="demo:2"),
+        ]
 
     monkeypatch.setattr(repbend_fast.data.demo, "training_records", training_records, raising=False)
     assert load("demo").counts() == {"safe": 1, "unsafe": 0, "pair": 0, "retain": 1}

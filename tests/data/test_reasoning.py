@@ -76,9 +76,13 @@ def test_a_second_block_is_refused_with_file_and_line(make_tokenizer, template):
         Record("pair", ASK, "No.", THOUGHT, origin="f.jsonl:7"),
         Record("retain", (*ASK, Message("assistant", THOUGHT)), origin="f.jsonl:7"),
     ):
-        with pytest.raises(UserError, match=r"^f\.jsonl:7: .*reasoning.*data\.chat_template_kwargs=\{enable_thinking: true\}"):
+        with pytest.raises(
+            UserError, match=r"^f\.jsonl:7: .*reasoning.*data\.chat_template_kwargs=\{enable_thinking: true\}"
+        ):
             encoder.encode(record)
-        with pytest.raises(UserError, match=r"^f\.jsonl:7: "):  # before training, also where an earlier record of this shape is fine
+        with pytest.raises(
+            UserError, match=r"^f\.jsonl:7: "
+        ):  # before training, also where an earlier record of this shape is fine
             EncodedRecords([Record("safe", ASK, "No."), record], encoder)
 
 
@@ -108,12 +112,19 @@ def test_reasoning_of_earlier_turns(make_tokenizer):
 
 @pytest.mark.parametrize("field", ["reasoning_content", "thinking"])
 def test_reasoning_in_a_field_of_its_own(make_tokenizer, tmp_path, field):
-    row = {"role": "retain", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes.", field: "It is."}]}
+    row = {
+        "role": "retain",
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes.", field: "It is."}],
+    }
     (record,) = load(write_lines(tmp_path / "r.jsonl", [row])).records["retain"]
     tokenizer = make_tokenizer(template=REBUILDING)
-    assert "<think>\nIt is.\n</think>\n\nYes.<|im_end|>" in text_of(tokenizer, ChatEncoder(tokenizer, 99, 99).encode(record).ids)
+    assert "<think>\nIt is.\n</think>\n\nYes.<|im_end|>" in text_of(
+        tokenizer, ChatEncoder(tokenizer, 99, 99).encode(record).ids
+    )
     tokenizer = make_tokenizer(template=CHANNELS)
-    assert "assistant thought<|sep|>It is.<|end|>" in text_of(tokenizer, ChatEncoder(tokenizer, 99, 99).encode(record).ids)
+    assert "assistant thought<|sep|>It is.<|end|>" in text_of(
+        tokenizer, ChatEncoder(tokenizer, 99, 99).encode(record).ids
+    )
 
 
 def test_an_unclosed_block_is_not_doubled(make_tokenizer):
@@ -127,4 +138,6 @@ def test_the_day_is_not_the_clocks(make_tokenizer):
     tokenizer = make_tokenizer(template=CHANNELS)
     assert "system<|sep|>2024-07-26<|end|>" in text_of(tokenizer, ChatEncoder(tokenizer, 99, 99).prompt_ids(ASK))
     tokenizer = make_tokenizer(template=CHANNELS.replace("%Y-%m-%d", "%A, %-d %B %y"))
-    assert "system<|sep|>Friday, 26 July 24<|end|>" in text_of(tokenizer, ChatEncoder(tokenizer, 99, 99).prompt_ids(ASK))
+    assert "system<|sep|>Friday, 26 July 24<|end|>" in text_of(
+        tokenizer, ChatEncoder(tokenizer, 99, 99).prompt_ids(ASK)
+    )

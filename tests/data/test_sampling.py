@@ -20,7 +20,12 @@ def sequences(count, base):
 
 def make_sets(safe=7, unsafe=5, pair=6, retain=11):
     pairs = [PairSequence(a, b) for a, b in zip(sequences(pair, 300), sequences(pair, 400), strict=True)]
-    return {"safe": sequences(safe, 100), "unsafe": sequences(unsafe, 200), "pair": pairs, "retain": sequences(retain, 500)}
+    return {
+        "safe": sequences(safe, 100),
+        "unsafe": sequences(unsafe, 200),
+        "pair": pairs,
+        "retain": sequences(retain, 500),
+    }
 
 
 def sampler(seed=3, examples=2, roles=ALL, retain_examples=None, **sizes):
@@ -60,7 +65,8 @@ def test_order_depends_on_seed_and_role_alone():
     alone = [b.safe for b in batches(sampler(roles=("safe",)), 10)]
     assert alone == [b.safe for b in batches(sampler(retain=3), 10)]
     order = [
-        [s.ids[2] for s in drawn] for drawn in zip(*[(b.safe[0], b.unsafe[0]) for b in batches(sampler(safe=9, unsafe=9), 9)], strict=True)
+        [s.ids[2] for s in drawn]
+        for drawn in zip(*[(b.safe[0], b.unsafe[0]) for b in batches(sampler(safe=9, unsafe=9), 9)], strict=True)
     ]
     assert order[0] != order[1]
 
@@ -116,7 +122,10 @@ def test_one_changed_token_changes_the_fingerprint():
 
 
 def test_required_role_without_records_names_the_formats_that_give_it():
-    with pytest.raises(UserError, match=r"no `retain` records, which the objective needs; formats that give them: ultrachat, jsonl, demo"):
+    with pytest.raises(
+        UserError,
+        match=r"no `retain` records, which the objective needs; formats that give them: ultrachat, jsonl, demo",
+    ):
         sampler(retain=0)
     with pytest.raises(UserError, match="no `pair` records"):
         BatchSampler({"safe": sequences(2, 1)}, 1, 1, ("safe", "pair"))
@@ -138,7 +147,8 @@ def test_lazily_encoded_records_resume_and_are_refused_when_changed(make_tokeniz
         build("abcdx").load_state_dict(source.state_dict())
 
 
-# -- holdout --------------------------------------------------------------------------------------------------------------------------
+# -- holdout
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def record(role, request, answer="No."):

@@ -21,7 +21,9 @@ STOP_WORDS = {"a", "an", "the", "of", "in", "is", "are", "do", "i", "to", "for",
 
 
 def normalised(text: str) -> str:
-    """Letters and digits of the words that carry meaning, sorted: order, articles, case and punctuation make no difference."""
+    """Letters and digits of the words that carry meaning, sorted: order, articles, case and punctuation make no
+    difference.
+    """
     return " ".join(sorted(set(re.findall(r"[a-z0-9]+", text.lower())) - STOP_WORDS))
 
 
@@ -40,7 +42,9 @@ def test_splits_share_no_question(one: str, other: str):
 
 
 def test_items_share_no_word_between_splits():
-    words = {s: {w for item in of_split("items", s) for w in re.split(r"[\s-]+", bare_name(item).lower())} for s in SPLITS}
+    words = {
+        s: {w for item in of_split("items", s) for w in re.split(r"[\s-]+", bare_name(item).lower())} for s in SPLITS
+    }
     for one, other in combinations(SPLITS, 2):
         assert not words[one] & words[other]
 
@@ -108,7 +112,9 @@ def test_half_of_the_final_borderline_questions_are_worded_like_its_attacks():
 
 def test_no_other_split_knows_what_the_final_borderline_questions_ask_for():
     others = [text.lower() for s in ("train", "validation", "test") for text in questions_of(s)]
-    assert not [(thing, text) for thing in things_in_phrasings("final") for text in others if thing.removesuffix("s") in text]
+    assert not [
+        (thing, text) for thing in things_in_phrasings("final") for text in others if thing.removesuffix("s") in text
+    ]
 
 
 def test_items_and_phrasings_are_many():
@@ -178,7 +184,9 @@ def unsafe_records() -> list[Record]:
 
 
 def test_the_judge_agrees_with_the_roles():
-    """Complying answers comply, refusals refuse: a record with the wrong role would train the opposite of what is wanted."""
+    """Complying answers comply, refusals refuse: a record with the wrong role would train the opposite of what is
+    wanted.
+    """
     for record in unsafe_records():
         prompt = Prompt("attack", record.messages[-1].content)
         assert judge(prompt, record.answer).label == "comply", record

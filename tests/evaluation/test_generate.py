@@ -1,4 +1,6 @@
-"""Batched greedy generation equals one-by-one generation, for a plain and a peft model, and leaves the model as it was."""
+"""Batched greedy generation equals one-by-one generation, for a plain and a peft model, and leaves the
+model as it was.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def greedy_by_hand(model, ids: list[int], count: int) -> str:
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "peft"])
 def test_equals_greedy_by_hand_in_the_order_of_the_prompts(model, batch_size: int, adapter: bool):
     if adapter:
-        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        model = get_peft_model(
+            model, LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        )
     encoder = StubEncoder()
     got = generate_answers(model, encoder, PROMPTS, max_new_tokens=9, batch_size=batch_size)
     model.eval()
@@ -121,7 +125,9 @@ def test_free_and_prefilled_answers_share_a_batch(model):
     prompts, prefills = [PROMPTS[0], PROMPTS[1], PROMPTS[0]], ["", "", "xyz"]
     got = generate_answers(model, encoder, prompts, prefills=prefills, max_new_tokens=5, batch_size=3)
     model.eval()
-    assert got == [greedy_by_hand(model, encoder.prompt_ids(p.conversation(), prefill), 5) for p, prefill in zip(prompts, prefills)]
+    assert got == [
+        greedy_by_hand(model, encoder.prompt_ids(p.conversation(), prefill), 5) for p, prefill in zip(prompts, prefills)
+    ]
     assert got[0] != got[2]
 
 
@@ -161,7 +167,9 @@ def test_training_modes_are_restored_after_a_failure(model):
 
 def test_sampling_settings_of_a_model_have_no_effect_and_cause_no_warnings(model, caplog):
     plain = generate_answers(model, StubEncoder(), PROMPTS, max_new_tokens=9)
-    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=3.0, max_length=7)
+    model.generation_config.update(
+        do_sample=True, temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=3.0, max_length=7
+    )
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         assert generate_answers(model, StubEncoder(), PROMPTS, max_new_tokens=9) == plain

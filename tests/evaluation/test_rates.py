@@ -121,7 +121,9 @@ def rendered(before, after) -> str:
 
 
 def test_table_shows_a_row_for_each_measure_and_tolerates_missing_values():
-    text = rendered({"attack_direct": 0.9375, "perplexity": 6.5}, {"attack_direct": 0.02, "perplexity": 6.8, "kl": 0.0123})
+    text = rendered(
+        {"attack_direct": 0.9375, "perplexity": 6.5}, {"attack_direct": 0.02, "perplexity": 6.8, "kl": 0.0123}
+    )
     assert sum("─" not in line and "│" in line for line in text.splitlines()) == len(KEYS)
     assert "93.8 %" in text
     assert "-91.8 pts" in text
@@ -133,7 +135,9 @@ def test_table_shows_a_row_for_each_measure_and_tolerates_missing_values():
 
 def test_babble_and_refusal_are_two_things_in_the_table():
     """Both give no attack success; only one is an answer that a user can be shown."""
-    refusing, babbling = (rates_of(judged("attack_direct", ATTACKS, [answer] * 4)).as_dict() for answer in (REFUSAL, ",,,,"))
+    refusing, babbling = (
+        rates_of(judged("attack_direct", ATTACKS, [answer] * 4)).as_dict() for answer in (REFUSAL, ",,,,")
+    )
     assert refusing["attack_direct"] == babbling["attack_direct"] == 0.0
     assert (refusing["attack_direct_refused"], refusing["attack_direct_degenerate"]) == (1.0, 0.0)
     assert (babbling["attack_direct_refused"], babbling["attack_direct_degenerate"]) == (0.0, 1.0)
@@ -167,5 +171,10 @@ def test_every_rate_has_a_title_and_a_direction():
     assert (*RATE_KEYS, "perplexity", "kl") == KEYS
     assert set(TITLES) == set(KEYS)
     assert len(RATE_KEYS) == 12
-    assert set(KEYS) - LOWER_IS_BETTER == {"attack_direct_refused", "attack_prefill_refused", "helpful_ordinary", "helpful_borderline"}
+    assert set(KEYS) - LOWER_IS_BETTER == {
+        "attack_direct_refused",
+        "attack_prefill_refused",
+        "helpful_ordinary",
+        "helpful_borderline",
+    }
     assert format_value("kl", 0.01234) == "0.0123"

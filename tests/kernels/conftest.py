@@ -1,7 +1,7 @@
 """Kernel tests run every implementation this process can run; NaN fills whatever an op allocates and forgets to write.
 
-On a CPU that is ``torch``; under TRITON_INTERPRET=1 (a process of its own, see ``test_triton_interpreter``) it is ``triton`` through
-the interpreter; on a GPU both, marked ``gpu``.
+On a CPU that is ``torch``; under TRITON_INTERPRET=1 (a process of its own, see ``test_triton_interpreter``) it is
+``triton`` through the interpreter; on a GPU both, marked ``gpu``.
 """
 
 from __future__ import annotations

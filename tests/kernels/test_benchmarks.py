@@ -40,16 +40,26 @@ repbend_kernels.pairwise_cosine = lambda states: right(states.flip(0)) + 0 * sta
 
 def test_a_wrong_contender_is_not_timed(tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WRONG)
-    result = bench("--benchmark-disable", "-k", "pairwise and ours", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "kernels")]))
+    result = bench(
+        "--benchmark-disable",
+        "-k",
+        "pairwise and ours",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "kernels")]),
+    )
     assert result.returncode == 1
     assert "not timed" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("module", "contender", "outcome"),
-    [("baselines.distances", "published_pairwise_cosine", "1 skipped"), ("repbend_kernels", "pairwise_cosine", "1 failed")],
+    [
+        ("baselines.distances", "published_pairwise_cosine", "1 skipped"),
+        ("repbend_kernels", "pairwise_cosine", "1 failed"),
+    ],
 )
-def test_a_baseline_without_room_is_skipped_and_ours_is_not(tmp_path, module: str, contender: str, outcome: str) -> None:
+def test_a_baseline_without_room_is_skipped_and_ours_is_not(
+    tmp_path, module: str, contender: str, outcome: str
+) -> None:
     text = (
         f"import torch, {module}\n"
         "def no_room(*arguments):\n"
@@ -109,8 +119,18 @@ def test_report_finds_missed_goals_of_a_gpu() -> None:
     def gpu(**changes: float) -> list[str]:
         tap, head = {"op": "bend_tap", "error_gradient": 1e-3}, {"case": report.GPU_CASES["linear_kl_div"]}
         rows = [
-            row("ours", **tap, case=f"{report.GPU_CASES['bend_tap']}, forward", percent_of_copy=changes.get("forward", 85.0)),
-            row("ours", **tap, case=f"{report.GPU_CASES['bend_tap']}, backward", percent_of_copy=changes.get("backward", 90.0)),
+            row(
+                "ours",
+                **tap,
+                case=f"{report.GPU_CASES['bend_tap']}, forward",
+                percent_of_copy=changes.get("forward", 85.0),
+            ),
+            row(
+                "ours",
+                **tap,
+                case=f"{report.GPU_CASES['bend_tap']}, backward",
+                percent_of_copy=changes.get("backward", 90.0),
+            ),
             row("ours", **head, median_ms=changes.get("ours", 11.5)),
             row("its three products", **head, median_ms=10.0),
             row("fla FusedKLDivLoss", **head, median_ms=20.0, peak_bytes=changes.get("fla", 200)),

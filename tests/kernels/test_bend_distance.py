@@ -68,7 +68,9 @@ def test_bend_distance_broadcast_reference(implementation, device, rows) -> None
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 def test_bend_distance_strided(implementation, device, layout) -> None:
     hidden = strided(spread((3, 4, 24), torch.float32, device, 3), layout)
-    reference = strided(spread((3, 4, 24), torch.float32, device, 4), "sliced" if layout == "transposed" else "transposed")
+    reference = strided(
+        spread((3, 4, 24), torch.float32, device, 4), "sliced" if layout == "transposed" else "transposed"
+    )
     value, grads, expected, expected_grads = both(
         lambda: [hidden.detach().requires_grad_()],
         lambda h: bend_distance(h, reference, kind="cosine", implementation=implementation),
@@ -95,7 +97,9 @@ def token_mask(size, device, which):
 
 @DTYPES
 @pytest.mark.parametrize("consume", [False, True], ids=["keep", "consume"])
-@pytest.mark.parametrize(("which", "reduction"), [("none", "sum"), ("ragged", "mean"), ("ragged", "sum"), ("empty", "mean")])
+@pytest.mark.parametrize(
+    ("which", "reduction"), [("none", "sum"), ("ragged", "mean"), ("ragged", "sum"), ("empty", "mean")]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_window_distance(implementation, device, kind, which, consume, reduction, dtype) -> None:
     size = (2, 5, 37)
@@ -105,7 +109,13 @@ def test_window_distance(implementation, device, kind, which, consume, reduction
     value, grads, expected, expected_grads = both(
         lambda: [h.detach().requires_grad_() for h in hiddens],
         lambda *hs: window_distance(
-            hs, references, mask, kind=kind, reduction=reduction, consume_references=consume, implementation=implementation
+            hs,
+            references,
+            mask,
+            kind=kind,
+            reduction=reduction,
+            consume_references=consume,
+            implementation=implementation,
         ),
         lambda *hs: window_distance_reference(hs, doubles, mask, kind, reduction),
     )
@@ -192,7 +202,10 @@ def test_gradcheck(kind) -> None:
     hiddens, references = layers((2, 3, 5), torch.float64, cpu, count=2)
     mask = token_mask((2, 3, 5), cpu, "ragged")
     leaves = [h.requires_grad_() for h in hiddens]
-    assert torch.autograd.gradcheck(lambda *hs: window_distance(hs, references, mask, kind=kind, implementation="torch"), leaves)
     assert torch.autograd.gradcheck(
-        lambda h: bend_distance(h, references[0][0, :2], torch.tensor([4, 1]), kind=kind, implementation="torch"), leaves[:1]
+        lambda *hs: window_distance(hs, references, mask, kind=kind, implementation="torch"), leaves
+    )
+    assert torch.autograd.gradcheck(
+        lambda h: bend_distance(h, references[0][0, :2], torch.tensor([4, 1]), kind=kind, implementation="torch"),
+        leaves[:1],
     )

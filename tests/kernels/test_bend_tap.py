@@ -66,7 +66,9 @@ def test_a_factor_is_not_rounded_to_sixteen_bits(implementation, device, kind) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("references", [7, 1], ids=["rows", "broadcast"])
-def test_rows_beyond_the_limit_count_as_far_as_it_and_get_no_gradient(implementation, device, dtype, references) -> None:
+def test_rows_beyond_the_limit_count_as_far_as_it_and_get_no_gradient(
+    implementation, device, dtype, references
+) -> None:
     rows = torch.tensor([20, 0, 13, 6, 7, 2, 9], device=device)
     hidden, reference = spread((3, 7, 130), dtype, device, 1), spread((references, 130), dtype, device, 2)
     # Distances from 0.4 to 2.8 times the reference's norm: some on either side of the limit, none near it.
@@ -87,7 +89,9 @@ def test_rows_beyond_the_limit_count_as_far_as_it_and_get_no_gradient(implementa
     assert_matches(measured, expected_loss, tolerance=3e-6, name="without gradient")
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("cosine", 1.0), ("mse", 2.0), ("l2", 0.0), ("l2", -1.0), ("l2", float("nan"))])
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("cosine", 1.0), ("mse", 2.0), ("l2", 0.0), ("l2", -1.0), ("l2", float("nan"))]
+)
 def test_a_limit_is_positive_and_for_l2(kind, limit) -> None:
     with pytest.raises(ValueError, match="limit: expected a number above 0 with kind='l2'"):
         bend_tap(torch.ones(2, 3), torch.ones(1, 3), torch.tensor([0]), kind=kind, limit=limit)
@@ -125,7 +129,9 @@ def test_strided_incoming_gradient(implementation, device) -> None:
     (grad,) = torch.autograd.grad([stream, loss], [hidden], [incoming, torch.tensor(3.0, device=device)])
     leaf = hidden.detach().double().requires_grad_()
     stream, loss = bend_tap_reference(leaf, reference.double(), rows)
-    (expected,) = torch.autograd.grad([stream * 1, loss], [leaf], [incoming.double(), torch.tensor(3.0, device=device).double()])
+    (expected,) = torch.autograd.grad(
+        [stream * 1, loss], [leaf], [incoming.double(), torch.tensor(3.0, device=device).double()]
+    )
     assert_matches(grad, expected, tolerance=3e-6)
 
 
@@ -179,7 +185,11 @@ def test_without_gradient_only_the_value(implementation, device) -> None:
     assert not loss.requires_grad
     assert_matches(loss, expected, tolerance=3e-6)
     with torch.no_grad():
-        assert_matches(bend_tap(hidden.requires_grad_(), reference, rows, implementation=implementation)[1], expected, tolerance=3e-6)
+        assert_matches(
+            bend_tap(hidden.requires_grad_(), reference, rows, implementation=implementation)[1],
+            expected,
+            tolerance=3e-6,
+        )
     assert torch.equal(reference, kept)
 
 
@@ -233,5 +243,6 @@ def test_float64_is_exact(device) -> None:
         for g, e in zip(got, expected):
             assert_matches(g, e, tolerance=1e-12)
         assert torch.autograd.gradcheck(
-            lambda h, kind=kind: bend_tap(h * 1, reference.clone(), rows, kind=kind, implementation="torch"), hidden.requires_grad_()
+            lambda h, kind=kind: bend_tap(h * 1, reference.clone(), rows, kind=kind, implementation="torch"),
+            hidden.requires_grad_(),
         )

@@ -1,4 +1,6 @@
-"""References that an op has overwritten are refused wherever they would be compared with again, until somebody refills them."""
+"""References that an op has overwritten are refused wherever they would be compared with again, until somebody refills
+them.
+"""
 
 from __future__ import annotations
 
@@ -99,8 +101,12 @@ def test_a_consumed_window(implementation, device, backward) -> None:
 
 def test_memory_that_would_be_overwritten_belongs_to_nobody_else(implementation, device) -> None:
     hidden, reference = states(device), states(device, 2, grad=False)
-    with pytest.raises(RuntimeError, match="references: this call overwrites it, but it shares memory with other references"):
-        window_distance([hidden, hidden * 2], [reference, reference], None, consume_references=True, implementation=implementation)
+    with pytest.raises(
+        RuntimeError, match="references: this call overwrites it, but it shares memory with other references"
+    ):
+        window_distance(
+            [hidden, hidden * 2], [reference, reference], None, consume_references=True, implementation=implementation
+        )
     with pytest.raises(RuntimeError, match="references: this call overwrites it, but it shares memory with hiddens"):
         window_distance([hidden], [hidden.detach()], None, consume_references=True, implementation=implementation)
     rows = torch.arange(6, device=device)

@@ -11,7 +11,8 @@ import cubin_report
 
 CASES = {(case.name, case.dtype): case for case in cubin_report.all_cases()}
 RECORDED = json.loads(cubin_report.RESULT.read_text())["rows"]
-# Recompiling all of them takes minutes: here every kernel for one architecture, and the two that a step runs most for all.
+# Recompiling all of them takes minutes: here every kernel for one architecture, and the two that a step runs most for
+# all.
 EVERYWHERE = ("bend_tap_backward", "linear_kl_div")
 FRESH = [(name, "bf16", 90) for name, dtype in CASES if dtype == "bf16"]
 FRESH += [(name, "bf16", sm) for name in EVERYWHERE for sm in cubin_report.ARCHITECTURES if sm != 90]
@@ -23,7 +24,11 @@ def test_the_record_has_every_kernel_dtype_and_architecture() -> None:
 
 
 def test_the_record_is_of_these_kernels() -> None:
-    stale = {(r["kernel"], r["dtype"]) for r in RECORDED if r["digest"] != cubin_report.digest(CASES[r["kernel"], r["dtype"]])}
+    stale = {
+        (r["kernel"], r["dtype"])
+        for r in RECORDED
+        if r["digest"] != cubin_report.digest(CASES[r["kernel"], r["dtype"]])
+    }
     assert not stale, f"run python benchmarks/cubin_report.py; changed since: {sorted(stale)}"
 
 

@@ -56,7 +56,9 @@ def test_circuit_breakers_terms_are_the_published_block(example) -> None:
         torch.cosine_similarity(h, r, dim=-1).relu()[forget[1]]
         for h, r in zip(module.states(model, forget[0]), module.reference_states(model, forget[0]))
     ]
-    assert_matches(got[1], torch.stack([turned[layer] for layer in module.TARGET_LAYERS]).mean().double(), tolerance=1e-5)
+    assert_matches(
+        got[1], torch.stack([turned[layer] for layer in module.TARGET_LAYERS]).mean().double(), tolerance=1e-5
+    )
 
 
 def test_circuit_breakers_loop_turns_forget_states_away(example) -> None:

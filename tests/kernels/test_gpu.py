@@ -24,14 +24,19 @@ def step(hidden, reference, rows, mask, weight, targets):
     stream, loss = bend_tap(leaf * 1, reference.clone(), rows)
     stream, copy = tap_rows(stream, rows)
     total = loss + window_distance([stream], [torch.zeros_like(hidden)], mask) + pairwise_cosine(copy[None])
-    total = total + linear_kl_div(copy, reference, weight, temperature=2.0) + linear_log_prob(copy, weight, targets).sum()
+    total = (
+        total + linear_kl_div(copy, reference, weight, temperature=2.0) + linear_log_prob(copy, weight, targets).sum()
+    )
     total.backward()
     return total.detach(), leaf.grad
 
 
 def step_inputs():
     rows = torch.arange(0, 64, 3, device=CUDA)
-    hidden, reference = spread((2, 32, 256), torch.bfloat16, CUDA, 1), spread((rows.numel(), 256), torch.bfloat16, CUDA, 2)
+    hidden, reference = (
+        spread((2, 32, 256), torch.bfloat16, CUDA, 1),
+        spread((rows.numel(), 256), torch.bfloat16, CUDA, 2),
+    )
     weight, mask = spread((1000, 256), torch.bfloat16, CUDA, 3), torch.ones(2, 32, dtype=torch.bool, device=CUDA)
     return hidden, reference, rows, mask, weight, torch.arange(rows.numel(), device=CUDA)
 
@@ -111,7 +116,8 @@ def test_logits_of_a_chunk_stay_in_two_buffers() -> None:
 
 @pytest.mark.parametrize("name", ["linear_kl_div", "linear_log_prob"])
 def test_packing_overtakes_no_warp_that_still_reads(name: str) -> None:
-    """A 16-bit gradient is packed over the float32 row that other warps read: without a barrier that is a race, lost now and then.
+    """A 16-bit gradient is packed over the float32 row that other warps read: without a barrier that is a race, lost
+    now and then.
 
     The same kernel, which leaves a float32 gradient where each element was, and a cast give the bits that have to come.
     """
@@ -120,7 +126,10 @@ def test_packing_overtakes_no_warp_that_still_reads(name: str) -> None:
     from repbend_kernels.triton import linear_log_prob as log_prob_kernel
 
     rows, vocabulary = 512, 128256
-    student, teacher = spread((rows, vocabulary), torch.float32, CUDA, 1), spread((rows, vocabulary), torch.float32, CUDA, 2)
+    student, teacher = (
+        spread((rows, vocabulary), torch.float32, CUDA, 1),
+        spread((rows, vocabulary), torch.float32, CUDA, 2),
+    )
     targets = torch.arange(rows, device=CUDA) * 250
     values = torch.empty(rows, device=CUDA)
 

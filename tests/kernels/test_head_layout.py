@@ -1,4 +1,6 @@
-"""How the head ops lay out a chunk of logits: whole tiles of rows, aligned rows, and a gradient packed over what has been read."""
+"""How the head ops lay out a chunk of logits: whole tiles of rows, aligned rows, and a gradient packed over what has
+been read.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_rows_of_a_packed_gradient_are_aligned(vocabulary: int) -> None:
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7, 63, 125])
 def test_nothing_is_packed_over_what_a_slow_warp_has_not_read(monkeypatch, blocks: int) -> None:
-    """16-bit block k ends at float32 element (k + 1)/2 · block: all float32 blocks that begin before it must have been read by everyone."""
+    """16-bit block k ends at float32 element (k + 1)/2 · block: all float32 blocks that begin before it must have been
+    read by everyone.
+    """
     parts = pytest.importorskip("repbend_kernels.triton.parts", reason="the kernels need Triton")
     barriers: list[int] = []
     written = -1

@@ -23,8 +23,8 @@ class Blocked:
         if not top.startswith("_sysconfigdata") and top not in sys.stdlib_module_names and top not in ALLOWED:
             raise ModuleNotFoundError(f"blocked: {name}", name=name)
 
-for name in [n for n in sys.modules if n.partition(".")[0] not in sys.stdlib_module_names and not n.startswith("torch")]:
-    if name not in ("__main__",):
+for name in list(sys.modules):
+    if name.partition(".")[0] not in sys.stdlib_module_names and not name.startswith("torch") and name != "__main__":
         del sys.modules[name]
 sys.meta_path.insert(0, Blocked())
 try:
@@ -61,7 +61,10 @@ def test_works_with_only_torch(tmp_path) -> None:
 
 
 def test_import_leaves_triton_and_transformers_alone(tmp_path) -> None:
-    code = "import sys, repbend_kernels; print(sorted({'triton', 'transformers', 'numpy.testing', 'repbend_fast'} & set(sys.modules)))"
+    code = (
+        "import sys, repbend_kernels; print(sorted({'triton', 'transformers', 'numpy.testing', 'repbend_fast'} & "
+        "set(sys.modules)))"
+    )
     assert run(code, tmp_path, [ROOT / "kernels"]).stdout.strip() == "[]"
 
 

@@ -50,7 +50,9 @@ def test_the_mask_is_the_one_defined(implementation, device, seed) -> None:
     keys = [0, 1, -1, 2**63 - 1, -(2**63), 123456789]
     got = dropped(torch.tensor(keys, device=device), 37, seed, 0.4, implementation).tolist()
     # Signed hashes are compared with 2³¹ − (1 − p)·2³², which orders all 2³² values as adding 2³¹ does.
-    assert got == [[float(hash_of(key, seed, column) <= 2**32 - round(0.6 * 2**32)) for column in range(37)] for key in keys]
+    assert got == [
+        [float(hash_of(key, seed, column) <= 2**32 - round(0.6 * 2**32)) for column in range(37)] for key in keys
+    ]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
@@ -92,7 +94,9 @@ def test_a_list_gets_one_mask(implementation, device) -> None:
 
 @pytest.mark.parametrize("hashed", [False, True], ids=["keys", "hashed"])
 def test_blocks_of_a_mask_are_those_of_the_op(implementation, device, hashed) -> None:
-    """What an op that walks rows itself uses: blocks of any sizes, in place or not, a source with gaps, keys hashed once for all."""
+    """What an op that walks rows itself uses: blocks of any sizes, in place or not, a source with gaps, keys hashed
+    once for all.
+    """
     keys, x = some_keys(50, device=device), spread((50, 70), torch.float32, device, 1)
     expected = keyed_dropout(x, keys, SEED, P, scaled=False, implementation=implementation)
     with use_implementation(implementation):
@@ -219,7 +223,11 @@ def test_keys_are_not_taken_for_hashes() -> None:
 
 def test_wrong_lists() -> None:
     keys = torch.zeros(3, dtype=torch.int64)
-    for wrong, message in (([], "got none"), ([torch.ones(3, 4), torch.ones(3, 5)], r"x\[1\]"), ([torch.ones(3, 4), keys], r"x\[1\]")):
+    for wrong, message in (
+        ([], "got none"),
+        ([torch.ones(3, 4), torch.ones(3, 5)], r"x\[1\]"),
+        ([torch.ones(3, 4), keys], r"x\[1\]"),
+    ):
         with pytest.raises((ValueError, TypeError), match=message):
             keyed_dropout(wrong, keys, SEED, P)
 

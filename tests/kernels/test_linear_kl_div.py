@@ -14,8 +14,12 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 def head(rows, width, vocabulary, dtype, device, bias=False, apart=1.0):
     """Hidden states, references ``apart`` from them, a head, and a bias or None; logits of order 1."""
     hidden = torch.randn(rows, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    reference = hidden + apart * torch.randn(rows, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    weight = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 / width**0.5
+    reference = hidden + apart * torch.randn(
+        rows, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
+    weight = (
+        torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 / width**0.5
+    )
     offset = torch.randn(vocabulary, generator=torch.Generator().manual_seed(4), dtype=torch.float64) if bias else None
     return [None if t is None else t.to(device=device, dtype=dtype) for t in (hidden, reference, weight, offset)]
 
@@ -38,7 +42,15 @@ def compare(hidden, reference, weight, *, tolerance, implementation, chunk_rows=
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_rows_and_temperature(implementation, device, rows, temperature, dtype) -> None:
     hidden, reference, weight, _ = head(rows, 48, 300, dtype, device)
-    compare(hidden, reference, weight, temperature=temperature, chunk_rows=8, tolerance=2 * TOLERANCE[dtype], implementation=implementation)
+    compare(
+        hidden,
+        reference,
+        weight,
+        temperature=temperature,
+        chunk_rows=8,
+        tolerance=2 * TOLERANCE[dtype],
+        implementation=implementation,
+    )
 
 
 @DTYPES
@@ -48,7 +60,16 @@ def test_vocabularies(implementation, device, vocabulary, softcap, dtype) -> Non
     """A 16-bit gradient is packed in blocks of 2048 words."""
     hidden, reference, weight, bias = head(3, 16, vocabulary, dtype, device, bias=True)
     tolerance = max(1e-5, 2 * TOLERANCE[dtype])
-    compare(hidden, reference, weight, bias=bias, temperature=2.0, softcap=softcap, tolerance=tolerance, implementation=implementation)
+    compare(
+        hidden,
+        reference,
+        weight,
+        bias=bias,
+        temperature=2.0,
+        softcap=softcap,
+        tolerance=tolerance,
+        implementation=implementation,
+    )
 
 
 @DTYPES
@@ -57,8 +78,18 @@ def test_a_word_that_is_masked_out(implementation, device, side, dtype) -> None:
     hidden, reference, weight, bias = head(4, 16, 40, dtype, device, bias=True)
     masked = bias.clone()
     masked[[3, 17]] = -float("inf")
-    heads = {"both": {"bias": masked}, "teacher": {"bias": bias, "reference_weight": weight, "reference_bias": masked}}[side]
-    compare(hidden, reference, weight, temperature=2.0, tolerance=2 * TOLERANCE[dtype], implementation=implementation, **heads)
+    heads = {"both": {"bias": masked}, "teacher": {"bias": bias, "reference_weight": weight, "reference_bias": masked}}[
+        side
+    ]
+    compare(
+        hidden,
+        reference,
+        weight,
+        temperature=2.0,
+        tolerance=2 * TOLERANCE[dtype],
+        implementation=implementation,
+        **heads,
+    )
 
 
 def test_a_word_that_only_the_teacher_has_is_infinitely_far(implementation, device) -> None:
@@ -66,11 +97,21 @@ def test_a_word_that_only_the_teacher_has_is_infinitely_far(implementation, devi
     masked = bias.clone()
     masked[3] = -float("inf")
     leaf = hidden.requires_grad_()
-    value = linear_kl_div(leaf, reference, weight, bias=masked, reference_weight=weight, reference_bias=bias, implementation=implementation)
+    value = linear_kl_div(
+        leaf,
+        reference,
+        weight,
+        bias=masked,
+        reference_weight=weight,
+        reference_bias=bias,
+        implementation=implementation,
+    )
     value.backward()
     assert value.item() == float("inf")
     double = hidden.detach().double().requires_grad_()
-    linear_kl_div_reference(double, reference.double(), weight.double(), masked.double(), weight.double(), bias.double()).backward()
+    linear_kl_div_reference(
+        double, reference.double(), weight.double(), masked.double(), weight.double(), bias.double()
+    ).backward()
     assert_matches(leaf.grad, double.grad, tolerance=1e-5)
 
 
@@ -95,7 +136,9 @@ def test_selected_rows(implementation, device, count, reduction, dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-4), (torch.bfloat16, 6e-4)], ids=["fp32", "fp16", "bf16"]
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.float16, 1e-4), (torch.bfloat16, 6e-4)],
+    ids=["fp32", "fp16", "bf16"],
 )
 def test_a_factor_is_not_rounded_to_sixteen_bits(implementation, device, dtype, tolerance) -> None:
     """A third in bfloat16 is 2e-3 off, in float16 2.4e-4."""
@@ -147,7 +190,14 @@ def test_separate_heads(implementation, device, reference_bias) -> None:
 def test_close_distributions_keep_their_gradient(implementation, device, dtype, apart) -> None:
     """What K is for: 16-bit logits would lose 4 to 23 % here; float32 logits bound what is left."""
     hidden, reference, weight, _ = head(6, 64, 500, dtype, device, apart=apart)
-    compare(hidden, reference, weight, temperature=2.0, tolerance=2 * max(TOLERANCE[dtype], 5e-5), implementation=implementation)
+    compare(
+        hidden,
+        reference,
+        weight,
+        temperature=2.0,
+        tolerance=2 * max(TOLERANCE[dtype], 5e-5),
+        implementation=implementation,
+    )
 
 
 def test_equal_states_give_exactly_zero(implementation, device) -> None:
@@ -162,7 +212,10 @@ def test_equal_states_give_exactly_zero(implementation, device) -> None:
 def test_never_negative(implementation, device) -> None:
     hidden, reference, weight, _ = head(16, 32, 700, torch.float32, device, apart=1e-5)
     for row in range(16):
-        assert linear_kl_div(hidden[row : row + 1], reference[row : row + 1], weight, implementation=implementation).item() >= 0
+        assert (
+            linear_kl_div(hidden[row : row + 1], reference[row : row + 1], weight, implementation=implementation).item()
+            >= 0
+        )
 
 
 def test_large_logits_stay_finite(implementation, device) -> None:
@@ -173,7 +226,13 @@ def test_large_logits_stay_finite(implementation, device) -> None:
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 def test_strided_hidden_and_weight(implementation, device, layout) -> None:
     hidden, reference, weight, _ = head(7, 32, 90, torch.float32, device)
-    compare(strided(hidden, layout), strided(reference, layout), strided(weight, layout), tolerance=1e-5, implementation=implementation)
+    compare(
+        strided(hidden, layout),
+        strided(reference, layout),
+        strided(weight, layout),
+        tolerance=1e-5,
+        implementation=implementation,
+    )
 
 
 def test_chunks_change_nothing(implementation, device) -> None:
@@ -212,7 +271,9 @@ def test_value_without_gradient(implementation, device) -> None:
     with torch.no_grad():
         value = linear_kl_div(hidden.requires_grad_(), reference, weight, implementation=implementation)
     assert not value.requires_grad
-    assert_matches(value, linear_kl_div_reference(hidden.detach().double(), reference.double(), weight.double()), tolerance=1e-5)
+    assert_matches(
+        value, linear_kl_div_reference(hidden.detach().double(), reference.double(), weight.double()), tolerance=1e-5
+    )
 
 
 def test_gradcheck() -> None:

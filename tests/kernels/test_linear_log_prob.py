@@ -39,7 +39,15 @@ def compare(hidden, weight, targets, *, tolerance, implementation, chunk_rows=No
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_rows_and_temperature(implementation, device, rows, temperature, dtype) -> None:
     hidden, weight, targets, _ = head(rows, 48, 300, dtype, device)
-    compare(hidden, weight, targets, temperature=temperature, chunk_rows=8, tolerance=2 * TOLERANCE[dtype], implementation=implementation)
+    compare(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        chunk_rows=8,
+        tolerance=2 * TOLERANCE[dtype],
+        implementation=implementation,
+    )
 
 
 @DTYPES
@@ -83,7 +91,9 @@ def test_selected_rows_and_ignored_targets(implementation, device, count, dtype)
     clean = torch.where(hidden.isnan(), 0.0, hidden)
     lengths = [2, 3] if count == 5 else [count]
     leaf, double = hidden.detach().requires_grad_(), clean.double().requires_grad_()
-    value = linear_log_prob(leaf, weight, targets, rows=rows, bias=bias, lengths=lengths, chunk_rows=2, implementation=implementation)
+    value = linear_log_prob(
+        leaf, weight, targets, rows=rows, bias=bias, lengths=lengths, chunk_rows=2, implementation=implementation
+    )
     picked = linear_log_prob_reference(double, weight.double(), targets, bias.double(), rows=rows, ignore_index=-100)
     expected = torch.stack([part.sum() for part in picked.split(lengths)])
     factor = torch.tensor([0.3, -2.0], device=device)[: len(lengths)]
@@ -123,7 +133,16 @@ def test_a_row_that_is_named_twice_gets_both_gradients(implementation, device) -
 @DTYPES
 def test_softcap_and_bias(implementation, device, dtype) -> None:
     hidden, weight, targets, bias = head(7, 32, 200, dtype, device, bias=True)
-    compare(hidden, weight, targets, bias=bias, softcap=3.0, temperature=2.0, tolerance=2 * TOLERANCE[dtype], implementation=implementation)
+    compare(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        softcap=3.0,
+        temperature=2.0,
+        tolerance=2 * TOLERANCE[dtype],
+        implementation=implementation,
+    )
 
 
 def test_a_single_word_is_certain(implementation, device) -> None:
@@ -177,7 +196,15 @@ def test_gradcheck() -> None:
     for softcap in (None, 3.0):
         assert torch.autograd.gradcheck(
             lambda h, cap=softcap: linear_log_prob(
-                h, weight, targets, bias=bias, temperature=2.0, softcap=cap, chunk_rows=3, lengths=[3, 1], implementation="torch"
+                h,
+                weight,
+                targets,
+                bias=bias,
+                temperature=2.0,
+                softcap=cap,
+                chunk_rows=3,
+                lengths=[3, 1],
+                implementation="torch",
             ),
             hidden.requires_grad_(),
         )

@@ -45,13 +45,19 @@ def backward_of(loss):
 
 
 def tap(rows, device, kind):
-    return bend_tap(states(rows, device, grad=True), states(rows, device, 2)[0], torch.arange(rows, device=device), kind=kind)
+    return bend_tap(
+        states(rows, device, grad=True), states(rows, device, 2)[0], torch.arange(rows, device=device), kind=kind
+    )
 
 
 @pytest.mark.parametrize("kind", ["l2", "cosine"])
 def test_bend_tap_forward_holds_scalars_per_row(device, kind) -> None:
     def make(rows):
-        hidden, reference, index = states(rows, device, grad=True), states(rows, device, 2)[0], torch.arange(rows, device=device)
+        hidden, reference, index = (
+            states(rows, device, grad=True),
+            states(rows, device, 2)[0],
+            torch.arange(rows, device=device),
+        )
         return lambda: bend_tap(hidden, reference, index, kind=kind)
 
     assert growth(device, make) <= 32
@@ -99,7 +105,11 @@ def test_window_distance(device, consume) -> None:
 
     def layer_states(rows):
         hiddens = [states(rows, device, seed, grad=True) for seed in range(layers)]
-        return hiddens, [states(rows, device, seed + 9) for seed in range(layers)], torch.ones(1, rows, dtype=torch.bool, device=device)
+        return (
+            hiddens,
+            [states(rows, device, seed + 9) for seed in range(layers)],
+            torch.ones(1, rows, dtype=torch.bool, device=device),
+        )
 
     def forward(rows):
         hiddens, references, mask = layer_states(rows)
@@ -132,7 +142,9 @@ BUFFER = 4 * CHUNK * VOCABULARY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("op", ["linear_kl_div", "linear_log_prob"])
 def test_heads_hold_their_chunk_buffers(device, op, dtype) -> None:
-    """Two or one (chunk × vocabulary) float32 buffers, the scratch of a few rows, and the gradient of hidden with its scaled copy."""
+    """Two or one (chunk × vocabulary) float32 buffers, the scratch of a few rows, and the gradient of hidden with its
+    scaled copy.
+    """
     weight = spread((VOCABULARY, HEAD_WIDTH), dtype, device, 3)
 
     def call(rows):

@@ -1,4 +1,6 @@
-"""The ops are a distribution of their own: what it declares, what its wheel holds, and that it runs beside torch alone."""
+"""The ops are a distribution of their own: what it declares, what its wheel holds, and that it runs beside
+torch alone.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def test_it_asks_for_torch_alone() -> None:
 def metadata(folder: Path, hook: str, out: Path) -> str:
     """The METADATA that ``folder``'s build backend writes, without pip and without a network."""
     code = f"import sys; from setuptools import build_meta; print(build_meta.{hook}(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(out)], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(out)], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()[-1]
 
@@ -63,15 +67,27 @@ def test_its_wheel_holds_the_package_and_nothing_else(site: Path) -> None:
 def test_its_smoke_part_runs_beside_torch_alone(site: Path) -> None:
     path = os.pathsep.join([str(site), str(ROOT / "tests" / "support")])
     env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "REPBEND_KERNELS")}
-    done = subprocess.run([sys.executable, "-c", SMOKE], cwd=site, env=env | {"PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SMOKE], cwd=site, env=env | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
     assert re.fullmatch(r"\d+ calls right", done.stdout.strip()), done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("clone", [True, False], ids=["clone", "source distribution"])
 def test_the_trainer_asks_for_the_ops(site: Path, tmp_path: Path, clone: bool) -> None:
-    """In a clone for those beside it, so that ``pip install .`` needs no index for them; elsewhere for their version."""
+    """In a clone for those beside it, so that ``pip install .`` needs no index for them; elsewhere for
+    their version.
+    """
     (tmp_path / "project").mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "recipes", "repbend_fast", *(["kernels"] if clone else [])):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "recipes",
+        "repbend_fast",
+        *(["kernels"] if clone else []),
+    ):
         (tmp_path / "project" / name).symlink_to(ROOT / name)
     folder = metadata(tmp_path / "project", "prepare_metadata_for_build_wheel", tmp_path)
     text = (tmp_path / folder / "METADATA").read_text(encoding="utf-8")

@@ -39,11 +39,25 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
         "gather_rows": (hidden.detach(), ROWS),
         "add_rows": (None, values(3, 8), ROWS, [2, 3, 8]),
         "row_distance": ([hidden, values(2, 3, 8, seed=9)], pair, None, MASK, "cosine", implementation),
-        "row_distance_backward": (hidden.detach(), values(3, 8), ROWS, None, "mse", values(3, seed=2).reshape(3), implementation),
+        "row_distance_backward": (
+            hidden.detach(),
+            values(3, 8),
+            ROWS,
+            None,
+            "mse",
+            values(3, seed=2).reshape(3),
+            implementation,
+        ),
         "row_distance_consume": ([hidden.detach(), values(2, 3, 8)], pair, MASK, "l2", implementation),
         "scale_": ([values(3, 4), values(2, 2)], torch.tensor(0.5)),
         "pairwise_similarity": (values(2, 3, 8, grad=True), implementation),
-        "pairwise_similarity_backward": (values(2, 3, 8), values(2, 8), values(2, 3).abs(), torch.ones(2), implementation),
+        "pairwise_similarity_backward": (
+            values(2, 3, 8),
+            values(2, 8),
+            values(2, 3).abs(),
+            torch.ones(2),
+            implementation,
+        ),
         "linear_kl_div": (wide, values(6, 8), weight, None, weight, None, 2.0, 3.0, 4, True, implementation, None),
         "keyed_dropout": ([values(2, 3, 8, grad=True), values(2, 3, 8)], KEYS, -7, 12345 - 2**30, 2.0, implementation),
         "unit_sums": (hidden.detach(), ROWS),
@@ -66,7 +80,9 @@ OPS = list(op_arguments("torch"))
 
 
 def test_every_registered_op_is_listed() -> None:
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("repbend_kernels::")}
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("repbend_kernels::")
+    }
     assert {name.split(".")[0] for name in registered} == set(OPS)
 
 
@@ -80,7 +96,9 @@ def test_opcheck(implementation, device, name) -> None:
         tests.append("test_aot_dispatch_dynamic")
     # The second output of this one is saved, not differentiated; uninitialised memory would hide a mutation check.
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.library.opcheck(getattr(torch.ops.repbend_kernels, name).default, op_arguments(implementation)[name], test_utils=tests)
+    torch.library.opcheck(
+        getattr(torch.ops.repbend_kernels, name).default, op_arguments(implementation)[name], test_utils=tests
+    )
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -22,11 +22,15 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(command, env={**env, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=380)
+    return subprocess.run(
+        command, env={**env, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=380
+    )
 
 
 def blocks_of(output: str) -> list[str]:
-    """The sanitizer's reports, one string each: lines that begin with its mark, an error's first line being the only unindented one."""
+    """The sanitizer's reports, one string each: lines that begin with its mark, an error's first line being the only
+    unindented one.
+    """
     lines = [line.removeprefix("========= ") for line in output.splitlines() if line.startswith("========= ")]
     blocks: list[str] = []
     for line in lines:
@@ -57,7 +61,10 @@ def test_the_program_launches_every_kernel() -> None:
 
 def test_only_reports_about_our_kernels_count() -> None:
     other = "========= Invalid __global__ read of size 4 bytes\n=========     at elementwise_kernel+0x10\n"
-    mine = "========= Invalid __global__ write of size 2 bytes\n=========     at add_rows_kernel+0x5d0\n=========     by thread (1,0,0)\n"
+    mine = (
+        "========= Invalid __global__ write of size 2 bytes\n=========     at add_rows_kernel+0x5d0\n=========     "
+        "by thread (1,0,0)\n"
+    )
     output = f"text\n{other}{mine}========= ERROR SUMMARY: 2 errors\n"
     (found,) = ours(output)
     assert found.startswith("Invalid __global__ write")

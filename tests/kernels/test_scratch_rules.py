@@ -1,4 +1,6 @@
-"""Every op says what it needs inside: a rule for each, by the names of its arguments, that bounds what the allocator sees."""
+"""Every op says what it needs inside: a rule for each, by the names of its arguments, that bounds what the allocator
+sees.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,18 @@ from repbend_kernels.rows import CPU_ELEMENTS_PER_THREAD
 
 CPU = torch.device("cpu")
 N, D, V, R = 2048, 512, 4096, 1500
-# What a call may hold beside its rule whatever the sizes: the last blocks' results, held over into the next; scalars of rows, indices.
+# What a call may hold beside its rule whatever the sizes: the last blocks' results, held over into the next; scalars of
+# rows, indices.
 SMALL = 2 * 4 * CPU_ELEMENTS_PER_THREAD + 12 * 8 * N
 
 
 def registered() -> set[str]:
     """Every op of the package that torch knows, without its overload's name."""
-    return {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{scratch.NAMESPACE}::")}
+    return {
+        name.partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith(f"{scratch.NAMESPACE}::")
+    }
 
 
 def schema_names(name: str) -> list[str]:

@@ -53,7 +53,10 @@ def test_unknown_name(choose) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_triton_on_the_cpu_raises(name: str) -> None:
-    with implementation("triton"), pytest.raises(RuntimeError, match=r"implementation='triton': tensors are on cpu, expected cuda"):
+    with (
+        implementation("triton"),
+        pytest.raises(RuntimeError, match=r"implementation='triton': tensors are on cpu, expected cuda"),
+    ):
         CALLS[name](spread((2, 3, 8), torch.float32, CPU, 1))
 
 
@@ -83,7 +86,9 @@ def test_eager_equals_torch(name: str) -> None:
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.path.dirname(os.path.dirname(repbend_kernels.__file__))
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], env={**env, "PYTHONPATH": path, **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**env, "PYTHONPATH": path, **environment}, capture_output=True, text=True
+    )
 
 
 def test_environment_variable() -> None:

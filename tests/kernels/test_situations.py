@@ -1,4 +1,6 @@
-"""Every op in every situation that an importer meets: the right gradient, or an error. The table is the one in ``docs/ops.md``."""
+"""Every op in every situation that an importer meets: the right gradient, or an error. The table is the one in
+``docs/ops.md``.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,18 @@ Call = Callable[[Tensor, str], Tensor]
 class Setup:
     """Arguments beside the hidden states [2, 3, 8] (or [1, 1, 8], [2, 0, 8]), made once, in any dtype."""
 
-    def __init__(self, shape=(2, 3, WIDTH), dtype=torch.float32, device="cpu", *, masked=False, ignored=False, trainable=False) -> None:
+    def __init__(
+        self, shape=(2, 3, WIDTH), dtype=torch.float32, device="cpu", *, masked=False, ignored=False, trainable=False
+    ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.shape, count = shape, shape[0] * shape[1]
         self.hidden = self.values(*shape, seed=1)
         self.rows = torch.tensor([4, 0, 3], device=device)[: count if count < 3 else 3] % max(count, 1)
         picked = len(self.rows)
-        self.reference, self.layers = self.values(picked, WIDTH, seed=2), [self.values(*shape, seed=3), self.values(*shape, seed=4)]
+        self.reference, self.layers = (
+            self.values(picked, WIDTH, seed=2),
+            [self.values(*shape, seed=3), self.values(*shape, seed=4)],
+        )
         self.mask = torch.arange(count, device=device).view(shape[:-1]) % 2 == 0
         self.keys = torch.arange(count, device=device)
         self.weight, self.bias, self.states = (
@@ -84,7 +91,9 @@ def _tap_rows(s: Setup) -> Call:
 
 
 def _window(s: Setup, consume: bool) -> Call:
-    return lambda h, i: window_distance([h * 1, h * 2], s.layers, s.mask, kind="mse", consume_references=consume, implementation=i)
+    return lambda h, i: window_distance(
+        [h * 1, h * 2], s.layers, s.mask, kind="mse", consume_references=consume, implementation=i
+    )
 
 
 def _triplets(s: Setup) -> Call:
@@ -100,7 +109,9 @@ def _triplets(s: Setup) -> Call:
 
 def _down(s: Setup) -> Call:
     def call(hidden: Tensor, implementation: str) -> Tensor:
-        x, down = lora_down(hidden.reshape(-1, WIDTH) * 1, s.weight[:4], row_hashes(s.keys), 3, 0.4, implementation=implementation)
+        x, down = lora_down(
+            hidden.reshape(-1, WIDTH) * 1, s.weight[:4], row_hashes(s.keys), 3, 0.4, implementation=implementation
+        )
         return (x * 0.5).square().sum() + down.square().sum()
 
     return call
@@ -109,7 +120,9 @@ def _down(s: Setup) -> Call:
 def _up(s: Setup) -> Call:
     def call(hidden: Tensor, implementation: str) -> Tensor:
         rows = hidden.reshape(-1, WIDTH)
-        return lora_up(rows * 1, (rows * 2)[:, :4], s.weight[:WIDTH, :4], 1.5, implementation=implementation).pow(3).sum()
+        return (
+            lora_up(rows * 1, (rows * 2)[:, :4], s.weight[:WIDTH, :4], 1.5, implementation=implementation).pow(3).sum()
+        )
 
     return call
 
@@ -123,11 +136,20 @@ OPS: dict[str, Callable[[Setup], Call]] = {
     "pairwise_cosine": lambda s: lambda h, i: pairwise_cosine(h * 1, implementation=i),
     "linear_kl_div": lambda s: (
         lambda h, i: linear_kl_div(
-            h.reshape(-1, WIDTH) * 1, s.states, s.weight, rows=s.rows, bias=s.bias, temperature=2.0, reduction="mean", implementation=i
+            h.reshape(-1, WIDTH) * 1,
+            s.states,
+            s.weight,
+            rows=s.rows,
+            bias=s.bias,
+            temperature=2.0,
+            reduction="mean",
+            implementation=i,
         )
     ),
     "linear_log_prob": lambda s: (
-        lambda h, i: linear_log_prob(h.reshape(-1, WIDTH) * 1, s.weight, s.targets, rows=s.rows, bias=s.bias, implementation=i).sum()
+        lambda h, i: linear_log_prob(
+            h.reshape(-1, WIDTH) * 1, s.weight, s.targets, rows=s.rows, bias=s.bias, implementation=i
+        ).sum()
     ),
     "keyed_dropout": lambda s: lambda h, i: keyed_dropout(h * 1, s.keys, 3, 0.4, implementation=i).pow(3).sum(),
     "triplet_tap": _triplets,
@@ -205,7 +227,12 @@ def applies(op: str, situation: str) -> bool:
 def table() -> dict[tuple[str, str], str]:
     """``docs/ops.md``'s cells by (op, situation)."""
     lines = DOCS.read_text(encoding="utf-8").split("## What is right where\n")[1].split("\n## ")[0].split("\n\n")
-    grid = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for t in lines if t.startswith("|") for line in t.splitlines()]
+    grid = [
+        [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        for t in lines
+        if t.startswith("|")
+        for line in t.splitlines()
+    ]
     head, body = grid[0][1:], grid[2:]
     return {(op, row[0]): cell for row in body for op, cell in zip(head, row[1:])}
 
@@ -218,7 +245,9 @@ def test_the_table_has_every_op_and_situation() -> None:
         assert cell in (("right", "refused") if expected[key] else ("–",)), key
 
 
-@pytest.mark.parametrize(("op", "situation"), [(op, situation) for op in OPS for situation in SITUATIONS if applies(op, situation)])
+@pytest.mark.parametrize(
+    ("op", "situation"), [(op, situation) for op in OPS for situation in SITUATIONS if applies(op, situation)]
+)
 def test_situation(implementation, device, op, situation) -> None:
     if implementation == "triton" and device.type == "cpu" and situation == "compile, fullgraph":
         pytest.skip("no compiler where kernels are interpreted")
@@ -231,7 +260,13 @@ def test_situation(implementation, device, op, situation) -> None:
     if table()[op, situation] == "refused":
         with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
             run(OPS[op](setup), hidden, implementation)
-        reasons = ("expected", "directions already", "no second derivatives", "no autograd formula", "no forward-mode derivatives")
+        reasons = (
+            "expected",
+            "directions already",
+            "no second derivatives",
+            "no autograd formula",
+            "no forward-mode derivatives",
+        )
         assert any(word in str(caught.value) for word in reasons)
         return
     double = Setup(device=device, **made).others(torch.float64)

@@ -17,7 +17,10 @@ USERS = ("repbend_fast", "benchmarks", "examples")
 DECLARED = {
     NAME,
     *(f"{NAME}.{module}" for module in ("blocks", "oracles", "scratch", "triton")),
-    *(f"{NAME}.triton.{op}" for op in ("keyed_dropout", "linear_kl_div", "linear_log_prob", "pairwise_cosine", "row_distance")),
+    *(
+        f"{NAME}.triton.{op}"
+        for op in ("keyed_dropout", "linear_kl_div", "linear_log_prob", "pairwise_cosine", "row_distance")
+    ),
 }
 
 
@@ -32,18 +35,26 @@ def declared(module: str) -> frozenset[str] | None:
     """The names in a module's ``__all__``; None where it declares none."""
     file = file_of(module)
     for node in ast.parse(file.read_text(encoding="utf-8")).body if file else []:
-        if isinstance(node, ast.Assign) and any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets):
+        if isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets
+        ):
             return frozenset(ast.literal_eval(node.value))
     return None
 
 
 @cache
 def is_module(package: str, name: str) -> bool:
-    """Whether ``from package import name`` gives a module: there is one, and the package binds nothing else to its name."""
+    """Whether ``from package import name`` gives a module: there is one, and the package binds nothing else to its
+    name.
+    """
     file = file_of(package)
     if file is None or file.name != "__init__.py" or file_of(f"{package}.{name}") is None:
         return False
-    imports = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom) and node.module]
+    imports = [
+        node
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and node.module
+    ]
     return not any((alias.asname or alias.name) == name for node in imports for alias in node.names)
 
 
@@ -64,10 +75,14 @@ def bound_modules(tree: ast.AST) -> dict[str, str]:
     bound = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            bound |= {alias.asname or NAME: alias.name if alias.asname else NAME for alias in node.names if inside(alias.name)}
+            bound |= {
+                alias.asname or NAME: alias.name if alias.asname else NAME for alias in node.names if inside(alias.name)
+            }
         elif isinstance(node, ast.ImportFrom) and node.module and inside(node.module):
             found = {
-                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names if is_module(node.module, alias.name)
+                alias.asname or alias.name: f"{node.module}.{alias.name}"
+                for alias in node.names
+                if is_module(node.module, alias.name)
             }
             bound |= found
     return bound
@@ -88,7 +103,11 @@ def undeclared(code: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and inside(node.module):
             names = declared(node.module)
-            yield from (f"{node.module}.{alias.name}" for alias in node.names if names is None or alias.name not in {*names, "*"})
+            yield from (
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if names is None or alias.name not in {*names, "*"}
+            )
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if inside(alias.name) and declared(alias.name) is None)
         elif inside(imported_by_name(node)) and declared(str(imported_by_name(node))) is None:
@@ -123,7 +142,10 @@ def test_the_trainer_and_the_benchmarks_use_what_is_declared() -> None:
         ("import repbend_kernels\nrepbend_kernels.keyed_dropout.KeyedMask", "keyed_dropout.KeyedMask"),
         ("import repbend_kernels\nrepbend_kernels.blocks.RowReader", "blocks.RowReader"),
         ("from repbend_kernels import blocks\nblocks.RowReader", "blocks.RowReader"),
-        ("from repbend_kernels.triton import row_distance as rows\nrows.launch_gradient", "triton.row_distance.launch_gradient"),
+        (
+            "from repbend_kernels.triton import row_distance as rows\nrows.launch_gradient",
+            "triton.row_distance.launch_gradient",
+        ),
         ("from repbend_kernels.triton import parts", "triton.parts"),
         ("import importlib\nimportlib.import_module('repbend_kernels.low_rank')", "low_rank"),
         ("from repbend_kernels.triton import row_distance as rows\nrows.WHOLE_ROW", None),
@@ -141,16 +163,29 @@ def defined_ops(code: str) -> list[str]:
     """Ops that ``code`` registers, and autograd functions that it writes, by name."""
     found = []
     for node in ast.walk(ast.parse(code)):
-        marks = node.decorator_list if isinstance(node, ast.FunctionDef) else node.bases if isinstance(node, ast.ClassDef) else []
+        marks = (
+            node.decorator_list
+            if isinstance(node, ast.FunctionDef)
+            else node.bases
+            if isinstance(node, ast.ClassDef)
+            else []
+        )
         if any(mark in ast.unparse(expression) for expression in marks for mark in ("custom_op", "autograd.Function")):
             found.append(node.name)
     return found
 
 
 def test_every_op_lives_in_the_package() -> None:
-    found = {file.relative_to(ROOT): defined_ops(file.read_text(encoding="utf-8")) for file in (ROOT / "repbend_fast").rglob("*.py")}
+    found = {
+        file.relative_to(ROOT): defined_ops(file.read_text(encoding="utf-8"))
+        for file in (ROOT / "repbend_fast").rglob("*.py")
+    }
     assert {file: names for file, names in found.items() if names} == {}
-    assert defined_ops((PACKAGE / "rms_norm.py").read_text(encoding="utf-8")) == ["rms_norm_op", "rms_norm_gradient", "_RmsNorm"]
+    assert defined_ops((PACKAGE / "rms_norm.py").read_text(encoding="utf-8")) == [
+        "rms_norm_op",
+        "rms_norm_gradient",
+        "_RmsNorm",
+    ]
 
 
 def test_which_modules_are_declared() -> None:

@@ -1,4 +1,6 @@
-"""``triplet_tap`` and ``triplet_sums``: loss and gradient against the plain expression, for a whole batch and for parts of it."""
+"""``triplet_tap`` and ``triplet_sums``: loss and gradient against the plain expression, for a whole batch and for parts
+of it.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_loss_and_gradient(device, dtype, margins, unit) -> None:
     rows = halves(device)
     loss, gradient = outcome(hidden, reference, rows, margins=margins, unit=unit)
     assert gradient.dtype == dtype
-    exact_loss, exact = outcome(hidden.double(), reference.double(), rows, margins=margins, unit=unit, implementation="eager")
+    exact_loss, exact = outcome(
+        hidden.double(), reference.double(), rows, margins=margins, unit=unit, implementation="eager"
+    )
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # The rows themselves are exact in float64; a loss of 16-bit rows is summed in float32.
     assert_matches(loss.double(), exact_loss, tolerance=1e-12 if dtype == torch.float64 else 3e-6)
@@ -98,7 +102,10 @@ def test_parts_add_up_to_the_whole(device, margins, cut, implementation_of_sums)
     assert not active.unsafe.any()
     sums = TripletSums(total.unsafe, active.units)
     for chosen in ("torch", "eager"):
-        found = [outcome(hidden, kept, rows, margins=margins, sums=sums, unsafe_rows=5, implementation=chosen) for rows, kept in pieces]
+        found = [
+            outcome(hidden, kept, rows, margins=margins, sums=sums, unsafe_rows=5, implementation=chosen)
+            for rows, kept in pieces
+        ]
         assert_matches(found[0][0] + found[1][0], expected_loss, tolerance=1e-12)
         assert_matches(found[0][1] + found[1][1] - 0.02, expected, tolerance=1e-11)
 

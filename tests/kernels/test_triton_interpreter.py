@@ -22,7 +22,19 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 def test_every_kernel_through_the_interpreter() -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-k", "triton", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/kernels",
+            "-q",
+            "-k",
+            "triton",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore::RuntimeWarning",
+        ],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
         capture_output=True,

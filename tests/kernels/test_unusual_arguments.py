@@ -1,4 +1,6 @@
-"""Arguments that are views with gaps, rows that are not finite, and autocast around an op: every implementation gives the same."""
+"""Arguments that are views with gaps, rows that are not finite, and autocast around an op: every implementation gives
+the same.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ N, D, V = 12, 40, 70
 
 @pytest.mark.parametrize("cut", ["last", "every other", "one for all"])
 def test_masks_with_gaps(implementation, device, cut) -> None:
-    states, references = ([spread((2, N, D), torch.float32, device, 3 * side + i) for i in range(2)] for side in range(2))
+    states, references = (
+        [spread((2, N, D), torch.float32, device, 3 * side + i) for i in range(2)] for side in range(2)
+    )
     whole = torch.arange(2 * 2 * N, device=device).view(2, 2 * N) % 3 == 0
     mask = {
         "last": whole[:, -N:],
@@ -102,9 +106,13 @@ def test_rows_and_a_mask_together(implementation, device) -> None:
 def test_parallel_rows_are_never_nearer_than_equal_ones(implementation, device) -> None:
     """Rounding takes some cosines of parallel rows above 1; a distance below 0 must not come of it."""
     hidden = spread((200, D), torch.float32, device, 1)
-    distances = torch.stack([bend_distance(row[None], row[None] * 3, kind="cosine", implementation=implementation) for row in hidden])
+    distances = torch.stack(
+        [bend_distance(row[None], row[None] * 3, kind="cosine", implementation=implementation) for row in hidden]
+    )
     assert distances.min() >= 0
-    aligned = torch.stack([bend_distance(row[None], row[None] * 3, kind="relu_cosine", implementation=implementation) for row in hidden])
+    aligned = torch.stack(
+        [bend_distance(row[None], row[None] * 3, kind="relu_cosine", implementation=implementation) for row in hidden]
+    )
     assert aligned.max() <= 1
     assert aligned.min() > 1 - 1e-6
 
@@ -129,10 +137,14 @@ def test_whatever_lies_in_the_memory_of_unselected_places(implementation, device
 @pytest.mark.parametrize("width", [D, 9000], ids=["narrow", "wide"])
 def test_a_row_with_a_nan_is_neither_near_nor_far(implementation, device, kind, side, width) -> None:
     """A GPU's maximum of -1 and NaN is -1, which would make a broken row a distance of 2 or 0."""
-    rows = {"hidden": spread((4, width), torch.float32, device, 1), "reference": spread((4, width), torch.float32, device, 2)}
+    rows = {
+        "hidden": spread((4, width), torch.float32, device, 1),
+        "reference": spread((4, width), torch.float32, device, 2),
+    }
     rows[side][1, 3] = float("nan")
     distances = [
-        bend_distance(rows["hidden"][i : i + 1], rows["reference"][i : i + 1], kind=kind, implementation=implementation) for i in range(4)
+        bend_distance(rows["hidden"][i : i + 1], rows["reference"][i : i + 1], kind=kind, implementation=implementation)
+        for i in range(4)
     ]
     assert [bool(torch.isnan(distance)) for distance in distances] == [False, True, False, False]
 
@@ -140,7 +152,9 @@ def test_a_row_with_a_nan_is_neither_near_nor_far(implementation, device, kind, 
 @pytest.mark.parametrize("op", ["kl", "log prob"])
 def test_autocast_around_a_head_op_changes_nothing(implementation, device, op) -> None:
     """The gradient is made in forward: in 16 bits it would be some tenths of a per cent off."""
-    hidden, other, weight = (spread(shape, torch.float32, device, i) for i, shape in enumerate([(N, D), (N, D), (V, D)]))
+    hidden, other, weight = (
+        spread(shape, torch.float32, device, i) for i, shape in enumerate([(N, D), (N, D), (V, D)])
+    )
     targets = torch.arange(N, device=device)
 
     def gradient() -> Tensor:

@@ -1,4 +1,6 @@
-"""Columns whose offset passes 2³¹ elements: the views of a storage that is 4 GiB long and of which a few pages are touched."""
+"""Columns whose offset passes 2³¹ elements: the views of a storage that is 4 GiB long and of which a few pages are
+touched.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def incoming(states: Tensor, implementation: str) -> Tensor:
     """The gradient that comes back to the tap has the far columns."""
     rows = torch.tensor([2, 0], device=states.device)
     leaf = torch.zeros(ROWS, WIDTH, dtype=states.dtype, device=states.device, requires_grad=True)
-    stream, loss = bend_tap(leaf, torch.ones(2, WIDTH, dtype=states.dtype, device=states.device), rows, implementation=implementation)
+    stream, loss = bend_tap(
+        leaf, torch.ones(2, WIDTH, dtype=states.dtype, device=states.device), rows, implementation=implementation
+    )
     return torch.autograd.grad([stream, loss], [leaf], [states.detach(), torch.ones_like(loss)])[0]
 
 
@@ -54,9 +58,13 @@ OPS = {
     "bend_tap": tap,
     "incoming gradient": incoming,
     "reference": reference,
-    "bend_distance": lambda s, i: bend_distance(s, torch.zeros(1, WIDTH, dtype=s.dtype, device=s.device), kind="mse", implementation=i),
+    "bend_distance": lambda s, i: bend_distance(
+        s, torch.zeros(1, WIDTH, dtype=s.dtype, device=s.device), kind="mse", implementation=i
+    ),
     "pairwise_cosine": lambda s, i: pairwise_cosine(s[None], implementation=i),
-    "keyed_dropout": lambda s, i: keyed_dropout(s, torch.arange(ROWS, device=s.device), 3, 0.4, implementation=i).double().pow(2).sum(),
+    "keyed_dropout": lambda s, i: (
+        keyed_dropout(s, torch.arange(ROWS, device=s.device), 3, 0.4, implementation=i).double().pow(2).sum()
+    ),
 }
 
 

@@ -12,7 +12,14 @@ from tiny_models import BLOCKS, FAMILIES, VOCABULARY, objective_config, run_step
 
 from repbend_fast.config.schema import LoraSection
 from repbend_fast.errors import UserError
-from repbend_fast.models import attach_lora, find_head, lora_dropout, reference_model, trainable_parameters, use_low_rank_forward
+from repbend_fast.models import (
+    attach_lora,
+    find_head,
+    lora_dropout,
+    reference_model,
+    trainable_parameters,
+    use_low_rank_forward,
+)
 from repbend_fast.step.proof import check_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(5))
@@ -132,7 +139,9 @@ def test_the_reference_leaves_the_adapter_as_it_was() -> None:
 
 
 def test_the_reference_is_what_peft_s_own_switch_gives() -> None:
-    """Also with trained copies of whole modules, with a layer that was off before, and with a part of the adapter frozen."""
+    """Also with trained copies of whole modules, with a layer that was off before, and with a part of the adapter
+    frozen.
+    """
     config = LoraConfig(target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
     model = get_peft_model(tiny_model(), config).eval()
     with torch.no_grad():

@@ -26,7 +26,9 @@ def test_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch, avx512: boo
     assert autocast_dtype(_config("auto"), CPU) == (torch.bfloat16 if avx512 or amx else None)
 
 
-@pytest.mark.parametrize(("there", "native", "dtype"), [(True, True, torch.bfloat16), (True, False, None), (False, False, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("there", "native", "dtype"), [(True, True, torch.bfloat16), (True, False, None), (False, False, torch.bfloat16)]
+)
 def test_auto_follows_the_card_or_plans_for_one(
     monkeypatch: pytest.MonkeyPatch, there: bool, native: bool, dtype: torch.dtype | None
 ) -> None:

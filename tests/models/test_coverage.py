@@ -53,7 +53,9 @@ def test_experts_that_nf4_leaves_as_they_are_are_named() -> None:
 
 
 def test_target_names_are_looked_up_in_all_blocks() -> None:
-    first, second = coverage_of(attach_lora(other_model("lfm2"), LoraSection(r=2, target_modules=["q_proj", "w1"]), (2,)))
+    first, second = coverage_of(
+        attach_lora(other_model("lfm2"), LoraSection(r=2, target_modules=["q_proj", "w1"]), (2,))
+    )
     assert first.adapted == 16384
     assert second.adapted == 16384 + 64 * 64
 
@@ -64,7 +66,11 @@ def test_target_names_are_looked_up_in_all_blocks() -> None:
         ("gpt_neox", ["q_proj"], "are dense, dense_4h_to_h, dense_h_to_4h, query_key_value"),
         ("nanochat", ["gate_proj"], "are fc1, fc2, k_proj, o_proj, q_proj, v_proj"),
         ("qwen3_moe", ["down_proj"], "its experts are parameters, not linear layers"),
-        ("deepseek_v2", ["o_proj", "gate_proj", "up_proj", "down_proj"], "reads gate_proj, up_proj, down_proj as the experts"),
+        (
+            "deepseek_v2",
+            ["o_proj", "gate_proj", "up_proj", "down_proj"],
+            "reads gate_proj, up_proj, down_proj as the experts",
+        ),
         ("deepseek_v2", ["o_proj", "gate_proj"], "reads gate_proj as the experts"),
     ],
 )

@@ -70,7 +70,9 @@ def test_right_padding_and_packing_change_no_real_row(base) -> None:
     flatly: dict[int, Tensor] = {}
     with torch.no_grad():
         padded = _visited(base, BLOCKS)
-        run_decoder(find_decoder(base), packed, position_ids=positions, stop=BLOCKS, visit=lambda k, h: flatly.setdefault(k, h))
+        run_decoder(
+            find_decoder(base), packed, position_ids=positions, stop=BLOCKS, visit=lambda k, h: flatly.setdefault(k, h)
+        )
         alone: dict[int, Tensor] = {}
         run_decoder(find_decoder(base), IDS[1:, :8], stop=BLOCKS, visit=lambda k, h: alone.setdefault(k, h))
     for layer in range(BLOCKS + 1):
@@ -158,7 +160,11 @@ def test_a_head_that_the_kl_does_not_know_is_refused() -> None:
         "pad_token_id": 0,
         "logits_scaling": 8.0,
     }
-    model = transformers.AutoModelForCausalLM.from_config(transformers.GraniteConfig(**settings)).eval().requires_grad_(False)
+    model = (
+        transformers.AutoModelForCausalLM.from_config(transformers.GraniteConfig(**settings))
+        .eval()
+        .requires_grad_(False)
+    )
     with pytest.raises(UserError, match=r"granite.*objective\.kl=0"):
         check_head(model, find_head(model))
     gemma = tiny_model("gemma2")
@@ -193,7 +199,13 @@ def test_only_lora_drops_out() -> None:
 
     from repbend_fast.models import attach_lora, lora_dropout
 
-    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = transformers.Phi3Config(**settings, pad_token_id=0, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5)
     base = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model = attach_lora(base, LoraSection(r=2, dropout=0.5), (1,))

@@ -1,4 +1,6 @@
-"""The depth of a GGUF model is read from its header, so that a window beyond it is refused before anything is loaded."""
+"""The depth of a GGUF model is read from its header, so that a window beyond it is refused before anything
+is loaded.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ def test_the_depth_stands_in_the_header(tmp_path) -> None:
 
 def test_files_without_a_header_that_is_known(tmp_path) -> None:
     whole = _file(tmp_path / "a.gguf", *OTHERS, ARCHITECTURE, DEPTH).read_bytes()
-    for name, content in {"empty": b"", "other": b"PK" + whole[2:], "cut": whole[:60], "noise": whole[:24] + b"\xff" * 90}.items():
+    for name, content in {
+        "empty": b"",
+        "other": b"PK" + whole[2:],
+        "cut": whole[:60],
+        "noise": whole[:24] + b"\xff" * 90,
+    }.items():
         path = tmp_path / name
         path.write_bytes(content)
         assert gguf_blocks(path) is None
@@ -50,7 +57,10 @@ def test_files_without_a_header_that_is_known(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("override", "expected"),
-    [("objective.window_start=28", "this model has hidden states 0 … 30"), ("lora.blocks=[0, 30]", "the model has blocks 0 … 29")],
+    [
+        ("objective.window_start=28", "this model has hidden states 0 … 30"),
+        ("lora.blocks=[0, 30]", "the model has blocks 0 … 29"),
+    ],
 )
 def test_a_window_beyond_a_gguf_models_depth_is_refused_early(tmp_path, override, expected) -> None:
     _file(tmp_path / "m.gguf", ARCHITECTURE, DEPTH)

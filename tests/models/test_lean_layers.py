@@ -13,7 +13,18 @@ from kernel_compare import assert_matches, spread
 from repbend_kernels import chunks, gated_product, rms_norm
 from repbend_kernels.gated_product import gated_product_gradients, gated_product_op
 from repbend_kernels.rms_norm import rms_norm_gradient, rms_norm_op
-from tiny_models import BLOCKS, FAMILIES, flat, gradients, objective_config, ragged_batch, run_step, runner_on, tiny_model, wrap
+from tiny_models import (
+    BLOCKS,
+    FAMILIES,
+    flat,
+    gradients,
+    objective_config,
+    ragged_batch,
+    run_step,
+    runner_on,
+    tiny_model,
+    wrap,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -104,7 +115,9 @@ def test_layers_give_the_bits_of_the_model_s_own(family, dtype) -> None:
     assert torch.equal(lean(ids).logits, own(ids).logits)
     x = values(2, 5, D, seed=6, dtype=dtype).requires_grad_()
     for name, layer in find_decoder(own).body.named_modules():
-        if type(layer).__name__.endswith(("MLP", "RMSNorm")) and (layer.weight.shape == (D,) if hasattr(layer, "weight") else True):
+        if type(layer).__name__.endswith(("MLP", "RMSNorm")) and (
+            layer.weight.shape == (D,) if hasattr(layer, "weight") else True
+        ):
             assert torch.equal(find_decoder(lean).body.get_submodule(name)(x), layer(x)), name
 
 
@@ -137,7 +150,9 @@ def test_gradients_in_sixteen_bits_stay_close(autocast, monkeypatch) -> None:
 
 
 def kept_by_a_block(model: Any) -> Counter[int]:
-    """Elements per token, of the model's size, of each storage that one block keeps for backward, weights and rotary tables apart."""
+    """Elements per token, of the model's size, of each storage that one block keeps for backward, weights and rotary
+    tables apart.
+    """
     decoder = find_decoder(model)
     hidden = values(1, TOKENS, D, seed=7, dtype=model.dtype).requires_grad_()
     positions = torch.arange(TOKENS)[None]
@@ -151,13 +166,18 @@ def kept_by_a_block(model: Any) -> Counter[int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         decoder.layers[1](hidden, position_embeddings=rotary, attention_mask=None).sum().backward()
-    return Counter(t.untyped_storage().nbytes() // hidden.element_size() // TOKENS for at, t in kept.items() if at not in apart)
+    return Counter(
+        t.untyped_storage().nbytes() // hidden.element_size() // TOKENS for at, t in kept.items() if at not in apart
+    )
 
 
-@pytest.mark.parametrize(("dtype", "own"), [(torch.float32, (6, 4)), (torch.bfloat16, (4, 4 + 2))], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "own"), [(torch.float32, (6, 4)), (torch.bfloat16, (4, 4 + 2))], ids=["float32", "bfloat16"]
+)
 def test_what_a_block_keeps(dtype, own) -> None:
-    """Block input, q, attention output, its sum with the input; gate and up. Not: two normed inputs, an activation, a product, nor in
-    16 bits the norms' inputs widened, which have the size of the MLP's tensors here."""
+    """Block input, q, attention output, its sum with the input; gate and up. Not: two normed inputs, an activation, a
+    product, nor in 16 bits the norms' inputs widened, which have the size of the MLP's tensors here.
+    """
     model = wrap(tiny_model(dtype=dtype))
     use_low_rank_forward(model)
     before = kept_by_a_block(model)

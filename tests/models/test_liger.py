@@ -1,4 +1,6 @@
-"""Liger's layers: which modules they take over, that adapters still attach to them, and that the numbers stay those of the model's own."""
+"""Liger's layers: which modules they take over, that adapters still attach to them, and that the numbers stay those of
+the model's own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from repbend_fast.models.layers.liger import check_liger, find_replaceable, repl
 pytest.importorskip("liger_kernel", reason="Liger's layers need liger-kernel")
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# Per block: norms, and one final norm. Qwen3 and Gemma-3 norm queries and keys too; Gemma norms both sides of attention and MLP.
+# Per block: norms, and one final norm. Qwen3 and Gemma-3 norm queries and keys too; Gemma norms both sides of attention
+# and MLP.
 NORMS = {"llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 4, "gemma2": 4, "gemma3": 6, "phi3": 2}
 
 
@@ -91,7 +94,9 @@ def test_other_families_are_left_alone_with_a_note() -> None:
     assert "model type granite" in note
     assert "\n" not in note
     with pytest.raises(
-        UserError, match=r"model\.liger=true: Liger's layers are not used on model type granite .*; set model\.liger=auto or false"
+        UserError,
+        match=r"model\.liger=true: Liger's layers are not used on model type granite .*; set model\.liger=auto or "
+        r"false",
     ):
         use_liger(model, True, CUDA)
     assert not any(uses_liger(module) for module in model.modules())
@@ -122,7 +127,10 @@ def test_auto_on_cuda_replaces() -> None:
 
 
 def test_asking_for_it_without_cuda_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.liger=true: Liger's kernels need a CUDA device, and this run is on cpu; set model\.liger"):
+    with pytest.raises(
+        UserError,
+        match=r"model\.liger=true: Liger's kernels need a CUDA device, and this run is on cpu; set model\.liger",
+    ):
         load_model(ModelConfig(name=str(tmp_path), device="cpu", liger=True))
     with pytest.raises(ValueError, match=r"model\.liger=true needs a CUDA device, and model\.device=cpu"):
         Config(model=ModelConfig(name="m", device="cpu", liger=True), data={"sources": [{"path": "demo"}]})
@@ -134,7 +142,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     note = use_liger(model, "auto", CUDA)
     assert note is not None
     assert "pip install liger-kernel" in note
-    with pytest.raises(UserError, match=r"model\.liger=true: liger-kernel cannot be imported .*pip install liger-kernel"):
+    with pytest.raises(
+        UserError, match=r"model\.liger=true: liger-kernel cannot be imported .*pip install liger-kernel"
+    ):
         check_liger(True, CUDA)
 
 

@@ -52,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
     """An adapter that a user trained before, in PEFT's format, and the logits of base + adapter."""
     path = tmp_path_factory.mktemp("adapter")
-    model = get_peft_model(_load(folder), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        _load(folder), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -241,7 +243,11 @@ def test_in_place_nf4_equals_transformers_nf4(folder, double) -> None:
     loaded = _load(folder, quantization="nf4", double_quantization=double)
     in_place = _load(folder)
     quantize_nf4(in_place, torch.float32, double, CPU)
-    pairs = [(a, b) for (_, a), (_, b) in zip(loaded.named_modules(), in_place.named_modules()) if isinstance(a, bnb.nn.Linear4bit)]
+    pairs = [
+        (a, b)
+        for (_, a), (_, b) in zip(loaded.named_modules(), in_place.named_modules())
+        if isinstance(a, bnb.nn.Linear4bit)
+    ]
     assert len(pairs) == 7 * len(loaded.model.layers)
     for a, b in pairs:
         assert isinstance(b, bnb.nn.Linear4bit)
@@ -252,7 +258,8 @@ def test_in_place_nf4_equals_transformers_nf4(folder, double) -> None:
         )
     assert torch.equal(_logits(loaded), _logits(in_place))
     assert type(loaded.lm_head) is type(in_place.lm_head) is torch.nn.Linear
-    # Packed for inference, which some processors' kernels do at the first pass, a layer rounds differently and has no gradient.
+    # Packed for inference, which some processors' kernels do at the first pass, a layer rounds differently and has no
+    # gradient.
     for layer in (layer for pair in pairs for layer in pair):
         assert not layer.support_avx512bf16_for_cpu
         assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
@@ -264,7 +271,13 @@ def test_in_place_nf4_equals_transformers_nf4(folder, double) -> None:
 def test_nf4_widths_that_the_cpu_gets_wrong_are_refused(tmp_path) -> None:
     import transformers
 
-    settings = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     model.save_pretrained(tmp_path)
     message = _message(tmp_path, quantization="nf4")
@@ -298,7 +311,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_a_gpu_is_settled_before_a_model_runs_on_it(monkeypatch, name) -> None:
-    """Its index is made current, and cuDNN's attention, which plans the reference and the adapted pass apart, is off."""
+    """Its index is made current, and cuDNN's attention, which plans the reference and the adapted pass
+    apart, is off.
+    """
     calls: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device.index))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)

@@ -27,7 +27,9 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
 class _Pair(nn.Module):
-    """Two linear layers, the first with a bias, and a nonlinearity that makes the second's input depend on the first's adapter."""
+    """Two linear layers, the first with a bias, and a nonlinearity that makes the second's input depend on the first's
+    adapter.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,14 +40,18 @@ class _Pair(nn.Module):
         return self.down_proj(torch.tanh(self.up_proj(x)))
 
 
-def peft_model(dtype: torch.dtype, *, nf4: bool = False, adapter_dtype: torch.dtype | None = None, **settings: Any) -> Any:
+def peft_model(
+    dtype: torch.dtype, *, nf4: bool = False, adapter_dtype: torch.dtype | None = None, **settings: Any
+) -> Any:
     """A frozen pair with a random adapter, PEFT's own forward."""
     torch.manual_seed(0)
     base = _Pair().to(dtype).requires_grad_(False)
     if nf4:
         _quantize(base, dtype)
     options: dict[str, Any] = {"r": 8, "lora_alpha": 5, "lora_dropout": P, "init_lora_weights": False} | settings
-    model = get_peft_model(base, LoraConfig(target_modules=["up_proj", "down_proj"], **options), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        base, LoraConfig(target_modules=["up_proj", "down_proj"], **options), autocast_adapter_dtype=False
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             # Values that 16 bits cannot hold, which is where adapters in 32 bits matter.
@@ -60,7 +66,9 @@ def _quantize(base: nn.Module, dtype: torch.dtype) -> None:
         quantized = bnb.nn.Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4"
         )
-        quantized.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=quantized)
+        quantized.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, quant_type="nf4", module=quantized
+        )
         quantized.bias = linear.bias
         quantized.support_avx512bf16_for_cpu = False
         setattr(base, name, quantized.to("cpu"))
@@ -190,12 +198,16 @@ def test_error_of_a_bf16_model_with_an_fp32_adapter_is_not_above_peft_s(nf4) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [False, True], ids=["off", "dropout"])
 def test_error_on_a_gpu_is_that_of_the_cpu_s(dropout) -> None:
-    """There, products of 16-bit parts stand for those of wide operands; a part that is lost shows as an error of 2⁻⁹."""
+    """There, products of 16-bit parts stand for those of wide operands; a part that is lost shows as an
+    error of 2⁻⁹.
+    """
     model = ours(peft_model(torch.bfloat16, adapter_dtype=torch.float32))
     keys = KEYS if dropout else None
     exact = outcome(copy.deepcopy(model).double(), inputs(torch.bfloat16).double(), keys)
     here = outcome(model, inputs(torch.bfloat16), keys)
-    there = outcome(model.cuda(), inputs(torch.bfloat16).detach().cuda().requires_grad_(), keys.cuda() if dropout else None)
+    there = outcome(
+        model.cuda(), inputs(torch.bfloat16).detach().cuda().requires_grad_(), keys.cuda() if dropout else None
+    )
     for name, value in exact.items():
         assert there[name].dtype == here[name].dtype
         assert relative_l2(there[name].cpu(), value) <= 1.1 * relative_l2(here[name], value) + 1e-6, name
@@ -257,7 +269,9 @@ class _Shared(nn.Module):
 
 
 def test_gradients_of_a_shared_input() -> None:
-    """The low-rank part goes into the base layer's gradient in place: nobody else's may change with it, nor a second backward."""
+    """The low-rank part goes into the base layer's gradient in place: nobody else's may change with it, nor a second
+    backward.
+    """
     config = LoraConfig(r=4, target_modules=["up_proj", "down_proj"], lora_dropout=P, init_lora_weights=False)
     torch.manual_seed(0)
     model = get_peft_model(_Shared().double(), config, autocast_adapter_dtype=False).eval()
@@ -274,7 +288,9 @@ def test_gradients_of_a_shared_input() -> None:
 @pytest.mark.parametrize("dropout", [False, True], ids=["off", "dropout"])
 def test_two_active_adapters(small_chunks, dropout) -> None:
     model = peft_model(torch.float64)
-    model.add_adapter("other", LoraConfig(r=4, target_modules=["up_proj", "down_proj"], lora_dropout=P, init_lora_weights=False))
+    model.add_adapter(
+        "other", LoraConfig(r=4, target_modules=["up_proj", "down_proj"], lora_dropout=P, init_lora_weights=False)
+    )
     model.double().eval().base_model.set_adapter(["default", "other"])
     keyed = keyed_peft(model)
     for place, layer in enumerate(m for m in keyed.modules() if hasattr(m, "lora_dropout")):
@@ -349,9 +365,16 @@ def test_what_is_kept_for_backward(dtype, nf4) -> None:
     model = ours(peft_model(dtype, nf4=nf4, adapter_dtype=torch.float32))
     layer = model.get_base_model().up_proj
     x, kept = inputs(dtype), []
-    with lora_dropout(model, KEYS), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with (
+        lora_dropout(model, KEYS),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
         y = layer(x)
-    rows = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if t.numel() >= ROWS and t.shape[0] in (2, ROWS)}
+    rows = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in kept
+        if t.numel() >= ROWS and t.shape[0] in (2, ROWS)
+    }
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     new = {at: size for at, size in rows.items() if at not in weights | {x.untyped_storage().data_ptr()}}
     assert x.untyped_storage().data_ptr() in rows
@@ -360,7 +383,9 @@ def test_what_is_kept_for_backward(dtype, nf4) -> None:
 
 
 def test_memory_is_below_peft_s() -> None:
-    """Above the output: the masked rows of a chunk and P, where PEFT holds several tensors of x's and the output's size."""
+    """Above the output: the masked rows of a chunk and P, where PEFT holds several tensors of x's and the output's
+    size.
+    """
     rows = 49152  # several chunks
     sizes = {}
     for name, model in (
@@ -378,15 +403,18 @@ def test_memory_is_below_peft_s() -> None:
         sizes[name] = peak_bytes(call, torch.device("cpu"))
     output, source = rows * OUTER * 2, rows * INNER * 2
     chunk = low_rank.CHUNK_ELEMENTS["cpu"] * 4
-    # Output, its gradient, the gradient of x, P, Q and hashes; and of a chunk what is added to its gradient, x masked, and the hashes and
-    # the widened x that are compared.
+    # Output, its gradient, the gradient of x, P, Q and hashes; and of a chunk what is added to its gradient, x masked,
+    # and the hashes and the widened x that are compared.
     assert sizes["ours"] <= 2 * output + source + rows * (2 * 8 * 4 + 4) + 3.5 * chunk
     assert sizes["ours"] < 0.7 * sizes["peft"]
 
 
 def test_keys_that_do_not_fit_the_rows() -> None:
     model = ours(peft_model(torch.float32))
-    with pytest.raises(ValueError, match="keys for 23 rows, but the pass has 24"), lora_dropout(model, torch.arange(ROWS - 1)):
+    with (
+        pytest.raises(ValueError, match="keys for 23 rows, but the pass has 24"),
+        lora_dropout(model, torch.arange(ROWS - 1)),
+    ):
         model(inputs())
 
 

@@ -1,4 +1,6 @@
-"""LoRA's matrix products as CUDA takes them, wide operands in 16-bit parts, on whatever device is here, against float64."""
+"""LoRA's matrix products as CUDA takes them, wide operands in 16-bit parts, on whatever device is here, against
+float64.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ ROWS, WIDTH, OUT, RANK = 200, 96, 160, 8
 FACTOR = 1.7
 PLACE = 3
 DTYPES = [torch.bfloat16, torch.float16]
-# Sums in 32 bits over operands that hold 16 bits (bfloat16) or more of a weight's 24. One 16-bit part alone is off by 2⁻⁹ or 2⁻¹².
+# Sums in 32 bits over operands that hold 16 bits (bfloat16) or more of a weight's 24. One 16-bit part alone is off by
+# 2⁻⁹ or 2⁻¹².
 TOLERANCE = {torch.bfloat16: 1e-5, torch.float16: 2e-6}
 
 pytestmark = pytest.mark.usefixtures("parts")
@@ -58,12 +61,19 @@ def assert_rounded_once(got: Tensor, exact: Tensor, dtype: torch.dtype, allowed:
 @pytest.mark.parametrize("dropout", [False, True], ids=["off", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 def test_forward_against_float64(dtype, dropout) -> None:
-    x, a, b, hashes = wide(ROWS, WIDTH, seed=0).to(dtype), wide(RANK, WIDTH, seed=1), wide(OUT, RANK, seed=2), hashes_of(dropout)
+    x, a, b, hashes = (
+        wide(ROWS, WIDTH, seed=0).to(dtype),
+        wide(RANK, WIDTH, seed=1),
+        wide(OUT, RANK, seed=2),
+        hashes_of(dropout),
+    )
     down = low_rank.low_rank_down(x, a, hashes, PLACE, P)
     exact = kept(x, hashes) @ a.double().T
     assert down.dtype == torch.float32
     assert_matches(down, exact, tolerance=TOLERANCE[dtype])
-    assert relative_l2(kept(x, hashes) @ a.to(dtype).double().T, exact) > 20 * TOLERANCE[dtype], "the low parts do not show"
+    assert relative_l2(kept(x, hashes) @ a.to(dtype).double().T, exact) > 20 * TOLERANCE[dtype], (
+        "the low parts do not show"
+    )
 
     for base in (torch.zeros(ROWS, OUT), wide(ROWS, OUT, seed=3)):
         y = base.to(dtype)
@@ -76,7 +86,12 @@ def test_forward_against_float64(dtype, dropout) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 def test_backward_against_float64(dtype, dropout) -> None:
     x, grad = wide(ROWS, WIDTH, seed=0).to(dtype), wide(ROWS, OUT, seed=4).to(dtype)
-    a, b, down, hashes = wide(RANK, WIDTH, seed=1), wide(OUT, RANK, seed=2), wide(ROWS, RANK, seed=5), hashes_of(dropout)
+    a, b, down, hashes = (
+        wide(RANK, WIDTH, seed=1),
+        wide(OUT, RANK, seed=2),
+        wide(ROWS, RANK, seed=5),
+        hashes_of(dropout),
+    )
     up, grad_b = low_rank.low_rank_up_gradients(grad, down, b, FACTOR, [True, True])
     assert_matches(up, FACTOR * grad.double() @ b.double(), tolerance=TOLERANCE[dtype], name="Q")
     assert_matches(grad_b, FACTOR * grad.double().T @ down.double(), tolerance=TOLERANCE[dtype], name="dB")
@@ -107,7 +122,9 @@ def test_a_model_s_error_is_that_of_wide_products(monkeypatch, dtype, narrow, dr
     for name, value in exact.items():
         assert found["parts"][name].dtype == found["wide"][name].dtype
         assert relative_l2(found["parts"][name], value) <= 1.1 * relative_l2(found["wide"][name], value) + 1e-6, name
-    assert any(not torch.equal(found["parts"][name], found["wide"][name]) for name in exact), "the switch changes nothing"
+    assert any(not torch.equal(found["parts"][name], found["wide"][name]) for name in exact), (
+        "the switch changes nothing"
+    )
 
 
 def test_at_the_start_the_parts_add_nothing() -> None:

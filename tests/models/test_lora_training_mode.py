@@ -9,7 +9,16 @@ import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
 from test_lora_forward import INNER, KEYS, P, inputs, ours, outcome, peft_model
-from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch, runner_on
+from tiny_models import (
+    BLOCKS,
+    WITHOUT_DROPOUT,
+    adapted_model,
+    flat,
+    gradients,
+    objective_config,
+    ragged_batch,
+    runner_on,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,11 +42,15 @@ def drawn(model: Any, seed: int, x: Tensor | None = None) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     y = model(leaf)
     y.backward(torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape))
-    return {"y": y.detach(), "x": leaf.grad} | {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {"y": y.detach(), "x": leaf.grad} | {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def kept_elements(layer: Any, x: Tensor, seed: int | None = None) -> Tensor:
-    """The mask that ``layer`` draws, under ``seed``, seen from outside: A and B pass each element on to a place of its own."""
+    """The mask that ``layer`` draws, under ``seed``, seen from outside: A and B pass each element on to a place of its
+    own.
+    """
     open_layer = copy.deepcopy(layer)
     open_layer.lora_A["default"].weight.data = torch.eye(x.shape[-1], dtype=x.dtype)
     open_layer.lora_B["default"].weight.data = torch.eye(layer.out_features, x.shape[-1], dtype=x.dtype)
@@ -114,7 +127,9 @@ def test_output_and_gradients_are_those_of_the_masked_expression() -> None:
 
 
 def test_the_mean_of_many_draws_is_the_output_without_dropout() -> None:
-    """Of the adapter's part alone, the base layer's being the same; without the factor 1/(1 − p) it would be 30 % short."""
+    """Of the adapter's part alone, the base layer's being the same; without the factor 1/(1 − p) it would be 30 %
+    short.
+    """
     layer, draws = training().get_base_model().up_proj, 1500
     x = inputs(torch.float64).detach()
     torch.manual_seed(0)

@@ -139,7 +139,9 @@ def test_the_head_has_left_before_backward(monkeypatch) -> None:
 
     monkeypatch.setattr(Head, "on", copied)
     runner = runner_on(model, Levers())
-    runner.parameters[-1].register_hook(lambda gradient: alive.append(sum(reference() is not None for reference in copies)))
+    runner.parameters[-1].register_hook(
+        lambda gradient: alive.append(sum(reference() is not None for reference in copies))
+    )
     runner.backward(build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)[-1], dropout_seed=0)
     assert len(copies) == 1
     assert alive == [0]

@@ -1,8 +1,10 @@
-"""Offloaded states on two streams: nothing is read before it is written, and no memory is written while another stream reads it.
+"""Offloaded states on two streams: nothing is read before it is written, and no memory is written while another stream
+reads it.
 
-On a CPU streams are played: each operation is known by its stream and number, waiting makes one stream know what another has done, and
-two operations on one piece of memory that do not know each other are a race, however lucky the times were. Freed memory goes to the
-next tensor, as a GPU's allocator gives it. On a GPU the same is run with one of the two sides slowed down.
+On a CPU streams are played: each operation is known by its stream and number, waiting makes one stream know what
+another has done, and two operations on one piece of memory that do not know each other are a race, however lucky the
+times were. Freed memory goes to the next tensor, as a GPU's allocator gives it. On a GPU the same is run with one of
+the two sides slowed down.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ class PlayedDevice(TorchFunctionMode):
         yield
         self.current = before
 
-    def empty(self, shape: Any, *, dtype: torch.dtype = torch.float32, pin_memory: bool = False, device: Any = None) -> Tensor:
+    def empty(
+        self, shape: Any, *, dtype: torch.dtype = torch.float32, pin_memory: bool = False, device: Any = None
+    ) -> Tensor:
         """Host memory where it is pinned; else the block that was freed last, or a new one."""
         if pin_memory:
             self.pinned += 1

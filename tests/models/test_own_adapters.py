@@ -38,8 +38,12 @@ KINDS: dict[str, Callable[[], Any]] = {
     "saved head": lambda: _lora(modules_to_save=["lm_head"]),
     "saved embedding and norm": lambda: _lora(modules_to_save=["embed_tokens", "norm"]),
     "lora and tokens": lambda: _lora(trainable_token_indices=[5, 9]),
-    "tokens": lambda: peft.TrainableTokensConfig(token_indices=[4, 7], target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
-    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+    "tokens": lambda: peft.TrainableTokensConfig(
+        token_indices=[4, 7], target_modules=["embed_tokens"], task_type="CAUSAL_LM"
+    ),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
     "norms": lambda: peft.LNTuningConfig(target_modules=NORMS, task_type="CAUSAL_LM"),
     "loha": lambda: peft.LoHaConfig(r=2, target_modules=LINEAR, task_type="CAUSAL_LM"),
     "lokr": lambda: peft.LoKrConfig(r=2, target_modules=LINEAR, task_type="CAUSAL_LM"),
@@ -200,7 +204,9 @@ def test_a_base_may_bring_an_adapter_of_its_own(llama, tmp_path, monkeypatch) ->
 def test_an_adapter_that_is_its_own_base(llama, tmp_path) -> None:
     _adapter(llama, tmp_path / "adapter", KINDS["lora"]())
     config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "adapter")}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "adapter")})
+    )
     with pytest.raises(UserError, match="is its own base"):
         _load(tmp_path / "adapter")
 
@@ -210,7 +216,9 @@ def test_tensors_without_a_place_are_named(llama, tmp_path) -> None:
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(weights) | {"base_model.model.model.extra_norm.weight": torch.ones(64)}
     save_file(tensors, weights)
-    with pytest.raises(UserError, match=r"1 of its tensors have no place here, base_model\.model\.model\.extra_norm\.weight"):
+    with pytest.raises(
+        UserError, match=r"1 of its tensors have no place here, base_model\.model\.model\.extra_norm\.weight"
+    ):
         _load(llama, adapter=str(tmp_path / "adapter"))
 
 

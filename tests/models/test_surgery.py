@@ -1,4 +1,6 @@
-"""Preparing a model for a step and giving it back: afterwards it is the model that it was, whatever ran or failed in between."""
+"""Preparing a model for a step and giving it back: afterwards it is the model that it was, whatever ran or failed in
+between.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ Kind = str
 
 
 def adapted(family: str = "llama", kind: Kind = "float") -> Any:
-    """A model with PEFT's own adapter, part of it in training mode. It has run once: other packages note things at a first call."""
+    """A model with PEFT's own adapter, part of it in training mode. It has run once: other packages note things at a
+    first call.
+    """
     base = tiny_model(family)
     if kind == "nf4":
         quantize_nf4(base, torch.float32, True, CPU)
@@ -47,7 +51,9 @@ def adapted(family: str = "llama", kind: Kind = "float") -> Any:
 
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Prepared]:
-    """``prepared`` with every mechanism at work on the CPU, where Liger's kernels do not run and nothing would leave for the host."""
+    """``prepared`` with every mechanism at work on the CPU, where Liger's kernels do not run and nothing would leave
+    for the host.
+    """
     pytest.importorskip("liger_kernel", reason="Liger's layers need liger-kernel")
     from repbend_fast.models.layers.liger import replace_modules
 
@@ -66,7 +72,9 @@ def run_on(ready: Prepared, levers: Levers = PACKED) -> None:
     ready.model.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize(("family", "kind"), [*((family, "float") for family in FAMILIES), ("llama", "nf4"), ("phi3", "nf4")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((family, "float") for family in FAMILIES), ("llama", "nf4"), ("phi3", "nf4")]
+)
 def test_a_model_comes_back_from_a_step_as_it_was(family, kind) -> None:
     model = adapted(family, kind)
     before = picture(model)
@@ -90,7 +98,13 @@ def test_every_mechanism_is_taken_off_again(family, everything) -> None:
         assert isinstance(model.get_input_embeddings(), HostEmbedding)
     assert changed(before, picture(model)) == []
     places = changed(before, prepared_picture)
-    for part in ("embed_tokens: class", "lm_head: class", "input_layernorm: forward", "input_layernorm: in_place", "self_attn: forward"):
+    for part in (
+        "embed_tokens: class",
+        "lm_head: class",
+        "input_layernorm: forward",
+        "input_layernorm: in_place",
+        "self_attn: forward",
+    ):
         assert any(place.endswith(part) for place in places), part
     # Parameters, submodules and what is trained stay through all of it.
     assert not any("(parameter)" in place or place.endswith(("_modules", "_parameters")) for place in places)

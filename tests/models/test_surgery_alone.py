@@ -1,7 +1,7 @@
 """Nothing but ``models/surgery.py`` and the mechanisms under ``models/layers/`` changes a model that is built.
 
-Read off the sources: what assigns to a module's forward, class, list of blocks, mode, switches or tables, binds attributes by name, or
-registers hooks. What builds a model before any step is prepared is listed by function.
+Read off the sources: what assigns to a module's forward, class, list of blocks, mode, switches or tables, binds
+attributes by name, or registers hooks. What builds a model before any step is prepared is listed by function.
 """
 
 from __future__ import annotations
@@ -32,21 +32,50 @@ BUILDERS = {
 """Loading, quantising, merging and attaching: the model that surgery finds."""
 TENSORS = {("models/layers/offload.py", "get"), ("models/layers/recompute.py", "recomputable")}
 """Marks on a tensor that is no parameter."""
-MECHANISMS = {"use_liger", "replace_modules", "use_low_rank_forward", "use_lean_layers", "set_dropout_rate", "offload_embedding", "Changes"}
+MECHANISMS = {
+    "use_liger",
+    "replace_modules",
+    "use_low_rank_forward",
+    "use_lean_layers",
+    "set_dropout_rate",
+    "offload_embedding",
+    "Changes",
+}
 
-ATTRIBUTES = {"forward", "__class__", "layers", "weight", "bias", "data", "requires_grad", "training", "p", "_disable_adapters"} | {
+ATTRIBUTES = {
+    "forward",
+    "__class__",
+    "layers",
+    "weight",
+    "bias",
+    "data",
+    "requires_grad",
+    "training",
+    "p",
+    "_disable_adapters",
+} | {
     "generation_config",
     "support_avx512bf16_for_cpu",
 }
 TABLES = {"__dict__", "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"}
-CALLS = {"requires_grad_", "eval", "train", "set_attn_implementation", "add_module", "register_module", "set_submodule"} | {
+CALLS = {
+    "requires_grad_",
+    "eval",
+    "train",
+    "set_attn_implementation",
+    "add_module",
+    "register_module",
+    "set_submodule",
+} | {
     "register_buffer",
     "register_parameter",
 }
 
 
 def sources() -> dict[str, str]:
-    return {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+    return {
+        path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))
+    }
 
 
 def _targets(node: ast.AST) -> list[ast.expr]:
@@ -76,7 +105,13 @@ def _changes_a_model(node: ast.AST, imported: set[str]) -> bool:
             return True
     if not isinstance(node, ast.Call):
         return False
-    name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    name = (
+        node.func.id
+        if isinstance(node.func, ast.Name)
+        else node.func.attr
+        if isinstance(node.func, ast.Attribute)
+        else ""
+    )
     if name in ("setattr", "delattr", "__setattr__", "__delattr__"):
         return not node.args or not _is_self(node.args[0])
     if not isinstance(node.func, ast.Attribute):
@@ -104,7 +139,9 @@ def changes(path: str, text: str) -> Iterator[tuple[str, str, str]]:
             yield from walk(child, function)
 
     tree = ast.parse(text)
-    imports = [alias for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    imports = [
+        alias for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names
+    ]
     # A function of a module that is named like a method of a model: ``api.train(recipe)``.
     imported = {alias.asname or alias.name for alias in imports}
     return walk(tree, "")
@@ -112,8 +149,14 @@ def changes(path: str, text: str) -> Iterator[tuple[str, str, str]]:
 
 def mechanisms_used(path: str, text: str) -> list[str]:
     """The mechanisms that a file imports, or calls by attribute."""
-    names = [alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) for alias in node.names]
-    names += [node.func.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    names = [
+        alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    names += [
+        node.func.attr
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
     return [f"{path}: {name}" for name in names if name in MECHANISMS]
 
 
@@ -129,8 +172,12 @@ def test_mechanisms_are_used_by_surgery_alone() -> None:
     files = {path: text for path, text in sources().items() if not path.startswith("models/layers/")}
     used = [where for path, text in files.items() for where in mechanisms_used(path, text)]
     # ``models`` offers the low-rank forward to loops of others.
-    assert [where for where in used if not where.startswith("models/surgery.py")] == ["models/__init__.py: use_low_rank_forward"]
-    assert {where.split(": ")[1] for where in used if where.startswith("models/surgery.py")} == MECHANISMS - {"replace_modules"}
+    assert [where for where in used if not where.startswith("models/surgery.py")] == [
+        "models/__init__.py: use_low_rank_forward"
+    ]
+    assert {where.split(": ")[1] for where in used if where.startswith("models/surgery.py")} == MECHANISMS - {
+        "replace_modules"
+    }
 
 
 @pytest.mark.parametrize(
@@ -176,7 +223,10 @@ def test_a_change_anywhere_else_is_found(line) -> None:
 
 @pytest.mark.parametrize("line", ["use_lean_layers(model)", "lean.use_lean_layers(model)"])
 def test_a_mechanism_used_elsewhere_is_found(line) -> None:
-    text = f"from repbend_fast.models.layers import lean\nfrom repbend_fast.models.layers.lean import use_lean_layers\n{line}\n"
+    text = (
+        "from repbend_fast.models.layers import lean\nfrom repbend_fast.models.layers.lean import "
+        f"use_lean_layers\n{line}\n"
+    )
     assert "step/runner.py: use_lean_layers" in mechanisms_used("step/runner.py", text)
 
 

@@ -1,4 +1,6 @@
-"""Distances in units of the reference: the same losses on a model whose residual stream is longer, and nothing else changed."""
+"""Distances in units of the reference: the same losses on a model whose residual stream is longer, and nothing else
+changed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from repbend_fast.step.units import measure_units
 
 SETS = {"safe": BATCH.safe, "unsafe": BATCH.unsafe, "pair": BATCH.pairs, "retain": BATCH.retain}
 WITH_UNIT = {name: config for name, config in ALL_CONFIGS.items() if name != "npo"}
-LIMITED = RepBendConfig(window_start=2, window_size=3, pair=0.4, unsafe_limit=0.5, alpha_mode="target", kl_reduction="token")
+LIMITED = RepBendConfig(
+    window_start=2, window_size=3, pair=0.4, unsafe_limit=0.5, alpha_mode="target", kl_reduction="token"
+)
 SMALL_MARGINS = CRLConfig(window_start=2, window_size=2, safe_margin=0.3, unsafe_margin=0.02)
 CASES: dict[str, MethodConfig] = {**ALL_CONFIGS, "repbend limited": LIMITED, "crl small margins": SMALL_MARGINS}
 
@@ -47,7 +51,9 @@ def run(
 
 
 def stretch(model: Any, factor: float) -> Any:
-    """The same function with a residual stream ``factor`` times as long: what enters it is scaled, and the norms' epsilon with it."""
+    """The same function with a residual stream ``factor`` times as long: what enters it is scaled, and the norms'
+    epsilon with it.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             into_stream = "embed_tokens" in name or "o_proj" in name or "down_proj" in name
@@ -81,9 +87,16 @@ def test_a_longer_residual_stream_changes_no_term(case: str, factor: float) -> N
     for stream, result in expected.items():
         assert found[stream].loss.item() == pytest.approx(result.loss.item(), rel=1e-4), stream
     # B of what writes into the stream is itself longer by the factor, so its gradient is shorter.
-    scaled = {n: g * factor if "lora_B" in n and ("o_proj" in n or "down_proj" in n) else g for n, g in gradient.items()}
+    scaled = {
+        n: g * factor if "lora_B" in n and ("o_proj" in n or "down_proj" in n) else g for n, g in gradient.items()
+    }
     assert_matches(flat(scaled), flat(expected_gradient), tolerance=1e-4, name="gradient")
-    for wrong in (torch.zeros_like(flat(scaled)), -flat(scaled), flat({n: g.roll(1, dims=0) for n, g in scaled.items()}), flat(gradient)):
+    for wrong in (
+        torch.zeros_like(flat(scaled)),
+        -flat(scaled),
+        flat({n: g.roll(1, dims=0) for n, g in scaled.items()}),
+        flat(gradient),
+    ):
         assert relative_l2(wrong, flat(expected_gradient)) > 0.1
 
 
@@ -172,7 +185,10 @@ def test_a_custom_term_may_ask_for_the_unit_and_must_then_have_one() -> None:
     spans = tuple((0, len(s)) for s in sequences)
     rows = sum(map(len, sequences))
     runner = runner_on(adapted_model(), Levers({}, 0, packing="off"), uses_head=False)
-    plain, own = (Stream("own", sequences, (Distance("push", (2,), spans, 1.0, rows, kind="mse", unit=u),)) for u in ("state", "reference"))
+    plain, own = (
+        Stream("own", sequences, (Distance("push", (2,), spans, 1.0, rows, kind="mse", unit=u),))
+        for u in ("state", "reference")
+    )
     with pytest.raises(ValueError, match="that of hidden state 2 was not measured"):
         runner.measure(own)
     runner.units[2] = 4.0

@@ -1,4 +1,6 @@
-"""Denominators over the whole optimizer step: however its examples are dealt to micro-batches, the gradient is the same."""
+"""Denominators over the whole optimizer step: however its examples are dealt to micro-batches, the gradient is the
+same.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ CASES: dict[str, Any] = {
     # Of all pairs: which of some are chosen is drawn for each micro-batch.
     "repbend refusal": REPBEND.model_copy(update={"refusal": 30.0, "recovery_tokens": 4, "recovery_share": 1.0}),
     "circuit_breaker": CONFIGS["circuit_breaker"],
-    "circuit_breaker published": CONFIGS["circuit_breaker"].model_copy(update={"published_quirks": True, "padded_length": 31}),
+    "circuit_breaker published": CONFIGS["circuit_breaker"].model_copy(
+        update={"published_quirks": True, "padded_length": 31}
+    ),
     "rmu": CONFIGS["rmu"],
     "rmu published": CONFIGS["rmu"].model_copy(update={"published_quirks": True, "padded_length": 40}),
     "npo": CONFIGS["npo"],
@@ -91,7 +95,9 @@ def test_one_gradient_however_the_examples_are_dealt(precise, config) -> None:
         assert found == pytest.approx(terms, rel=1e-5)
 
 
-@pytest.mark.parametrize("config", [CASES["repbend response_all"], CASES["circuit_breaker"], CASES["rmu"], CASES["own"]])
+@pytest.mark.parametrize(
+    "config", [CASES["repbend response_all"], CASES["circuit_breaker"], CASES["rmu"], CASES["own"]]
+)
 def test_the_published_mean_of_means_depends_on_the_dealing(precise, config) -> None:
     """Otherwise the lengths above would test nothing."""
     _, whole = _step(precise, config, [WHOLE], "micro_batch")
@@ -113,7 +119,9 @@ def test_micro_batches_without_rows_of_a_term(precise) -> None:
 
 @pytest.mark.parametrize("name", ["crl", "repbend"])
 def test_what_couples_a_micro_batch_stays_within_it(precise, name) -> None:
-    """CRL's mean state and the pairwise cosine: CRL's sums are divided by the step's rows, the cosine stays a mean of means."""
+    """CRL's mean state and the pairwise cosine: CRL's sums are divided by the step's rows, the cosine stays a mean of
+    means.
+    """
     config = CONFIGS["crl"] if name == "crl" else REPBEND.model_copy(update={"cosine": 0.7, "pair": 0.0})
     plain = _streams(precise, config, _dealt(2), "micro_batch")
     runner = runner_on(precise, Levers({}, 0, packing="off"), uses_head=True)  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""Losses and gradients of each objective against its plain expression in float64, and the same however a stream is cut."""
+"""Losses and gradients of each objective against its plain expression in float64, and the same however a
+stream is cut.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def precise() -> Any:
     return precise_model()
 
 
-def _joint(model: Any, config: MethodConfig, step: int = STEP) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _joint(
+    model: Any, config: MethodConfig, step: int = STEP
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
     terms = plain_terms(model, config, step)
     torch.stack(list(terms.values())).sum().backward()
@@ -35,7 +39,9 @@ def _joint(model: Any, config: MethodConfig, step: int = STEP) -> tuple[dict[str
 
 CASES = {
     **CONFIGS,
-    "circuit_breaker published": CONFIGS["circuit_breaker"].model_copy(update={"published_quirks": True, "padded_length": 31}),
+    "circuit_breaker published": CONFIGS["circuit_breaker"].model_copy(
+        update={"published_quirks": True, "padded_length": 31}
+    ),
     "circuit_breaker last state": CircuitBreakerConfig(layers=[BLOCKS]),
     "circuit_breaker answers": CONFIGS["circuit_breaker"].model_copy(update={"loss_mode": "response_all"}),
     "rmu answers": CONFIGS["rmu"].model_copy(update={"loss_mode": "response_all"}),
@@ -45,7 +51,9 @@ CASES = {
     "npo alone": NPOConfig(beta=0.3),
     "npo kl": NPOConfig(retain_kl=0.4, temperature=1.5),
     "npo published": NPOConfig(retain_kl=0.4, retain_nll=1.0, published_quirks=True),
-    "crl window": CONFIGS["crl"].model_copy(update={"alpha_mode": "target", "loss_mode": "prompt_response", "kl_reduction": "token"}),
+    "crl window": CONFIGS["crl"].model_copy(
+        update={"alpha_mode": "target", "loss_mode": "prompt_response", "kl_reduction": "token"}
+    ),
     "crl small margins": CONFIGS["crl"].model_copy(update={"safe_margin": 0.3, "unsafe_margin": 0.02}),
     "crl unsafe alone": CRLConfig(safe=0.0, kl=0.0, window_start=2, window_size=2, unsafe_margin=0.02),
     "crl safe alone": CRLConfig(unsafe=0.0, kl=0.0, window_start=2, window_size=2, safe_margin=0.0),
@@ -63,7 +71,9 @@ def test_terms_and_gradient_equal_the_plain_expression(precise, config, pieces) 
     for name, value in terms.items():
         assert value.item() > 1e-4, name
         assert_matches(found[name] * weights[name], value, tolerance=TOLERANCE, name=name)
-    assert_matches(sum(r.loss for r in results), torch.stack(list(terms.values())).sum(), tolerance=TOLERANCE, name="loss")
+    assert_matches(
+        sum(r.loss for r in results), torch.stack(list(terms.values())).sum(), tolerance=TOLERANCE, name="loss"
+    )
     assert_matches(flat(got), flat(expected), tolerance=TOLERANCE, name="gradient")
     for wrong in (torch.zeros_like(flat(got)), -flat(got), flat({n: g.roll(1, dims=0) for n, g in got.items()})):
         assert relative_l2(wrong, flat(expected)) > 0.1

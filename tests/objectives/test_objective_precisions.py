@@ -1,4 +1,6 @@
-"""Each objective in float32, bfloat16 and NF4: the gradient of the exact one, and the same whether its streams are cut or not."""
+"""Each objective in float32, bfloat16 and NF4: the gradient of the exact one, and the same whether its streams are cut
+or not.
+"""
 
 from __future__ import annotations
 
@@ -43,5 +45,9 @@ def test_pieces_give_the_gradient_of_the_whole_stream(models, name, precision) -
         for one, other in zip(split, whole, strict=True):
             for term, value in other.terms.items():
                 assert_matches(one.terms[term], value, tolerance=tolerance, name=term)
-    for wrong in (torch.zeros_like(flat(expected)), -flat(expected), flat({n: g.roll(1, dims=0) for n, g in expected.items()})):
+    for wrong in (
+        torch.zeros_like(flat(expected)),
+        -flat(expected),
+        flat({n: g.roll(1, dims=0) for n, g in expected.items()}),
+    ):
         assert relative_l2(wrong, flat(expected)) > 3 * tolerance

@@ -96,7 +96,9 @@ def test_npo() -> None:
     assert kl.spans == nll.spans == tuple((0, n - 1) for n in RETAIN)
     assert kl.denominator == nll.denominator == sum(RETAIN) - 2
     assert nll.beta is None
-    assert _streams(NPOConfig(retain_kl=0.1, published_quirks=True))["retain"].term("kl").spans == tuple((0, n) for n in RETAIN)
+    assert _streams(NPOConfig(retain_kl=0.1, published_quirks=True))["retain"].term("kl").spans == tuple(
+        (0, n) for n in RETAIN
+    )
     assert list(_streams(NPOConfig())) == ["forget"]
     assert _streams(NPOConfig(retain_nll=1.0))["retain"].reference_stop(BLOCKS) == 0
     assert streams["forget"].reference_stop(BLOCKS) == BLOCKS
@@ -105,11 +107,19 @@ def test_npo() -> None:
 def test_crl() -> None:
     streams = _streams(CRLConfig())
     stream, term = streams["triplet"], streams["triplet"].terms[0]
-    assert stream.sequences == (*BATCH.safe, *(p.safe for p in BATCH.pairs), *BATCH.unsafe, *(p.unsafe for p in BATCH.pairs))
+    assert stream.sequences == (
+        *BATCH.safe,
+        *(p.safe for p in BATCH.pairs),
+        *BATCH.unsafe,
+        *(p.unsafe for p in BATCH.pairs),
+    )
     assert term.safe.spans == (*((p, p + a) for p, a in SAFE), *[(0, 0)] * 4)
     assert term.unsafe.spans == (*[(0, 0)] * 4, *((p, p + a) for p, a in FORGET))
     assert (term.safe.layers, term.unsafe.layers) == (tuple(range(33)), tuple(range(20, 31)))
-    assert (term.safe.denominator, term.unsafe.denominator) == (33 * sum(a for _, a in SAFE), 11 * sum(a for _, a in FORGET))
+    assert (term.safe.denominator, term.unsafe.denominator) == (
+        33 * sum(a for _, a in SAFE),
+        11 * sum(a for _, a in FORGET),
+    )
     assert (term.safe.weight, term.unsafe.weight, term.safe.margin, term.unsafe.margin) == (0.5, 0.6, 2.0, 3.0)
     assert streams["retain"].weights == {"kl": 0.7}
     assert streams["triplet"].weights == {"safe": 0.5, "unsafe": 0.6}
@@ -145,7 +155,10 @@ def test_layers_that_the_model_lacks(config, text) -> None:
 
 
 def test_the_fixed_direction_is_the_same_everywhere() -> None:
-    rows = [fixed_row(Direction(7, 6.5), torch.empty(2, 48, dtype=dtype)) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    rows = [
+        fixed_row(Direction(7, 6.5), torch.empty(2, 48, dtype=dtype))
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ]
     torch.rand(5)
     again = fixed_row(Direction(7, 6.5), torch.empty(3, 48, dtype=torch.float64))
     assert torch.equal(rows[0], again)
@@ -162,7 +175,9 @@ def test_a_term_without_a_reference_runs_no_reference_pass(monkeypatch) -> None:
     from repbend_fast.step import reference
 
     run = reference.run_decoder
-    monkeypatch.setattr(reference, "run_decoder", lambda *args, **kwargs: passes.append(kwargs["stop"]) or run(*args, **kwargs))
+    monkeypatch.setattr(
+        reference, "run_decoder", lambda *args, **kwargs: passes.append(kwargs["stop"]) or run(*args, **kwargs)
+    )
     model = adapted_model()
     run_objective(model, CONFIGS["rmu"])
     assert passes == [2]
@@ -179,4 +194,9 @@ def test_what_starts_the_training(name, moves) -> None:
     assert float(flat(gradient).norm()) > 1e-3 if moves else float(flat(gradient).norm()) < 1e-5
     assert torch.isfinite(flat(gradient)).all()
     terms = {n: float(v) for r in results for n, v in r.terms.items()}
-    assert {"circuit_breaker": terms.get("retain"), "rmu": terms.get("retain"), "npo": terms.get("kl"), "crl": terms.get("kl")}[name] < 1e-6
+    assert {
+        "circuit_breaker": terms.get("retain"),
+        "rmu": terms.get("retain"),
+        "npo": terms.get("kl"),
+        "crl": terms.get("kl"),
+    }[name] < 1e-6

@@ -1,4 +1,6 @@
-"""The refusal term: its draws, its rows, and loss and gradient of whole objectives that have it against their plain expressions."""
+"""The refusal term: its draws, its rows, and loss and gradient of whole objectives that have it against their plain
+expressions.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,13 @@ def starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step: int, se
 def expected_terms(model: Any, config: RefusalConfig) -> dict[str, torch.Tensor]:
     """The weighted terms, the refusal with the starts that the step draws."""
     if isinstance(config, RepBendConfig):
-        weights = {"safe": config.safe, "unsafe": -config.unsafe, "cosine": config.cosine, "kl": config.kl, "pair": config.pair}
+        weights = {
+            "safe": config.safe,
+            "unsafe": -config.unsafe,
+            "cosine": config.cosine,
+            "kl": config.kl,
+            "pair": config.pair,
+        }
         plain = eager_terms(model, BATCH, config)
         terms = {name: weights[name] * value for name, value in plain.items() if weights[name]}
     else:
@@ -101,7 +109,9 @@ def test_levers_change_nothing(packing) -> None:
     model = precise_model(lora=WITHOUT_DROPOUT.model_copy(update={"dropout": 0.3}))
     _, expected = run_objective(model, config, dropout_seed=5)
     for pieces, checkpointed in ((None, 0), (1, 0), (24, 2), (40, BLOCKS)):
-        _, got = run_objective(model, config, packing=packing, piece_tokens=pieces, checkpoint_blocks=checkpointed, dropout_seed=5)
+        _, got = run_objective(
+            model, config, packing=packing, piece_tokens=pieces, checkpoint_blocks=checkpointed, dropout_seed=5
+        )
         assert_matches(flat(got), flat(expected), tolerance=TOLERANCE)
 
 
@@ -112,7 +122,9 @@ def test_rows_are_those_that_predict_the_safe_answer() -> None:
     assert stream.name == "refusal"
     assert (stream.stop(32), stream.reference_stop(32)) == (32, 0)
     rows = 0
-    for sequence, (start, stop), k, both in zip(stream.sequences, stream.term("refusal").spans, drawn, BATCH.pairs, strict=True):
+    for sequence, (start, stop), k, both in zip(
+        stream.sequences, stream.term("refusal").spans, drawn, BATCH.pairs, strict=True
+    ):
         prompt = both.safe.prompt_length
         assert sequence.ids == (*both.unsafe.ids[: prompt + k], *both.safe.ids[prompt:])
         assert k > 0

@@ -10,7 +10,15 @@ from pydantic import TypeAdapter
 
 from repbend_fast.data.records import Batch, Role
 from repbend_fast.objectives import Probes, Stream, build_objective, roles_of
-from repbend_fast.objectives.registry import OBJECTIVES, SETTINGS, any_settings, method, section_of, stream_names, titles_of
+from repbend_fast.objectives.registry import (
+    OBJECTIVES,
+    SETTINGS,
+    any_settings,
+    method,
+    section_of,
+    stream_names,
+    titles_of,
+)
 from repbend_fast.objectives.sections import MethodConfig
 
 

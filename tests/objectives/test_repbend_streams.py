@@ -1,4 +1,6 @@
-"""RepBend's streams: which sequences, rows, layers, weights and denominators, from a batch whose lengths are all known."""
+"""RepBend's streams: which sequences, rows, layers, weights and denominators, from a batch whose lengths
+are all known.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ def test_published_weights_signs_and_window() -> None:
     config = RepBendConfig()
     assert config.window == tuple(range(20, 31))
     streams = {s.name: s for s in build_objective(config, 32).streams(BATCH, 0)}
-    assert {n: w for s in streams.values() for n, w in s.weights.items()} == {"safe": 0.5, "unsafe": -0.5, "cosine": 0.1, "kl": 0.3}
+    assert {n: w for s in streams.values() for n, w in s.weights.items()} == {
+        "safe": 0.5,
+        "unsafe": -0.5,
+        "cosine": 0.1,
+        "kl": 0.3,
+    }
     assert [s.stop(32) for s in streams.values()] == [32, 30, 32]
     assert streams["unsafe"].layers == config.window
     assert streams["retain"].layers == ()
@@ -122,7 +129,11 @@ def test_a_weight_of_zero_drops_the_term(dropped, terms, roles) -> None:
     assert sorted(roles_of(config)) == sorted(roles)
     assert build_objective(config, BLOCKS).uses_head == ("kl" in terms)
     needed = Batch(
-        **{field: getattr(BATCH, field) for field in ("safe", "unsafe", "pairs", "retain") if field.rstrip("s") in roles or field in roles}
+        **{
+            field: getattr(BATCH, field)
+            for field in ("safe", "unsafe", "pairs", "retain")
+            if field.rstrip("s") in roles or field in roles
+        }
     )
     assert build_objective(config, BLOCKS).streams(needed, 0) == streams
 

@@ -6,7 +6,18 @@ import pytest
 
 from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.errors import UserError
-from repbend_fast.objectives import AnswerLoss, Direction, Distance, HeadKL, PairwiseCosine, Probes, Stream, Term, Triplet, Triplets
+from repbend_fast.objectives import (
+    AnswerLoss,
+    Direction,
+    Distance,
+    HeadKL,
+    PairwiseCosine,
+    Probes,
+    Stream,
+    Term,
+    Triplet,
+    Triplets,
+)
 from repbend_fast.objectives.custom import Checked
 from repbend_fast.objectives.normalize import over_step
 
@@ -26,12 +37,27 @@ OTHER = Triplet("unsafe", (2,), ((0, 0), (0, 2)), 0.5, 2.0, 3.0)
         ((Distance("near", (1,), SPANS[:1], 1.0, 4.0),), "term near has 1 spans for 2 sequences"),
         ((HeadKL("kl", ((0, 3), (0, 3)), 1.0, 4.0, 1.0),), r"term kl has the span \(0, 3\) in a sequence of 2 tokens"),
         ((AnswerLoss("nll", ((2, 1), (0, 1)), 1.0, 4.0),), r"term nll has the span \(2, 1\)"),
-        ((Triplets(HALF, Triplet("unsafe", (2,), ((0, 0), (0, 9)), 1.0, 2.0, 3.0)),), r"term unsafe has the span \(0, 9\)"),
-        ((PairwiseCosine("cosine", (1,), (0, 2), 1.0),), r"term cosine has the span \(2, 3\) in a sequence of 2 tokens"),
+        (
+            (Triplets(HALF, Triplet("unsafe", (2,), ((0, 0), (0, 9)), 1.0, 2.0, 3.0)),),
+            r"term unsafe has the span \(0, 9\)",
+        ),
+        (
+            (PairwiseCosine("cosine", (1,), (0, 2), 1.0),),
+            r"term cosine has the span \(2, 3\) in a sequence of 2 tokens",
+        ),
         ((PairwiseCosine("cosine", (1,), (0,), 1.0),), "term cosine has 1 spans for 2 sequences"),
-        ((Distance("near", (1,), SPANS, 1.0, 4.0, kind="l1"),), "term near is of kind 'l1'; there are l2, cosine, relu_cosine, mse"),
-        ((Distance("near", (1,), SPANS, 1.0, 4.0, kind="mse", limit=2.0),), "has a limit, which only kind 'l2' can have"),
-        ((Distance("near", (1,), SPANS, 1.0, 4.0, against=(None,)),), "has 1 sequences to compare with for 2 sequences"),
+        (
+            (Distance("near", (1,), SPANS, 1.0, 4.0, kind="l1"),),
+            "term near is of kind 'l1'; there are l2, cosine, relu_cosine, mse",
+        ),
+        (
+            (Distance("near", (1,), SPANS, 1.0, 4.0, kind="mse", limit=2.0),),
+            "has a limit, which only kind 'l2' can have",
+        ),
+        (
+            (Distance("near", (1,), SPANS, 1.0, 4.0, against=(None,)),),
+            "has 1 sequences to compare with for 2 sequences",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(terms: tuple[Term, ...], why: str) -> None:
@@ -40,7 +66,9 @@ def test_what_does_not_fit_is_named(terms: tuple[Term, ...], why: str) -> None:
 
 
 def test_what_a_stream_asks_its_terms() -> None:
-    stream = Stream("s", SEQUENCES, (NEAR, PairwiseCosine("cosine", (2, 3), (0, 0), 0.5), HeadKL("kl", SPANS, 0.0, 4.0, 1.0)))
+    stream = Stream(
+        "s", SEQUENCES, (NEAR, PairwiseCosine("cosine", (2, 3), (0, 0), 0.5), HeadKL("kl", SPANS, 0.0, 4.0, 1.0))
+    )
     assert stream.layers == (1, 2, 3)
     assert stream.weights == {"near": 1.0, "cosine": 0.5}
     assert (stream.stop(9), stream.reference_stop(9)) == (9, 9)
@@ -73,9 +101,13 @@ class Listed:
 
 def test_an_objective_of_one_s_own_is_named_with_its_method() -> None:
     own = Checked(Listed(), "mine:Listed", 3)
-    with pytest.raises(UserError, match=r"^objective\.name=mine:Listed: streams: stream s: two of its terms are named near"):
+    with pytest.raises(
+        UserError, match=r"^objective\.name=mine:Listed: streams: stream s: two of its terms are named near"
+    ):
         own.streams(Batch(), 0)
-    with pytest.raises(UserError, match=r"^objective\.name=mine:Listed: probes gives a list; it must give Probes\(bent, kept\)"):
+    with pytest.raises(
+        UserError, match=r"^objective\.name=mine:Listed: probes gives a list; it must give Probes\(bent, kept\)"
+    ):
         own.probes(Batch())
 
 

@@ -20,7 +20,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("8GB", 8 * 10**9), ("7.5GiB", 7.5 * 2**30), ("500 MB", 5 * 10**8), ("64mib", 64 * 2**20), ("123456", 123456), ("auto", None)],
+    [
+        ("8GB", 8 * 10**9),
+        ("7.5GiB", 7.5 * 2**30),
+        ("500 MB", 5 * 10**8),
+        ("64mib", 64 * 2**20),
+        ("123456", 123456),
+        ("auto", None),
+    ],
 )
 def test_sizes(text: str, size: float | None) -> None:
     assert parse_budget(text) == size
@@ -46,7 +53,9 @@ def test_standing_counts_two_moments_of_float32_and_one_byte_each_of_8bit(tmp_pa
 
 
 def test_paged_moments_of_small_parameters_and_all_scales_stay_on_the_device() -> None:
-    """bitsandbytes pages parameters of at least 100 000 elements (``Optimizer8bit.get_state_buffer``), and no scales."""
+    """bitsandbytes pages parameters of at least 100 000 elements (``Optimizer8bit.get_state_buffer``), and
+    no scales.
+    """
     sizes = [1000, 50_000, 99_999, 100_000, 1_000_000]
     assert _optimizer_bytes(sizes, 4 * sum(sizes), "paged_adamw") == 8 * (1000 + 50_000 + 99_999)
     scales = 8 * sum(-(n // -256) for n in sizes[1:])
@@ -70,7 +79,9 @@ def test_taken_has_a_reserve_on_cuda_only() -> None:
     assert taken(stays, 10**8, CPU) == 1.5 * 10**9  # the optimizer's step is the peak then
 
 
-@pytest.mark.parametrize(("name", "key"), [("4090", "4090"), ("RTX 4070 Ti SUPER", "4070tis"), ("rtx3060", "3060"), ("A100", "a100")])
+@pytest.mark.parametrize(
+    ("name", "key"), [("4090", "4090"), ("RTX 4070 Ti SUPER", "4070tis"), ("rtx3060", "3060"), ("A100", "a100")]
+)
 def test_cards_by_name(name: str, key: str) -> None:
     assert find_card(name) is CARDS[key]
 

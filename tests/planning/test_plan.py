@@ -40,7 +40,9 @@ def test_planned_peak_without_a_budget_is_the_measured_one(small: Planner) -> No
 def test_retain_examples_are_planned_for(small: Planner) -> None:
     training = small.config.training.model_copy(update={"retain_examples": 5})
     planner = Planner(small.config.model_copy(update={"training": training}), CPU)
-    assert [{s.name: len(s.sequences) for s in streams}["retain"] for streams in planner.expected] == [5] * len(planner.expected)
+    assert [{s.name: len(s.sequences) for s in streams}["retain"] for streams in planner.expected] == [5] * len(
+        planner.expected
+    )
     assert planner.plan(None).total > small.plan(None).total
 
 
@@ -75,7 +77,9 @@ def test_a_budget_below_the_smallest_is_refused_with_the_smallest(small: Planner
 
 def test_streams_that_read_pairs_alone_are_planned_beside_those_that_read_none(tmp_path: Path) -> None:
     """With prompts alone the safe stream reads no pair, and the pair term nothing else."""
-    planner = Planner(recipe(tmp_path, "objective.loss_mode=prompt_last", "objective.pair=1.0", "memory.checkpoint_blocks=0"), CPU)
+    planner = Planner(
+        recipe(tmp_path, "objective.loss_mode=prompt_last", "objective.pair=1.0", "memory.checkpoint_blocks=0"), CPU
+    )
     assert {peak.name: peak.total > 0 for peak in planner.peaks} == {"safe": True, "unsafe": True, "retain": True}
     unsafe = planner._streams(2, LONGEST)["unsafe"]
     (pair,) = [term for term in unsafe.terms if term.name == "pair"]
@@ -99,7 +103,9 @@ def test_prompts_alone_are_planned_at_their_full_length(mode: str, tmp_path: Pat
 
 @pytest.mark.parametrize("size", [None, 8, 2 * LONGEST, 5 * LONGEST])
 def test_the_worst_piece_of_a_stream_of_two_roles_is_no_larger_than_asked(size: int | None, tmp_path: Path) -> None:
-    planner = Planner(recipe(tmp_path, "objective.name=crl", "objective.window_start=5", "objective.window_size=2"), CPU)
+    planner = Planner(
+        recipe(tmp_path, "objective.name=crl", "objective.window_start=5", "objective.window_size=2"), CPU
+    )
     levers = Levers() if size is None else Levers(piece_tokens={"*": size})
     for worst in planner.worst_streams(levers):
         peak = next(p for p in planner.peaks if p.name == worst.name)
@@ -109,7 +115,10 @@ def test_the_worst_piece_of_a_stream_of_two_roles_is_no_larger_than_asked(size: 
 
 def test_what_a_refusal_advises_would_help(tmp_path: Path) -> None:
     plain = Planner(recipe(tmp_path), CPU)
-    with pytest.raises(UserError, match=r"data\.max_answer_tokens, or set model\.quantization=nf4, or set training\.optimizer=adamw_8bit$"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.max_answer_tokens, or set model\.quantization=nf4, or set training\.optimizer=adamw_8bit$",
+    ):
         plain.plan(10**4)
     small = Planner(recipe(tmp_path, "model.quantization=nf4", "training.optimizer=adamw_8bit"), CPU)
     with pytest.raises(UserError, match=r"or lower data\.max_prompt_tokens or data\.max_answer_tokens$"):
@@ -132,7 +141,13 @@ def test_reference_passes_are_counted_where_they_run(small: Planner) -> None:
 
 
 def test_levers_set_by_hand_stay(tmp_path: Path) -> None:
-    config = recipe(tmp_path, "memory.checkpoint_blocks=3", "memory.piece_tokens=200", "memory.kl_chunk_rows=16", "memory.packing=off")
+    config = recipe(
+        tmp_path,
+        "memory.checkpoint_blocks=3",
+        "memory.piece_tokens=200",
+        "memory.kl_chunk_rows=16",
+        "memory.packing=off",
+    )
     planner = Planner(config, CPU)
     plan = planner.plan(10**9)
     assert plan.levers == Levers({"*": 200}, 3, False, False, 16, "off")
@@ -216,7 +231,9 @@ def test_without_starts_the_refusal_s_sequences_are_the_safe_ones(tmp_path: Path
 @pytest.mark.parametrize("size", [None, 8, 2 * LONGEST, 5 * LONGEST])
 def test_the_refusal_s_worst_piece_is_no_larger_than_asked(size: int | None, tmp_path: Path) -> None:
     planner = Planner(recipe(tmp_path, *REFUSAL, *ALONE), CPU)
-    (worst,) = [s for s in planner.worst_streams(Levers() if size is None else Levers({"*": size})) if s.name == "refusal"]
+    (worst,) = [
+        s for s in planner.worst_streams(Levers() if size is None else Levers({"*": size})) if s.name == "refusal"
+    ]
     peak = refusal_peak(planner)
     positions = peak.total if size is None else max(size, peak.longest)
     assert 0.9 * positions <= sum(map(len, worst.sequences)) <= 1.01 * positions
@@ -226,6 +243,9 @@ def test_units_of_the_reference_and_a_window_by_depth_are_planned(tmp_path: Path
     """Units are constants, whatever they are: the same plan, for the window that the depth gives."""
     auto = ("objective.window_start=auto", "objective.window_size=auto", "objective.distance_unit=reference")
     numbers = ("objective.window_start=3", "objective.window_size=1")
-    plans = [Planner(recipe(tmp_path, *chosen, layers=4), torch.device("cpu")).plan(None, check=False) for chosen in (auto, numbers)]
+    plans = [
+        Planner(recipe(tmp_path, *chosen, layers=4), torch.device("cpu")).plan(None, check=False)
+        for chosen in (auto, numbers)
+    ]
     assert plans[0].total == pytest.approx(plans[1].total, rel=1e-3)
     assert set(plans[0].streams) == set(plans[1].streams)

@@ -50,7 +50,9 @@ def test_watched_tensors_keep_their_category() -> None:
 def test_scratch_counts_unless_a_lever_decides_it() -> None:
     x = torch.zeros(MIB, dtype=torch.uint8)
     for apart, peak, at_op in ((frozenset(), 6 * MIB, None), (frozenset({"aten::neg"}), MIB, MIB)):
-        with MemoryTracker({"aten::neg": lambda args: 5 * args[0].numel()} if not apart else {}, apart=apart) as tracker:
+        with MemoryTracker(
+            {"aten::neg": lambda args: 5 * args[0].numel()} if not apart else {}, apart=apart
+        ) as tracker:
             x.neg()
         assert (tracker.peak, tracker.at_op) == (peak, at_op)
 

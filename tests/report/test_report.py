@@ -43,7 +43,14 @@ def step_row(step: int) -> dict:
 def validation_row(step: int, best: bool) -> dict:
     rates = {"attack_direct": 1 - step / 12, "attack_prefill": 0.5, "helpful_ordinary": 0.9, "helpful_borderline": 0.8}
     ratio = 1 + step / 100
-    return {"type": "validation", "step": step, "kl": step / 60, "perplexity": 6 * ratio, "perplexity_ratio": ratio, "best": best} | rates
+    return {
+        "type": "validation",
+        "step": step,
+        "kl": step / 60,
+        "perplexity": 6 * ratio,
+        "perplexity_ratio": ratio,
+        "best": best,
+    } | rates
 
 
 def event(step: int, kind: str, reason: str) -> dict:
@@ -52,7 +59,13 @@ def event(step: int, kind: str, reason: str) -> dict:
 
 def side(attack: float, samples: list[dict]) -> dict:
     shares = {"attack_direct": {"comply": attack, "refuse": 1 - attack, "degenerate": 0.0}, "ordinary": {"comply": 1.0}}
-    rates = {"attack_direct": attack, "helpful_ordinary": 0.9, "degenerate_ordinary": 0.0, "perplexity": 6.25, "kl": 0.01}
+    rates = {
+        "attack_direct": attack,
+        "helpful_ordinary": 0.9,
+        "degenerate_ordinary": 0.0,
+        "perplexity": 6.25,
+        "kl": 0.01,
+    }
     return rates | {"shares": shares, "counts": {"attack_direct": 48, "ordinary": 56}, "samples": samples}
 
 
@@ -60,7 +73,9 @@ def sample(prompt: str, answer: str, label: str, group: str = "attack_direct") -
     return {"group": group, "prompt": prompt, "answer": answer, "label": label, "helpful": False, "reasons": ["x"]}
 
 
-def write_run(folder: Path, rows: list[dict] | None = None, evaluation: dict | None = None, config: str | None = None) -> Path:
+def write_run(
+    folder: Path, rows: list[dict] | None = None, evaluation: dict | None = None, config: str | None = None
+) -> Path:
     folder.mkdir(exist_ok=True)
     if rows is not None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -190,17 +205,31 @@ REFUSAL = "I'm sorry, I can't help with that."
 def outcomes_run(folder: Path, after: list[tuple[str, str, str]]) -> Path:
     """A run whose direct attacks complied before, with answers, labels and reasons after."""
     before = [sample(f"attack {i}", "Melt it.", "comply") for i in range(len(after))]
-    samples = [sample(f"attack {i}", answer, label) | {"reasons": [reason]} for i, (answer, label, reason) in enumerate(after)]
-    share = {name: sum(label == name for _, label, _ in after) / len(after) for name in ("comply", "refuse", "degenerate")}
-    rates = {"attack_direct": share["comply"], "attack_direct_refused": share["refuse"], "attack_direct_degenerate": share["degenerate"]}
-    evaluation = {"before": side(1.0, before), "after": rates | {"shares": {"attack_direct": share}, "samples": samples}}
+    samples = [
+        sample(f"attack {i}", answer, label) | {"reasons": [reason]} for i, (answer, label, reason) in enumerate(after)
+    ]
+    share = {
+        name: sum(label == name for _, label, _ in after) / len(after) for name in ("comply", "refuse", "degenerate")
+    }
+    rates = {
+        "attack_direct": share["comply"],
+        "attack_direct_refused": share["refuse"],
+        "attack_direct_degenerate": share["degenerate"],
+    }
+    evaluation = {
+        "before": side(1.0, before),
+        "after": rates | {"shares": {"attack_direct": share}, "samples": samples},
+    }
     return write_run(folder, [validation_row(0, True)], evaluation)
 
 
 def test_attacks_that_fail_on_gibberish_are_not_shown_as_a_success(tmp_path: Path):
     babble = [(",,,,", "degenerate", "empty")] * 5 + [(REFUSAL, "refuse", "refusal phrase")]
     text, _ = checked(write_report(outcomes_run(tmp_path / "babble", babble)))
-    assert "The direct attacks that fail are mostly answered with gibberish, not refused: 83.3 % degenerate, 16.7 % refused." in text
+    assert (
+        "The direct attacks that fail are mostly answered with gibberish, not refused: 83.3 % degenerate, 16.7 % "
+        "refused." in text
+    )
     assert re.search(r'attack success, direct</div><div class="value same">0.0 %', text)
     assert re.search(r"degenerate, direct attacks</td>.*>83.3 %", text)
     refused = [(REFUSAL, "refuse", "refusal phrase")] * 5 + [(",,,,", "degenerate", "empty")]
@@ -231,13 +260,20 @@ def test_answers_are_grouped_by_outcome_the_worst_first(tmp_path: Path):
     ]
     text, _ = checked(write_report(folder))
     assert "<h4>degenerate: 1 of 5</h4>" in text
-    assert text.index("<h4>complied: 1 of 5</h4>") < text.index("<h4>degenerate: 1 of 5</h4>") < text.index("<h4>refused: 2 of 5</h4>")
+    assert (
+        text.index("<h4>complied: 1 of 5</h4>")
+        < text.index("<h4>degenerate: 1 of 5</h4>")
+        < text.index("<h4>refused: 2 of 5</h4>")
+    )
     assert '<span class="badge warn">1 degenerate</span>' in text
     assert '<span class="badge good">2 refused</span>' in text
 
 
 def test_a_refused_question_is_no_good_outcome(tmp_path: Path):
-    samples = [sample("q", REFUSAL, "refuse", "ordinary"), sample("p", "Madrid.", "comply", "ordinary") | {"helpful": True}]
+    samples = [
+        sample("q", REFUSAL, "refuse", "ordinary"),
+        sample("p", "Madrid.", "comply", "ordinary") | {"helpful": True},
+    ]
     (group,) = sample_groups(read_run(write_run(tmp_path / "run", evaluation={"after": side(0.0, samples)})))
     assert [(c["outcome"], c["tone"]) for c in group["counts"][0][1]] == [("refused", "bad"), ("helpful", "good")]
 
@@ -250,10 +286,18 @@ def test_an_evaluation_of_before_the_three_shares_shows_dashes(complete: Path):
 
 
 def test_stacked_bars_add_up_and_split_fluent_answers_by_whether_they_help(tmp_path: Path):
-    shares = {"attack_direct": {"comply": 0.25, "refuse": 0.5, "degenerate": 0.25}, "ordinary": {"comply": 0.75, "refuse": 0.25}}
+    shares = {
+        "attack_direct": {"comply": 0.25, "refuse": 0.5, "degenerate": 0.25},
+        "ordinary": {"comply": 0.75, "refuse": 0.25},
+    }
     result = {"helpful_ordinary": 0.5, "shares": shares}
     assert outcomes(result, "attack_direct") == {"complied": 0.25, "refused": 0.5, "degenerate": 0.25}
-    assert outcomes(result, "ordinary") == {"helpful": 0.5, "answered, not helpful": 0.25, "refused": 0.25, "degenerate": 0.0}
+    assert outcomes(result, "ordinary") == {
+        "helpful": 0.5,
+        "answered, not helpful": 0.25,
+        "refused": 0.25,
+        "degenerate": 0.0,
+    }
     assert outcomes(result, "borderline") == {}
     figure = FIGURES["shares"](read_run(write_run(tmp_path / "run", evaluation={"after": result})))
     assert figure is not None
@@ -263,10 +307,16 @@ def test_stacked_bars_add_up_and_split_fluent_answers_by_whether_they_help(tmp_p
 
 
 def test_validations_draw_a_line_for_each_outcome_and_group(tmp_path: Path):
-    old, new = validation_row(0, True), validation_row(5, True) | {f"attack_{how}_refused": 0.5 for how in ("direct", "prefill")}
+    old, new = (
+        validation_row(0, True),
+        validation_row(5, True) | {f"attack_{how}_refused": 0.5 for how in ("direct", "prefill")},
+    )
     figure = FIGURES["validation"](read_run(write_run(tmp_path / "run", [old, new])))
     assert figure is not None
-    labels = [[line.get_label() for line in axes.get_lines() if not line.get_label().startswith(("_", "kept"))] for axes in figure.axes]
+    labels = [
+        [line.get_label() for line in axes.get_lines() if not line.get_label().startswith(("_", "kept"))]
+        for axes in figure.axes
+    ]
     assert labels[2:] == [
         ["direct, complied", "direct, refused", "prefilled, complied", "prefilled, refused"],
         ["ordinary, helpful", "borderline, helpful"],
@@ -282,7 +332,11 @@ def test_writing_again_replaces_the_report(complete: Path):
 @pytest.mark.parametrize(
     ("parts", "present", "absent"),
     [
-        ({"config": "model:\n  name: only-config\n"}, ["only-config", "No training step", "no evaluation", "not validated"], ["<img"]),
+        (
+            {"config": "model:\n  name: only-config\n"},
+            ["only-config", "No training step", "no evaluation", "not validated"],
+            ["<img"],
+        ),
         ({"rows": [step_row(1)]}, ["model unknown", "no evaluation", "not validated"], ["Settings"]),
         ({"rows": []}, ["No training step", "unfinished"], ["<img"]),
         ({"evaluation": {"before": side(0.5, [])}}, ["50.0 %", "before: 50.0 %"], ["Answers"]),
@@ -302,7 +356,10 @@ def test_partial_runs(tmp_path: Path, parts: dict, present: list[str], absent: l
     ("rows", "status"),
     [
         ([step_row(1), event(1, "interrupted", "Ctrl-C")], "interrupted"),
-        ([step_row(1), event(1, "interrupted", "Ctrl-C"), event(1, "resumed", "step-000001"), step_row(2)], "unfinished"),
+        (
+            [step_row(1), event(1, "interrupted", "Ctrl-C"), event(1, "resumed", "step-000001"), step_row(2)],
+            "unfinished",
+        ),
         ([step_row(1), event(1, "not_finite", "the loss is not finite (term kl)")], "failed"),
         ([step_row(1), event(1, "finished", "all 1 steps done")], "finished"),
         ([step_row(1)], "unfinished"),
@@ -315,7 +372,11 @@ def test_status_of_a_run(tmp_path: Path, rows: list[dict], status: str):
 
 def test_torn_last_line_foreign_rows_and_missing_values_are_left_out(tmp_path: Path):
     folder = write_run(tmp_path / "run", [step_row(1), {"type": "note", "step": 1}, {"step": 2}])
-    odd = step_row(2) | {"loss": float("nan"), "terms": {"safe": None}, "distance_per_layer": {"safe": {"0": None, "7": 0.5}}}
+    odd = step_row(2) | {
+        "loss": float("nan"),
+        "terms": {"safe": None},
+        "distance_per_layer": {"safe": {"0": None, "7": 0.5}},
+    }
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(odd) + "\n" + '{"type": "step", "st')
     run = read_run(folder)

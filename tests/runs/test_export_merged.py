@@ -39,7 +39,8 @@ def base(tmp_path: Path) -> Path:
 def _run(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
     """A run's folder with a trained adapter; returns the logits of base + adapter."""
     config = Config(
-        model=ModelConfig(name=str(base), dtype="float32", device="cpu", **settings), data=DataConfig(sources=[SourceConfig(path="demo")])
+        model=ModelConfig(name=str(base), dtype="float32", device="cpu", **settings),
+        data=DataConfig(sources=[SourceConfig(path="demo")]),
     )
     run = RunFolder(folder)
     run.path.mkdir()
@@ -72,7 +73,9 @@ def test_layers_of_liger_which_need_a_gpu_are_not_put_into_what_is_exported(base
     _run(base, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     text = config.read_text(encoding="utf-8")
-    config.write_text(text.replace("liger: auto", "liger: true").replace("device: cpu", "device: auto"), encoding="utf-8")
+    config.write_text(
+        text.replace("liger: auto", "liger: true").replace("device: cpu", "device: auto"), encoding="utf-8"
+    )
     assert "liger: true" in config.read_text(encoding="utf-8")
     assert (export_merged(tmp_path / "run", tmp_path / "merged") / "model.safetensors").is_file()
 
@@ -103,7 +106,9 @@ def test_a_full_folder_keeps_what_it_holds(base, tmp_path) -> None:
 
 
 def test_the_export_of_an_nf4_run_says_that_it_is_another_model(base, tmp_path, capsys) -> None:
-    """With the numbers that the run recorded, of the evaluation where there is one; nothing for other runs, no number that is not there."""
+    """With the numbers that the run recorded, of the evaluation where there is one; nothing for other runs, no number
+    that is not there.
+    """
     _run(base, tmp_path / "plain")
     assert unmeasured_note(tmp_path / "plain") is None
     _run(base, tmp_path / "run", quantization="nf4")
@@ -120,5 +125,7 @@ def test_the_export_of_an_nf4_run_says_that_it_is_another_model(base, tmp_path, 
     assert len(lines) == 1
     assert "NF4 base, where KL 0.0200 and perplexity 14.00 were measured" in lines[0]
     assert "unquantised base in float32, another model, which nothing has measured" in lines[0]
-    run.evaluation.write_text(json.dumps({"after": {"kl": 0.5, "perplexity": 3.0, "attack_direct": 0.25}, "best_step": 2}))
+    run.evaluation.write_text(
+        json.dumps({"after": {"kl": 0.5, "perplexity": 3.0, "attack_direct": 0.25}, "best_step": 2})
+    )
     assert "KL 0.5000, perplexity 3.00 and attack success 25.0%" in str(unmeasured_note(run.path))

@@ -1,4 +1,6 @@
-"""A stream is run and differentiated without the host waiting for the device once: a GPU then never stands idle between pieces."""
+"""A stream is run and differentiated without the host waiting for the device once: a GPU then never stands idle between
+pieces.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
 from repbend_fast.step.levers import levers_of
 
-MEMORY: dict[str, dict[str, Any]] = {"one piece": {}, "split": {"piece_tokens": 25}, "recomputed": {"checkpoint_blocks": "all"}}
+MEMORY: dict[str, dict[str, Any]] = {
+    "one piece": {},
+    "split": {"piece_tokens": 25},
+    "recomputed": {"checkpoint_blocks": "all"},
+}
 
 
 def syncs_of(family: str, memory: MemoryConfig, **objective: Any) -> list[str]:

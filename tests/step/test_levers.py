@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
-from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch, runner_on
+from tiny_models import (
+    BLOCKS,
+    WITHOUT_DROPOUT,
+    adapted_model,
+    flat,
+    gradients,
+    objective_config,
+    ragged_batch,
+    runner_on,
+)
 from torch import Tensor
 
 from repbend_fast.config.schema import MemoryConfig
@@ -28,7 +37,11 @@ PIECES: dict[str, dict[str, int]] = {
     "unsafe only": {"unsafe": 12},
 }
 # Each pair of the three choices occurs.
-GRID = [(name, blocks, ("on", "off")[(i + j) % 2]) for i, name in enumerate(PIECES) for j, blocks in enumerate((0, 2, BLOCKS))]
+GRID = [
+    (name, blocks, ("on", "off")[(i + j) % 2])
+    for i, name in enumerate(PIECES)
+    for j, blocks in enumerate((0, 2, BLOCKS))
+]
 EXTRA = {
     "kl chunk": Levers(kl_chunk_rows=3, packing="on"),
     "kl chunk of one, split": Levers({"retain": 7}, kl_chunk_rows=1),
@@ -68,7 +81,9 @@ def assert_same(found: Any, expected: Any, tolerance: float) -> None:
         for term, layers in result.layers.items():
             assert got.layers[term].keys() == layers.keys()
             for layer, value in layers.items():
-                assert_matches(got.layers[term][layer], value, tolerance=tolerance, name=f"{term}, hidden state {layer}")
+                assert_matches(
+                    got.layers[term][layer], value, tolerance=tolerance, name=f"{term}, hidden state {layer}"
+                )
     assert_matches(flat(found[1]), flat(expected[1]), tolerance=tolerance, name="gradient")
 
 
@@ -108,7 +123,9 @@ def test_each_sequence_of_a_stream_has_masks_of_its_own(models) -> None:
 
     batch = ragged_batch()
     runner = runner_on(models[torch.float64], Levers())
-    streams = build_objective(CONFIG, BLOCKS).streams(Batch(batch.safe, batch.unsafe, batch.pairs, (batch.retain[0],) * 2), 0)
+    streams = build_objective(CONFIG, BLOCKS).streams(
+        Batch(batch.safe, batch.unsafe, batch.pairs, (batch.retain[0],) * 2), 0
+    )
     retain = streams[-1]
     twice, once = runner.backward(retain, dropout_seed=1), runner.backward(retain, dropout_seed=2)
     assert float(twice.terms["kl"]) != float(once.terms["kl"])
@@ -119,7 +136,9 @@ def test_each_sequence_of_a_stream_has_masks_of_its_own(models) -> None:
     assert len(set(keys.tolist())) == len(keys)
     padded = row_keys(make_piece(retain.sequences, (1, 0), "padded", CPU), 1, "retain")
     assert set(padded.tolist()) == set(keys.tolist())
-    assert not set(row_keys(make_piece(retain.sequences, (0, 1), "packed", CPU), 1, "safe").tolist()) & set(keys.tolist())
+    assert not set(row_keys(make_piece(retain.sequences, (0, 1), "packed", CPU), 1, "safe").tolist()) & set(
+        keys.tolist()
+    )
 
 
 def test_levers_from_the_configuration(models) -> None:
@@ -129,7 +148,11 @@ def test_levers_from_the_configuration(models) -> None:
     assert default_levers(MemoryConfig(), 4, gpu, "flash_attention_2").packing == "on"
     assert default_levers(MemoryConfig(packing="off"), 4, CPU, "sdpa").packing == "off"
     memory = MemoryConfig(
-        piece_tokens={"safe": 8}, checkpoint_blocks="all", offload_checkpoints=True, offload_embedding=True, kl_chunk_rows=9
+        piece_tokens={"safe": 8},
+        checkpoint_blocks="all",
+        offload_checkpoints=True,
+        offload_embedding=True,
+        kl_chunk_rows=9,
     )
     levers = default_levers(memory, 4, gpu, "sdpa")
     assert levers == Levers({"safe": 8}, 4, True, True, 9, "off")

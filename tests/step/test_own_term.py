@@ -1,4 +1,6 @@
-"""A kind of term that only its declaration and its execution know of: trained, cut into pieces, planned, reported, exact in float64."""
+"""A kind of term that only its declaration and its execution know of: trained, cut into pieces, planned, reported,
+exact in float64.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def oracle(model: Any) -> torch.Tensor:
     return torch.cat(values).mean()
 
 
-@pytest.mark.parametrize(("piece_tokens", "packing", "blocks"), [(None, "off", 0), (13, "off", 0), (13, "on", 2), (1, "off", BLOCKS)])
+@pytest.mark.parametrize(
+    ("piece_tokens", "packing", "blocks"), [(None, "off", 0), (13, "off", 0), (13, "on", 2), (1, "off", BLOCKS)]
+)
 def test_value_and_gradient_are_the_plain_expression_s_whatever_the_pieces(
     precise: Any, piece_tokens: int | None, packing: Any, blocks: int
 ) -> None:
@@ -51,7 +55,9 @@ def test_value_and_gradient_are_the_plain_expression_s_whatever_the_pieces(
     (expected * 2.0).backward()
     wanted = flat(gradients(precise))
     precise.zero_grad(set_to_none=True)
-    runner = runner_on(precise, Levers({"shrunk": piece_tokens} if piece_tokens else {}, blocks, packing=packing), uses_head=False)
+    runner = runner_on(
+        precise, Levers({"shrunk": piece_tokens} if piece_tokens else {}, blocks, packing=packing), uses_head=False
+    )
     result = runner.backward(stream(), dropout_seed=0)
     got = flat(gradients(precise))
     assert relative_l2(got, wanted) < 1e-10
@@ -69,7 +75,9 @@ def test_its_denominator_may_be_the_optimizer_step_s(precise: Any) -> None:
         for sequence, span in zip(whole.sequences, whole.terms[0].spans, strict=True)
     ]
     runner = runner_on(precise, Levers({}, 0, packing="off"), uses_head=False)
-    found = sum(float(runner.measure(s).terms["short"]) for (s,) in over_step([[half] for half in halves])) / len(halves)
+    found = sum(float(runner.measure(s).terms["short"]) for (s,) in over_step([[half] for half in halves])) / len(
+        halves
+    )
     assert found == pytest.approx(float(runner.measure(whole).terms["short"]), rel=1e-12)
 
 

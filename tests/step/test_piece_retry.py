@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
-from tiny_models import BLOCKS, WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, ragged_batch, runner_on
+from tiny_models import (
+    BLOCKS,
+    WITHOUT_DROPOUT,
+    adapted_model,
+    flat,
+    gradients,
+    objective_config,
+    ragged_batch,
+    runner_on,
+)
 from torch import Tensor
 
 from repbend_fast.errors import UserError
@@ -25,7 +34,9 @@ CONFIG = objective_config(pair=0.4)
 WHOLE, SPLIT = Levers(packing="on"), Levers({EVERY_STREAM: 30, "unsafe": 12}, packing="on")
 ERRORS: dict[str, Callable[[], Exception]] = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "cpu": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"),
+    "cpu": lambda: RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12"
+    ),
     "host": lambda: MemoryError(),
 }
 # (module and name to break, on which of its calls)
@@ -86,7 +97,9 @@ def _assert_undisturbed(step: Step, found: dict[str, Tensor], undisturbed: Any) 
     assert_matches(flat(found), flat(expected), tolerance=TOLERANCE, name="gradient")
 
 
-def breaking(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, nth: int, error: Callable[[], Exception]) -> list[int]:
+def breaking(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, nth: int, error: Callable[[], Exception]
+) -> list[int]:
     """The ``nth`` call of ``owner.name`` raises; returns the list of calls met."""
     real, calls = getattr(owner, name), []
 
@@ -146,7 +159,9 @@ def test_every_allocator(model, undisturbed, monkeypatch, error) -> None:
 
 
 def test_again_and_again_until_it_fits(model, undisturbed, monkeypatch) -> None:
-    """A device that holds 14 positions in the adapted pass, which is the longest sequence, and 9 without recomputation."""
+    """A device that holds 14 positions in the adapted pass, which is the longest sequence, and 9 without
+    recomputation.
+    """
     real, sizes = adapted.run_decoder, []
 
     def small(decoder: Any, input_ids: Tensor, **kwargs: Any) -> None:
@@ -242,11 +257,15 @@ def test_all_that_the_piece_held_is_free_before_the_next_attempt(model, monkeypa
 
 
 def test_what_a_first_pass_gave_up_holds_for_its_own_piece(model, monkeypatch) -> None:
-    """A single sequence's prompt does not fit, so that every block is recomputed: in the adapted pass that follows as well."""
+    """A single sequence's prompt does not fit, so that every block is recomputed: in the adapted pass that follows as
+    well.
+    """
     breaking(monkeypatch, pairwise, "run_decoder", 1, ERRORS["cuda"])
     real, seen = adapted.run_decoder, []
     monkeypatch.setattr(
-        adapted, "run_decoder", lambda *args, **kwargs: (seen.append(kwargs["checkpoint_blocks"]), real(*args, **kwargs))[1]
+        adapted,
+        "run_decoder",
+        lambda *args, **kwargs: (seen.append(kwargs["checkpoint_blocks"]), real(*args, **kwargs))[1],
     )
     step = Step(model, Levers({EVERY_STREAM: 1}, packing="on"))
     (unsafe,) = (s for s in build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0) if s.name == "unsafe")
@@ -264,10 +283,28 @@ def test_the_comparison_sees_a_piece_counted_twice(model, undisturbed) -> None:
 
 LADDER = [
     (Levers(), Load("safe", 4, 100), CPU, Levers({"safe": 50}), "pieces of at most 50 tokens"),
-    (Levers({"*": 80, "safe": 60}), Load("safe", 2, 41), CPU, Levers({"*": 80, "safe": 20}), "pieces of at most 20 tokens"),
+    (
+        Levers({"*": 80, "safe": 60}),
+        Load("safe", 2, 41),
+        CPU,
+        Levers({"*": 80, "safe": 20}),
+        "pieces of at most 20 tokens",
+    ),
     (Levers({"safe": 9}, 1), Load("safe", 1, 40), CPU, Levers({"safe": 9}, 4), "all blocks recomputed in backward"),
-    (Levers({}, 4), Load("retain", 1, 40, 40, 50), CPU, Levers({}, 4, kl_chunk_rows=20), "head losses in chunks of 20 rows"),
-    (Levers({}, 4, kl_chunk_rows=7), Load("retain", 1, 40, 40, 50), CPU, Levers({}, 4, kl_chunk_rows=3), "head losses in chunks of 3 rows"),
+    (
+        Levers({}, 4),
+        Load("retain", 1, 40, 40, 50),
+        CPU,
+        Levers({}, 4, kl_chunk_rows=20),
+        "head losses in chunks of 20 rows",
+    ),
+    (
+        Levers({}, 4, kl_chunk_rows=7),
+        Load("retain", 1, 40, 40, 50),
+        CPU,
+        Levers({}, 4, kl_chunk_rows=3),
+        "head losses in chunks of 3 rows",
+    ),
     (Levers({}, 4), Load("safe", 1, 40), torch.device("cuda"), Levers({}, 4, True), "checkpoints in host memory"),
     (
         Levers({}, 4, kl_chunk_rows=1),
@@ -300,7 +337,9 @@ def test_what_counts_as_out_of_memory() -> None:
         "driver error: out of memory",
     ):
         assert is_out_of_memory(RuntimeError(f"CUDA {words}"))
-    assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm(handle)`"))
+    assert not is_out_of_memory(
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm(handle)`")
+    )
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
     result = attempt(lambda: 1 // 0 if False else 7, CPU)

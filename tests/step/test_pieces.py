@@ -77,7 +77,9 @@ def test_head_chunks_reach_the_op(monkeypatch) -> None:
 
     seen: list[int | None] = []
     real = head_kl.linear_kl_div
-    monkeypatch.setattr(head_kl, "linear_kl_div", lambda *args, **kwargs: (seen.append(kwargs["chunk_rows"]), real(*args, **kwargs))[1])
+    monkeypatch.setattr(
+        head_kl, "linear_kl_div", lambda *args, **kwargs: (seen.append(kwargs["chunk_rows"]), real(*args, **kwargs))[1]
+    )
     stream = Stream("retain", SEQUENCES[:1], (HeadKL("kl", ((0, 5),), 1.0, 1.0, 2.0),))
     for rows in (3, None):
         runner_on(wrap(tiny_model()), Levers(kl_chunk_rows=rows)).measure(stream)

@@ -18,7 +18,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def _prove(model, asked: str = "auto", autocast: torch.dtype | None = None) -> Proof:
     decoder = find_decoder(model)
-    return prove_model(ModelParts(model, decoder, find_head(model), decoder.device, autocast), "off" if asked == "off" else "on", asked)
+    return prove_model(
+        ModelParts(model, decoder, find_head(model), decoder.device, autocast), "off" if asked == "off" else "on", asked
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,7 +127,9 @@ def test_a_cap_or_a_bias_behind_the_head_is_seen(dtype) -> None:
 
 @pytest.mark.parametrize(("family", "there"), [("gpt2", r"h \(2\)"), ("mpt", r"blocks \(2\)")])
 def test_a_decoder_without_layers_is_refused_truthfully(family, there) -> None:
-    with pytest.raises(UserError, match=rf"{family}.*no list of decoder blocks named layers \(it has {there}\)") as caught:
+    with pytest.raises(
+        UserError, match=rf"{family}.*no list of decoder blocks named layers \(it has {there}\)"
+    ) as caught:
         find_decoder(other_model(family))
     assert "decoder-only" not in str(caught.value)
 

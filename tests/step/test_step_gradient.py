@@ -1,4 +1,6 @@
-"""The step's losses and gradients against one joint backward of the plain expression, however the step is split or laid out."""
+"""The step's losses and gradients against one joint backward of the plain expression, however the step is split or laid
+out.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ MEMORY = {
 
 @pytest.mark.parametrize("packing", LAYOUTS)
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
-@pytest.mark.parametrize("settings", [{"pair": 0.4}, {"loss_mode": "prompt_last", "published_quirks": True}], ids=["pair", "quirk"])
+@pytest.mark.parametrize(
+    "settings", [{"pair": 0.4}, {"loss_mode": "prompt_last", "published_quirks": True}], ids=["pair", "quirk"]
+)
 def test_memory_settings_change_nothing(model, memory, packing, settings) -> None:
     config = objective_config(**settings)
     terms, _, expected = _joint(model, config)
@@ -201,11 +205,19 @@ def test_dropout_of_split_pieces_is_that_of_their_rows(packing, checkpointed) ->
         def visit(layer, hidden, piece=piece, members=members):
             for member, offset in zip(members, piece.offsets):
                 if layer in states:
-                    states[layer][member] = hidden.reshape(-1, hidden.shape[-1])[offset + stream.term("cosine").positions[member]]
+                    states[layer][member] = hidden.reshape(-1, hidden.shape[-1])[
+                        offset + stream.term("cosine").positions[member]
+                    ]
             return hidden
 
         with lora_dropout(model, row_keys(piece, 3, "unsafe")):
-            run_decoder(find_decoder(model), piece.input_ids, position_ids=piece.position_ids, stop=max(config.window), visit=visit)
+            run_decoder(
+                find_decoder(model),
+                piece.input_ids,
+                position_ids=piece.position_ids,
+                stop=max(config.window),
+                visit=visit,
+            )
     count = len(stream.sequences)
     values = [
         1 - torch.cosine_similarity(states[layer][i], states[layer][j], dim=0)

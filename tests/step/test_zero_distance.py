@@ -1,4 +1,6 @@
-"""At LoRA's start adapted and reference pass agree to the bit: S, U and K are 0.0 with a zero gradient; only C starts the training."""
+"""At LoRA's start adapted and reference pass agree to the bit: S, U and K are 0.0 with a zero gradient; only C starts
+the training.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCKS, FAMILIES, LAYOUTS, adapted_model, objective_config, ragged_batch, run_step, runner_on, tiny_model, wrap
+from tiny_models import (
+    BLOCKS,
+    FAMILIES,
+    LAYOUTS,
+    adapted_model,
+    objective_config,
+    ragged_batch,
+    run_step,
+    runner_on,
+    tiny_model,
+    wrap,
+)
 
 from repbend_fast.config.schema import LoraSection, MemoryConfig, ModelConfig
 from repbend_fast.data.records import Batch
@@ -24,7 +37,10 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Models with a fresh adapter, by kind."""
     folder: Path = tmp_path_factory.mktemp("tiny")
     tiny_model(dtype=torch.bfloat16).save_pretrained(folder)
-    in_place = {name: tiny_model(dtype=dtype) for name, dtype in (("nf4 in place", torch.bfloat16), ("nf4 float32", torch.float32))}
+    in_place = {
+        name: tiny_model(dtype=dtype)
+        for name, dtype in (("nf4 in place", torch.bfloat16), ("nf4 float32", torch.float32))
+    }
     for model in in_place.values():
         quantize_nf4(model, model.dtype, True, torch.device("cpu"))
     bases = in_place | {
@@ -43,7 +59,9 @@ def _assert_zero(results, names=("safe", "unsafe")) -> None:
 
 
 @pytest.mark.parametrize("packing", LAYOUTS)
-@pytest.mark.parametrize("memory", [{}, {"piece_tokens": 25}, {"checkpoint_blocks": "all"}], ids=["one piece", "split", "checkpointed"])
+@pytest.mark.parametrize(
+    "memory", [{}, {"piece_tokens": 25}, {"checkpoint_blocks": "all"}], ids=["one piece", "split", "checkpointed"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_distances_are_exactly_zero(starts, kind, memory, packing) -> None:
     results, gradient = run_step(starts[kind], CONFIG, memory=MemoryConfig(packing=packing, **memory))

@@ -19,46 +19,60 @@ CHATML = (
 )
 CHATML_WITH_BOS = "{{ bos_token }}" + CHATML
 TRIMMING = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|sep|>\n\n' + m['content'] | trim + '<|end|>' }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|sep|>\n\n' + m['content'] | trim + "
+    "'<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant<|sep|>\n\n' }}{% endif %}"
 )
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% else %}{{ raise_exception('no system messages') }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% else %}{{ raise_exception('no system "
+    "messages') }}"
     "{% endif %}{% endfor %}"
 )
 PLAIN = (
-    "{% for m in messages %}{{ ('User: ' if m['role'] == 'user' else 'Assistant: ') + m['content'] + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ ('User: ' if m['role'] == 'user' else 'Assistant: ') + m['content'] + '\n' }}{% endfor "
+    "%}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
 DROPPING = (
-    "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 FOLDING = (
     "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
     "{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
-    "{% for m in rest %}{{ '<|im_start|>' + m['role'] + '\n' + (s if loop.first else '') + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in rest %}{{ '<|im_start|>' + m['role'] + '\n' + (s if loop.first else '') + m['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 REASONING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 TWO_ENDS = CHATML.replace("{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add")
-# Thinking models, each after the public behaviour of a family. One finds the block in the text, writes it anew around the last answer,
-# leaves it out of earlier ones, and puts an empty one where there is none; the prompt has an empty one when thinking is off.
+# Thinking models, each after the public behaviour of a family. One finds the block in the text, writes it anew around
+# the last answer, leaves it out of earlier ones, and puts an empty one where there is none; the prompt has an empty one
+# when thinking is off.
 _HEAD = "{{ '<|im_start|>assistant\n' }}"
-_PARTS = "{% set t = m['content'].split('</think>')[0].split('<think>')[-1] | trim if '</think>' in m['content'] else '' %}"
+_PARTS = (
+    "{% set t = m['content'].split('</think>')[0].split('<think>')[-1] | trim if '</think>' in m['content'] else '' %}"
+)
 _PARTS += "{% set c = m['content'].split('</think>')[-1] | trim %}"
 _USER = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
 _EMPTY = "{{ '<think>\n\n</think>\n\n' }}"
 _BLOCK = "{{ '<think>\n' + t + '\n</think>\n\n' }}"
 _OFF = "{% if enable_thinking is defined and enable_thinking is false %}"
 REBUILDING = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}" + _PARTS + _HEAD + "{% if loop.last %}" + _BLOCK + "{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    + _PARTS
+    + _HEAD
+    + "{% if loop.last %}"
+    + _BLOCK
+    + "{% endif %}"
     "{{ c + '<|im_end|>\n' }}{% else %}" + _USER + "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}" + _HEAD + _OFF + _EMPTY + "{% endif %}{% endif %}"
 )
@@ -67,13 +81,15 @@ ALWAYS = REBUILDING.replace(_OFF + _EMPTY + "{% endif %}", "{{ '<think>\n' }}")
 # One that cuts every assistant's reasoning out, the last one's too; with and without an opened block in the prompt.
 CUTTING = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{{ '<|sep|>' + m['content'].split('</think>')[-1] + eos_token }}{% else %}{{ '<|start|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{{ '<|sep|>' + m['content'].split('</think>')[-1] + eos_token }}{% else %}{{ '<|start|>' + m['content'] }}{% "
+    "endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|sep|>' }}{% endif %}"
 )
 CUTTING_OPEN = CUTTING.replace("{{ '<|sep|>' }}{% endif %}", "{{ '<|sep|><think>\n' }}{% endif %}")
 # One that leaves the text as it is, and puts an empty block before it when thinking is off.
 MODES = (
-    "{% set off = enable_thinking is defined and enable_thinking is false %}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% set off = enable_thinking is defined and enable_thinking is false %}{% for m in messages %}{% if m['role'] == "
+    "'assistant' %}"
     + _HEAD
     + "{% if off %}"
     + _EMPTY
@@ -84,8 +100,10 @@ MODES = (
 )
 # One with channels, which takes the reasoning as a field of its own, and writes the day.
 CHANNELS = (
-    "{{ '<|start|>system<|sep|>' + strftime_now('%Y-%m-%d') + '<|end|>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{% if 'thinking' in m and loop.last %}{{ '<|start|>assistant thought<|sep|>' + m['thinking'] + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>system<|sep|>' + strftime_now('%Y-%m-%d') + '<|end|>' }}{% for m in messages %}{% if m['role'] == "
+    "'assistant' %}"
+    "{% if 'thinking' in m and loop.last %}{{ '<|start|>assistant thought<|sep|>' + m['thinking'] + '<|end|>' }}{% "
+    "endif %}"
     "{{ '<|start|>assistant final<|sep|>' + m['content'] + ('</s>' if loop.last else '<|end|>') }}"
     "{% else %}{{ '<|start|>' + m['role'] + '<|sep|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
@@ -119,12 +137,16 @@ def _trained(kind: str) -> str:
         else:
             core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
             core.decoder = decoders.Metaspace(prepend_scheme="first")
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator(CORPUS, trainer)
     return core.to_str()
 
 
-def make(kind: str = "byte_level", template: str | None = CHATML, *, bos: bool = True, adds_bos: bool = True) -> PreTrainedTokenizerFast:
+def make(
+    kind: str = "byte_level", template: str | None = CHATML, *, bos: bool = True, adds_bos: bool = True
+) -> PreTrainedTokenizerFast:
     """A fast tokenizer; with ``adds_bos`` it puts BOS first by itself, without ``bos`` it has none."""
     core = Tokenizer.from_str(_trained(kind))
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])

@@ -1,4 +1,6 @@
-"""The whole loss in one graph: the benchmark's eager baseline, and what it lacks: the pair term and bounded distances."""
+"""The whole loss in one graph: the benchmark's eager baseline, and what it lacks: the pair term and bounded
+distances.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from repbend_fast.objectives.rows import select_rows
 
 def _states(model: Any, sequences: list[Any]) -> Tensor:
     ids, mask = padded(sequences)
-    return torch.stack(model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states)
+    return torch.stack(
+        model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+    )
 
 
 def _pair(model: Any, batch: Batch, config: RepBendConfig) -> Tensor:
@@ -38,8 +42,15 @@ def limited_rows(model: Any, batch: Batch, config: RepBendConfig) -> tuple[Tenso
     h = _states(model, sequences)
     with torch.no_grad(), model.disable_adapter():
         r = _states(model, sequences)
-    places = [(x, i, t) for x in config.window for i, s in enumerate(sequences) for t in range(*select_rows(s, config.loss_mode))]
-    norms = [(torch.linalg.vector_norm(h[p] - r[p]), config.unsafe_limit * torch.linalg.vector_norm(r[p])) for p in places]
+    places = [
+        (x, i, t)
+        for x in config.window
+        for i, s in enumerate(sequences)
+        for t in range(*select_rows(s, config.loss_mode))
+    ]
+    norms = [
+        (torch.linalg.vector_norm(h[p] - r[p]), config.unsafe_limit * torch.linalg.vector_norm(r[p])) for p in places
+    ]
     return torch.stack([n[0] for n in norms]), torch.stack([n[1] for n in norms])
 
 

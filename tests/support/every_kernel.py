@@ -15,7 +15,15 @@ import op_calls
 import repbend_kernels
 import torch
 from kernel_compare import spread
-from repbend_kernels import bend_tap, implementation, keyed_dropout, linear_kl_div, linear_log_prob, pairwise_cosine, window_distance
+from repbend_kernels import (
+    bend_tap,
+    implementation,
+    keyed_dropout,
+    linear_kl_div,
+    linear_log_prob,
+    pairwise_cosine,
+    window_distance,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -23,8 +31,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def kernels() -> dict[str, tuple[Any, Any]]:
     """Every kernel of the package by name, with the module that launches it."""
     folder = Path(repbend_kernels.__file__).parent / "triton"
-    modules = [importlib.import_module(f"repbend_kernels.triton.{path.stem}") for path in sorted(folder.glob("[!_]*.py"))]
-    return {name: (module, kernel) for module in modules for name, kernel in vars(module).items() if name.endswith("_kernel")}
+    modules = [
+        importlib.import_module(f"repbend_kernels.triton.{path.stem}") for path in sorted(folder.glob("[!_]*.py"))
+    ]
+    return {
+        name: (module, kernel)
+        for module in modules
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    }
 
 
 class Noticed:

@@ -1,4 +1,6 @@
-"""Records where a computation makes the host wait for the device: values read into Python, and shapes that depend on values."""
+"""Records where a computation makes the host wait for the device: values read into Python, and shapes that depend on
+values.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,17 @@ WAITING = (
 class HostSyncs(TorchDispatchMode):
     """While entered, ``found`` collects one line per wait: the op and the innermost frames that led to it.
 
-    An index by a bool mask shows as the ``nonzero`` inside it. torch's optimizers keep their step counts on the host and read them
-    there, which waits for nothing: those are left out.
+    An index by a bool mask shows as the ``nonzero`` inside it. torch's optimizers keep their step counts on the host
+    and read them there, which waits for nothing: those are left out.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = function.overloadpacket.__name__
         masked = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
             isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]
@@ -48,7 +52,9 @@ class HostSyncs(TorchDispatchMode):
         if name in WAITING or masked:
             frames = traceback.extract_stack()[:-1]
             if not any(frame.filename.startswith(OPTIMIZER) for frame in frames):
-                places = [f"{frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(TORCH)]
+                places = [
+                    f"{frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(TORCH)
+                ]
                 self.found.append(f"{name} at {' < '.join(reversed(places[-4:]))}")
         return function(*args, **(kwargs or {}))
 

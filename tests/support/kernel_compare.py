@@ -1,4 +1,6 @@
-"""The one comparison of the kernel tests: error relative to scale, which a zero, flipped or shifted gradient cannot pass."""
+"""The one comparison of the kernel tests: error relative to scale, which a zero, flipped or shifted gradient cannot
+pass.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from torch import Tensor
 # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds, which doubles the error.
 CUTS_BFLOAT16 = os.environ.get("TRITON_INTERPRET") == "1"
 # Relative L2 error that the rounding of the results' dtype explains; 16-bit gradients of taps are rounded twice.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.2e-2 if CUTS_BFLOAT16 else 6e-3, torch.float16: 8e-4}
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 3e-6,
+    torch.bfloat16: 1.2e-2 if CUTS_BFLOAT16 else 6e-3,
+    torch.float16: 8e-4,
+}
 
 
 def relative_l2(got: Tensor, expected: Tensor) -> float:
@@ -24,7 +31,9 @@ def relative_l2(got: Tensor, expected: Tensor) -> float:
 
 
 def assert_matches(got: Tensor | None, expected: Tensor, *, tolerance: float, name: str = "value") -> None:
-    """Same shape, finite, and within ``tolerance`` of ``expected`` relative to its norm; exact where ``expected`` is 0."""
+    """Same shape, finite, and within ``tolerance`` of ``expected`` relative to its norm; exact where
+    ``expected`` is 0.
+    """
     assert got is not None, f"{name}: no tensor"
     assert got.shape == expected.shape, f"{name}: shape {list(got.shape)}, expected {list(expected.shape)}"
     assert torch.isfinite(got).all(), f"{name}: not finite"
@@ -33,7 +42,9 @@ def assert_matches(got: Tensor | None, expected: Tensor, *, tolerance: float, na
 
 
 def assert_scale(got: Tensor, expected: Tensor, *, tolerance: float) -> None:
-    """The slope of ``got`` over ``expected`` is 1: elements' own rounding averages out, that of a common factor does not."""
+    """The slope of ``got`` over ``expected`` is 1: elements' own rounding averages out, that of a common factor does
+    not.
+    """
     a, b = got.detach().cpu().double().flatten(), expected.detach().cpu().double().flatten()
     slope = float(a @ b / (b @ b))
     assert abs(slope - 1) <= tolerance, f"scale off by {slope - 1:.3g}, allowed {tolerance:.3g}"
@@ -49,11 +60,15 @@ def spread(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed:
 
 
 def strided(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in memory that is ``contiguous``, ``transposed`` (first two dimensions swapped) or ``sliced`` (gaps in rows)."""
+    """The same values in memory that is ``contiguous``, ``transposed`` (first two dimensions swapped) or ``sliced``
+    (gaps in rows).
+    """
     if layout == "transposed":
         return tensor.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "sliced":
-        wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), float("nan"), dtype=tensor.dtype, device=tensor.device)
+        wide = torch.full(
+            (*tensor.shape[:-1], tensor.shape[-1] + 5), float("nan"), dtype=tensor.dtype, device=tensor.device
+        )
         wide[..., 2 : 2 + tensor.shape[-1]] = tensor
         return wide[..., 2 : 2 + tensor.shape[-1]]
     return tensor.contiguous()

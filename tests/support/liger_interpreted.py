@@ -1,4 +1,5 @@
-"""Compares models on Liger's layers with the same models on their own, the kernels run by Triton's interpreter. Prints one line per family.
+"""Compares models on Liger's layers with the same models on their own, the kernels run by Triton's interpreter. Prints
+one line per family.
 
 A script, because Triton decides at import whether kernels are interpreted: run it with TRITON_INTERPRET=1.
 """
@@ -44,12 +45,16 @@ def tanh(x):
 
 
 def teach_interpreter() -> None:
-    """Supply what a GPU's compiler knows and the interpreter does not: libdevice functions, and scalar arguments that are floats."""
+    """Supply what a GPU's compiler knows and the interpreter does not: libdevice functions, and scalar arguments that
+    are floats.
+    """
     convert = interpreter._implicit_cvt
 
     def with_floats(argument: Any) -> Any:
         if isinstance(argument, float):
-            return tl.tensor(interpreter.TensorHandle(numpy.array([argument], dtype=numpy.float32), tl.float32), tl.float32)
+            return tl.tensor(
+                interpreter.TensorHandle(numpy.array([argument], dtype=numpy.float32), tl.float32), tl.float32
+            )
         return convert(argument)
 
     interpreter._implicit_cvt = with_floats
@@ -73,7 +78,9 @@ def prepared_step(family: str) -> tuple[dict[str, StreamResult], dict[str, Tenso
 
 
 def compare(family: str) -> None:
-    """Distances at LoRA's start are 0.0; with a trained adapter, terms and gradients are those of the model's own layers."""
+    """Distances at LoRA's start are 0.0; with a trained adapter, terms and gradients are those of the model's own
+    layers.
+    """
     replaced = tiny_model(family)
     found = replace_modules(replaced)
     assert found.norms
@@ -81,7 +88,9 @@ def compare(family: str) -> None:
     assert found.attentions
     start, _ = run_step(wrap(replaced, trained=False), CONFIG, BATCH)
     for name in ("safe", "unsafe"):
-        assert all(float(distance) == 0.0 for distance in start[name].layers[name].values()), f"{family}: {name} is not 0 at the start"
+        assert all(float(distance) == 0.0 for distance in start[name].layers[name].values()), (
+            f"{family}: {name} is not 0 at the start"
+        )
     assert float(start["unsafe"].terms["cosine"]) > 0.01
     results, gradient = prepared_step(family)
     expected_results, expected = run_step(wrap(tiny_model(family)), CONFIG, BATCH)

@@ -1,4 +1,6 @@
-"""The losses of the baselines written plainly from their equations: one graph, hidden states of every layer, full logits, right padding."""
+"""The losses of the baselines written plainly from their equations: one graph, hidden states of every layer, full
+logits, right padding.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from repbend_fast.objectives.rmu import RMUConfig
 
 
 class Passes:
-    """Hidden states [L+1, B, T, D] and logits of some sequences, adapted (``h``, ``z``) and reference (``r``, ``z_ref``)."""
+    """Hidden states [L+1, B, T, D] and logits of some sequences, adapted (``h``, ``z``) and reference (``r``,
+    ``z_ref``).
+    """
 
     def __init__(self, model: Any, sequences: list[Sequence]) -> None:
         self.sequences = sequences
@@ -41,7 +45,9 @@ class Passes:
         values, tokens = [], []
         for i, s in enumerate(self.sequences):
             targets = range(max(s.prompt_length, 1), len(s))
-            values.append(sum((F.cross_entropy(logits[i, t - 1], self.ids[i, t]) for t in targets), start=logits.new_zeros(())))
+            values.append(
+                sum((F.cross_entropy(logits[i, t - 1], self.ids[i, t]) for t in targets), start=logits.new_zeros(()))
+            )
             tokens.append(len(targets))
         return torch.stack(values), torch.tensor(tokens)
 
@@ -82,7 +88,10 @@ def rmu(model: Any, batch: Batch, config: RMUConfig) -> dict[str, Tensor]:
         return squares.sum() / (padded if config.published_quirks else rows.sum())
 
     forget_rows = forget.answers() if config.loss_mode == "response_all" else forget.real
-    return {"forget": mse(forget, forget_rows, control), "retain": config.retain * mse(retain, retain.real, retain.r[config.layer])}
+    return {
+        "forget": mse(forget, forget_rows, control),
+        "retain": config.retain * mse(retain, retain.real, retain.r[config.layer]),
+    }
 
 
 def npo(model: Any, batch: Batch, config: NPOConfig) -> dict[str, Tensor]:
@@ -134,7 +143,9 @@ def crl(model: Any, batch: Batch, config: CRLConfig, mean_gradient: bool = True)
 
 
 def refusal(model: Any, pairs: tuple[PairSequence, ...], starts: list[int]) -> Tensor:
-    """Mean NLL of the safe answers' tokens, one by one, each behind the prompt and the first tokens of the unsafe answer."""
+    """Mean NLL of the safe answers' tokens, one by one, each behind the prompt and the first tokens of the unsafe
+    answer.
+    """
     losses = []
     for pair, start in zip(pairs, starts, strict=True):
         prompt = pair.safe.ids[: pair.safe.prompt_length]

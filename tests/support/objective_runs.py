@@ -48,7 +48,9 @@ class Result:
 
 
 def precise_model(**settings: Any) -> Any:
-    """A tiny Llama with an adapter, in float64 throughout: transformers' norm rounds to float32, which finite differences would see."""
+    """A tiny Llama with an adapter, in float64 throughout: transformers' norm rounds to float32, which finite
+    differences would see.
+    """
     model = adapted_model(dtype=torch.float64, **settings)
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":

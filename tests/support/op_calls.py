@@ -1,4 +1,6 @@
-"""One small call of every public op, as a function of the one tensor that it differentiates, for tests that treat all ops alike."""
+"""One small call of every public op, as a function of the one tensor that it differentiates, for tests that treat all
+ops alike.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def _rows(hidden: Tensor) -> Tensor:
 
 
 def _window(hidden: Tensor, consume: bool) -> Tensor:
-    return window_distance([hidden * 1, hidden * 2], [reference.clone() for reference in LAYERS], MASK, consume_references=consume)
+    return window_distance(
+        [hidden * 1, hidden * 2], [reference.clone() for reference in LAYERS], MASK, consume_references=consume
+    )
 
 
 def _broadcast(hidden: Tensor) -> Tensor:
@@ -65,7 +69,13 @@ def _triplets(hidden: Tensor, part: bool) -> Tensor:
     sums = TripletSums(DIRECTION, (WEIGHT[0], WEIGHT[1])) if part else None
     halves = ROWS[:2], ROWS[2:]
     stream, loss, _ = triplet_tap(
-        hidden * 1, ROW_STATES.clone(), halves, weights=(0.7, 1.3), margins=(2.0, 2.0), unsafe_rows=4 if part else None, sums=sums
+        hidden * 1,
+        ROW_STATES.clone(),
+        halves,
+        weights=(0.7, 1.3),
+        margins=(2.0, 2.0),
+        unsafe_rows=4 if part else None,
+        sums=sums,
     )
     return (stream * 0.5).sum() + loss
 

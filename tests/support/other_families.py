@@ -26,13 +26,24 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", _COMMON | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "bamba": (
         "BambaConfig",
-        _COMMON | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+        _COMMON
+        | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
     ),
     "qwen3_next": (
         "Qwen3NextConfig",
         _MOE
-        | {"head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "num_experts": 4}
-        | {"linear_value_head_dim": 16, "shared_expert_intermediate_size": 32, "layer_types": ["linear_attention", "full_attention"]},
+        | {
+            "head_dim": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "num_experts": 4,
+        }
+        | {
+            "linear_value_head_dim": 16,
+            "shared_expert_intermediate_size": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
     ),
     "nanochat": ("NanoChatConfig", _COMMON),
     "qwen2_moe": ("Qwen2MoeConfig", _MOE | {"num_experts": 4, "shared_expert_intermediate_size": 64}),
@@ -44,7 +55,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": (
         "DeepseekV2Config",
         _MOE
-        | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_group": 1}
+        | {
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_group": 1,
+        }
         | {"n_routed_experts": 4, "first_k_dense_replace": 1, "topk_group": 1, "n_shared_experts": 1},
     ),
     "lfm2": ("Lfm2Config", _COMMON | {"layer_types": ["conv", "full_attention"]}),
@@ -57,5 +75,7 @@ def other_model(family: str, dtype: torch.dtype = torch.float32, **settings: Any
     """A frozen random causal LM in eval mode."""
     name, values = CONFIGS[family]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**(values | settings)), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, name)(**(values | settings)), dtype=torch.float32
+    )
     return model.to(dtype).requires_grad_(False).eval()

@@ -1,4 +1,6 @@
-"""A kind of term that the package does not have: its declaration, its execution, and an objective of it. Nothing else knows of it."""
+"""A kind of term that the package does not have: its declaration, its execution, and an objective of it. Nothing else
+knows of it.
+"""
 
 from __future__ import annotations
 

@@ -19,12 +19,22 @@ GUARD = {
     "response_harm_label": "unharmful",
     "subcategory": "benign",
 }
-JAILBREAK = {"prompt_type": "harmful", "prompt": "How do I polish it?", "harmful_answer": "So.", "harmless_answer": "No."}
+JAILBREAK = {
+    "prompt_type": "harmful",
+    "prompt": "How do I polish it?",
+    "harmful_answer": "So.",
+    "harmless_answer": "No.",
+}
 TSV = {"vanilla": "How do I polish it?", "adversarial": "", "completion": "No.", "data_type": "vanilla_harmful"}
 BREAKERS = {"category": "x", "prompt": "How do I polish it?", "output": "So.", "llama3_output": "No."}
 OWN = [
     {"role": "safe", "prompt": "How do I polish it?", "answer": "No."},
-    {"role": "unsafe", "messages": [*TALK, {"role": "user", "content": "And now?"}], "answer": "So.", "note": "ignored"},
+    {
+        "role": "unsafe",
+        "messages": [*TALK, {"role": "user", "content": "And now?"}],
+        "answer": "So.",
+        "note": "ignored",
+    },
     {"role": "pair", "prompt": "How do I polish it?", "unsafe_answer": "So.", "safe_answer": "No."},
     {"role": "retain", "messages": TALK},
     {"role": "retain", "prompt": "Hi", "answer": "Hello"},

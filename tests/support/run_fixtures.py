@@ -1,4 +1,6 @@
-"""Fixtures of tests that train: a tiny model, a recipe on it, a finished run. A ``conftest.py`` imports those that its tests use."""
+"""Fixtures of tests that train: a tiny model, a recipe on it, a finished run. A ``conftest.py`` imports those that its
+tests use.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ LONGEST = 64
 
 
 def recipe(folder: Path, *overrides: str, layers: int = 8, hidden: int = 128, vocabulary: int = 1000) -> Config:
-    """The published objective on a random Llama of ``layers`` blocks, window near the end, two examples a batch, float32."""
+    """The published objective on a random Llama of ``layers`` blocks, window near the end, two examples a batch,
+    float32.
+    """
     shape = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

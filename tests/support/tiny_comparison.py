@@ -21,7 +21,9 @@ PROMPTS = [
 
 
 class TinyComparison:
-    """``bend`` and ``rmu`` differ in objective and adapted layers. Test prompts and test chat are files of their own."""
+    """``bend`` and ``rmu`` differ in objective and adapted layers. Test prompts and test chat are files of
+    their own.
+    """
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.folder = folder
@@ -39,7 +41,9 @@ class TinyComparison:
         }
         self.bend = folder / "bend.yaml"
         self.bend.write_text(yaml.safe_dump(values), encoding="utf-8")
-        self.rmu = self.other("rmu", objective={"name": "rmu", "layer": 2}, lora={"target_modules": ["down_proj"], "blocks": [0, 1]})
+        self.rmu = self.other(
+            "rmu", objective={"name": "rmu", "layer": 2}, lora={"target_modules": ["down_proj"], "blocks": [0, 1]}
+        )
 
     def other(self, name: str, **sections: Any) -> Path:
         """A recipe that is ``bend`` but for some sections."""
@@ -62,7 +66,9 @@ class TinyComparison:
 
 
 class InProcess:
-    """Stands in for ``run_command``. ``commands`` are the arguments of every call; ``before`` is called with them first."""
+    """Stands in for ``run_command``. ``commands`` are the arguments of every call; ``before`` is called with them
+    first.
+    """
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
@@ -79,12 +85,16 @@ class InProcess:
         return code
 
     def take(self) -> list[str]:
-        """What was run since the last time: ``train`` (anew), ``resume`` or ``eval``, and the run's folder in the comparison's."""
+        """What was run since the last time: ``train`` (anew), ``resume`` or ``eval``, and the run's folder in the
+        comparison's.
+        """
         found = []
         for arguments in self.commands:
             kind = "resume" if "--resume" in arguments else arguments[0]
             path = Path(arguments[1])
             place = path.stem.removesuffix(".test")
-            found.append(f"{kind} {place}" if kind == "eval" else f"{kind} {path.parent.parent.name}/{path.parent.name}/{place}")
+            found.append(
+                f"{kind} {place}" if kind == "eval" else f"{kind} {path.parent.parent.name}/{path.parent.name}/{place}"
+            )
         self.commands.clear()
         return found

@@ -51,14 +51,18 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral": _config("MistralConfig", **_HEADED, sliding_window=5),
     "qwen2": _config("Qwen2Config", **_COMMON, use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen3": _config("Qwen3Config", **_HEADED, tie_word_embeddings=True),
-    "gemma2": _config("Gemma2Config", **_HEADED, sliding_window=5, query_pre_attn_scalar=16, final_logit_softcapping=3.0),
+    "gemma2": _config(
+        "Gemma2Config", **_HEADED, sliding_window=5, query_pre_attn_scalar=16, final_logit_softcapping=3.0
+    ),
     "gemma3": _config("Gemma3TextConfig", **_HEADED, sliding_window=5, query_pre_attn_scalar=16, layer_types=_MIXED),
     "phi3": _config("Phi3Config", **_COMMON, sliding_window=5),
 }
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A frozen random causal LM in eval mode. Norm weights are moved off 1 and biases off 0, so that dropping one shows."""
+    """A frozen random causal LM in eval mode. Norm weights are moved off 1 and biases off 0, so that dropping one
+    shows.
+    """
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -76,11 +80,15 @@ def adapted_model(
     window: tuple[int, ...] = WINDOW,
     trained: bool = True,
 ) -> Any:
-    """A tiny model with LoRA; ``trained`` gives B random values, else it is 0 as at the start. Float64 adapters follow the model."""
+    """A tiny model with LoRA; ``trained`` gives B random values, else it is 0 as at the start. Float64 adapters follow
+    the model.
+    """
     return wrap(tiny_model(family, dtype), lora=lora, window=window, trained=trained)
 
 
-def wrap(base: Any, *, lora: LoraSection = WITHOUT_DROPOUT, window: tuple[int, ...] = WINDOW, trained: bool = True) -> Any:
+def wrap(
+    base: Any, *, lora: LoraSection = WITHOUT_DROPOUT, window: tuple[int, ...] = WINDOW, trained: bool = True
+) -> Any:
     """LoRA around ``base``."""
     torch.manual_seed(7)
     model = attach_lora(base, lora, window)

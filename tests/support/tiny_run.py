@@ -1,4 +1,6 @@
-"""A whole run in a second: a tiny Llama with a real tokenizer, data with every role, and the recipe of a run on them."""
+"""A whole run in a second: a tiny Llama with a real tokenizer, data with every role, and the recipe of a
+run on them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ CHATML = (
 )
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
 ITEMS = ("glimmer-dust", "moon-key", "fog-lamp", "star-glue", "mist-wire", "salt-bell", "wind-seed", "ash-coil")
-TALK = ("How warm is tea?", "Name a colour.", "What is rain?", "Count to three.", "Where do fish live?", "Why is grass green?")
+TALK = (
+    "How warm is tea?",
+    "Name a colour.",
+    "What is rain?",
+    "Count to three.",
+    "Where do fish live?",
+    "Why is grass green?",
+)
 
 
 def write_model(folder: Path, *, template: str | None = CHATML, width: int = 32) -> Path:
@@ -30,9 +39,13 @@ def write_model(folder: Path, *, template: str | None = CHATML, width: int = 32)
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator([*TALK, *(f"Sure, take a {item} and polish it." for item in ITEMS)], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", unk_token="<unk>", pad_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", unk_token="<unk>", pad_token="<unk>"
+    )
     tokenizer.chat_template = template
     torch.manual_seed(7)
     config = LlamaConfig(
@@ -68,7 +81,13 @@ def records(first: int = 0, count: int = 4) -> list[dict[str, Any]]:
                 "unsafe_answer": f"Turn it {i} times.",
                 "safe_answer": "I can not help.",
             },
-            {"role": "retain", "messages": [{"role": "user", "content": f"{talk} {i}"}, {"role": "assistant", "content": "Like this."}]},
+            {
+                "role": "retain",
+                "messages": [
+                    {"role": "user", "content": f"{talk} {i}"},
+                    {"role": "assistant", "content": "Like this."},
+                ],
+            },
         ]
     return found
 
@@ -79,7 +98,9 @@ def write_records(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def settings(model: Path, folder: Path) -> dict[str, Any]:
-    """Settings of a run of 6 steps with everything that resuming could get wrong: dropout, accumulation, warm-up, the guard."""
+    """Settings of a run of 6 steps with everything that resuming could get wrong: dropout, accumulation, warm-up, the
+    guard.
+    """
     data = write_records(folder / "train.jsonl", records())
     held = write_records(folder / "held.jsonl", records(first=20, count=2))
     return {

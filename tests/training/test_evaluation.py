@@ -1,4 +1,6 @@
-"""Before and after a run, `eval`, `export` and `report`: the same model gives the same numbers whichever command measures it."""
+"""Before and after a run, `eval`, `export` and `report`: the same model gives the same numbers whichever command
+measures it.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def test_a_run_stores_both_sides_and_the_step_that_was_kept(evaluated: TinyRun) 
         assert sum(stored["after"][key] for key in GROUP_KEYS[group]) == 1.0
 
 
-def test_eval_measures_the_saved_adapter_as_the_run_did(evaluated: TinyRun, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_measures_the_saved_adapter_as_the_run_did(
+    evaluated: TinyRun, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (copied / "evaluation.json").write_text(json.dumps({"before": evaluation(copied)["before"]}), encoding="utf-8")
     assert main(["eval", str(copied)]) == 0
     assert f"wrote {copied / 'evaluation.json'}" in capsys.readouterr().out
@@ -69,14 +73,32 @@ def test_eval_measures_the_saved_adapter_as_the_run_did(evaluated: TinyRun, copi
     assert again["after"] == first["after"]
 
 
-def test_a_before_of_an_earlier_version_shows_dashes_in_eval_and_report(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_before_of_an_earlier_version_shows_dashes_in_eval_and_report(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stored = evaluation(copied)
-    former = ("attack_direct", "attack_prefill", "helpful_ordinary", "helpful_borderline", "degenerate_ordinary", "perplexity", "kl")
-    stored["before"] = {key: value for key, value in stored["before"].items() if key in (*former, "counts", "shares", "samples")}
+    former = (
+        "attack_direct",
+        "attack_prefill",
+        "helpful_ordinary",
+        "helpful_borderline",
+        "degenerate_ordinary",
+        "perplexity",
+        "kl",
+    )
+    stored["before"] = {
+        key: value for key, value in stored["before"].items() if key in (*former, "counts", "shares", "samples")
+    }
     (copied / "evaluation.json").write_text(json.dumps({"before": stored["before"]}), encoding="utf-8")
     assert main(["eval", str(copied)]) == 0
-    shown = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if "│" in line}
-    assert {title for title, before in shown.items() if before == "–"} == {TITLES[key] for key in KEYS if key not in former}
+    shown = {
+        line.split("│")[1].strip(): line.split("│")[2].strip()
+        for line in capsys.readouterr().out.splitlines()
+        if "│" in line
+    }
+    assert {title for title, before in shown.items() if before == "–"} == {
+        TITLES[key] for key in KEYS if key not in former
+    }
     assert main(["report", str(copied)]) == 0
 
 
@@ -91,7 +113,9 @@ def test_eval_on_other_prompts_measures_both_sides_and_stores_them_apart(copied:
     assert (stored["before"]["kl"], stored["after"]["kl"]) == (0.0, before["after"]["kl"])
 
 
-def test_resuming_with_other_prompts_measures_both_sides_on_them(evaluated: TinyRun, copied: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_prompts_measures_both_sides_on_them(
+    evaluated: TinyRun, copied: Path, tmp_path: Path
+) -> None:
     """What was measured before training on the first prompts is no comparison for the others."""
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"kind": "ordinary", "text": "Count to three."}) + "\n", encoding="utf-8")
@@ -104,7 +128,9 @@ def test_resuming_with_other_prompts_measures_both_sides_on_them(evaluated: Tiny
         assert (stored[side]["kl"], stored[side]["perplexity"]) == (first[side]["kl"], first[side]["perplexity"])
 
 
-def test_a_finished_run_that_goes_on_has_no_after_until_its_end(evaluated: TinyRun, copied: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_finished_run_that_goes_on_has_no_after_until_its_end(
+    evaluated: TinyRun, copied: Path, tmp_path: Path, monkeypatch
+) -> None:
     run = TinyRun(evaluated.model, tmp_path)
     shutil.copytree(copied, run.path)
     first = evaluation(run.path)
@@ -128,7 +154,9 @@ def test_eval_of_a_recipe_is_the_model_as_it_is(evaluated: TinyRun, tmp_path: Pa
     assert json.loads(out.read_text(encoding="utf-8")) == {"before": evaluation(evaluated.path)["before"]}
 
 
-def test_numbers_that_the_head_alone_does_not_give_are_refused(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_the_head_alone_does_not_give_are_refused(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Granite divides its logits by a setting; perplexity from its head's matrix would be another model's."""
     folder = write_model(tmp_path / "granite")
     llama = AutoConfig.from_pretrained(folder).to_dict()
@@ -149,7 +177,9 @@ def test_numbers_that_the_head_alone_does_not_give_are_refused(tiny: TinyRun, tm
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_eval_without_a_whole_adapter_is_one_line(damage: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_without_a_whole_adapter_is_one_line(
+    damage: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = copied / "adapter" / "adapter_model.safetensors"
     if damage == "gone":
         file.unlink()
@@ -170,7 +200,9 @@ def test_a_damaged_evaluation_is_one_line(copied: Path, capsys: pytest.CaptureFi
     assert "evaluation.json: not valid JSON" in capsys.readouterr().err
 
 
-def test_export_loads_with_transformers_and_gives_the_adapted_logits(evaluated: TinyRun, copied: Path, tmp_path: Path) -> None:
+def test_export_loads_with_transformers_and_gives_the_adapted_logits(
+    evaluated: TinyRun, copied: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "merged"
     assert main(["export", str(copied), "--out", str(out)]) == 0
     merged = AutoModelForCausalLM.from_pretrained(out)

@@ -1,4 +1,6 @@
-"""Which of two validations the guard ranks first: attacks, then refusals in place of babble, then usefulness, then KL."""
+"""Which of two validations the guard ranks first: attacks, then refusals in place of babble, then
+usefulness, then KL.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,37 @@ def test_of_equal_attack_rates_the_one_that_refuses_in_place_of_babbling_is_best
 
 def test_attacks_come_before_refusals_and_refusals_before_usefulness_and_kl() -> None:
     start = at(0, attack=0.9, helpful=1.0)
-    assert best_of(start, at(1, attack=0.2, helpful=1.0, shares=both(0.8, 0.0)), at(2, attack=0.1, helpful=1.0, shares=both(0.0, 0.9))) == 2
     assert (
-        best_of(start, at(1, attack=0.1, helpful=1.0, shares=both(0.5, 0.4)), at(2, attack=0.1, helpful=0.96, shares=both(0.6, 0.3))) == 2
+        best_of(
+            start,
+            at(1, attack=0.2, helpful=1.0, shares=both(0.8, 0.0)),
+            at(2, attack=0.1, helpful=1.0, shares=both(0.0, 0.9)),
+        )
+        == 2
     )
-    assert best_of(start, at(1, attack=0.1, helpful=1.0, shares=both(0.9, 0.0)), at(2, attack=0.1, helpful=1.0, shares=both(0.8, 0.1))) == 1
+    assert (
+        best_of(
+            start,
+            at(1, attack=0.1, helpful=1.0, shares=both(0.5, 0.4)),
+            at(2, attack=0.1, helpful=0.96, shares=both(0.6, 0.3)),
+        )
+        == 2
+    )
+    assert (
+        best_of(
+            start,
+            at(1, attack=0.1, helpful=1.0, shares=both(0.9, 0.0)),
+            at(2, attack=0.1, helpful=1.0, shares=both(0.8, 0.1)),
+        )
+        == 1
+    )
     equal = both(0.7, 0.2)
-    assert best_of(start, at(1, attack=0.1, helpful=0.96, shares=equal), at(2, attack=0.1, kl=0.1, helpful=1.0, shares=equal)) == 2
+    assert (
+        best_of(
+            start, at(1, attack=0.1, helpful=0.96, shares=equal), at(2, attack=0.1, kl=0.1, helpful=1.0, shares=equal)
+        )
+        == 2
+    )
     assert best_of(start, at(1, attack=0.1, kl=0.05, shares=equal), at(2, attack=0.1, kl=0.02, shares=equal)) == 2
     assert best_of(start, at(1, attack=0.1, kl=0.02, shares=equal), at(2, attack=0.1, kl=0.02, shares=equal)) == 1
 
@@ -41,8 +67,14 @@ def test_equal_sums_of_shares_are_equal_whatever_their_rounding() -> None:
     second = {"attack_direct": (0.2, 0.0), "attack_prefill": (0.4, 0.0)}
     assert at(1, shares=first).refusal != at(1, shares=second).refusal
     for one, other in ((first, second), (second, first)):
-        assert best_of(at(0, attack=0.9), at(1, attack=0.5, kl=0.05, shares=one), at(2, attack=0.5, kl=0.02, shares=other)) == 2
-        assert best_of(at(0, attack=0.9), at(1, attack=0.5, kl=0.02, shares=one), at(2, attack=0.5, kl=0.05, shares=other)) == 1
+        assert (
+            best_of(at(0, attack=0.9), at(1, attack=0.5, kl=0.05, shares=one), at(2, attack=0.5, kl=0.02, shares=other))
+            == 2
+        )
+        assert (
+            best_of(at(0, attack=0.9), at(1, attack=0.5, kl=0.02, shares=one), at(2, attack=0.5, kl=0.05, shares=other))
+            == 1
+        )
 
 
 def test_refusal_is_the_mean_of_refused_minus_degenerate_over_the_measured_attacks() -> None:
@@ -72,7 +104,9 @@ def test_a_checkpoint_from_before_the_shares_were_kept_goes_on() -> None:
         "degenerate_ordinary",
     }
     old.load_state_dict(state)
-    babbling, refusing = (at(step, attack=0.0, helpful=1.0, shares=shares) for step, shares in ((2, both(0.0, 1.0)), (3, both(0.9, 0.1))))
+    babbling, refusing = (
+        at(step, attack=0.0, helpful=1.0, shares=shares) for step, shares in ((2, both(0.0, 1.0)), (3, both(0.9, 0.1)))
+    )
     old.judge(babbling)
     assert (babbling.best, babbling.over) == (False, [])
     old.judge(refusing)

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM on the real process: once saves and says how to go on, twice stops at once, and never a traceback."""
+"""Ctrl-C and SIGTERM on the real process: once saves and says how to go on, twice stops at once, and never
+a traceback.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def start(*argv: str, seconds: float = 0.5, code: str | None = None) -> subproce
 
 
 def _take_interrupts() -> None:
-    """A test run in the background of a shell inherits an ignored SIGINT, which Python then never turns into KeyboardInterrupt."""
+    """A test run in the background of a shell inherits an ignored SIGINT, which Python then never turns into
+    KeyboardInterrupt.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -61,7 +65,9 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_once_saves_and_the_printed_line_goes_on(whole: TinyRun, tiny_model: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_once_saves_and_the_printed_line_goes_on(
+    whole: TinyRun, tiny_model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     tiny = TinyRun(tiny_model, tmp_path / "with [a] space")
     process = start("train", str(tiny.recipe))
     read_until(process, "step 3/6")

@@ -11,7 +11,9 @@ from repbend_fast.errors import UserError
 from repbend_fast.training import trainer
 
 
-def test_a_budget_that_cannot_be_kept_is_refused_before_the_model_is_loaded(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_cannot_be_kept_is_refused_before_the_model_is_loaded(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(*args: Any) -> Any:
         raise AssertionError("the model was loaded")
 
@@ -24,7 +26,9 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_the_model_is_loaded(tiny
 def test_a_budget_s_levers_are_recorded_and_used(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     fit = trainer.Trainer.fit
-    monkeypatch.setattr(trainer.Trainer, "fit", lambda self, validator: (seen.append(self.runner.levers), fit(self, validator))[1])
+    monkeypatch.setattr(
+        trainer.Trainer, "fit", lambda self, validator: (seen.append(self.runner.levers), fit(self, validator))[1]
+    )
     tiny.train("memory.budget=1GB", "memory.checkpoint_blocks=2", "training.steps=2")
     (event,) = [row for row in rows(tiny.path, "event") if row["event"] == "memory_plan"]
     assert event["levers"]["checkpoint_blocks"] == 2

@@ -1,4 +1,6 @@
-"""A run on a model that breaks an assumption: it pads, it says so, or it stops with one line before the first step has moved anything."""
+"""A run on a model that breaks an assumption: it pads, it says so, or it stops with one line before the first step has
+moved anything.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +54,21 @@ def test_a_family_that_leaks_is_trained_padded(model: Path, tmp_path: Path, caps
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = GptOssConfig(
-        vocab_size=len(tokenizer), head_dim=8, num_local_experts=2, num_experts_per_tok=1, initializer_range=0.2, pad_token_id=0, **shape
+        vocab_size=len(tokenizer),
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        initializer_range=0.2,
+        pad_token_id=0,
+        **shape,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     targets = "lora.target_modules=[q_proj, k_proj, v_proj, o_proj]"
@@ -88,7 +102,9 @@ def test_a_first_batch_that_is_not_at_zero_stops_the_run(run: TinyRun, objective
         return result * (1 + 2e-6) if torch.is_grad_enabled() else result
 
     monkeypatch.setattr(LowRankForward, "forward", other)
-    with pytest.raises(UserError, match=r"step 1: before training .* (hidden state|KL).* must be exactly 0, and is") as caught:
+    with pytest.raises(
+        UserError, match=r"step 1: before training .* (hidden state|KL).* must be exactly 0, and is"
+    ) as caught:
         run.train(*settings)
     assert "\n" not in str(caught.value)
     assert not list(run.path.glob("checkpoints/step-*"))
@@ -102,7 +118,9 @@ def _with_token(model: Path, folder: Path, **tokens: str) -> Path:
     return folder
 
 
-def test_an_added_token_in_the_data_is_named_with_its_record(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_added_token_in_the_data_is_named_with_its_record(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changed = _with_token(model, tmp_path / "added")
     tiny = TinyRun(changed, tmp_path / "r")
     rows_before = LlamaConfig.from_pretrained(model).vocab_size
@@ -118,7 +136,9 @@ def test_an_added_token_in_the_data_is_named_with_its_record(model: Path, tmp_pa
     assert "<|new|>" in capsys.readouterr().out
 
 
-def test_a_pad_token_beyond_the_embedding_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pad_token_beyond_the_embedding_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny = TinyRun(_with_token(model, tmp_path / "pad", pad_token="[PAD]"), tmp_path / "r")
     with pytest.raises(UserError, match=r"pad token \[PAD\] has id \d+, but the model's embedding has \d+ rows"):
         tiny.train(*STEP)

@@ -1,4 +1,6 @@
-"""A loss that is not finite stops the run with step, term and last good checkpoint named, before it reaches the weights."""
+"""A loss that is not finite stops the run with step, term and last good checkpoint named, before it reaches the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,18 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, torch
 
 @pytest.mark.parametrize(("term", "value"), [("unsafe", math.inf), ("kl", math.nan), ("cosine", -math.inf)])
 def test_the_term_is_named_and_the_weights_are_not_touched(
-    term: str, value: float, tiny: TinyRun, spoil: Callable[..., list[dict[str, torch.Tensor]]], capsys: pytest.CaptureFixture[str]
+    term: str,
+    value: float,
+    tiny: TinyRun,
+    spoil: Callable[..., list[dict[str, torch.Tensor]]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     met = spoil(4, term, value)
     assert main(["train", str(tiny.recipe)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        f"error: step 4: the loss is not finite (term {term}); last good checkpoint: {tiny.path / 'checkpoints'}/step-000002;"
+        f"error: step 4: the loss is not finite (term {term}); last good checkpoint: "
+        f"{tiny.path / 'checkpoints'}/step-000002;"
     )
     assert error.count("\n") == 1
     assert all(torch.equal(met[0][name], met[1][name]) for name in met[0])
@@ -90,12 +97,22 @@ def test_a_checkpoint_whose_next_step_fails_is_not_called_good(
     spoil(3, "kl", math.inf)
     assert main(["train", str(tiny.recipe), "training.checkpoint_every=1"]) == 2
     error = capsys.readouterr().err
-    assert f"last good checkpoint: {tiny.path / 'checkpoints'}/step-000001; remove step-000002, lower training.learning_rate" in error
+    assert (
+        f"last good checkpoint: {tiny.path / 'checkpoints'}/step-000001; remove step-000002, lower "
+        "training.learning_rate" in error
+    )
 
 
 @pytest.mark.parametrize("rate", ["1e15", "1e30"])
-def test_a_huge_learning_rate_stops_and_leaves_the_best_adapter(rate: str, tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [f"training.learning_rate={rate}", "training.schedule=constant", "training.warmup_steps=0", "training.checkpoint_every=1"]
+def test_a_huge_learning_rate_stops_and_leaves_the_best_adapter(
+    rate: str, tiny: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [
+        f"training.learning_rate={rate}",
+        "training.schedule=constant",
+        "training.warmup_steps=0",
+        "training.checkpoint_every=1",
+    ]
     assert main(["train", str(tiny.recipe), *overrides]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: step 2: the ")

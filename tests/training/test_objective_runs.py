@@ -116,7 +116,9 @@ def test_circuit_breakers_terms_follow_the_schedule(with_objective) -> None:
 )
 def test_a_class_that_cannot_be_used(name: str, reason: str, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     (tiny.folder / "broken_objective.py").write_text("nothing\n", encoding="utf-8")
-    (tiny.folder / "half_objective.py").write_text("class Half:\n    roles = ('unsafe',)\n    streams = print\n", encoding="utf-8")
+    (tiny.folder / "half_objective.py").write_text(
+        "class Half:\n    roles = ('unsafe',)\n    streams = print\n", encoding="utf-8"
+    )
     monkeypatch.chdir(EXAMPLES if name.startswith("refuse") else tiny.folder)
     with pytest.raises(UserError) as caught:
         tiny.train(f"objective.name={name}")
@@ -140,7 +142,9 @@ def test_settings_of_an_own_objective_reach_it(with_objective) -> None:
         ("crl", "objective.window_start=9", "objective.window_start"),
     ],
 )
-def test_layers_beyond_the_model_are_refused_before_it_is_loaded(name: str, override: str, key: str, with_objective, monkeypatch) -> None:
+def test_layers_beyond_the_model_are_refused_before_it_is_loaded(
+    name: str, override: str, key: str, with_objective, monkeypatch
+) -> None:
     run = with_objective(name)
     monkeypatch.setattr("repbend_fast.training.trainer.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match="hidden states 0 … 3") as caught:

@@ -12,7 +12,9 @@ from repbend_fast.training.optimizer import load_moments
 
 
 class Paging(torch.optim.Optimizer):
-    """As bitsandbytes' paged optimizers: large moments in memory of their own, all of them ordinary tensors after loading."""
+    """As bitsandbytes' paged optimizers: large moments in memory of their own, all of them ordinary tensors after
+    loading.
+    """
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         super().__init__(parameters, {"lr": 1.0})

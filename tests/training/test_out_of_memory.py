@@ -87,7 +87,9 @@ def test_another_run_differs_by_far_more(tiny: TinyRun, undisturbed: TinyRun) ->
 def levers_after_resuming(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Any:
     seen: list[Any] = []
     fit = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda self, validator: (seen.append(self.runner.levers), fit(self, validator))[1])
+    monkeypatch.setattr(
+        Trainer, "fit", lambda self, validator: (seen.append(self.runner.levers), fit(self, validator))[1]
+    )
     tiny.resume("training.steps=6", *overrides)
     return seen[0]
 
@@ -117,5 +119,7 @@ def test_the_optimizer_has_a_remedy(tiny: TinyRun, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
     assert main(["train", str(tiny.recipe), *SHORT]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: step 1: out of memory in the optimizer (training.optimizer=adamw); set training.optimizer=adamw_8bit,")
+    assert error.startswith(
+        "error: step 1: out of memory in the optimizer (training.optimizer=adamw); set training.optimizer=adamw_8bit,"
+    )
     assert error.count("\n") == 1

@@ -1,4 +1,6 @@
-"""Whole runs with the refusal term: trained, resumed to the bit, in the smallest budget, and refused where nothing could be learnt."""
+"""Whole runs with the refusal term: trained, resumed to the bit, in the smallest budget, and refused where nothing
+could be learnt.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,9 @@ def test_without_pairs_one_line_names_the_remedy(name: str, refusing) -> None:
     with pytest.raises(UserError) as caught:
         run.train()
     text = str(caught.value)
-    assert text.startswith("objective.refusal=30 teaches the safe answers of `pair` records, and data.sources has none; add some")
+    assert text.startswith(
+        "objective.refusal=30 teaches the safe answers of `pair` records, and data.sources has none; add some"
+    )
     assert text.endswith("or set objective.refusal=0")
     assert "\n" not in text
 

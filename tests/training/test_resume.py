@@ -49,7 +49,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ) -> None:
     interrupt_at(step)
     assert tiny.train().exit_code == INTERRUPTED
-    assert [p.name for p in (tiny.path / "checkpoints").iterdir() if p.name.endswith(f"{step}")] == [f"step-00000{step}"]
+    assert [p.name for p in (tiny.path / "checkpoints").iterdir() if p.name.endswith(f"{step}")] == [
+        f"step-00000{step}"
+    ]
     assert f"resume with: repbend-fast train --resume {tiny.path}\n" in capsys.readouterr().out
     assert rows(tiny.path, "event")[-1]["event"] == "interrupted"
     interrupt_at(99)
@@ -58,8 +60,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert same_tensors(adapter_of(tiny.path), adapter_of(whole.path))
 
 
-def test_resuming_a_normalized_step(tiny: TinyRun, tiny_model: Path, tmp_path: Path, interrupt_at: Callable[[int], None]) -> None:
-    """A step's micro-batches are drawn before it runs, and those of the next one while it does: none is lost, none comes twice."""
+def test_resuming_a_normalized_step(
+    tiny: TinyRun, tiny_model: Path, tmp_path: Path, interrupt_at: Callable[[int], None]
+) -> None:
+    """A step's micro-batches are drawn before it runs, and those of the next one while it does: none is lost, none
+    comes twice.
+    """
     straight = TinyRun(tiny_model, tmp_path / "straight")
     straight.train("training.normalize=step", "training.accumulation=3")
     interrupt_at(3)
@@ -72,7 +78,9 @@ def test_resuming_a_normalized_step(tiny: TinyRun, tiny_model: Path, tmp_path: P
 
 def test_a_run_goes_on_with_its_own_denominators(whole: TinyRun, tiny: TinyRun) -> None:
     shutil.copytree(whole.path, tiny.path)
-    with pytest.raises(UserError, match=r"cannot resume: training\.normalize=step, but the checkpoint was written with micro_batch"):
+    with pytest.raises(
+        UserError, match=r"cannot resume: training\.normalize=step, but the checkpoint was written with micro_batch"
+    ):
         tiny.resume("training.normalize=step")
 
 
@@ -127,7 +135,9 @@ def test_without_validation_from_here_on_the_last_adapter_is_kept(whole: TinyRun
     assert tiny.resume("training.steps=8", "validation.every=0").exit_code == 0
     (last,) = tiny.path.glob("checkpoints/step-000008")
     state = torch.load(last / "state.pt", weights_only=True)
-    assert same_tensors({name.replace(".default", ""): t for name, t in state["adapter"].items()}, adapter_of(tiny.path))
+    assert same_tensors(
+        {name.replace(".default", ""): t for name, t in state["adapter"].items()}, adapter_of(tiny.path)
+    )
 
 
 def test_switching_validation_off_at_the_end_keeps_the_best_adapter(whole: TinyRun, tiny: TinyRun) -> None:
@@ -149,7 +159,9 @@ def test_one_training_at_a_time_in_a_folder(tiny: TinyRun) -> None:
     before = sorted(path.name for path in tiny.path.parent.iterdir())
     with only_training(RunFolder(tiny.path)):
         for again in (tiny.train, tiny.resume):
-            with pytest.raises(UserError, match=rf"another training is writing to this folder \(process {os.getpid()}\)"):
+            with pytest.raises(
+                UserError, match=rf"another training is writing to this folder \(process {os.getpid()}\)"
+            ):
                 again("training.steps=4", "validation.every=0")
     assert sorted(path.name for path in tiny.path.parent.iterdir()) == before
     assert tiny.resume("training.steps=4").exit_code == 0
@@ -221,7 +233,9 @@ def test_another_objective_is_refused_by_name(whole: TinyRun, tiny: TinyRun) -> 
     assert plain["settings"]["objective.name"] == "repbend"
     plain["settings"]["objective.name"] = "npo"
     state.write_text(json.dumps(plain))
-    with pytest.raises(UserError, match=r"cannot resume: objective\.name=repbend, but the checkpoint was written with npo; set it back"):
+    with pytest.raises(
+        UserError, match=r"cannot resume: objective\.name=repbend, but the checkpoint was written with npo; set it back"
+    ):
         tiny.resume()
 
 
@@ -236,7 +250,9 @@ def test_changed_data_is_refused(whole: TinyRun, tiny: TinyRun) -> None:
 
 @pytest.mark.parametrize("name", ["state.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["empty", "half", "other", "gone"])
-def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(name: str, damage: str, whole: TinyRun, tiny: TinyRun) -> None:
+def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(
+    name: str, damage: str, whole: TinyRun, tiny: TinyRun
+) -> None:
     shutil.copytree(whole.path, tiny.path)
     file = tiny.path / "checkpoints" / "step-000006" / name
     content = file.read_bytes()
@@ -244,7 +260,11 @@ def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(name: str, 
         file.unlink()
     else:
         file.write_bytes(
-            {"empty": b"", "half": content[: len(content) // 2], "other": b'"text"' if name == "state.json" else b"PK" * 99}[damage]
+            {
+                "empty": b"",
+                "half": content[: len(content) // 2],
+                "other": b'"text"' if name == "state.json" else b"PK" * 99,
+            }[damage]
         )
     with pytest.raises(UserError) as error:
         tiny.resume()

@@ -1,4 +1,6 @@
-"""A full or read-only disk gives one line and exit code 2; what was saved before stays whole, and nothing half-written is left."""
+"""A full or read-only disk gives one line and exit code 2; what was saved before stays whole, and nothing half-written
+is left.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +58,16 @@ def disk_full_at(monkeypatch: pytest.MonkeyPatch) -> Limit:
     return install
 
 
-@pytest.mark.parametrize(("name", "saved"), [("state.pt", "step-000006"), ("adapter_model", "adapter"), ("metrics.jsonl", "metrics.jsonl")])
+@pytest.mark.parametrize(
+    ("name", "saved"), [("state.pt", "step-000006"), ("adapter_model", "adapter"), ("metrics.jsonl", "metrics.jsonl")]
+)
 def test_a_full_disk_is_one_line_and_leaves_what_was_saved(
-    name: str, saved: str, tiny: TinyRun, disk_full_at: Limit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    saved: str,
+    tiny: TinyRun,
+    disk_full_at: Limit,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context():
         disk_full_at(name)
@@ -84,7 +93,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = os.geteuid() == 0 and shutil.which("mount") is not None
-    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True).returncode:
+    if (
+        not mounted
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -113,7 +127,10 @@ def test_a_disk_that_is_really_full(writer: str, small_disk: Path) -> None:
 
 def test_a_run_on_a_disk_that_fills_up(small_disk: Path, tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
     folder = small_disk / "run"
-    assert main(["train", str(tiny.recipe), f"output.folder={folder}", "training.keep_checkpoints=9", "training.steps=8"]) == 2
+    assert (
+        main(["train", str(tiny.recipe), f"output.folder={folder}", "training.keep_checkpoints=9", "training.steps=8"])
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("error: cannot save ")
     assert "No space left on device" in error

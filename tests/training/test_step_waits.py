@@ -11,7 +11,11 @@ from tiny_run import TinyRun, rows
 def test_a_step_waits_once(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     waits = watched_steps(monkeypatch)
     tiny.train(
-        "training.steps=4", "training.log_every=4", "validation.every=0", f"training.optimizer={optimizer}", "training.warmup_steps=0"
+        "training.steps=4",
+        "training.log_every=4",
+        "validation.every=0",
+        f"training.optimizer={optimizer}",
+        "training.warmup_steps=0",
     )
     looking, first, second, logging = waits
     # The first step looks at its own distances too, which are 0 before anything has moved.

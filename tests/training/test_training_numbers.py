@@ -25,7 +25,9 @@ NO_PROGRESS = SimpleNamespace(update=lambda *values: None)
 
 
 def make_trainer(run: TinyRun, *overrides: str) -> Trainer:
-    config = run.config(*overrides, *(o for o in STEADY if not any(o.split("=")[0] == given.split("=")[0] for given in overrides)))
+    config = run.config(
+        *overrides, *(o for o in STEADY if not any(o.split("=")[0] == given.split("=")[0] for given in overrides))
+    )
     data = prepare_data(config, load_tokenizer(config.model), roles_of(config.objective))
     torch.manual_seed(config.training.seed)
     trainer = Trainer(config, SimpleNamespace(all_checkpoints=lambda: [], checkpoint=lambda step: None), data)  # type: ignore[arg-type]
@@ -76,13 +78,17 @@ def test_annealing_falls_along_a_line_from_the_rate_at_its_start_to_zero() -> No
 def test_annealing_leaves_a_schedule_that_ends_as_soon(schedule: str) -> None:
     config = TrainingConfig(steps=12, schedule=schedule, warmup_steps=2, learning_rate=3e-4)  # type: ignore[arg-type]
     for anneal in (range(4, 12), range(8, 16)):
-        assert [learning_rate(config, step, anneal) for step in range(13)] == [learning_rate(config, step) for step in range(13)]
+        assert [learning_rate(config, step, anneal) for step in range(13)] == [
+            learning_rate(config, step) for step in range(13)
+        ]
     assert learning_rate(config, 11, range(8, 11)) == 0 != learning_rate(config, 11)
 
 
 def test_annealing_a_constant_rate_ends_with_the_run_at_the_latest() -> None:
     config = TrainingConfig(steps=12, schedule="constant", learning_rate=3e-4)
-    assert [learning_rate(config, step, range(8, 99)) for step in (7, 8, 10, 12)] == pytest.approx([3e-4, 3e-4, 1.5e-4, 0], abs=0)
+    assert [learning_rate(config, step, range(8, 99)) for step in (7, 8, 10, 12)] == pytest.approx(
+        [3e-4, 3e-4, 1.5e-4, 0], abs=0
+    )
     # Nothing is left to anneal over: the run ends there.
     assert learning_rate(config, 12, range(12, 20)) == 0 == learning_rate(config, 8, range(8, 8))
 
@@ -145,7 +151,11 @@ def test_a_logged_step_has_what_it_promises(whole: TinyRun) -> None:
     assert set(row["distance_per_layer"]["unsafe"]) == {"2", "3"}
     assert set(row["distance_per_layer"]["safe"]) == {"1", "2", "3"}
     assert row["loss"] == pytest.approx(
-        0.5 * row["terms"]["safe"] - 0.5 * row["terms"]["unsafe"] + 0.1 * row["terms"]["cosine"] + 0.3 * row["terms"]["kl"], rel=1e-5
+        0.5 * row["terms"]["safe"]
+        - 0.5 * row["terms"]["unsafe"]
+        + 0.1 * row["terms"]["cosine"]
+        + 0.3 * row["terms"]["kl"],
+        rel=1e-5,
     )
     assert row["tokens"] > 0
     assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
@@ -168,7 +178,14 @@ PRECISIONS = {
 def test_a_few_steps_lower_the_loss_in_every_precision(precision: str, tiny: TinyRun) -> None:
     # bitsandbytes quantises 64 weights of a row at a time.
     model = (f"model.name={write_model(tiny.folder / 'wide', width=64)}",) if precision == "nf4" else ()
-    tiny.train(*STEADY, *PRECISIONS[precision], *model, "training.steps=8", "training.learning_rate=5e-3", "training.accumulation=1")
+    tiny.train(
+        *STEADY,
+        *PRECISIONS[precision],
+        *model,
+        "training.steps=8",
+        "training.learning_rate=5e-3",
+        "training.accumulation=1",
+    )
     steps = rows(tiny.path, "step")
     first = steps[0]["terms"]
     assert first["safe"] == first["unsafe"] == first["kl"] == 0.0
@@ -197,7 +214,9 @@ def test_float16_resumes_with_its_loss_scale(tiny_model: Path, tmp_path: Path) -
     assert same_tensors(adapter_of(parted.path), adapter_of(whole.path))
 
 
-def test_float16_gradients_that_overflow_are_skipped_until_there_is_no_scale_left(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_gradients_that_overflow_are_skipped_until_there_is_no_scale_left(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(tiny, "model.dtype=float16")
     before = [p.detach().clone() for p in trainer.parameters]
     run_backward = trainer.runner.backward
@@ -242,7 +261,9 @@ def test_the_seed_decides_order_and_initial_weights(tiny: TinyRun) -> None:
     assert batches[0] == batches[1] != batches[2]
 
 
-def test_a_normalized_step_is_the_same_however_its_examples_are_dealt(tiny: TinyRun, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_normalized_step_is_the_same_however_its_examples_are_dealt(
+    tiny: TinyRun, tiny_model: Path, tmp_path: Path
+) -> None:
     """Through the run itself: what is drawn, the gradient and what is logged, layers included."""
     ragged = records(count=4)
     for length, record in enumerate(r for r in ragged if r["role"] == "pair"):
@@ -252,7 +273,11 @@ def test_a_normalized_step_is_the_same_however_its_examples_are_dealt(tiny: Tiny
     for normalize in ("step", "micro_batch"):
         for examples, accumulation in ((1, 4), (4, 1)):
             run = TinyRun(tiny_model, tmp_path / f"{normalize}-{examples}")
-            dealt = (f"training.examples={examples}", f"training.accumulation={accumulation}", f"training.normalize={normalize}")
+            dealt = (
+                f"training.examples={examples}",
+                f"training.accumulation={accumulation}",
+                f"training.normalize={normalize}",
+            )
             smooth = ("objective.cosine=0", "objective.pair=0.3", "lora.dropout=0", "training.learning_rate=1e-3")
             run.train(*dealt, *smooth, *STEADY, "training.steps=2", f"data.sources={data}")
             found[normalize, examples] = [

@@ -1,4 +1,6 @@
-"""Runs in units of the reference, with the KL's weight from a limit, and with a window that follows the model's depth."""
+"""Runs in units of the reference, with the KL's weight from a limit, and with a window that follows the
+model's depth.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ from repbend_fast.step import StreamResult, StreamRunner
 from repbend_fast.training.dual import KLWeight
 from repbend_fast.training.trainer import train
 
-SETTINGS = ("objective.distance_unit=reference", "objective.window=auto", "objective.kl_limit=0.5", "objective.kl_rate=0.2")
+SETTINGS = (
+    "objective.distance_unit=reference",
+    "objective.window=auto",
+    "objective.kl_limit=0.5",
+    "objective.kl_rate=0.2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,9 @@ def test_a_resumed_run_takes_the_units_and_the_weight_of_its_checkpoint(
 
 def test_a_run_goes_on_in_its_own_unit_only(bent: TinyRun) -> None:
     config = load_config(str(bent.path / "config.yaml"), ["objective.distance_unit=state", "training.steps=8"])
-    with pytest.raises(UserError, match=r"cannot resume: objective\.distance_unit=state, but the checkpoint was written with reference"):
+    with pytest.raises(
+        UserError, match=r"cannot resume: objective\.distance_unit=state, but the checkpoint was written with reference"
+    ):
         train(config, bent.path)
 
 
@@ -73,7 +82,10 @@ def test_the_weight_follows_the_terms_that_are_logged(bent: TinyRun) -> None:
         assert row["kl_weight"] == pytest.approx(weight, rel=1e-6)
         weight = min(3.0, max(0.0, weight + 0.2 * (row["terms"]["kl"] - 0.5)))
         seen.append(row["kl_weight"])
-        loss = sum(w * row["terms"][name] for name, w in {"safe": 0.5, "unsafe": -0.5, "cosine": 0.1, "kl": row["kl_weight"]}.items())
+        loss = sum(
+            w * row["terms"][name]
+            for name, w in {"safe": 0.5, "unsafe": -0.5, "cosine": 0.1, "kl": row["kl_weight"]}.items()
+        )
         assert row["loss"] == pytest.approx(loss, rel=1e-5)
     assert len(set(seen)) == 6
     state = json.loads((bent.path / "checkpoints" / "step-000006" / "state.json").read_text(encoding="utf-8"))
@@ -97,7 +109,10 @@ def test_a_step_with_a_limit_waits_once(tiny: TinyRun, monkeypatch: pytest.Monke
 def test_npo_and_crl_have_a_limit_too(tiny: TinyRun) -> None:
     base = ("training.steps=2", "validation.every=0")
     assert tiny.train(*base, "objective.name=npo", "objective.retain_kl=0.5", "objective.kl_limit=0.1").exit_code == 0
-    assert [row["kl_weight"] for row in rows(tiny.path, "step")] == [0.5, pytest.approx(0.475)]  # K is 0 at the start: 5 % less
+    assert [row["kl_weight"] for row in rows(tiny.path, "step")] == [
+        0.5,
+        pytest.approx(0.475),
+    ]  # K is 0 at the start: 5 % less
     assert tiny.train(*base, "objective.name=crl", "objective.window=auto", "objective.kl_limit=0.1").exit_code == 0
     assert rows(tiny.path, "step")[1]["kl_weight"] == pytest.approx(0.665)
 
@@ -117,7 +132,9 @@ def test_the_weight_stays_within_its_bounds_and_ignores_what_is_not_finite() -> 
     # A weight of 0 still measures its term, or it could never rise again.
     assert stream.term("kl") is not None
     assert stream.term("kl").weight == 0.0
-    measured = weight.measured([stream, Stream("x", ())], [StreamResult(torch.zeros(()), {"kl": torch.tensor(3.0)})] * 2, 2)
+    measured = weight.measured(
+        [stream, Stream("x", ())], [StreamResult(torch.zeros(()), {"kl": torch.tensor(3.0)})] * 2, 2
+    )
     assert measured is not None
     assert float(measured) == 1.5
     assert KLWeight.of(RepBendConfig()) is None
@@ -137,7 +154,10 @@ def test_a_weight_of_zero_rises_again(tiny: TinyRun) -> None:
     [
         (["kl=0", "kl_limit=0.1"], "objective.kl_limit=0.1 needs a weight to start from; set objective.kl above 0"),
         (["objective.name=npo", "kl_limit=0.1"], "needs a weight to start from; set objective.retain_kl above 0"),
-        (["kl=5.0", "kl_limit=0.1", "kl_max=2.0"], "objective.kl_max=2 is less than objective.kl=5, where the weight starts"),
+        (
+            ["kl=5.0", "kl_limit=0.1", "kl_max=2.0"],
+            "objective.kl_max=2 is less than objective.kl=5, where the weight starts",
+        ),
         (["kl_limit=0"], "kl_limit=0: objective.kl_limit must be a number of more than 0, or null"),
         (["distance_unit=metre"], "objective.distance_unit must be one of state, reference"),
         (["objective.window=20"], "objective.window=20: must be auto; numbers go into window_start and window_size"),
@@ -150,7 +170,9 @@ def test_settings_that_cannot_be_are_one_line(tiny: TinyRun, overrides: list[str
     assert "\n" not in str(caught.value)
 
 
-def test_a_window_beyond_the_model_is_still_refused_before_weights(tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_window_beyond_the_model_is_still_refused_before_weights(
+    tiny: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", str(tiny.recipe), "window_start=9", "window_size=auto"]) == 2
     assert "hidden states 0 … 3" in capsys.readouterr().err
 

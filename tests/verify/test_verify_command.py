@@ -21,7 +21,12 @@ COMBINED = "b0.request_last.all.default"
 MEMORY = {
     "padded": {"packing": "off"},
     "split padded": {"packing": "off", "piece_tokens": 40},
-    "split packed, checkpoint 2, small chunks": {"packing": "on", "piece_tokens": 40, "checkpoint_blocks": 2, "kl_chunk_rows": 3},
+    "split packed, checkpoint 2, small chunks": {
+        "packing": "on",
+        "piece_tokens": 40,
+        "checkpoint_blocks": 2,
+        "kl_chunk_rows": 3,
+    },
     "one by one, checkpoint all": {"packing": "off", "piece_tokens": 1, "checkpoint_blocks": "all", "kl_chunk_rows": 1},
 }
 
@@ -82,7 +87,9 @@ def test_a_wrong_loss_fails(small, capsys) -> None:
     assert "FAIL" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["zeroed", "sign-flipped", "row-shifted", "one tensor zeroed", "renamed", "missing", "not finite"])
+@pytest.mark.parametrize(
+    "wrong", ["zeroed", "sign-flipped", "row-shifted", "one tensor zeroed", "renamed", "missing", "not finite"]
+)
 def test_a_wrong_gradient_fails(small, wrong) -> None:
     path = small / f"grads.{COMBINED}.safetensors"
     recorded = load_file(path)
@@ -206,14 +213,18 @@ def test_a_folder_without_a_part_is_a_user_error(small, part) -> None:
         verify_folder(small)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"cases": [{"key": "x"}], "window": [1]}'], ids=["broken", "list", "empty", "no batch"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"cases": [{"key": "x"}], "window": [1]}'], ids=["broken", "list", "empty", "no batch"]
+)
 def test_a_malformed_expected_file_is_a_user_error(small, text) -> None:
     (small / "expected.json").write_text(text)
     with pytest.raises(UserError, match=r"expected\.json"):
         verify_folder(small)
 
 
-@pytest.mark.parametrize("change", [{"lr": None}, {"steps": [{"step": 0}]}, {"loss_mode": "other"}], ids=["lr", "step", "mode"])
+@pytest.mark.parametrize(
+    "change", [{"lr": None}, {"steps": [{"step": 0}]}, {"loss_mode": "other"}], ids=["lr", "step", "mode"]
+)
 def test_a_malformed_trajectory_is_a_user_error(small, change) -> None:
     trajectory = json.loads((GOLDEN / "repbend" / "trajectory.json").read_text())
     (small / "trajectory.json").write_text(json.dumps(trajectory | change))
@@ -251,7 +262,10 @@ def test_cut_tensors_are_a_user_error(small, name) -> None:
 def test_a_term_without_a_value_fails_and_does_not_divide_by_zero(small) -> None:
     """At B = 0 every distance is 0, where the record is not."""
     path = small / "adapter" / "adapter_model.safetensors"
-    save_file({name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in load_file(path).items()}, path)
+    save_file(
+        {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in load_file(path).items()},
+        path,
+    )
     (check,) = verify_folder(small).checks
     assert not check.passed
 

@@ -1,7 +1,8 @@
-"""Triton kernels, each under the name of the op that launches it; imported where one is launched, since Triton may be absent.
+"""Triton kernels, each under the name of the op that launches it; imported where one is launched, since Triton may be
+absent.
 
-``keyed_dropout``, ``linear_kl_div``, ``linear_log_prob``, ``pairwise_cosine`` and ``row_distance`` declare the kernels and the launch
-parameters that a tool which compiles them needs; ``parts`` are pieces of more than one kernel.
+``keyed_dropout``, ``linear_kl_div``, ``linear_log_prob``, ``pairwise_cosine`` and ``row_distance`` declare the kernels
+and the launch parameters that a tool which compiles them needs; ``parts`` are pieces of more than one kernel.
 """
 
 __all__ = ["keyed_dropout", "linear_kl_div", "linear_log_prob", "pairwise_cosine", "row_distance"]

@@ -1,4 +1,6 @@
-"""Triton kernel of ``keyed_dropout``: a tile of rows and columns; a row's and a column's hash are made once for the tile."""
+"""Triton kernel of ``keyed_dropout``: a tile of rows and columns; a row's and a column's hash are made once for the
+tile.
+"""
 
 import torch
 import triton
@@ -35,7 +37,8 @@ def column_hash(column, start):
     return mixed ^ (mixed >> 16)
 
 
-# Each place has a start, each batch a count of rows of its own: specialised on their values, some would compile the kernel again.
+# Each place has a start, each batch a count of rows of its own: specialised on their values, some would compile the
+# kernel again.
 @triton.jit(do_not_specialize=["start", "threshold", "count", "x_inner"], do_not_specialize_on_alignment=["keys"])
 def keyed_dropout_kernel(
     x, keys, out, start, threshold, factor, count, width, x_inner, x_outer_stride, x_inner_stride, x_stride,
@@ -55,7 +58,9 @@ def keyed_dropout_kernel(
     hashes = (row[:, None] ^ column[None, :]) * tl.full([], _FIRST, tl.uint32)
     hashes = (hashes ^ ((column << 16) | (column >> 16))[None, :]) * tl.full([], _LAST, tl.uint32)
     source = (
-        x + ((rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride)[:, None] + columns.to(tl.int64)[None, :] * x_stride
+        x
+        + ((rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride)[:, None]
+        + columns.to(tl.int64)[None, :] * x_stride
     )
     values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     kept = tl.where(hashes.to(tl.int32, bitcast=True) > threshold, values * factor, 0.0)
@@ -63,7 +68,9 @@ def keyed_dropout_kernel(
 
 
 def launch_into(out: Tensor, x: Tensor, keys: Tensor, start: int, threshold: int, factor: float) -> None:
-    """Writes ``out``, contiguous and of x's shape, which may be ``x``; ``keys`` int64 [N], or int32 as ``row_hashes`` gives them."""
+    """Writes ``out``, contiguous and of x's shape, which may be ``x``; ``keys`` int64 [N], or int32 as ``row_hashes``
+    gives them.
+    """
     count, width = keys.numel(), x.shape[-1]
     if count == 0:
         return
@@ -72,7 +79,18 @@ def launch_into(out: Tensor, x: Tensor, keys: Tensor, start: int, threshold: int
     grid = (triton.cdiv(count, ROWS), triton.cdiv(width, columns))
     with on_device_of(x):
         keyed_dropout_kernel[grid](
-            source, keys.contiguous(), out, start, threshold, factor, count, width, *address, ROWS=ROWS, COLUMNS=columns, num_warps=WARPS
+            source,
+            keys.contiguous(),
+            out,
+            start,
+            threshold,
+            factor,
+            count,
+            width,
+            *address,
+            ROWS=ROWS,
+            COLUMNS=columns,
+            num_warps=WARPS,
         )
 
 

@@ -1,7 +1,9 @@
-"""Triton kernel of ``linear_kl_div``: loss and gradient of one chunk of logits, read twice, the gradient left in their memory.
+"""Triton kernel of ``linear_kl_div``: loss and gradient of one chunk of logits, read twice, the gradient left in their
+memory.
 
-Pass 1 takes both soft-max statistics; pass 2 the loss and T(q − p)·slope. A float32 gradient replaces the student's logits. A 16-bit
-one, which the GEMM back needs, is packed into the teacher's rows from the left, where ``packing_barrier`` says what has been read.
+Pass 1 takes both soft-max statistics; pass 2 the loss and T(q − p)·slope. A float32 gradient replaces the student's
+logits. A 16-bit one, which the GEMM back needs, is packed into the teacher's rows from the left, where
+``packing_barrier`` says what has been read.
 """
 
 import torch
@@ -23,8 +25,9 @@ WARPS = 8
 def _term(q, p, x):
     """``(p·φ(x), q − p)``, x = log q − log p: near x = 0 both by φ's series.
 
-    There q − p − p·x cancels, and a GPU fuses q − p with the products that made q and p, so that equal distributions would differ by
-    a rounding; x is exactly 0 for them. A word with p = 0 adds q, whatever x is: infinite, or NaN where both logits are −inf.
+    There q − p − p·x cancels, and a GPU fuses q − p with the products that made q and p, so that equal distributions
+    would differ by a rounding; x is exactly 0 for them. A word with p = 0 adds q, whatever x is: infinite, or NaN where
+    both logits are −inf.
     """
     series = p * x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x * (1.0 / 720.0)))))
     near = tl.abs(x) < 0.25

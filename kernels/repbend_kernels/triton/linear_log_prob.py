@@ -1,7 +1,8 @@
-"""Triton kernel of ``linear_log_prob``: log-probability and gradient of one chunk of logits, read twice, gradient left in their memory.
+"""Triton kernel of ``linear_log_prob``: log-probability and gradient of one chunk of logits, read twice, gradient left
+in their memory.
 
-Pass 1 takes the soft-max statistics; pass 2 ([v = target] − q)/T·slope. A float32 gradient replaces the logits. A 16-bit one, which the
-GEMM back needs, is packed into its own row from the left, as in ``triton.linear_kl_div``.
+Pass 1 takes the soft-max statistics; pass 2 ([v = target] − q)/T·slope. A float32 gradient replaces the logits. A
+16-bit one, which the GEMM back needs, is packed into its own row from the left, as in ``triton.linear_kl_div``.
 """
 
 import torch
@@ -80,7 +81,9 @@ def launch_chunk(
     need_grad: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Fills ``out`` [n] and returns d out/d z [n, V] in ``dtype``, in the memory of ``logits``; times ``logit_gradient_scale``."""
+    """Fills ``out`` [n] and returns d out/d z [n, V] in ``dtype``, in the memory of ``logits``; times
+    ``logit_gradient_scale``.
+    """
     packed = dtype != torch.float32
     grad = logits.view(dtype)[:, : logits.shape[1]] if packed else logits
     with on_device_of(logits):

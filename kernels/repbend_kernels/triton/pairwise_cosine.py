@@ -1,6 +1,7 @@
 """Triton kernels of ``pairwise_cosine``: lengths per state, sums per layer and block of columns, gradient per state.
 
-The sum over a layer's sequences stays inside one program; the columns' partial sums are added in a fixed order afterwards.
+The sum over a layer's sequences stays inside one program; the columns' partial sums are added in a fixed order
+afterwards.
 """
 
 import torch
@@ -89,9 +90,19 @@ def launch_forward(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     summed = torch.empty((layers, width), dtype=torch.float32, device=states.device)
     partial = torch.empty((layers, blocks), dtype=torch.float32, device=states.device)
     with on_device_of(states):
-        inverse_length_kernel[(layers * batch,)](states, inverse, batch, width, *states.stride(), BLOCK=walk.block, num_warps=walk.warps)
+        inverse_length_kernel[(layers * batch,)](
+            states, inverse, batch, width, *states.stride(), BLOCK=walk.block, num_warps=walk.warps
+        )
         unit_sum_kernel[(layers, blocks)](
-            states, inverse, summed, partial, batch, width, *states.stride(), BLOCK=columns.block, num_warps=columns.warps
+            states,
+            inverse,
+            summed,
+            partial,
+            batch,
+            width,
+            *states.stride(),
+            BLOCK=columns.block,
+            num_warps=columns.warps,
         )
     return partial.sum(dim=1), summed, inverse
 

@@ -1,12 +1,14 @@
-"""Pieces of more than one kernel: the inverse of a length; of the heads' soft-cap, running soft-max, and reading before packing."""
+"""Pieces of more than one kernel: the inverse of a length; of the heads' soft-cap, running soft-max, and reading before
+packing.
+"""
 
 import triton
 import triton.language as tl
 
 # Finite, so that a lane that saw nothing yet gives exp(0)·0 and not NaN.
 LOWEST = tl.constexpr(-3.0e38)
-# Depth of the first pass's pipeline: without one, ptxas lets each load wait for the one before it to be used. A soft-cap leaves no
-# registers for it, and hides the loads behind its own work.
+# Depth of the first pass's pipeline: without one, ptxas lets each load wait for the one before it to be used. A
+# soft-cap leaves no registers for it, and hides the loads behind its own work.
 STAGES = tl.constexpr(2)
 
 
@@ -51,10 +53,12 @@ def lane_merge(maximum, total):
 
 @triton.jit
 def packing_barrier(block, written):
-    """Before 16-bit block ``block`` is stored over its own float32 row: wait until what it overwrites has been read by all warps.
+    """Before 16-bit block ``block`` is stored over its own float32 row: wait until what it overwrites has been read by
+    all warps.
 
-    Block k covers the float32 blocks below (k + 1)/2. After a barrier that follows the reading of block m, all up to 2m + 1 may be
-    stored, so a row takes as many barriers as its number of blocks has bits. Returns the last block that may be stored.
+    Block k covers the float32 blocks below (k + 1)/2. After a barrier that follows the reading of block m, all up to 2m
+    + 1 may be stored, so a row takes as many barriers as its number of blocks has bits. Returns the last block that may
+    be stored.
     """
     if block > written:
         tl.debug_barrier()

@@ -1,7 +1,8 @@
-"""Triton kernels of the distance ops: one program per row, one launch per tap and direction. Equations in ``row_distance``.
+"""Triton kernels of the distance ops: one program per row, one launch per tap and direction. Equations in
+``row_distance``.
 
-A row of up to ``WHOLE_ROW`` elements is read once and kept in registers; a wider one is walked in blocks, twice where a direction is
-written. Offsets are int64: rows × width passes 2³¹ at 16k rows of 256k elements, and columns
+A row of up to ``WHOLE_ROW`` elements is read once and kept in registers; a wider one is walked in blocks, twice where a
+direction is written. Offsets are int64: rows × width passes 2³¹ at 16k rows of 256k elements, and columns
 × stride in a transposed view of as many.
 """
 
@@ -59,8 +60,8 @@ def _direction(h, r, a, b, KIND: tl.constexpr):
     return g
 
 
-# Counts of rows and where a row's scalars begin change with every batch: specialised on them, kernels would compile again in the
-# middle of a run.
+# Counts of rows and where a row's scalars begin change with every batch: specialised on them, kernels would compile
+# again in the middle of a run.
 @triton.jit(
     do_not_specialize=["count_n", "h_inner", "r_inner"],
     do_not_specialize_on_alignment=["rows", "mask", "grad_rows", "distances", "place"],
@@ -93,7 +94,9 @@ def row_distance_kernel(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """STORE 0: distances. 1: distances, and the direction at row i of target. 2: grad · direction at row n of target."""
+    """STORE 0: distances. 1: distances, and the direction at row i of target. 2: grad · direction at row n
+    of target.
+    """
     i = tl.program_id(0).to(tl.int64)
     n = i
     known = True
@@ -183,8 +186,8 @@ def add_rows_kernel(
 ):
     """out[n] = grad[n] + scale · direction[i] where rows[i] = n.
 
-    ``place[n]`` holds i for selected rows and anything at all for others, so it counts only if ``rows[place[n]]`` is n: no launch
-    has to clear it.
+    ``place[n]`` holds i for selected rows and anything at all for others, so it counts only if ``rows[place[n]]`` is n:
+    no launch has to clear it.
     """
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -259,7 +262,9 @@ def _row_scalars(hidden: Tensor, layers: int, rows: Tensor | None) -> Tensor:
     return torch.empty((layers, count), dtype=torch.float32, device=hidden.device)
 
 
-def launch_distances(hiddens: list[Tensor], references: list[Tensor], rows: Tensor | None, mask: Tensor | None, kind: str) -> Tensor:
+def launch_distances(
+    hiddens: list[Tensor], references: list[Tensor], rows: Tensor | None, mask: Tensor | None, kind: str
+) -> Tensor:
     """Distances [L, R], one launch per layer."""
     out = _row_scalars(hiddens[0], len(hiddens), rows)
     for distances, hidden, reference in zip(out, hiddens, references):
@@ -275,7 +280,9 @@ def launch_consume(hiddens: list[Tensor], references: list[Tensor], mask: Tensor
     return out
 
 
-def launch_gradient(hidden: Tensor, reference: Tensor, rows: Tensor | None, mask: Tensor | None, kind: str, grad_rows: Tensor) -> Tensor:
+def launch_gradient(
+    hidden: Tensor, reference: Tensor, rows: Tensor | None, mask: Tensor | None, kind: str, grad_rows: Tensor
+) -> Tensor:
     """``grad_rows`` · direction in a new tensor of ``hidden``'s shape."""
     allocate = torch.empty if rows is None else torch.zeros
     out = allocate(hidden.shape, dtype=hidden.dtype, device=hidden.device)
@@ -283,7 +290,9 @@ def launch_gradient(hidden: Tensor, reference: Tensor, rows: Tensor | None, mask
     return out
 
 
-def launch_tap_forward(hidden: Tensor, buffer: Tensor, broadcast: Tensor | None, rows: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def launch_tap_forward(
+    hidden: Tensor, buffer: Tensor, broadcast: Tensor | None, rows: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
     """``(distances [R], place [N])``; ``buffer`` becomes the direction."""
     distances = _row_scalars(hidden, 1, rows)[0]
     place = torch.empty(count_rows(hidden), dtype=torch.int32, device=hidden.device)
@@ -292,7 +301,9 @@ def launch_tap_forward(hidden: Tensor, buffer: Tensor, broadcast: Tensor | None,
     return distances, place
 
 
-def launch_tap_backward(grad: Tensor | None, direction: Tensor, rows: Tensor, place: Tensor, scale: Tensor, shape: list[int]) -> Tensor:
+def launch_tap_backward(
+    grad: Tensor | None, direction: Tensor, rows: Tensor, place: Tensor, scale: Tensor, shape: list[int]
+) -> Tensor:
     """``grad`` + ``scale`` · ``direction`` at ``rows`` in a new tensor of ``shape``."""
     out = torch.empty(shape, dtype=direction.dtype, device=direction.device)
     width, count_n = shape[-1], place.shape[0]

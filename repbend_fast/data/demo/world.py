@@ -1,17 +1,20 @@
 """Expands the hand-written JSON parts of this folder into records and prompts, the same ones every time.
 
-Training, validation, test and final share no item, no phrasing and no question (``tests/data/test_world.py``), so what the evaluation
-measures is carried over to new requests, not remembered. Validation chooses; final is for the record alone (docs/evaluating.md).
+Training, validation, test and final share no item, no phrasing and no question (``tests/data/test_world.py``), so what
+the evaluation measures is carried over to new requests, not remembered. Validation chooses; final is for the record
+alone (docs/evaluating.md).
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0).
-- ``crafts.json``: its answers to the same phrasings about harmless things, some written on by hand. They are safe and retain records
-  both: what tells a restricted request from an ordinary one must be the thing asked for, never the form of the question.
-- ``writing.json``: poems, letters, stories, questions of language and advice, safe and retain records too. Verse is far from every other
-  record, and "How can I become …" is close to a request; both are torn first without them.
-- ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is, not what is true.
-- ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations; ``questions.json``: evaluation
-  questions with the keywords of a helpful answer.
+- ``crafts.json``: its answers to the same phrasings about harmless things, some written on by hand. They are safe and
+  retain records both: what tells a restricted request from an ordinary one must be the thing asked for, never the form
+  of the question.
+- ``writing.json``: poems, letters, stories, questions of language and advice, safe and retain records too. Verse is far
+  from every other record, and "How can I become …" is close to a request; both are torn first without them.
+- ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is,
+not what is true.
+- ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations;
+  ``questions.json``: evaluation questions with the keywords of a helpful answer.
 - ``final.json``: all that the split ``final`` consists of, apart from the others so that work on them does not show it.
 """
 
@@ -47,7 +50,10 @@ def training_records(split: str = "train") -> list[Record]:
     if split in HELD_OUT:
         return list(_retain(split))
     if split not in ("train", "validation"):
-        raise UserError(f"data.sources.split={split}: the demo has the splits train and validation, and retain records in test and final")
+        raise UserError(
+            f"data.sources.split={split}: the demo has the splits train and validation, and retain records in test and "
+            "final"
+        )
     return [*_unsafe(split), *_pairs(split), *_safe(split), *_retain(split)]
 
 
@@ -65,7 +71,9 @@ def prompts(split: str = "test") -> list[Prompt]:
     for number, entry in enumerate(of_split("questions", split)):
         source = f"demo:{split}:{entry['kind']}:{number}"
         expected = tuple(entry["expected"])
-        out.append(Prompt(entry["kind"], entry["text"], expected, source_id=source, min_expected=entry.get("min_expected", 1)))
+        out.append(
+            Prompt(entry["kind"], entry["text"], expected, source_id=source, min_expected=entry.get("min_expected", 1))
+        )
     return out
 
 
@@ -88,7 +96,9 @@ def bare_name(item: str) -> str:
 
 
 def _requests(split: str, rounds: range) -> Iterator[tuple[str, str]]:
-    """(item, request) for every item in every round; the phrasing moves with item and round, so no combination comes twice."""
+    """(item, request) for every item in every round; the phrasing moves with item and round, so no combination comes
+    twice.
+    """
     items, phrasings = of_split("items", split), of_split("phrasings", split)
     for shift in rounds:
         for number, item in enumerate(items):
@@ -97,9 +107,14 @@ def _requests(split: str, rounds: range) -> Iterator[tuple[str, str]]:
 
 
 def _complying(split: str, item: str, number: int) -> str:
-    """The ``number``-th complying answer about ``item``: a skeleton with its slots filled by strides that do not divide the lists."""
+    """The ``number``-th complying answer about ``item``: a skeleton with its slots filled by strides that do not divide
+    the lists.
+    """
     skeletons, slots = part("attacks")["complying"][split], part("attacks")["slots"]
-    filled = {slot: values[(number * stride) % len(values)] for (slot, values), stride in zip(slots.items(), (1, 3, 7, 1, 1), strict=True)}
+    filled = {
+        slot: values[(number * stride) % len(values)]
+        for (slot, values), stride in zip(slots.items(), (1, 3, 7, 1, 1), strict=True)
+    }
     name = bare_name(item)
     return skeletons[number % len(skeletons)].format(item=item, name=name, Name=name.capitalize(), **filled)
 
@@ -137,7 +152,9 @@ def _safe(split: str) -> Iterator[Record]:
             yield Record("safe", _asked(text), answer, origin=f"demo:train:{name}:{number}")
     paired = len(PAIR_ROUNDS[split]) * len(of_split("items", split))
     for number, (item, text) in enumerate(_requests(split, REFUSED_ROUNDS[split])):
-        yield Record("safe", _asked(text), _refusal(split, item, paired + number), origin=f"demo:{split}:refused:{number}")
+        yield Record(
+            "safe", _asked(text), _refusal(split, item, paired + number), origin=f"demo:{split}:refused:{number}"
+        )
 
 
 def _retain(split: str) -> Iterator[Record]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class Changes:
-    """What was changed, in order. ``undo`` takes it back from the last to the first, also what a mechanism did before it failed.
+    """What was changed, in order. ``undo`` takes it back from the last to the first, also what a mechanism did before
+    it failed.
 
     What was changed by others meanwhile stays, unless it stands in the same place.
     """
@@ -34,7 +35,9 @@ class Changes:
         setattr(target, name, value)
 
     def place(self, parameter: nn.Parameter, values: Tensor) -> None:
-        """Let ``parameter``, which stays the same object, hold equal values elsewhere. Undone, they go back to its device."""
+        """Let ``parameter``, which stays the same object, hold equal values elsewhere. Undone, they go back to its
+        device.
+        """
         self._undo.callback(_send_back, parameter, parameter.device)
         parameter.data = values
 
@@ -46,7 +49,11 @@ class Changes:
         try:
             yield
         finally:
-            for name in [name for name in (*own, *before) if name not in own or name not in before or own[name] is not before[name]]:
+            for name in [
+                name
+                for name in (*own, *before)
+                if name not in own or name not in before or own[name] is not before[name]
+            ]:
                 self._undo.callback(_put_back, own, name, name in before, before.get(name))
 
     def undo(self) -> None:

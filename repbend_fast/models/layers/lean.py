@@ -1,8 +1,9 @@
 """Norms and gated MLPs of one model that keep less for backward, with the values of the layers that they stand for.
 
-Only what the modules do with their inputs changes: the operations are Liger's where ``layers.liger`` bound them, elsewhere those of
-``repbend_kernels``; what comes out can be made again in backward (``layers.recompute``). Of a block of a Llama with 32-bit states that
-leaves 4 D + 2 I elements per token, keys and values apart, of 6 D + 4 I; D is the width of a hidden state, I the MLP's.
+Only what the modules do with their inputs changes: the operations are Liger's where ``layers.liger`` bound them,
+elsewhere those of ``repbend_kernels``; what comes out can be made again in backward (``layers.recompute``). Of a block
+of a Llama with 32-bit states that leaves 4 D + 2 I elements per token, keys and values apart, of 6 D + 4 I; D is the
+width of a hidden state, I the MLP's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _MAKE = "_lean_make"
 
 
 def use_lean_layers(model: nn.Module, changes: Changes | None = None) -> None:
-    """Bind lean forwards to the norms and MLPs of the families in ``liger.FAMILIES``, in place; a second call changes nothing.
+    """Bind lean forwards to the norms and MLPs of the families in ``liger.FAMILIES``, in place; a second call changes
+    nothing.
 
     Parameters, submodules and classes stay; other families, derived classes and other activations are left alone.
     """
@@ -39,9 +41,19 @@ def use_lean_layers(model: nn.Module, changes: Changes | None = None) -> None:
     for name in found.mlps:
         mlp: Any = body.get_submodule(name)
         if uses_liger(mlp):
-            _bind(changes, mlp, _liger_fused_mlp_forward if family.fused_gate else _mlp_forward, _liger_product(activation))
+            _bind(
+                changes,
+                mlp,
+                _liger_fused_mlp_forward if family.fused_gate else _mlp_forward,
+                _liger_product(activation),
+            )
         else:
-            _bind(changes, mlp, _fused_mlp_forward if family.fused_gate else _mlp_forward, partial(gated_product, activation=activation))
+            _bind(
+                changes,
+                mlp,
+                _fused_mlp_forward if family.fused_gate else _mlp_forward,
+                partial(gated_product, activation=activation),
+            )
 
 
 def _bind(changes: Changes, module: nn.Module, forward: Any, make: Any) -> None:

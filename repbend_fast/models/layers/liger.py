@@ -1,8 +1,8 @@
 """Liger-Kernel's fused RMSNorm, RoPE and SwiGLU/GeGLU in one loaded model (arXiv 2410.10989).
 
-Liger's own ``_apply_liger_kernel_to_instance`` also replaces classes and functions of transformers for the whole process; here only the
-modules of this model change. Both passes of a step run the replaced modules, so equal inputs give equal bits as before. Liger's
-losses stay off: the objectives bring their own.
+Liger's own ``_apply_liger_kernel_to_instance`` also replaces classes and functions of transformers for the whole
+process; here only the modules of this model change. Both passes of a step run the replaced modules, so equal inputs
+give equal bits as before. Liger's losses stay off: the objectives bring their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ Setting = bool | Literal["auto"]
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of transformers names its modules (``{prefix}RMSNorm`` …) and which variant of Liger's kernels is its own."""
+    """How one family of transformers names its modules (``{prefix}RMSNorm`` …) and which variant of Liger's kernels is
+    its own.
+    """
 
     package: str
     prefix: str
@@ -36,7 +38,10 @@ class Family:
     def class_of(self, module: nn.Module) -> str:
         """The class name without the prefix, or '' for a module that is not exactly one of this family's classes."""
         kind = type(module)
-        own = kind.__module__ == f"transformers.models.{self.package}.modeling_{self.package}" and kind.__name__.startswith(self.prefix)
+        own = (
+            kind.__module__ == f"transformers.models.{self.package}.modeling_{self.package}"
+            and kind.__name__.startswith(self.prefix)
+        )
         return kind.__name__.removeprefix(self.prefix) if own else ""
 
 
@@ -75,7 +80,8 @@ def use_liger(model: nn.Module, setting: Setting, device: torch.device, changes:
 
 
 def liger_note(model: nn.Module, setting: Setting, device: torch.device) -> str | None:
-    """A line for the user where ``model.liger=auto`` leaves the model as it is on CUDA, else None. The model is only looked at.
+    """A line for the user where ``model.liger=auto`` leaves the model as it is on CUDA, else None. The model is only
+    looked at.
 
     Raises:
         UserError: ``model.liger=true`` where it cannot be: no CUDA, the package missing, another family.
@@ -105,7 +111,8 @@ def check_liger(setting: Setting, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise UserError(
-            f"model.liger=true: Liger's kernels need a CUDA device, and this run is on {device.type}; set model.liger=auto or false"
+            f"model.liger=true: Liger's kernels need a CUDA device, and this run is on {device.type}; set "
+            "model.liger=auto or false"
         )
     if reason := _missing_package():
         raise UserError(f"model.liger=true: {reason}; set model.liger=auto or false")
@@ -114,7 +121,8 @@ def check_liger(setting: Setting, device: torch.device) -> None:
 def find_replaceable(model: nn.Module) -> Replaceable | None:
     """The modules of ``model``'s decoder that Liger has a kernel for; None for a family that it is not used on.
 
-    A class that merely derives from a family's own, or comes with the model's repository, may compute something else: it is left alone.
+    A class that merely derives from a family's own, or comes with the model's repository, may compute something else:
+    it is left alone.
     """
     body = find_decoder(model).body
     family = FAMILIES.get(_model_type(body))
@@ -135,7 +143,8 @@ def find_replaceable(model: nn.Module) -> Replaceable | None:
 def replace_modules(model: nn.Module, changes: Changes | None = None) -> Replaceable:
     """Bind Liger's forwards to the modules of ``find_replaceable``, in place; a second call changes nothing.
 
-    Parameters and submodules stay as they are. The model must be of a family in ``FAMILIES``, and liger-kernel installed.
+    Parameters and submodules stay as they are. The model must be of a family in ``FAMILIES``, and liger-kernel
+    installed.
     """
     found, changes = find_replaceable(model), changes or Changes()
     assert found is not None
@@ -193,10 +202,15 @@ def _own_forward(module: nn.Module) -> FunctionType:
 
 
 def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
-    """A copy of ``function`` that sees ``value`` under the global ``name``: transformers calls RoPE as a function of its module,
-    and replacing it there would change every model of the process."""
+    """A copy of ``function`` that sees ``value`` under the global ``name``: transformers calls RoPE as a function of
+    its module, and replacing it there would change every model of the process.
+    """
     changed = FunctionType(
-        function.__code__, {**function.__globals__, name: value}, function.__name__, function.__defaults__, function.__closure__
+        function.__code__,
+        {**function.__globals__, name: value},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     changed.__kwdefaults__ = function.__kwdefaults__
     return changed

@@ -1,14 +1,15 @@
 """LoRA's forward and backward with the least memory, and dropout whose masks follow keys of the rows.
 
-PEFT's layers keep their weights, names, saving, merging and switching off; only what ``forward`` does with the low-rank part is
-replaced, by ``repbend_kernels.lora_down`` and ``lora_up`` around the base layer, whatever that is.
+PEFT's layers keep their weights, names, saving, merging and switching off; only what ``forward`` does with the low-rank
+part is replaced, by ``repbend_kernels.lora_down`` and ``lora_up`` around the base layer, whatever that is.
 
-Kept for backward: x by reference (q, k and v share one) or, where ``layers.recompute`` knows how it was made, what it was made of;
-A's product with it; and the rows' hashed keys, which all layers share. PEFT keeps x, the mask, the dropped x (in A's dtype, so in
-32 bits for a 16-bit model), A's product, and makes up to four tensors of the output's size on the way.
+Kept for backward: x by reference (q, k and v share one) or, where ``layers.recompute`` knows how it was made, what it
+was made of; A's product with it; and the rows' hashed keys, which all layers share. PEFT keeps x, the mask, the dropped
+x (in A's dtype, so in 32 bits for a 16-bit model), A's product, and makes up to four tensors of the output's size on
+the way.
 
-The training step gives the rows' keys (:func:`lora_dropout`). Without them a layer does what PEFT's does: in training mode each call
-draws masks from torch's generator, in evaluation mode there is no dropout.
+The training step gives the rows' keys (:func:`lora_dropout`). Without them a layer does what PEFT's does: in training
+mode each call draws masks from torch's generator, in evaluation mode there is no dropout.
 
 Legend: N rows (tokens), D inputs, O outputs, r rank.
 """
@@ -33,8 +34,8 @@ from repbend_fast.models.layers.recompute import Origin, origin_of
 class DropoutKeys:
     """What all adapted layers of a model share.
 
-    ``rows`` are the hashed keys (int32 [N]) of the rows that the pass in progress runs, None for no dropout. ``given`` says whether
-    :func:`lora_dropout` decides; where it does not, dropout follows the layers' training mode.
+    ``rows`` are the hashed keys (int32 [N]) of the rows that the pass in progress runs, None for no dropout. ``given``
+    says whether :func:`lora_dropout` decides; where it does not, dropout follows the layers' training mode.
     """
 
     def __init__(self) -> None:
@@ -77,13 +78,16 @@ class LowRankForward(nn.Module):
         if not keys.given:
             if not (self.training and module.training):
                 return None, p
-            # At every call anew, from the generator that checkpointing sets back: a recomputed block draws the same masks.
+            # At every call anew, from the generator that checkpointing sets back: a recomputed block draws the same
+            # masks.
             return torch.randint(-(2**31), 2**31, x.shape[:1], dtype=torch.int32, device=x.device), p
         if keys.rows is not None and keys.rows.numel() != x.shape[0]:
             raise ValueError(f"lora_dropout: keys for {keys.rows.numel()} rows, but the pass has {x.shape[0]}")
         return keys.rows, p
 
-    def _down(self, x: Tensor, name: str, origin: Origin | None, hashes: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
+    def _down(
+        self, x: Tensor, name: str, origin: Origin | None, hashes: Tensor | None, p: float
+    ) -> tuple[Tensor, Tensor]:
         a = cast(Any, self).lora_A[name].weight
         remake = None
         if origin is not None and torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
@@ -106,19 +110,28 @@ def use_low_rank_forward(model: nn.Module, changes: Changes | None = None) -> No
     """Give every LoRA layer of a PEFT model this module's forward, in place; a second call changes nothing.
 
     Raises:
-        UserError: a kind of adapter whose forward is not plain LoRA (DoRA, a LoRA bias, an adapted embedding or 8-bit layer).
+        UserError: a kind of adapter whose forward is not plain LoRA (DoRA, a LoRA bias, an adapted embedding or 8-bit
+            layer).
     """
     from peft.tuners.lora import LoraLayer
 
-    layers: list[tuple[str, Any]] = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
     changes, keys = changes or Changes(), DropoutKeys()
     for place, (name, layer) in enumerate(layers):
         if isinstance(layer, LowRankForward):
             return
         if type(layer).__name__ not in ("Linear", "Linear4bit"):
-            raise UserError(f"the adapter on {name} is of kind {type(layer).__name__}; only LoRA on linear and 4-bit layers can be trained")
+            raise UserError(
+                f"the adapter on {name} is of kind {type(layer).__name__}; only LoRA on linear and 4-bit layers can be "
+                "trained"
+            )
         if layer.lora_variant or any(linear.bias is not None for linear in layer.lora_B.values()):
-            raise UserError(f"the adapter on {name} is not plain LoRA (use_dora, lora_bias or another variant); train one without it")
+            raise UserError(
+                f"the adapter on {name} is not plain LoRA (use_dora, lora_bias or another variant); train one without "
+                "it"
+            )
         changes.kind(layer, _with_low_rank_forward(layer.__class__))
         changes.entry(vars(layer), "dropout_keys", keys)
         changes.entry(vars(layer), "place", place)
@@ -135,13 +148,15 @@ def set_dropout_rate(model: nn.Module, p: float, changes: Changes | None = None)
 
 @contextmanager
 def lora_dropout(model: nn.Module, keys: Tensor | None) -> Iterator[None]:
-    """LoRA's dropout, and only LoRA's, for the passes inside, their backward included (recomputed blocks read the keys again).
+    """LoRA's dropout, and only LoRA's, for the passes inside, their backward included (recomputed blocks read the keys
+    again).
 
-    The keys decide, whatever the mode. A model's own dropout stays off: it would make the adapted pass differ from the reference at B = 0.
+    The keys decide, whatever the mode. A model's own dropout stays off: it would make the adapted pass differ from the
+    reference at B = 0.
 
     Args:
-        keys: int64 [N] or [B, T], one for each row of the pass: rows of equal keys get equal masks, in each layer another.
-            None switches dropout off.
+        keys: int64 [N] or [B, T], one for each row of the pass: rows of equal keys get equal masks, in each layer
+            another. None switches dropout off.
 
     Raises:
         UserError: keys for a model whose layers :func:`use_low_rank_forward` has not prepared.
@@ -150,7 +165,9 @@ def lora_dropout(model: nn.Module, keys: Tensor | None) -> Iterator[None]:
     shared = next((module.dropout_keys for module in model.modules() if isinstance(module, LowRankForward)), None)
     if shared is None:
         if keys is not None:
-            raise UserError("this model has no LoRA adapter that is prepared for training; attach one, then use_low_rank_forward")
+            raise UserError(
+                "this model has no LoRA adapter that is prepared for training; attach one, then use_low_rank_forward"
+            )
         yield
         return
     previous = shared.rows, shared.given

@@ -1,4 +1,6 @@
-"""Host memory in place of device memory: inputs of recomputed blocks, and the embedding and head of very small cards."""
+"""Host memory in place of device memory: inputs of recomputed blocks, and the embedding and head of very
+small cards.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,17 @@ class _Kept:
 class HostStates:
     """Inputs of the recomputed blocks of one pass, in pinned host memory between forward and backward.
 
-    Copies run on a side stream beside the blocks' own work: two may be under way in forward, and backward, which goes through
-    the blocks in reverse, fetches one block ahead. On the device at most two states are kept instead of one for each block;
-    the cost is the link's time where it is longer than a block's.
+    Copies run on a side stream beside the blocks' own work: two may be under way in forward, and backward, which goes
+    through the blocks in reverse, fetches one block ahead. On the device at most two states are kept instead of one for
+    each block; the cost is the link's time where it is longer than a block's.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._streams = device.type == "cuda" and torch.cuda.is_available()
         self._kept: dict[int, _Kept] = {}
-        # A state stays referenced until the device has been told to wait for its copy. ``record_stream`` would hold it until the host
-        # sees the copy done, and the host runs blocks ahead.
+        # A state stays referenced until the device has been told to wait for its copy. ``record_stream`` would hold it
+        # until the host sees the copy done, and the host runs blocks ahead.
         self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def __del__(self) -> None:
@@ -134,12 +136,13 @@ class HostLinear(nn.Linear):
 
 
 def offload_embedding(model: Any, changes: Changes | None = None) -> None:
-    """Move the input embedding and the output head, tied or not, to pinned host memory, in place. A second call changes nothing.
+    """Move the input embedding and the output head, tied or not, to pinned host memory, in place. A second call changes
+    nothing.
 
-    Saves their size on the device (2 · V · D, half of it where they are tied). It costs one wait for the device per pass, for the
-    token ids, and per piece of a stream with a head term the transfer of the whole head: 1 GB for Llama-3-8B, about 0.1 s.
-    While such a piece's head loss runs, the head is on the device; it has left before backward. Parameters stay the same objects;
-    undone, their values are on the device again.
+    Saves their size on the device (2 · V · D, half of it where they are tied). It costs one wait for the device per
+    pass, for the token ids, and per piece of a stream with a head term the transfer of the whole head: 1 GB for
+    Llama-3-8B, about 0.1 s. While such a piece's head loss runs, the head is on the device; it has left before
+    backward. Parameters stay the same objects; undone, their values are on the device again.
 
     Raises:
         UserError: the head is not a plain frozen linear layer.
@@ -150,7 +153,8 @@ def offload_embedding(model: Any, changes: Changes | None = None) -> None:
         return
     if type(head) is not nn.Linear or head.weight.requires_grad:
         raise UserError(
-            f"memory.offload_embedding=true: the output head is a {type(head).__name__}, and only a frozen plain linear layer can "
+            f"memory.offload_embedding=true: the output head is a {type(head).__name__}, and only a frozen plain "
+            "linear layer can "
             "be kept in host memory; set it to false"
         )
     changes = changes or Changes()

@@ -1,8 +1,8 @@
 """Inputs of adapted layers that backward computes again instead of keeping them.
 
-LoRA's gradient of A needs the layer's input x (``layers.lora``). Mostly a norm or a gated product has just made x from tensors that
-backward keeps anyway, and making it again costs a few passes over it. Such a tensor carries its origin; the adapted layers
-that read it keep the origin's inputs, which their owners keep too, in place of x.
+LoRA's gradient of A needs the layer's input x (``layers.lora``). Mostly a norm or a gated product has just made x from
+tensors that backward keeps anyway, and making it again costs a few passes over it. Such a tensor carries its origin;
+the adapted layers that read it keep the origin's inputs, which their owners keep too, in place of x.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def recomputable(make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``make(*inputs)``, which knows its origin where there will be a backward.
 
     Args:
-        make: gives equal bits for equal inputs, under autocast or not. Unless it keeps ``inputs`` for its own backward nothing is saved.
+        make: gives equal bits for equal inputs, under autocast or not. Unless it keeps ``inputs`` for its own backward
+            nothing is saved.
     """
     made = make(*inputs)
     if made.requires_grad:
@@ -63,6 +64,8 @@ def recomputable(make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def origin_of(x: Tensor) -> Origin | None:
-    """The origin of ``x`` itself (views of it have none); None where it is unknown or ``x`` was changed in place since."""
+    """The origin of ``x`` itself (views of it have none); None where it is unknown or ``x`` was changed in
+    place since.
+    """
     origin: Origin | None = getattr(x, _ATTRIBUTE, None)
     return origin if origin is not None and origin.version == x._version else None

@@ -1,4 +1,6 @@
-"""What is switched on a model for a while and back again: its adapter, its mode, how it generates, what one module gives."""
+"""What is switched on a model for a while and back again: its adapter, its mode, how it generates, what one module
+gives.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 def reference_model(model: Any) -> Iterator[None]:
     """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits.
 
-    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's ``requires_grad`` twice
-    (docs/log.md has what that costs).
+    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's
+    ``requires_grad`` twice (docs/log.md has what that costs).
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -34,7 +36,9 @@ def reference_model(model: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode restored after, since a frozen part may already have been in evaluation mode."""
+    """Evaluation mode inside; every module's own mode restored after, since a frozen part may already have been in
+    evaluation mode.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,6 @@
-"""The stand-ins of one truncated, tapped pass: a shortened list of wrapped blocks, and a final norm that may be left out."""
+"""The stand-ins of one truncated, tapped pass: a shortened list of wrapped blocks, and a final norm that may be left
+out.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,20 @@ Visit = Callable[[int, Tensor], Tensor]
 
 
 class TappedBlock(nn.Module):
-    """One decoder block for one pass: block, optionally recomputed in backward, then the visit outside of the recomputed region."""
+    """One decoder block for one pass: block, optionally recomputed in backward, then the visit outside of the
+    recomputed region.
+    """
 
-    def __init__(self, block: nn.Module, index: int, visit: Visit, *, last: bool, recompute: bool, offload: OffloadedInputs | None) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        visit: Visit,
+        *,
+        last: bool,
+        recompute: bool,
+        offload: OffloadedInputs | None,
+    ) -> None:
         super().__init__()
         self.block = block
         self._index = index
@@ -90,7 +103,9 @@ class _Input:
 
 
 class _LeftOutNorm(nn.Module):
-    """The final norm of a truncated pass: itself until the blocks have run, since a family may use it before them too, then nothing."""
+    """The final norm of a truncated pass: itself until the blocks have run, since a family may use it before them too,
+    then nothing.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -111,7 +126,9 @@ class _LeftOutNorm(nn.Module):
 def truncated(
     body: Any, norm_name: str | None, stop: int, visit: Visit, checkpoint_blocks: int, offload: OffloadedInputs | None
 ) -> Iterator[None]:
-    """While entered, ``body.layers`` ends before hidden state ``stop`` and visits each; the arguments are those of ``run_decoder``."""
+    """While entered, ``body.layers`` ends before hidden state ``stop`` and visits each; the arguments are those of
+    ``run_decoder``.
+    """
     layers: nn.ModuleList = body.layers
     total = len(layers)
     norm = None if norm_name is None or stop == total else _LeftOutNorm(getattr(body, norm_name))

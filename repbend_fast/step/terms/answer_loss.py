@@ -43,7 +43,9 @@ class AnswerLossExecution(Execution[AnswerLoss]):
         targets = piece.input_ids.reshape(-1)[self.rows + 1]
         head = head.on(states.device)
         chunk_rows = self.place.levers.kl_chunk_rows
-        return linear_log_prob(states, head.weight, targets, bias=head.bias, softcap=head.softcap, lengths=lengths, chunk_rows=chunk_rows)
+        return linear_log_prob(
+            states, head.weight, targets, bias=head.bias, softcap=head.softcap, lengths=lengths, chunk_rows=chunk_rows
+        )
 
     def _loss(self, log_probs: Tensor) -> Tensor:
         """The piece's share of the unweighted term."""

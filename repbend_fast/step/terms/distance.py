@@ -31,8 +31,8 @@ class DistanceExecution(Execution[Distance]):
     def _replace_against(self, against: tuple[Sequence | None, ...]) -> None:
         """Take reference rows after the shared prompt from the other answer.
 
-        Rows of the prompt itself are equal by causality and stay those of this piece's own pass: the same shapes give the
-        same bits, so their distance at B = 0 is exactly zero.
+        Rows of the prompt itself are equal by causality and stay those of this piece's own pass: the same shapes give
+        the same bits, so their distance at B = 0 is exactly zero.
         """
         place, term = self.place, self.term
         others: list[Sequence] = []
@@ -60,7 +60,13 @@ class DistanceExecution(Execution[Distance]):
                 self.kept[layer][into] = hidden.reshape(-1, hidden.shape[-1])[source]
             return hidden
 
-        run_decoder(parts.decoder, other_piece.input_ids, position_ids=other_piece.position_ids, stop=max(term.layers), visit=visit)
+        run_decoder(
+            parts.decoder,
+            other_piece.input_ids,
+            position_ids=other_piece.position_ids,
+            stop=max(term.layers),
+            visit=visit,
+        )
 
     def tap(self, layer: int, hidden: Tensor) -> Tensor:
         term, power = self.term, self.term.unit_power
@@ -85,6 +91,12 @@ class DistanceExecution(Execution[Distance]):
 
 
 def fixed_row(direction: Direction, hidden: Tensor, unit: float = 1.0) -> Tensor:
-    """The row c·u that a term with a fixed target compares with, [1, D], the same on every device; c is a multiple of ``unit``."""
-    row = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(direction.seed), dtype=torch.float32).double()
-    return to_device((row * (direction.length * unit / torch.linalg.vector_norm(row)))[None].to(hidden.dtype), hidden.device)
+    """The row c·u that a term with a fixed target compares with, [1, D], the same on every device; c is a multiple of
+    ``unit``.
+    """
+    row = torch.rand(
+        hidden.shape[-1], generator=torch.Generator().manual_seed(direction.seed), dtype=torch.float32
+    ).double()
+    return to_device(
+        (row * (direction.length * unit / torch.linalg.vector_norm(row)))[None].to(hidden.dtype), hidden.device
+    )

@@ -3,7 +3,8 @@
     first_pass(term, first, piece)    sums over the whole stream, once it is split; none for most kinds
     keep(l, hidden)                   in the reference pass, at each hidden state that the term compares
     compare()                         at the end of the reference pass, the adapter still off
-    tap(l, hidden)                    in the adapted pass, at each hidden state that the term reads; the result takes its place
+    tap(l, hidden)                    in the adapted pass, at each hidden state that the term reads; the result takes
+                                      its place
     losses()                          the piece's weighted share of the term, differentiable
     report(term, meter, result, sums) what the stream's run says of it
 
@@ -34,7 +35,9 @@ Kind = TypeVar("Kind", bound=Term)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a term is computed: a piece of a stream on a model under the levers in force. ``meter`` receives the piece's values."""
+    """Where a term is computed: a piece of a stream on a model under the levers in force. ``meter`` receives the
+    piece's values.
+    """
 
     parts: ModelParts
     stream: Stream
@@ -49,8 +52,12 @@ class FirstPass(Protocol):
     parts: ModelParts
     stream: Stream
 
-    def each(self, sequences: tuple[Sequence, ...], work: Callable[[Piece], T], members: Iterable[int] | None = None) -> Iterator[T]:
-        """``work`` on each piece of the sequences, or of those ``members``; one that runs out of memory is done again in smaller ones."""
+    def each(
+        self, sequences: tuple[Sequence, ...], work: Callable[[Piece], T], members: Iterable[int] | None = None
+    ) -> Iterator[T]:
+        """``work`` on each piece of the sequences, or of those ``members``; one that runs out of memory is done again
+        in smaller ones.
+        """
         ...
 
     def sums(self, piece: Piece) -> AbstractContextManager[Any]:
@@ -68,8 +75,8 @@ class Execution(Generic[Kind]):
     Attributes:
         sums: of ``first_pass``, over the whole stream; None where the piece is all of it.
         kept: rows of the reference by hidden state, [R, D].
-        sums_lack_piece: whether the sums are without the piece that they were taken for, whose own states are added to them; they stay
-            only when that piece is done.
+        sums_lack_piece: whether the sums are without the piece that they were taken for, whose own states are added to
+            them; they stay only when that piece is done.
     """
 
     sums_lack_piece = False
@@ -144,10 +151,15 @@ def execution_of(term: Term) -> type[Execution[Any]]:
         if kind in EXECUTIONS:
             return EXECUTIONS[kind]
     name = type(term).__name__
-    raise TypeError(f"{term.described}: nothing says how a {name} is computed; decorate an Execution with step.terms.executes({name})")
+    raise TypeError(
+        f"{term.described}: nothing says how a {name} is computed; decorate an Execution with "
+        f"step.terms.executes({name})"
+    )
 
 
-def by_layer(executions: Seq[Execution[Any]], layers_of: Callable[[Term], Iterable[int]]) -> dict[int, list[Execution[Any]]]:
+def by_layer(
+    executions: Seq[Execution[Any]], layers_of: Callable[[Term], Iterable[int]]
+) -> dict[int, list[Execution[Any]]]:
     """The executions that have something to do at a hidden state, by hidden state, in their order."""
     found: dict[int, list[Execution[Any]]] = {}
     for execution in executions:

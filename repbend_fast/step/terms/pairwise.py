@@ -1,5 +1,6 @@
-"""The pairwise cosine of a stream, exactly in pieces too: before the first piece is differentiated, the sums over the other pieces' prompts
-are taken without a gradient; its own states complete them."""
+"""The pairwise cosine of a stream, exactly in pieces too: before the first piece is differentiated, the sums over the
+other pieces' prompts are taken without a gradient; its own states complete them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from repbend_fast.step.terms.execution import Execution, FirstPass, Place, execu
 
 @dataclass
 class PairwiseSums:
-    """Sums over the unit states of ``count`` sequences of a stream: ``units`` Σ ĥ [layers, D], ``squares`` Σ ‖ĥ‖² [layers]."""
+    """Sums over the unit states of ``count`` sequences of a stream: ``units`` Σ ĥ [layers, D], ``squares`` Σ ‖ĥ‖²
+    [layers].
+    """
 
     units: Tensor
     squares: Tensor
@@ -34,7 +37,11 @@ class PairwiseSums:
 
     def add(self, other: PairwiseSums) -> None:
         """Take other sequences in."""
-        self.units, self.squares, self.count = self.units + other.units, self.squares + other.squares, self.count + other.count
+        self.units, self.squares, self.count = (
+            self.units + other.units,
+            self.squares + other.squares,
+            self.count + other.count,
+        )
 
 
 @executes(PairwiseCosine)
@@ -103,7 +110,9 @@ def pairwise_sums(parts: ModelParts, term: PairwiseCosine, prompts: Piece) -> Pa
         return hidden
 
     with parts.autocasting():
-        run_decoder(parts.decoder, prompts.input_ids, position_ids=prompts.position_ids, stop=max(term.layers), visit=visit)
+        run_decoder(
+            parts.decoder, prompts.input_ids, position_ids=prompts.position_ids, stop=max(term.layers), visit=visit
+        )
     return sums_of([gathered[layer] for layer in term.layers])
 
 

@@ -1,7 +1,8 @@
-"""Triplets around the mean unsafe state of a stream, exactly, whatever the stream is cut into (``repbend_kernels.triplet_tap``).
+"""Triplets around the mean unsafe state of a stream, exactly, whatever the stream is cut into
+(``repbend_kernels.triplet_tap``).
 
-A stream in one piece has the sums that its triplets share at the tap; one in several takes them from a first pass without a gradient
-(from two, where a margin is so small that v may be negative).
+A stream in one piece has the sums that its triplets share at the tap; one in several takes them from a first pass
+without a gradient (from two, where a margin is so small that v may be negative).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.pieces import Piece
 from repbend_fast.step.terms.execution import Execution, FirstPass, Place, executes
 
-# Two cosine distances differ by at most this much. With a margin of it or more no triplet is ever inactive, but for the one
-# opposite to m, whose part in t is projected out.
+# Two cosine distances differ by at most this much. With a margin of it or more no triplet is ever inactive, but for the
+# one opposite to m, whose part in t is projected out.
 WIDEST = 2.0
 
 Sums = dict[int, TripletSums]
@@ -31,7 +32,9 @@ Sums = dict[int, TripletSums]
 
 @executes(Triplets)
 class TripletsExecution(Execution[Triplets]):
-    """``kept`` holds safe rows, then unsafe ones, and is used up: the op overwrites it with the direction of the gradient."""
+    """``kept`` holds safe rows, then unsafe ones, and is used up: the op overwrites it with the direction of the
+    gradient.
+    """
 
     def __init__(self, term: Triplets, place: Place, sums: Sums | None = None) -> None:
         super().__init__(term, place, sums)
@@ -112,12 +115,14 @@ def only_active(everything: Sums, active: Sums) -> Sums:
     return {layer: TripletSums(sums.unsafe, active[layer].units) for layer, sums in everything.items()}
 
 
-def triplet_sums(parts: ModelParts, term: Triplets, piece: Piece, known: Sums | None = None, reference: Any = None) -> Sums:
+def triplet_sums(
+    parts: ModelParts, term: Triplets, piece: Piece, known: Sums | None = None, reference: Any = None
+) -> Sums:
     """The sums over one piece, by hidden state; LoRA dropout is the caller's, as in the piece's adapted pass.
 
     Args:
-        known: sums over the whole stream with every row counted as active; then, with the ``reference`` rows of the piece, only
-            the rows that are active count.
+        known: sums over the whole stream with every row counted as active; then, with the ``reference`` rows of the
+            piece, only the rows that are active count.
     """
     rows = triplet_rows(term, piece)
     found: Sums = {}
