@@ -25,6 +25,7 @@ class Prompt:
     ``expected``: lower-case keywords (each begins a word) of which a helpful answer has at least ``min_expected``;
     empty = not checked. ``item``: what an attack asks for, as the judge should find it named. ``source_id``: where the
     prompt comes from. ``messages``: the whole conversation where it is more than the one user turn ``text``.
+    ``target``: how a complying answer begins, where the set says so.
     """
 
     kind: Kind
@@ -34,6 +35,7 @@ class Prompt:
     source_id: str = ""
     messages: tuple[Message, ...] | None = None
     min_expected: int = 1
+    target: str = ""
 
     def conversation(self) -> tuple[Message, ...]:
         """The turns up to and including the request."""

@@ -1,0 +1,1 @@
+"""Attacks on a model, one file each behind :class:`~repbend_fast.evaluation.attacks.protocol.Attack`."""
