@@ -68,9 +68,9 @@ class ModelConfig(Section):
 class LoraSection(Section):
     """LoRA through peft. Defaults are the published ones."""
 
-    r: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 16
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    r: Positive = Field(16, description="Rank.")
+    alpha: Annotated[float, Field(gt=0)] = Field(16, description="The adapter counts alpha / r.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Of the adapter's input, while training.")
     target_modules: Annotated[list[str], Field(min_length=1)] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         description="Linear layers that get LoRA.",
@@ -81,41 +81,51 @@ class LoraSection(Section):
         "-1`; `last_three` = "
         "those before the last hidden state that the objective reads.",
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Dtype of the adapter's own weights.")
 
 
 class TrainingConfig(Section):
     """The loop."""
 
-    steps: Positive = 300
+    steps: Positive = Field(300, description="Optimizer steps.")
     examples: Positive = Field(4, description="Examples per micro-batch: B safe, B unsafe, B pairs, B retain.")
     retain_examples: Positive | None = Field(
         None, description="Retain examples per micro-batch, if another number than examples."
     )
-    accumulation: Positive = 4
+    accumulation: Positive = Field(4, description="Micro-batches per optimizer step.")
     normalize: Literal["micro_batch", "step"] = Field(
         "micro_batch",
         description="What a mean runs over: each micro-batch, whose means are averaged (published), or all rows of the "
         "optimizer step.",
     )
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: NonNegative = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw"] = Field(
+        "adamw", description="AdamW, or with 8-bit or paged moments through bitsandbytes."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-5, description="The highest of the schedule.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="Of the learning rate, after the warm-up."
+    )
+    warmup_steps: NonNegative = Field(0, description="Steps in which the learning rate rises from 0.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's, of the adapter alone.")
     # YAML has lists only, so this one type is taken from a list.
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field((0.9, 0.999), description="AdamW's decay rates.")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon.")
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="Largest norm of a step's gradient; none = not clipped."
+    )
     autocast: Literal["none", "bfloat16", "auto"] = Field(
         "none",
         description="Autocast around both passes, for float32 weights; auto: bfloat16 where the device multiplies in "
         "it natively.",
     )
-    seed: NonNegative = 42
+    seed: NonNegative = Field(
+        42,
+        description="Decides LoRA's start, dropout, the order of the records, and which of them a limit or `validation.holdout` "
+        "takes.",
+    )
     checkpoint_every: Positive = Field(50, description="Optimizer steps between resumable checkpoints.")
-    keep_checkpoints: Positive = 2
-    log_every: Positive = 1
+    keep_checkpoints: Positive = Field(2, description="So many of the last ones stay.")
+    log_every: Positive = Field(1, description="Steps between printed lines; metrics.jsonl has every step.")
     threads: NonNegative = Field(0, description="CPU threads; 0 leaves torch's choice.")
 
 
@@ -163,7 +173,7 @@ class ValidationConfig(Section):
     prompts: PromptsConfig | None = Field(
         None, description="Prompts for cheap attack and usefulness rates; none = no generation."
     )
-    max_new_tokens: Positive = 32
+    max_new_tokens: Positive = Field(32, description="Length of an answer to its prompts.")
     max_kl: Annotated[float, Field(gt=0)] | None = Field(
         0.2, description="Stop when KL per token (T=1, nats) on held-out chat passes this."
     )
@@ -198,16 +208,18 @@ class EvaluationConfig(Section):
         description="Chat for perplexity and KL, apart from validation's; empty = validation's held-out `retain` "
         "records.",
     )
-    prompts: PromptsConfig | None = None
-    max_new_tokens: Positive = 64
-    batch_size: Positive = 32
+    prompts: PromptsConfig | None = Field(
+        None, description="Prompts of the measurement before and after; none = nothing is generated."
+    )
+    max_new_tokens: Positive = Field(64, description="Length of an answer.")
+    batch_size: Positive = Field(32, description="Answers that are generated together.")
 
 
 class OutputConfig(Section):
     """The run's folder."""
 
-    folder: str = "runs/repbend"
-    report: bool = True
+    folder: str = Field("runs/repbend", description="The run's folder; `runs/RECIPE` unless it is set.")
+    report: bool = Field(True, description="Write report.html at the end.")
 
 
 class Config(Section):

@@ -61,7 +61,7 @@ class CircuitBreakerConfig(RefusalConfig):
     )
     distance_unit: DistanceUnit = "state"
     schedule_steps: Positive | None = Field(None, description="T of the schedule; none = training.steps.")
-    loss_mode: AnswerMode = "prompt_response"
+    loss_mode: AnswerMode = Field("prompt_response", description="Which tokens' states count.")
     published_quirks: Quirks = False
     padded_length: PaddedLength = 1024
 

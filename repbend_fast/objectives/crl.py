@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.refusal import refusal_streams
@@ -45,12 +47,12 @@ class CRLConfig(RefusalConfig, WindowConfig):
     }
 
     name: Literal["crl"] = "crl"
-    safe: Weight = 0.5
-    unsafe: Weight = 0.6
-    kl: Weight = 0.7
-    safe_margin: Weight = 2.0
-    unsafe_margin: Weight = 3.0
-    loss_mode: AnswerMode = "response_all"
+    safe: Weight = Field(0.5, description="Weight of the safe triplets.")
+    unsafe: Weight = Field(0.6, description="Weight of the unsafe triplets.")
+    kl: Weight = Field(0.7, description="Weight of the KL on retain conversations.")
+    safe_margin: Weight = Field(2.0, description="Margin of the safe triplets.")
+    unsafe_margin: Weight = Field(3.0, description="Margin of the unsafe triplets.")
+    loss_mode: AnswerMode = Field("response_all", description="Which tokens' states count.")
 
     def errors(self) -> Iterator[str]:
         yield from super().errors()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from repbend_fast.data.records import Batch, Role
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.registry import method
@@ -41,10 +43,10 @@ class NPOConfig(KLLimitConfig):
     kl_key: ClassVar[str] = "retain_kl"
 
     name: Literal["npo"] = "npo"
-    beta: AboveZero = 0.1
-    retain_nll: Weight = 0.0
-    retain_kl: Weight = 0.0
-    temperature: AboveZero = 2.0
+    beta: AboveZero = Field(0.1, description="How sharply the loss falls off once an answer has become unlikely.")
+    retain_nll: Weight = Field(0.0, description="Weight of the retain answers' negative log-likelihood.")
+    retain_kl: Weight = Field(0.0, description="Weight of the KL on retain conversations.")
+    temperature: AboveZero = Field(2.0, description="Of the KL's soft-max.")
     published_quirks: Quirks = False
 
     @property

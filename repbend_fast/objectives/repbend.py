@@ -59,18 +59,18 @@ class RepBendConfig(RefusalConfig, WindowConfig):
     layers_title: ClassVar[str] = "mean distance to the reference"
 
     name: Literal["repbend"] = "repbend"
-    safe: Weight = 0.5
-    unsafe: Weight = 0.5
-    cosine: Weight = 0.1
-    kl: Weight = 0.3
-    pair: Weight = 0.0
+    safe: Weight = Field(0.5, description="Weight of the distance of safe states, which are to stay.")
+    unsafe: Weight = Field(0.5, description="Weight of the distance of unsafe states, which are to go.")
+    cosine: Weight = Field(0.1, description="Weight of the pairwise cosine distance of unsafe sequences.")
+    kl: Weight = Field(0.3, description="Weight of the KL on retain conversations.")
+    pair: Weight = Field(0.0, description="Weight of the pair term.")
     unsafe_limit: AboveZero | None = Field(
         None,
         description="A row's unsafe distance counts up to this multiple of its reference's norm; none = no bound, as "
         "published.",
     )
-    loss_mode: LossMode = "response_all"
-    pair_positions: Positive = 20
+    loss_mode: LossMode = Field("response_all", description="Which tokens' states count.")
+    pair_positions: Positive = Field(20, description="Tokens of each half that the pair term reads.")
     published_quirks: Quirks = False
 
     @property

@@ -49,9 +49,9 @@ class RMUConfig(MethodConfig):
     )
     distance_unit: DistanceUnit = "state"
     coefficient: AboveZero = Field(6.5, description="c, the length of the fixed random direction, in distance_unit.")
-    retain: Weight = 1200.0
+    retain: Weight = Field(1200.0, description="Weight of the retain states' squared error.")
     direction_seed: NonNegative = Field(42, description="Seed of the fixed random direction u.")
-    loss_mode: AnswerMode = "prompt_response"
+    loss_mode: AnswerMode = Field("prompt_response", description="Which tokens' states count.")
     published_quirks: Quirks = False
     padded_length: PaddedLength = None
 

@@ -184,8 +184,10 @@ class WindowConfig(KLLimitConfig):
     alpha_mode: Literal["all", "target"] = Field(
         "all", description="Hidden states of the safe term: all, or the window."
     )
-    kl_reduction: Literal["sequence", "token"] = "sequence"
-    temperature: AboveZero = 2.0
+    kl_reduction: Literal["sequence", "token"] = Field(
+        "sequence", description="What the KL is summed over before its mean: a sequence (published), or nothing."
+    )
+    temperature: AboveZero = Field(2.0, description="Of the KL's soft-max.")
 
     @property
     def window(self) -> tuple[int, ...]:
