@@ -1,4 +1,4 @@
-"""The record of the demo over seeds: the README's table, and the goals that every seed has to meet."""
+"""The record of the demo over seeds: its tables, and the goals that every seed has to meet."""
 
 from __future__ import annotations
 
@@ -45,6 +45,42 @@ def demo_table(record: Row) -> str:
         + " |"
     )
     return "\n".join(lines)
+
+
+SUMMARY = {
+    "direct attacks: complied": "attack_direct",
+    "direct attacks: refused": "attack_direct_refused",
+    "direct attacks: degenerate": "attack_direct_degenerate",
+    "forced attacks: complied": "attack_prefill",
+    "forced attacks: refused": "attack_prefill_refused",
+    "forced attacks: degenerate": "attack_prefill_degenerate",
+    "ordinary questions: helpful": "helpful_ordinary",
+    "harmless look-alikes: helpful": "helpful_borderline",
+}
+
+
+def demo_summary(record: Row) -> str:
+    """Markdown for the README: four rows, before and the median of the seeds; three shares for attacks."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for title, key in SUMMARY.items():
+        group, _, share = title.partition(": ")
+        groups.setdefault(group, []).append((share, key))
+    lines = [f"| | before | after, median of {len(record['seeds'])} seeds |", "| --- | ---: | ---: |"]
+    for group, shares in groups.items():
+        names = " / ".join(share for share, _ in shares)
+        cells = [" / ".join(_whole(value) for value in values) + " %" for values in _sides(record, shares)]
+        lines.append(f"| {group}: {names} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _sides(record: Row, shares: list[tuple[str, str]]) -> tuple[list[float | None], list[float | None]]:
+    before = [record["seeds"][0]["before"].get(key) for _, key in shares]
+    after = [[seed["after"].get(key) for seed in record["seeds"]] for _, key in shares]
+    return before, [None if None in values else median(values) for values in after]
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}"
 
 
 def missed_demo_goals(record: Row) -> list[str]:

@@ -120,8 +120,8 @@ class TrainingConfig(Section):
     )
     seed: NonNegative = Field(
         42,
-        description="Decides LoRA's start, dropout, the order of the records, and which of them a limit or `validation.holdout` "
-        "takes.",
+        description="Decides LoRA's start, dropout, the order of the records, and which of them a limit or "
+        "`validation.holdout` takes.",
     )
     checkpoint_every: Positive = Field(50, description="Optimizer steps between resumable checkpoints.")
     keep_checkpoints: Positive = Field(2, description="So many of the last ones stay.")

@@ -1,4 +1,4 @@
-"""What the README says can be typed, and the keys that it names are there."""
+"""What README and docs say can be typed, the keys that they name are there, and the README stays short."""
 
 from __future__ import annotations
 
@@ -11,15 +11,43 @@ import pytest
 from repbend_fast.cli.parser import parse
 from repbend_fast.config import load_config, recipe_names
 from repbend_fast.config.keys import all_keys
+from repbend_fast.config.settings_page import settings_page
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = "\n".join(re.findall(r"^```bash\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL))
-COMMANDS = re.findall(r"^repbend-fast ((?:.*\\\n)*.*)$", SHELL, flags=re.MULTILINE)
+PAGES = {"README.md": README} | {
+    path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")) if path.stem != "log"
+}
+
+
+def commands(page: str) -> list[str]:
+    shell = "\n".join(re.findall(r"^```bash\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL))
+    return re.findall(r"^(?:\S*/)?repbend-fast ((?:.*\\\n)*.*)$", shell, flags=re.MULTILINE)
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in commands(page)))
 
 
 def test_the_readme_shows_commands() -> None:
-    assert len(COMMANDS) > 8
+    assert len(commands(README)) >= 6
+    assert len(COMMANDS) > 20
+
+
+def test_the_readme_is_short_and_its_tables_are_narrow() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 110
+    assert [line for line in lines if line.startswith("|") and len(line) > 100] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_between_pages_lead_somewhere(name: str) -> None:
+    here = ROOT if name == "README.md" else ROOT / "docs"
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", PAGES[name]):
+        page = here / target if target else here / name
+        assert page.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, anchor
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split("\n")[0].strip(" \\"))
@@ -33,11 +61,13 @@ def test_commands_of_the_readme_are_understood(command: str) -> None:
 
 def test_settings_of_the_readme_exist() -> None:
     sections = {key.split(".")[0] for key in all_keys()}
-    named = {key for key in re.findall(r"`([a-z]+\.[a-z_]+)[`=]", README) if key.split(".")[0] in sections} - {
+    text = "\n".join(PAGES.values())
+    named = {key for key in re.findall(r"`([a-z]+\.[a-z_]+)[`=]", text) if key.split(".")[0] in sections} - {
         "evaluation.json"
     }
     assert len(named) > 20
-    assert named <= set(all_keys())
+    of_methods = set(re.findall(r"^- `([a-z_.]+)`", settings_page(), flags=re.MULTILINE))
+    assert named <= set(all_keys()) | of_methods
 
 
 def test_make_targets_of_the_readme_exist() -> None:

@@ -128,10 +128,10 @@ def test_a_seed_measured_before_the_shares_were_kept_leaves_dashes() -> None:
     assert draw(drawn).axes
 
 
-def test_the_recorded_comparison_is_what_the_readme_shows() -> None:
+def test_the_recorded_comparison_is_what_the_results_show() -> None:
     root = Path(__file__).parents[2]
     recorded = json.loads((root / "benchmarks/results/compare.json").read_text(encoding="utf-8"))
-    assert "\n".join(tables.markdown_table(recorded)) in (root / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(tables.markdown_table(recorded)) in (root / "docs/results.md").read_text(encoding="utf-8")
 
 
 def test_the_choice_and_a_seed_that_kept_nothing_stand_below_the_table() -> None:
