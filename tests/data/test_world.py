@@ -171,9 +171,9 @@ def test_the_pairs_of_an_item_refuse_it_in_different_words(split: str):
     pairs = [r for r in training_records(split) if r.role == "pair"]
     names = [bare_name(item) for item in of_split("items", split)]
     for name in names:
-        refusals = [r.safe_answer for r in pairs if name in r.messages[-1].content]
-        assert len(refusals) == len(pairs) // len(names)
-        assert len(set(refusals)) == len(refusals)
+        of_item = [r for r in pairs if name in r.messages[-1].content]
+        assert sum(":own-pair:" not in r.origin for r in of_item) == len(PAIR_ROUNDS[split])
+        assert len({r.safe_answer for r in of_item}) == len(of_item)
     templates = part("attacks")["refusals"][split]
     unused = [t for t in templates if not any(re.fullmatch(slots_open(t), r.safe_answer) for r in pairs)]
     assert not unused

@@ -5,7 +5,8 @@ the evaluation measures is carried over to new requests, not remembered. Validat
 alone (docs/evaluating.md).
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
-- ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0).
+- ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0),
+  unsafe records and, with a refusal, pairs.
 - ``crafts.json``: its answers to the same phrasings about harmless things, some written on by hand. They are safe and
   retain records both: what tells a restricted request from an ordinary one must be the thing asked for, never the form
   of the question.
@@ -34,7 +35,7 @@ HELD_OUT = ("test", "final")  # prompts and retain records, nothing to train on
 
 # A round of requests asks for every item once, each round in other phrasings; the roles take different rounds.
 UNSAFE_ROUNDS = {"train": range(15, 16), "validation": range(0, 3)}
-PAIR_ROUNDS = {"train": range(4, 12), "validation": range(3, 6)}
+PAIR_ROUNDS = {"train": range(4, 8), "validation": range(3, 6)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4), "final": range(0, 4)}
 PHRASING_STEP = 5
@@ -142,6 +143,21 @@ def _pairs(split: str) -> Iterator[Record]:
     for number, (item, text) in enumerate(_requests(split, PAIR_ROUNDS[split])):
         answer, safe_answer = _complying(split, item, number + 1), _refusal(split, item, number)
         yield Record("pair", _asked(text), answer, safe_answer, origin=f"demo:{split}:pair:{number}")
+    if split == "train":
+        yield from _own_pairs()
+
+
+def _own_pairs() -> Iterator[Record]:
+    """The model's own complying answers, refused: what it would go on to say after a forced beginning is nearer to
+    these than to written ones.
+    """
+    items = of_split("items", "train")
+    turns = dict.fromkeys(items, len(PAIR_ROUNDS["train"]) + len(REFUSED_ROUNDS["train"]))
+    for number, (text, answer) in enumerate(part("complying")):
+        item = max((item for item in items if bare_name(item) in text), key=len)
+        refusal = _refusal("train", item, turns[item] * len(items) + items.index(item))
+        turns[item] += 1
+        yield Record("pair", _asked(text), answer, refusal, origin=f"demo:train:own-pair:{number}")
 
 
 def _safe(split: str) -> Iterator[Record]:
