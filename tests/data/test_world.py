@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 
 from repbend_fast.data.demo import prompts, training_records
-from repbend_fast.data.demo.world import bare_name, of_split, part
+from repbend_fast.data.demo.world import PAIR_ROUNDS, bare_name, of_split, part
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Record
 from repbend_fast.errors import UserError
