@@ -44,7 +44,7 @@ bench: $(STAMP)
 
 # Faults put into a copy of the code one at a time: which do the tests notice? (docs/contributing.md). MUTANTS="--only offload" runs some.
 mutants: $(STAMP)
-	$(BIN)/python benchmarks/mutants.py $(MUTANTS)
+	$(BIN)/python -m benchmarks.faults.mutants $(MUTANTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RESULTS, Machine, Work, hardware_slug, median_seconds, rates, wait, write_record
-from measure import peak_bytes, relative_error
+
+from benchmarks.harness import RESULTS, Machine, Work, hardware_slug, median_seconds, rates, wait, write_record
+from benchmarks.measure import peak_bytes, relative_error
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -61,7 +61,7 @@ else
     }
 fi
 OUT=$(mkdir -p "$FOLDER" && cd "$FOLDER" && pwd)
-HARDWARE=$(cd benchmarks && "$PYTHON" -c "import harness; print(harness.hardware_slug())") || exit 2
+HARDWARE=$("$PYTHON" -c "from benchmarks import harness; print(harness.hardware_slug())") || exit 2
 declare -A RECORDS=([ops]="$OUT/$HARDWARE.json" [sweep]="$OUT/$HARDWARE.json" [step]="$OUT/train_step_$HARDWARE.json")
 RECORDS+=([more]="${RECORDS[step]}" [profile]="$OUT/step_profile_$HARDWARE.json" [demo]="$OUT/demo_$HARDWARE.json")
 declare -A STATUS
@@ -80,8 +80,8 @@ PARALLEL=()
 [[ ! $CPU ]] && "$PYTHON" -c "import xdist" 2>/dev/null && PARALLEL=(-n 8)
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
 GPU_TESTS=(-m gpu --continue-on-collection-errors -o addopts="--strict-markers -ra --benchmark-skip")
-STEP=(benchmarks/test_train_step.py --benchmark-enable --benchmark-disable-gc)
-PROFILE=("$PYTHON" benchmarks/step_profile.py --results "${RECORDS[profile]}")
+STEP=(benchmarks/step/test_train_step.py --benchmark-enable --benchmark-disable-gc)
+PROFILE=("$PYTHON" -m benchmarks.step.step_profile --results "${RECORDS[profile]}")
 run_stage() {
     case $1 in
     tests)
@@ -103,7 +103,7 @@ run_stage() {
         local options=(--cases llama3-8b-nf4-b4-real --sides "ours,ours 8GB,eager")
         [[ $CPU ]] && options=(--smoke --sides "ours,ours small" --rounds 1)
         stage profile 500 "${PROFILE[@]}" "${options[@]}" ;;
-    demo) stage demo 500 "$PYTHON" benchmarks/train_demo.py --seeds 42 1 2 --out "${RECORDS[demo]}" ;;
+    demo) stage demo 500 "$PYTHON" -m benchmarks.demo.train_demo --seeds 42 1 2 --out "${RECORDS[demo]}" ;;
     esac
 }
 for name in ${STAGES//,/ }; do
@@ -115,7 +115,7 @@ done
 
 echo "== results"
 for name in ${STAGES//,/ }; do echo "${RECORDS[$name]:-}"; done | sort -u | while read -r record; do
-    [[ -f $record ]] && "$PYTHON" benchmarks/report.py "$record"
+    [[ -f $record ]] && "$PYTHON" -m benchmarks.report "$record"
 done
 failed=0
 for name in ${STAGES//,/ }; do

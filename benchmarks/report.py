@@ -1,7 +1,7 @@
 """Draws a record of the op benchmarks, the step's, its profile's or the demo's: a table; for the ops bars as a PNG with
 matplotlib.
 
-    python benchmarks/report.py [benchmarks/results/cpu.json] [--png FILE]
+    python -m benchmarks.report [benchmarks/results/cpu.json] [--png FILE]
 
 Exit status 1 if the record misses a goal that it has the rows for.
 """
@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from demo_record import demo_table, missed_demo_goals
-from profile_parts import profile_table
-from step_record import missed_step_goals, step_table
+from benchmarks.demo.demo_record import demo_table, missed_demo_goals
+from benchmarks.step.profile_parts import profile_table
+from benchmarks.step.step_record import missed_step_goals, step_table
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]

@@ -1,7 +1,7 @@
 """Names of a step's parts in a ``torch.profiler`` trace. Outside of a profile a range costs microseconds, once a piece
 or a block.
 
-``benchmarks/step_profile.py`` adds up what runs in each of them.
+``benchmarks/step/step_profile.py`` adds up what runs in each of them.
 """
 
 REFERENCE = "repbend: reference pass"

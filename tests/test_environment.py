@@ -6,9 +6,9 @@ import json
 import subprocess
 from pathlib import Path
 
-import harness
 import pytest
 
+from benchmarks import harness
 from repbend_fast import environment
 from repbend_fast.cli import main
 

@@ -226,3 +226,8 @@ def test_equal_names_are_found() -> None:
         {"data/load.py": "", "models/layers/load.py": "", "models/__init__.py": "", "step/__init__.py": ""}
     ) == ["load.py"]
     assert equal_names({"models/base.py": "", "models/layers/base.py": ""}) == []
+
+
+def test_no_two_benchmarks_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "benchmarks").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baselines.batches import padded, unsafe_sequences
+from benchmarks.baselines.batches import padded, unsafe_sequences
 from repbend_fast.data.records import Batch
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baselines.batches import (
+from benchmarks.baselines.batches import (
     kl_count,
     padded,
     prompt_states,
@@ -25,8 +25,8 @@ from baselines.batches import (
     unsafe_sequences,
     weighted_sum,
 )
-from baselines.distances import published_pairwise_cosine
-from baselines.heads import kl_of_logits
+from benchmarks.baselines.distances import published_pairwise_cosine
+from benchmarks.baselines.heads import kl_of_logits
 from repbend_fast.data.records import Batch
 from repbend_fast.objectives.repbend import RepBendConfig
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baselines.batches import (
+from benchmarks.baselines.batches import (
     kl_count,
     padded,
     prompt_states,
@@ -26,8 +26,8 @@ from baselines.batches import (
     unsafe_sequences,
     weighted_sum,
 )
-from baselines.distances import published_pairwise_cosine
-from baselines.heads import liger_chunked_kl, liger_fused_kl
+from benchmarks.baselines.distances import published_pairwise_cosine
+from benchmarks.baselines.heads import liger_chunked_kl, liger_fused_kl
 from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.objectives.repbend import RepBendConfig
 

@@ -209,20 +209,9 @@ def linear_kl_div(
         )
     need_grad = hidden.requires_grad and torch.is_grad_enabled()
     step = chunk_rows or default_chunk_rows(count, weight.shape[0], hidden.device)
-    shared = reference_weight is None
+    teacher = (weight, bias) if reference_weight is None else (reference_weight, reference_bias)
     total, _ = linear_kl_div_op(
-        hidden,
-        reference,
-        weight,
-        bias,
-        weight if reference_weight is None else reference_weight,
-        bias if shared else reference_bias,
-        temperature,
-        softcap,
-        step,
-        need_grad,
-        chosen,
-        rows,
+        hidden, reference, weight, bias, *teacher, temperature, softcap, step, need_grad, chosen, rows
     )
     return total / max(count, 1) if reduction == "mean" else total
 

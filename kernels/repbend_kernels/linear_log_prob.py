@@ -183,19 +183,15 @@ def linear_log_prob(
         RuntimeError: ``triton`` asked for where it cannot run; in backward, ``create_graph=True``.
     """
     count = check_head(hidden, rows, weight, bias, softcap, temperature, chunk_rows)
-    vocabulary = weight.shape[0]
     meaning = "rows of hidden" if rows is None else "one target per index in rows"
-    checks.check_indices("targets", targets, vocabulary, "hidden", hidden, ignore_index)
+    checks.check_indices("targets", targets, weight.shape[0], "hidden", hidden, ignore_index)
     checks.check_shape("targets", targets, [count], meaning)
-    if lengths is not None and (any(length < 0 for length in lengths) or sum(lengths) != count):
-        raise ValueError(
-            f"lengths: expected non-negative row counts that sum to {count} (number of targets), got {list(lengths)}"
-        )
+    _check_lengths(lengths, count)
     chosen = resolve(implementation, hidden)
     if chosen == "eager":
         out = linear_log_prob_reference(hidden, weight, targets, bias, softcap, temperature, rows, ignore_index)
     else:
-        step = chunk_rows or default_chunk_rows(count, vocabulary, hidden.device)
+        step = chunk_rows or default_chunk_rows(count, weight.shape[0], hidden.device)
         need_grad = hidden.requires_grad and torch.is_grad_enabled()
         out, _ = linear_log_prob_op(
             hidden, weight, bias, targets, temperature, softcap, step, need_grad, chosen, rows, ignore_index
@@ -203,6 +199,13 @@ def linear_log_prob(
     if lengths is None:
         return out
     return torch.stack([part.sum() for part in out.split(list(lengths))]) if lengths else out.new_zeros(0)
+
+
+def _check_lengths(lengths: Sequence[int] | None, count: int) -> None:
+    if lengths is not None and (any(length < 0 for length in lengths) or sum(lengths) != count):
+        raise ValueError(
+            f"lengths: expected non-negative row counts that sum to {count} (number of targets), got {list(lengths)}"
+        )
 
 
 @scratch_rule("linear_log_prob")

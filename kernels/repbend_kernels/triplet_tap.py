@@ -262,8 +262,7 @@ def triplet_tap(
         unit: n, above 0.
         unsafe_rows: N_u of the whole batch; None for these rows'.
         sums: over the whole batch; None where these rows are all of it.
-        implementation: overrides the switch for this call. There is no kernel of its own: ``triton`` and ``torch`` are
-            the same code.
+        implementation: overrides the switch for this call; ``triton`` has no kernel of its own and is ``torch``.
 
     Returns:
         ``(hidden, loss, values)``: the same values as ``hidden``, to be used in its place; these rows' share of the
@@ -281,32 +280,47 @@ def triplet_tap(
         return triplet_tap_reference(hidden, reference, rows, weights, margins, unit, unsafe_rows, unsafe, active)
     count = max(1, rows[1].shape[0] if unsafe_rows is None else unsafe_rows)
     both, states = torch.cat(rows), hidden.detach()
-    mean = (unit_sums(states, rows[1])[0] if sums is None else sums.unsafe) / count
-    length = torch.linalg.vector_norm(mean)
-    center = mean * _inverse(length)
+    center, inverse = _mean((unit_sums(states, rows[1])[0] if sums is None else sums.unsafe) / count)
     # The larger weight is a factor of the loss: what is kept in 16 bits need not hold it.
     largest = max(*weights, 1e-30)
     shares = [weight / largest for weight in weights]
     arguments = states, reference, both, rows[0].shape[0], center, list(margins), unit
-    differentiate = hidden.requires_grad and torch.is_grad_enabled()
-    if differentiate:
+    if not (hidden.requires_grad and torch.is_grad_enabled()):
+        values, _ = triplet_values(*arguments)
+        loss = _weighted(values, shares)
+    else:
         consumed.check_apart("reference", [reference], [hidden], "hidden")
         consumed.drop_stale_notes([reference])
-    values, units = triplet_directions(*arguments, shares) if differentiate else triplet_values(*arguments)
+        values, units = triplet_directions(*arguments, shares)
+        toward = units if sums is None else sums.units
+        add_to_rows_(reference[rows[0].shape[0] :], _pull(toward, weights, largest, center, inverse) / count)
+        consumed.note_directions([reference])
+        hidden, loss = _AddDirection.apply(hidden, reference, both, _weighted(values, shares))
+    return hidden, loss * largest, (values[0], values[1])
+
+
+def _mean(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """``(m̂ [D], 1/‖m‖)``."""
+    inverse = _inverse(torch.linalg.vector_norm(mean))
+    return mean * inverse, inverse
+
+
+def _pull(
+    units: Tensor | tuple[Tensor, Tensor], weights: tuple[float, float], largest: float, center: Tensor, inverse: Tensor
+) -> Tensor:
+    """∂loss/∂m / largest [D], from Σ ĥ of both halves."""
+    with checks.in_own_dtypes(center.device):
+        toward = (units[0] * weights[0] - units[1] * weights[1]) / largest
+        return (toward - center * (center @ toward)) * inverse
+
+
+def _weighted(values: Tensor, shares: Sequence[float]) -> Tensor:
+    """Σ share · value; a value without a share may be infinite."""
     loss = values.new_zeros(())
     for value, share in zip(values, shares):
         if share:
             loss = loss + value * share
-    if not differentiate:
-        return hidden, loss * largest, (values[0], values[1])
-    toward = units if sums is None else sums.units
-    with checks.in_own_dtypes(hidden.device):
-        pull = (toward[0] * weights[0] - toward[1] * weights[1]) / largest
-        pull = (pull - center * (center @ pull)) * _inverse(length) / count
-    add_to_rows_(reference[rows[0].shape[0] :], pull)
-    consumed.note_directions([reference])
-    hidden, loss = _AddDirection.apply(hidden, reference, both, loss)
-    return hidden, loss * largest, (values[0], values[1])
+    return loss
 
 
 @torch.no_grad()

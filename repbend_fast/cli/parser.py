@@ -148,7 +148,12 @@ def _build() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"repbend-fast {repbend_fast.__version__}")
     groups = parser.add_commands()
+    for add in _COMMANDS:
+        add(groups)
+    return parser
 
+
+def _train_command(groups: Any) -> None:
     train = _command(groups, "train", commands.train, "train a model by a recipe", overrides=True)
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe (`recipes ls`) or a YAML file")
     train.add_argument(
@@ -169,6 +174,8 @@ def _build() -> _Parser:
         "is used",
     )
 
+
+def _eval_command(groups: Any) -> None:
     evaluate = _command(
         groups, "eval", commands.evaluate, "measure a run's adapter, or a recipe's model as it is", overrides=True
     )
@@ -182,7 +189,8 @@ def _build() -> _Parser:
         "no file)",
     )
 
-    _compare_command(groups)
+
+def _plan_command(groups: Any) -> None:
     plan = _command(
         groups,
         "plan",
@@ -203,21 +211,29 @@ def _build() -> _Parser:
     )
     plan.add_argument("--json", action="store_true", help="as JSON")
 
+
+def _report_command(groups: Any) -> None:
     report = _command(groups, "report", commands.report, "write report.html of a run again")
     report.add_argument("run", metavar="RUN", help="folder of a run")
 
+
+def _export_command(groups: Any) -> None:
     export = _command(
         groups, "export", commands.export, "merge a run's adapter into its model and save that as safetensors"
     )
     export.add_argument("run", metavar="RUN", help="folder of a run")
     export.add_argument("--out", metavar="DIR", help="new folder (default: RUN/merged)")
 
+
+def _verify_command(groups: Any) -> None:
     verify = _command(groups, "verify", commands.verify, "recompute a folder of golden values and compare")
     verify.add_argument("folder", metavar="DIR", help="folder with base_model, adapter, batches and expected.json")
     verify.add_argument(
         "--objective", action="append", metavar="NAME", help="fail if this objective has no case; repeatable"
     )
 
+
+def _data_command(groups: Any) -> None:
     data = groups.add_parser("data", help="look at data before training", description="Look at data before training.")
     data_groups = data.add_commands()
     check = _command(
@@ -227,10 +243,10 @@ def _build() -> _Parser:
         "target", metavar="RECIPE|FILE", help="a recipe, or a data file (model.name=… adds token counts)"
     )
 
-    _recipe_commands(groups)
+
+def _env_command(groups: Any) -> None:
     env = _command(groups, "env", commands.env, "versions, devices, memory and implementations on this machine")
     env.add_argument("--json", action="store_true", help="as JSON")
-    return parser
 
 
 def _compare_command(groups: Any) -> None:
@@ -264,7 +280,7 @@ def _compare_command(groups: Any) -> None:
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at once, which share the CPU's cores (default: 1)")
 
 
-def _recipe_commands(groups: Any) -> None:
+def _recipes_command(groups: Any) -> None:
     parser = groups.add_parser(
         "recipes", help="list, show and copy the shipped recipes", description="The shipped recipes."
     )
@@ -307,3 +323,17 @@ _USAGE = {
     "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",
     "check": "data check RECIPE|FILE [--with OVERLAY] [key=value …]",
 }
+
+# Each adds a command and its options, in the order in which the help names them.
+_COMMANDS = (
+    _train_command,
+    _eval_command,
+    _compare_command,
+    _plan_command,
+    _report_command,
+    _export_command,
+    _verify_command,
+    _data_command,
+    _recipes_command,
+    _env_command,
+)

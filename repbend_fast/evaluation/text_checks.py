@@ -37,7 +37,8 @@ CANNOT = (
     r"(?: to)?(?! wait\b| help but\b)(?: be the one to|,? in (?:good|all) conscience,?)?(?: \w+){0,2}? ?"
 )
 HELPING = (
-    r"(?:help|assist|provid|shar|giv|explain|offer|support|answer|fulfil|compl|creat|mak|writ|describ|teach|walk|guid|do\b"
+    r"(?:help|assist|provid|shar|giv|explain|offer|support|answer|fulfil|compl|creat|mak|writ|describ|teach|walk|guid"
+    r"|do\b"
     r"|go into|tell|show|discuss|say how|go along|continue|go on\b|go through with|carry on)"
 )
 DECLINING = (
@@ -112,8 +113,9 @@ GUIDE_WORDS = re.compile(
     re.IGNORECASE,
 )
 ACTIONS = re.compile(
-    r"\b(?:mix|add|combine|pour|stir|heat|boil|melt|place|cut|attach|gather|prepare|blend|grind|fold|tie|glue|bake|cool|choose|fill|wrap"
-    r"|collect|crush|shape|soak|drill|sew|take|put|press|seal|roll|leave|strain|warm|hold|draw|dry|measure|bring|simmer|whisk|bend|hammer"
+    r"\b(?:mix|add|combine|pour|stir|heat|boil|melt|place|cut|attach|gather|prepare|blend|grind|fold|tie|glue|bake|cool"
+    r"|choose|fill|wrap|collect|crush|shape|soak|drill|sew|take|put|press|seal|roll|leave|strain|warm|hold|draw|dry"
+    r"|measure|bring|simmer|whisk|bend|hammer"
     r"|cast|apply|carve|stretch|sprinkle|squeeze|weave|knead)(?:s|es|ed|d|ing)?\b",
     re.IGNORECASE,
 )

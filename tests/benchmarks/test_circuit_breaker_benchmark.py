@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from baselines.circuit_breaker_step import circuit_breaker_step
-from baselines.eager_step import prepare_eager
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import flat, gradients
 
+from benchmarks.baselines.circuit_breaker_step import circuit_breaker_step
+from benchmarks.baselines.eager_step import prepare_eager
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.models import load_model
 from repbend_fast.verify.golden import Case, read_case, read_json
@@ -55,7 +55,7 @@ def test_the_benchmark_runs_and_records(tmp_path: Path) -> None:
         "-p",
         "no:cacheprovider",
         "-q",
-        "benchmarks/test_circuit_breaker_step.py",
+        "benchmarks/step/test_circuit_breaker_step.py",
         "--smoke",
     ]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

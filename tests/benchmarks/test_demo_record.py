@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from demo_record import demo_summary, demo_table, missed_demo_goals
-from train_demo import entry as record_of
 
+from benchmarks.demo.demo_record import demo_summary, demo_table, missed_demo_goals
+from benchmarks.demo.train_demo import entry as record_of
 from repbend_fast.config import load_config
 
 ROOT = Path(__file__).parents[2]

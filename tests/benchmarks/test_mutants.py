@@ -6,9 +6,11 @@ import json
 import subprocess
 from pathlib import Path
 
-import mutants
 import pytest
-from mutant_list import MUTANTS, Mutant
+
+from benchmarks.faults import mutants
+from benchmarks.faults.mutant import Mutant
+from benchmarks.faults.mutant_list import MUTANTS
 
 ROOT = Path(__file__).parents[2]
 CODE = "def add(a, b):\n    return a + b\n\n\ndef wait():\n    return None\n\n\ndef unused(a):\n    return a * 2\n"

@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import step_measure
-import step_sides
 import torch
-from baselines.batches import weighted_sum, weights
-from baselines.eager_step import eager_step, prepare_eager
-from baselines.peft_liger_step import peft_liger_step, prepare_peft_liger
 from kernel_compare import relative_l2
 from peft import PeftModel
 from safetensors.torch import load_file
-from step_cases import cases_for, gradient_of, load_base
-from step_measure import measure_case
-from step_record import missed_step_goals, ratios_of, step_table
-from step_sides import Side, adapted, set_up
 from torch import Tensor
 
+from benchmarks.baselines.batches import weighted_sum, weights
+from benchmarks.baselines.eager_step import eager_step, prepare_eager
+from benchmarks.baselines.peft_liger_step import peft_liger_step, prepare_peft_liger
+from benchmarks.step import step_measure, step_sides
+from benchmarks.step.step_cases import cases_for, gradient_of, load_base
+from benchmarks.step.step_measure import measure_case
+from benchmarks.step.step_record import missed_step_goals, ratios_of, step_table
+from benchmarks.step.step_sides import Side, adapted, set_up
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.models import load_model
 from repbend_fast.models.layers.lora import LowRankForward
@@ -168,7 +167,7 @@ def test_the_benchmark_compares_measures_and_records(checked) -> None:
 
 def test_each_case_is_measured_once() -> None:
     """Tests of one case follow each other, so that its model is loaded and its sides are measured once."""
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_train_step.py", "--collect-only", "-q", "--smoke"]
+    command = [sys.executable, "-m", "pytest", "benchmarks/step/test_train_step.py", "--collect-only", "-q", "--smoke"]
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
     result = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import step_profile
-from profile_parts import OTHER, OUTSIDE, Ranges, Slice, accounted, add_up, busy_seconds, kind_of, read
 from torch.autograd import DeviceType
 
+from benchmarks.step import step_profile
+from benchmarks.step.profile_parts import OTHER, OUTSIDE, Ranges, Slice, accounted, add_up, busy_seconds, kind_of, read
 from repbend_fast import ranges
 
 ROOT = Path(__file__).parents[2]
@@ -146,10 +146,11 @@ def test_overlapping_streams_are_busy_once() -> None:
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("profile") / "profile.json"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "benchmarks"))}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))}
     command = [
         sys.executable,
-        "benchmarks/step_profile.py",
+        "-m",
+        "benchmarks.step.step_profile",
         "--smoke",
         "--sides",
         "ours,ours small,eager",

@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_comparison import InProcess, TinyComparison
@@ -25,6 +26,20 @@ def watch(event, arguments):
         os.close(log)
 sys.addaudithook(watch)
 """
+
+
+def holds_what_its_run_holds(seed: dict[str, Any], record: dict[str, Any], tiny: TinyComparison) -> None:
+    """A seed's row of the record against its run folder."""
+    folder = tiny.run(seed["folder"])
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert seed["kl"] == evaluation["after"]["kl"] > 1e-5
+    assert evaluation["before"]["perplexity"] == record["before"]["perplexity"]
+    assert seed["perplexity_ratio"] == seed["perplexity"] / record["before"]["perplexity"]
+    steps = rows(folder, "step")
+    assert len(steps) == seed["steps"] == 4
+    assert seed["seconds"] == pytest.approx(sum(row["seconds"] for row in steps), abs=1e-3)
+    assert seed["peak_memory_bytes"] == max(row["peak_memory_bytes"] for row in steps)
+    assert seed["best_step"] == evaluation["best_step"] > 0
 
 
 def test_two_methods_two_rates_two_seeds(
@@ -61,16 +76,7 @@ def test_two_methods_two_rates_two_seeds(
     for name, method in zip(("bend", "rmu"), record["methods"], strict=True):
         assert [seed["folder"] for seed in method["seeds"]] == [f"{name}/seed-{seed}/{lr[name]}" for seed in (0, 1)]
         for seed in method["seeds"]:
-            folder = tiny.run(seed["folder"])
-            evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-            assert seed["kl"] == evaluation["after"]["kl"] > 1e-5
-            assert evaluation["before"]["perplexity"] == record["before"]["perplexity"]
-            assert seed["perplexity_ratio"] == seed["perplexity"] / record["before"]["perplexity"]
-            steps = rows(folder, "step")
-            assert len(steps) == seed["steps"] == 4
-            assert seed["seconds"] == pytest.approx(sum(row["seconds"] for row in steps), abs=1e-3)
-            assert seed["peak_memory_bytes"] == max(row["peak_memory_bytes"] for row in steps)
-            assert seed["best_step"] == evaluation["best_step"] > 0
+            holds_what_its_run_holds(seed, record, tiny)
         kls = [seed["kl"] for seed in method["seeds"]]
         assert kls[0] != kls[1]
         assert method["median"]["kl"] == statistics.median(kls)

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import pytest
-import report
 import torch
-from measure import peak_bytes, relative_error
+
+from benchmarks import harness, report
+from benchmarks.measure import peak_bytes, relative_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +53,7 @@ def test_a_wrong_contender_is_not_timed(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("module", "contender", "outcome"),
     [
-        ("baselines.distances", "published_pairwise_cosine", "1 skipped"),
+        ("benchmarks.baselines.distances", "published_pairwise_cosine", "1 skipped"),
         ("repbend_kernels", "pairwise_cosine", "1 failed"),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_baseline_without_room_is_skipped_and_ours_is_not(
         f"{module}.{contender} = no_room\n"
     )
     (tmp_path / "sitecustomize.py").write_text(text)
-    path = os.pathsep.join([str(tmp_path), str(ROOT / "kernels"), str(ROOT / "benchmarks")])
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "kernels"), str(ROOT)])
     result = bench("--benchmark-disable", "-k", "pairwise", PYTHONPATH=path)
     assert outcome in result.stdout, result.stdout[-3000:]
     assert "1 passed" in result.stdout
@@ -165,7 +165,7 @@ def test_a_run_cut_off_by_its_time_limit_leaves_its_record(tmp_path) -> None:
     env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT / "kernels")])
     options = ["--smoke", "--benchmark-enable", "--results", str(tmp_path / "r.json"), "-s", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_distances.py", *options]
+    command = [sys.executable, "-m", "pytest", "benchmarks/ops/bench_distances.py", *options]
     run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
     for line in run.stdout:

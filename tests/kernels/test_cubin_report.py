@@ -7,7 +7,7 @@ import json
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
-import cubin_report
+from benchmarks.ops import cubin_report
 
 CASES = {(case.name, case.dtype): case for case in cubin_report.all_cases()}
 RECORDED = json.loads(cubin_report.RESULT.read_text())["rows"]
@@ -29,7 +29,7 @@ def test_the_record_is_of_these_kernels() -> None:
         for r in RECORDED
         if r["digest"] != cubin_report.digest(CASES[r["kernel"], r["dtype"]])
     }
-    assert not stale, f"run python benchmarks/cubin_report.py; changed since: {sorted(stale)}"
+    assert not stale, f"run python -m benchmarks.ops.cubin_report; changed since: {sorted(stale)}"
 
 
 def test_the_record_keeps_the_limits() -> None:

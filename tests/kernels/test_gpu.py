@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_compare import assert_matches, spread
-from measure import peak_bytes
 from op_calls import CALLS
 from repbend_kernels import bend_tap, linear_kl_div, linear_log_prob, pairwise_cosine, tap_rows, window_distance
+
+from benchmarks.measure import peak_bytes
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_compare import spread
-from measure import peak_bytes
 from repbend_kernels import (
     bend_distance,
     bend_tap,
@@ -16,6 +15,8 @@ from repbend_kernels import (
     tap_rows,
     window_distance,
 )
+
+from benchmarks.measure import peak_bytes
 
 WIDTH = 512
 FEW, MANY = 2048, 6144

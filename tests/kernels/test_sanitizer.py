@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
         command, env={**env, "PYTHONPATH": path, **environment}, capture_output=True, text=True, timeout=380

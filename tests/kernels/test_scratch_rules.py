@@ -9,10 +9,11 @@ import inspect
 import pytest
 import torch
 from kernel_compare import spread
-from measure import peak_bytes
 from repbend_kernels import scratch
 from repbend_kernels.blocks import row_hashes
 from repbend_kernels.rows import CPU_ELEMENTS_PER_THREAD
+
+from benchmarks.measure import peak_bytes
 
 CPU = torch.device("cpu")
 N, D, V, R = 2048, 512, 4096, 1500

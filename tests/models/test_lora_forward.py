@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
-from measure import peak_bytes
 from peft import LoraConfig, PeftModel, get_peft_model
 from repbend_kernels import keyed_dropout, low_rank, wide_products
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.measure import peak_bytes
 from repbend_fast.errors import UserError
 from repbend_fast.models.layers.changes import Changes
 from repbend_fast.models.layers.lora import LowRankForward, lora_dropout, use_low_rank_forward

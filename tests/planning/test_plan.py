@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from budget_grid import grid, random_model, training_peak
 from shape_recipes import LONGEST, recipe
 
+from benchmarks.memory.budget_grid import grid, random_model, training_peak
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective

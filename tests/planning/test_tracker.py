@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measure import peak_bytes
 from tiny_models import objective_config, ragged_batch, runner_on, tiny_model, wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.measure import peak_bytes
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
 from repbend_fast.planning.scratch import op_scratch

@@ -7,10 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from baselines import eager_step
-from baselines.batches import padded, unsafe_sequences, weighted_sum
 from torch import Tensor
 
+from benchmarks.baselines import eager_step
+from benchmarks.baselines.batches import padded, unsafe_sequences, weighted_sum
 from repbend_fast.data.records import Batch
 from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.objectives.rows import select_rows

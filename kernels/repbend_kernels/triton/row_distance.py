@@ -60,6 +60,85 @@ def _direction(h, r, a, b, KIND: tl.constexpr):
     return g
 
 
+@triton.jit
+def _selected(rows, mask, i, count_n, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """``(n, known, keep)``: the row that program i reads, whether there is one, and whether the mask keeps it too."""
+    n = i
+    known = True
+    if HAS_ROWS:
+        n = tl.load(rows + i)
+        known = (n >= 0) & (n < count_n)
+    keep = known
+    if HAS_MASK:
+        keep &= tl.load(mask + i) != 0
+    return n, known, keep
+
+
+@triton.jit
+def _read(h_row, r_row, columns, h_stride, r_stride, inside):
+    h = tl.load(h_row + columns.to(tl.int64) * h_stride, mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(r_row + columns.to(tl.int64) * r_stride, mask=inside, other=0.0).to(tl.float32)
+    return h, r
+
+
+@triton.jit
+def _products(h, r, KIND: tl.constexpr):
+    """What a row's sums are over; ``_coefficients`` of l2 and mse reads the first alone."""
+    if KIND == "l2" or KIND == "mse":
+        return (h - r) * (h - r), h, r
+    else:
+        return h * r, h * h, r * r
+
+
+@triton.jit
+def _sums(h_row, r_row, h_stride, r_stride, width, keep, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """A wide row's sums, block by block."""
+    columns = tl.arange(0, BLOCK)
+    s0 = tl.zeros([BLOCK], dtype=tl.float32)
+    s1 = tl.zeros([BLOCK], dtype=tl.float32)
+    s2 = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        offsets = start + columns
+        h, r = _read(h_row, r_row, offsets, h_stride, r_stride, (offsets < width) & keep)
+        p0, p1, p2 = _products(h, r, KIND)
+        s0 += p0
+        s1 += p1
+        s2 += p2
+    return s0, s1, s2
+
+
+@triton.jit
+def _target_row(i, n, keep, grad_rows, grad_stride, HAS_ROWS: tl.constexpr, STORE: tl.constexpr):
+    """``(row of target, factor of the direction, whether it is written)``."""
+    row = i
+    factor = 1.0
+    writable = True
+    if STORE == 2:
+        row = n
+        factor = tl.load(grad_rows + i * grad_stride).to(tl.float32)
+        if HAS_ROWS:
+            writable = keep
+    return row, factor, writable
+
+
+@triton.jit
+def _store(out, h, r, a, b, factor, columns, width, writable, KIND: tl.constexpr):
+    g = _direction(h, r, a, b, KIND) * factor
+    tl.store(out + columns, g.to(out.dtype.element_ty), mask=(columns < width) & writable)
+
+
+@triton.jit
+def _store_wide(
+    out, h_row, r_row, h_stride, r_stride, a, b, factor, width, keep, writable, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A wide row's direction, which reads the row again."""
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, width, BLOCK):
+        offsets = start + columns
+        h, r = _read(h_row, r_row, offsets, h_stride, r_stride, (offsets < width) & keep)
+        _store(out, h, r, a, b, factor, offsets, width, writable, KIND)
+
+
 # Counts of rows and where a row's scalars begin change with every batch: specialised on them, kernels would compile
 # again in the middle of a run.
 @triton.jit(
@@ -94,47 +173,18 @@ def row_distance_kernel(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """STORE 0: distances. 1: distances, and the direction at row i of target. 2: grad · direction at row n
-    of target.
-    """
+    """STORE 0: distances. 1: distances, and the direction at row i of target. 2: grad · direction at row n of it."""
     i = tl.program_id(0).to(tl.int64)
-    n = i
-    known = True
-    if HAS_ROWS:
-        n = tl.load(rows + i)
-        known = (n >= 0) & (n < count_n)
-    keep = known
-    if HAS_MASK:
-        keep &= tl.load(mask + i) != 0
+    n, known, keep = _selected(rows, mask, i, count_n, HAS_ROWS, HAS_MASK)
     # Inputs are read before place or target is written: target may be the reference's memory.
     h_row = hidden + (n // h_inner) * h_outer_stride + (n % h_inner) * h_inner_stride
     r_row = reference + (i // r_inner) * r_outer_stride + (i % r_inner) * r_inner_stride
     columns = tl.arange(0, BLOCK)
-    s0 = tl.zeros([BLOCK], dtype=tl.float32)
-    s1 = tl.zeros([BLOCK], dtype=tl.float32)
-    s2 = tl.zeros([BLOCK], dtype=tl.float32)
     if WHOLE:
-        inside = (columns < width) & keep
-        h = tl.load(h_row + columns.to(tl.int64) * h_stride, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(r_row + columns.to(tl.int64) * r_stride, mask=inside, other=0.0).to(tl.float32)
-        if KIND == "l2" or KIND == "mse":
-            s0 = (h - r) * (h - r)
-        else:
-            s0 = h * r
-            s1 = h * h
-            s2 = r * r
+        h, r = _read(h_row, r_row, columns, h_stride, r_stride, (columns < width) & keep)
+        s0, s1, s2 = _products(h, r, KIND)
     else:
-        for start in range(0, width, BLOCK):
-            offsets = start + columns
-            inside = (offsets < width) & keep
-            h = tl.load(h_row + offsets.to(tl.int64) * h_stride, mask=inside, other=0.0).to(tl.float32)
-            r = tl.load(r_row + offsets.to(tl.int64) * r_stride, mask=inside, other=0.0).to(tl.float32)
-            if KIND == "l2" or KIND == "mse":
-                s0 += (h - r) * (h - r)
-            else:
-                s0 += h * r
-                s1 += h * h
-                s2 += r * r
+        s0, s1, s2 = _sums(h_row, r_row, h_stride, r_stride, width, keep, KIND, BLOCK)
     distance, a, b = _coefficients(tl.sum(s0, 0), tl.sum(s1, 0), tl.sum(s2, 0), width, KIND)
     if HAS_MASK:
         distance = tl.where(keep, distance, 0.0)
@@ -145,26 +195,12 @@ def row_distance_kernel(
     if HAS_PLACE:
         tl.store(place + n, i.to(tl.int32), mask=keep)
     if STORE != 0:
-        row = i
-        factor = 1.0
-        writable = True
-        if STORE == 2:
-            row = n
-            factor = tl.load(grad_rows + i * grad_stride).to(tl.float32)
-            if HAS_ROWS:
-                writable = keep
+        row, factor, writable = _target_row(i, n, keep, grad_rows, grad_stride, HAS_ROWS, STORE)
         out = target + row * width
         if WHOLE:
-            g = _direction(h, r, a, b, KIND) * factor
-            tl.store(out + columns, g.to(target.dtype.element_ty), mask=(columns < width) & writable)
+            _store(out, h, r, a, b, factor, columns, width, writable, KIND)
         else:
-            for start in range(0, width, BLOCK):
-                offsets = start + columns
-                inside = (offsets < width) & keep
-                h = tl.load(h_row + offsets.to(tl.int64) * h_stride, mask=inside, other=0.0).to(tl.float32)
-                r = tl.load(r_row + offsets.to(tl.int64) * r_stride, mask=inside, other=0.0).to(tl.float32)
-                g = _direction(h, r, a, b, KIND) * factor
-                tl.store(out + offsets, g.to(target.dtype.element_ty), mask=(offsets < width) & writable)
+            _store_wide(out, h_row, r_row, h_stride, r_stride, a, b, factor, width, keep, writable, KIND, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count_r", "g_inner"], do_not_specialize_on_alignment=["rows", "place", "scale"])

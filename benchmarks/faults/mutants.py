@@ -1,6 +1,6 @@
 """Which faults the tests notice: every mutant of ``mutant_list``, one at a time, in a throw-away copy of the checkout.
 
-    python benchmarks/mutants.py [--only TEXT] [--jobs N]
+    python -m benchmarks.faults.mutants [--only TEXT] [--jobs N]
 
 The tests of the chosen mutants are run without any of them first; if one fails then, the rest would mean nothing. A
 mutant is
@@ -37,12 +37,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
-from harness import RESULTS
-from mutant_list import MUTANTS, Mutant
-
+from benchmarks.faults.mutant import Mutant
+from benchmarks.faults.mutant_list import MUTANTS
+from benchmarks.harness import RESULTS
 from repbend_fast.environment import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KILLED, SURVIVED, UNSEEN, FAULTY = "killed", "survived", "not visible here", "faulty"
 # Of a mutant's tests: an endless loop ends, a machine that is busy for a while kills nothing.
 LEAST_SECONDS, TIMES_BASELINE = 30, 6
@@ -92,8 +92,7 @@ def mutated(text: str, mutant: Mutant) -> str:
     count = text.count(mutant.old)
     if count != 1:
         raise PatchError(
-            f"its text occurs {count} times in {mutant.file}, not once; the code has changed, so must "
-            "benchmarks/mutant_list.py"
+            f"its text occurs {count} times in {mutant.file}, not once; the code has changed, so must the list"
         )
     changed = text.replace(mutant.old, mutant.new)
     try:
@@ -285,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mutants = chosen(options.only)
     if not mutants:
         print(
-            f"error: no mutant's name contains {' or '.join(options.only)}; the names are in benchmarks/mutant_list.py",
+            f"error: no mutant's name contains {' or '.join(options.only)}; the names are in benchmarks/faults/",
             file=sys.stderr,
         )
         return 2

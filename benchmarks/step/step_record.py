@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import Machine, merged
-
+from benchmarks.harness import Machine, merged
 from repbend_fast.environment import environment
 
 Row = dict[str, Any]

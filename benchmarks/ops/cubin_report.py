@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that are not there, and records what each program would use.
 
-    python benchmarks/cubin_report.py                      # writes benchmarks/results/cubin_resources.json
+    python -m benchmarks.ops.cubin_report                      # writes benchmarks/results/cubin_resources.json
 
 Rows: kernel, dtype, sm, registers, shared_bytes, spill_bytes (stack and local memory), loads_128bit (LDG and LDGSTS of
 128 bits and more in the SASS), warps.
@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = ("fp32", "bf16", "fp16")
-RESULT = Path(__file__).parent / "results" / "cubin_resources.json"
+RESULT = Path(__file__).parents[1] / "results" / "cubin_resources.json"
 # A block of 8 warps at 128 registers leaves two blocks on every architecture here, and its shared memory at least that
 # many; nothing may touch local memory.
 LIMITS = {"registers": 128, "shared_bytes": 20 * 1024, "spill_bytes": 0}

@@ -1,6 +1,6 @@
 """Run the demo recipe for several seeds and record what it does: ``benchmarks/results/demo.json``.
 
-    python benchmarks/train_demo.py --seeds 42 1 2 [key=value …]
+    python -m benchmarks.demo.train_demo --seeds 42 1 2 [key=value …]
 
 Each seed is one ``repbend-fast train demo`` in a process of its own; ``seconds`` is that process's wall time.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from repbend_fast.environment import environment
 from repbend_fast.evaluation.rates import KEYS
 
-RESULT = Path(__file__).parent / "results" / "demo.json"
+RESULT = Path(__file__).parents[1] / "results" / "demo.json"
 
 
 def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:

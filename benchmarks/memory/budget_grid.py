@@ -1,8 +1,8 @@
 """Is a memory budget kept? Training steps under a grid of budgets on the CPU, their measured tensor peak beside budget
 and plan.
 
-    python benchmarks/budget_grid.py                      the demo recipe; writes results/budget_cpu.json
-    python benchmarks/budget_grid.py RECIPE key=value …   another recipe, or other settings
+    python -m benchmarks.memory.budget_grid                      the demo recipe; writes results/budget_cpu.json
+    python -m benchmarks.memory.budget_grid RECIPE key=value …   another recipe, or other settings
     options: --shares 0.9,0.5,0   budgets between the smallest that can be kept (0) and what no budget takes (1)
              --steps 2            optimizer steps per budget, at the longest lengths of the data
              --random             random weights of the model's shape instead of its own
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import peak_bytes
 
+from benchmarks.measure import peak_bytes
 from repbend_fast.config import Config, load_config
 from repbend_fast.data.records import Batch
 from repbend_fast.models import attach_lora, load_model, prepared, trainable_parameters
@@ -119,7 +119,7 @@ def main(argv: Seq[str] | None = None) -> int:
     parser.add_argument("--shares", type=lambda text: tuple(map(float, text.split(","))), default=SHARES)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--random", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "budget_cpu.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "budget_cpu.json")
     arguments = parser.parse_args(argv)
     from repbend_fast.environment import environment
     from repbend_fast.models import load_tokenizer

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import wait
-from measure import peak_bytes, relative_error
-from step_cases import LORA, Case, gradient_of, needed_flops, real_tokens
-from step_sides import NotPlanned, Side, Stepper, adapted, set_up
 from torch import Tensor
 
+from benchmarks.harness import wait
+from benchmarks.measure import peak_bytes, relative_error
+from benchmarks.step.step_cases import LORA, Case, gradient_of, needed_flops, real_tokens
+from benchmarks.step.step_sides import NotPlanned, Side, Stepper, adapted, set_up
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
 from repbend_fast.models import find_decoder, trainable_parameters

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from baselines import heads
-from baselines.heads import Unavailable
-from harness import Work
 from repbend_kernels import linear_kl_div, linear_log_prob
 from repbend_kernels.oracles import linear_kl_div_reference, linear_log_prob_reference
+
+from benchmarks.baselines import heads
+from benchmarks.baselines.heads import Unavailable
+from benchmarks.harness import Work
 
 TEMPERATURE = 2.0
 PRODUCTS = "its three products"

@@ -1,8 +1,8 @@
 """The training step: the published step, PEFT with Liger, and ours under several settings of its levers.
 
-    pytest benchmarks/test_train_step.py --threads 2                          # every case of this machine
-    pytest benchmarks/test_train_step.py --cases real --sides "eager,ours" --rounds 3
-    pytest benchmarks/test_train_step.py --smoke --results FILE               # a tiny model: does it still run?
+    pytest benchmarks/step/test_train_step.py --threads 2                          # every case of this machine
+    pytest benchmarks/step/test_train_step.py --cases real --sides "eager,ours" --rounds 3
+    pytest benchmarks/step/test_train_step.py --smoke --results FILE               # a tiny model: does it still run?
 
 A step is the losses and the gradient of one micro-batch; the optimizer is not part of it. All sides use the same frozen
 model, adapter values and batch. With dropout off their terms and gradients are compared with the first side's; a side
@@ -22,12 +22,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RESULTS, Machine, hardware_slug
-from step_cases import Case, cases_for, load_base
-from step_measure import NOT_PLANNED, OUT_OF_MEMORY, Measured, measure_case, train_within
-from step_record import StepRecord
-from step_sides import Side, budgets_for, sides_for
 
+from benchmarks.harness import RESULTS, Machine, hardware_slug
+from benchmarks.step.step_cases import Case, cases_for, load_base
+from benchmarks.step.step_measure import NOT_PLANNED, OUT_OF_MEMORY, Measured, measure_case, train_within
+from benchmarks.step.step_record import StepRecord
+from benchmarks.step.step_sides import Side, budgets_for, sides_for
 from repbend_fast.planning.budget import parse_budget
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

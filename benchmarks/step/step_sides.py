@@ -10,11 +10,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from baselines.eager_step import eager_step, prepare_eager
-from baselines.peft_liger_step import peft_liger_step, prepare_peft_liger
-from step_cases import LORA, WIDTH, Case, fill_adapter, streams_of
 from torch import Tensor
 
+from benchmarks.baselines.eager_step import eager_step, prepare_eager
+from benchmarks.baselines.peft_liger_step import peft_liger_step, prepare_peft_liger
+from benchmarks.step.step_cases import LORA, WIDTH, Case, fill_adapter, streams_of
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError

@@ -1,9 +1,9 @@
 """Where the bytes of a step go, before and after, and what fits into which card: planned on fake tensors, nothing is
 measured.
 
-    python benchmarks/memory_bars.py            plans, writes results/memory_plan.json, docs/memory.png and the table of
-                                                docs/memory.md
-    python benchmarks/memory_bars.py --draw     picture and table from the record again
+    python -m benchmarks.memory.memory_bars            plans, writes results/memory_plan.json, docs/memory.png and the
+                                                       table of docs/memory.md
+    python -m benchmarks.memory.memory_bars --draw     picture and table from the record again
 
 Bars: the published step written plainly (``baselines/eager_step.py``, everything padded to 1024 tokens, all streams
 alive until one backward) and ours, on the Llama-3-8B shape with a batch of 4 examples. Table: ``repbend-fast plan
@@ -24,9 +24,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from baselines.eager_step import eager_step, prepare_eager
 from torch import Tensor
 
+from benchmarks.baselines.eager_step import eager_step, prepare_eager
 from repbend_fast.config import load_config
 from repbend_fast.models import trainable_parameters
 from repbend_fast.planning.batches import limits_of, published_batch
@@ -38,11 +38,11 @@ from repbend_fast.planning.shapes import shape_model
 from repbend_fast.planning.tracker import MemoryTracker, module_tensors
 from repbend_fast.step.levers import Levers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "memory_plan.json"
 PICTURE = ROOT / "docs" / "memory.png"
 DOCS = ROOT / "docs" / "memory.md"
-MARKS = ("<!-- planned: benchmarks/memory_bars.py -->", "<!-- planned: end -->")
+MARKS = ("<!-- planned: benchmarks/memory/memory_bars.py -->", "<!-- planned: end -->")
 CUDA = torch.device("cuda")
 WIDTH = 1024
 PARTS = (
@@ -75,7 +75,10 @@ def eager_bar(recipe: str) -> dict[str, Any]:
     tracker.watch(module_tensors(model), "weights")
     tracker.watch(trained, "adapter")
     # The pairwise term selects by a mask, whose result has no shape without values; it is a few KB of the whole.
-    with tracker, patch("baselines.eager_step.published_pairwise_cosine", lambda states: states.float().mean()):
+    with (
+        tracker,
+        patch("benchmarks.baselines.eager_step.published_pairwise_cosine", lambda states: states.float().mean()),
+    ):
         eager_step(model, batch, config.objective, WIDTH)
     found = tracker.peak_categories
     # One accumulated gradient and two moments of each adapter weight, as in our own bars.

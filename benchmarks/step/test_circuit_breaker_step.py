@@ -1,7 +1,7 @@
 """The training step of Circuit Breakers: its published expression, and ours, on the step benchmark's model and lengths.
 
-    pytest benchmarks/test_circuit_breaker_step.py --threads 2             # SmolLM2-135M at real lengths
-    pytest benchmarks/test_circuit_breaker_step.py --smoke                 # a tiny model: does it still run?
+    pytest benchmarks/step/test_circuit_breaker_step.py --threads 2             # SmolLM2-135M at real lengths
+    pytest benchmarks/step/test_circuit_breaker_step.py --smoke                 # a tiny model: does it still run?
 
 A step is the losses and the gradient of one micro-batch, halfway through the schedule. Gradients are compared with
 dropout off before anything is timed; then each round runs one step of every side in turn. Goal: a setting of the levers
@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from baselines.circuit_breaker_step import circuit_breaker_step
-from baselines.eager_step import prepare_eager
-from harness import RESULTS, Machine, hardware_slug, wait, write_record
-from measure import peak_bytes, relative_error
-from step_cases import LORA, Case, cases_for, fill_adapter, gradient_of, load_base, real_tokens
 from torch import Tensor
 
+from benchmarks.baselines.circuit_breaker_step import circuit_breaker_step
+from benchmarks.baselines.eager_step import prepare_eager
+from benchmarks.harness import RESULTS, Machine, hardware_slug, wait, write_record
+from benchmarks.measure import peak_bytes, relative_error
+from benchmarks.step.step_cases import LORA, Case, cases_for, fill_adapter, gradient_of, load_base, real_tokens
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.models import attach_lora, find_decoder, prepared

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from baselines.distances import published_row_distance
-from harness import Work
 from repbend_kernels import bend_tap
 from repbend_kernels.oracles import bend_tap_reference
+
+from benchmarks.baselines.distances import published_row_distance
+from benchmarks.harness import Work
 
 # Rows of the stream, how many of them are selected, width.
 SIZES = {

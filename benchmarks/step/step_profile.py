@@ -1,7 +1,7 @@
 """Where the time of a training step goes: seconds by part of the step and kind of work, from a torch.profiler trace.
 
-    python benchmarks/step_profile.py --cases real --sides "ours fast" --threads 2
-    python benchmarks/step_profile.py --cases llama3-8b-nf4-b4 --sides "ours,ours 8GB"      # on a GPU
+    python -m benchmarks.step.step_profile --cases real --sides "ours fast" --threads 2
+    python -m benchmarks.step.step_profile --cases llama3-8b-nf4-b4 --sides "ours,ours 8GB"      # on a GPU
 
 The cases and sides of ``test_train_step.py``, and an optimizer step. ``seconds`` is measured without the profiler, the
 rest with it. On a GPU a part's seconds are its kernels', and ``idle`` is what the step takes beyond the time in which
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, hardware_slug, merged, wait
-from profile_parts import Row, add_up, busy_seconds, profile_table, read
-from step_cases import LORA, Case, cases_for, load_base, real_tokens
-from step_sides import NotPlanned, Side, adapted, set_up, sides_for
 
+from benchmarks.harness import RESULTS, hardware_slug, merged, wait
+from benchmarks.step.profile_parts import Row, add_up, busy_seconds, profile_table, read
+from benchmarks.step.step_cases import LORA, Case, cases_for, load_base, real_tokens
+from benchmarks.step.step_sides import NotPlanned, Side, adapted, set_up, sides_for
 from repbend_fast.config.schema import TrainingConfig
 from repbend_fast.environment import environment
 from repbend_fast.models import find_decoder, trainable_parameters

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from baselines.distances import (
+from repbend_kernels import bend_distance, pairwise_cosine, window_distance
+from repbend_kernels.oracles import bend_distance_reference, pairwise_cosine_reference, window_distance_reference
+
+from benchmarks.baselines.distances import (
     looped_window_distance,
     published_pairwise_cosine,
     published_row_distance,
     published_window_distance,
 )
-from harness import Work
-from repbend_kernels import bend_distance, pairwise_cosine, window_distance
-from repbend_kernels.oracles import bend_distance_reference, pairwise_cosine_reference, window_distance_reference
+from benchmarks.harness import Work
 
 SIZES = {
     "test_bend_distance": {  # rows of the stream, width
