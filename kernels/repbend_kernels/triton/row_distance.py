@@ -6,8 +6,6 @@ direction is written. Offsets are int64: rows × width passes 2³¹ at 16k rows 
 × stride in a transposed view of as many.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,9 @@ NONE, DIRECTION, GRADIENT = 0, 1, 2
 
 
 @triton.jit
-def _coefficients(s0, s1, s2, width, KIND: tl.constexpr):
+def _coefficients(
+    s0: tl.tensor, s1: tl.tensor, s2: tl.tensor, width: tl.tensor, KIND: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """From the row's sums: ``(distance, a, b)`` with direction a·(h−r) for l2 and mse, a·h + b·r for the cosines."""
     if KIND == "l2":
         distance = tl.sqrt_rn(s0)
@@ -52,7 +52,7 @@ def _coefficients(s0, s1, s2, width, KIND: tl.constexpr):
 
 
 @triton.jit
-def _direction(h, r, a, b, KIND: tl.constexpr):
+def _direction(h: tl.tensor, r: tl.tensor, a: tl.tensor, b: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     if KIND == "l2" or KIND == "mse":
         g = (h - r) * a
     else:
@@ -67,25 +67,25 @@ def _direction(h, r, a, b, KIND: tl.constexpr):
     do_not_specialize_on_alignment=["rows", "mask", "grad_rows", "distances", "place"],
 )
 def row_distance_kernel(
-    hidden,
-    reference,
-    rows,
-    mask,
-    grad_rows,
-    distances,
-    target,
-    place,
-    count_n,
-    width,
-    h_inner,
-    h_outer_stride,
-    h_inner_stride,
-    h_stride,
-    r_inner,
-    r_outer_stride,
-    r_inner_stride,
-    r_stride,
-    grad_stride,
+    hidden: tl.tensor,
+    reference: tl.tensor,
+    rows: tl.tensor,
+    mask: tl.tensor,
+    grad_rows: tl.tensor,
+    distances: tl.tensor,
+    target: tl.tensor,
+    place: tl.tensor,
+    count_n: tl.tensor,
+    width: tl.tensor,
+    h_inner: tl.tensor,
+    h_outer_stride: tl.tensor,
+    h_inner_stride: tl.tensor,
+    h_stride: tl.tensor,
+    r_inner: tl.tensor,
+    r_outer_stride: tl.tensor,
+    r_inner_stride: tl.tensor,
+    r_stride: tl.tensor,
+    grad_stride: tl.tensor,
     KIND: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -93,7 +93,7 @@ def row_distance_kernel(
     STORE: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """STORE 0: distances. 1: distances, and the direction at row i of target. 2: grad · direction at row n
     of target.
     """
@@ -169,21 +169,21 @@ def row_distance_kernel(
 
 @triton.jit(do_not_specialize=["count_r", "g_inner"], do_not_specialize_on_alignment=["rows", "place", "scale"])
 def add_rows_kernel(
-    grad,
-    direction,
-    rows,
-    place,
-    scale,
-    out,
-    count_r,
-    width,
-    g_inner,
-    g_outer_stride,
-    g_inner_stride,
-    g_stride,
+    grad: tl.tensor,
+    direction: tl.tensor,
+    rows: tl.tensor,
+    place: tl.tensor,
+    scale: tl.tensor,
+    out: tl.tensor,
+    count_r: tl.tensor,
+    width: tl.tensor,
+    g_inner: tl.tensor,
+    g_outer_stride: tl.tensor,
+    g_inner_stride: tl.tensor,
+    g_stride: tl.tensor,
     HAS_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """out[n] = grad[n] + scale · direction[i] where rows[i] = n.
 
     ``place[n]`` holds i for selected rows and anything at all for others, so it counts only if ``rows[place[n]]`` is n:
@@ -230,7 +230,7 @@ def _launch_rows(
     launch = size_rule(width, WHOLE_ROW)
     whole = width <= WHOLE_ROW
     store = NONE if target is None else DIRECTION if grad_rows is None else GRADIENT
-    unused: Any = hidden
+    unused = hidden
     with on_device_of(hidden):
         row_distance_kernel[(count,)](
             hidden,
