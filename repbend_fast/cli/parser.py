@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import repbend_fast
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
         self.options.update(dict.fromkeys(action.option_strings, action))
         return action
 
-    def add_commands(self) -> Any:
+    def add_commands(self) -> argparse._SubParsersAction[_Parser]:
         """What ``_command`` adds commands to."""
         groups = self.add_subparsers(title="commands", metavar="COMMAND", required=True)
         self.commands = groups.choices
@@ -233,7 +233,7 @@ def _build() -> _Parser:
     return parser
 
 
-def _compare_command(groups: Any) -> None:
+def _compare_command(groups: argparse._SubParsersAction[_Parser]) -> None:
     compare = _command(
         groups,
         "compare",
@@ -264,7 +264,7 @@ def _compare_command(groups: Any) -> None:
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at once, which share the CPU's cores (default: 1)")
 
 
-def _recipe_commands(groups: Any) -> None:
+def _recipe_commands(groups: argparse._SubParsersAction[_Parser]) -> None:
     parser = groups.add_parser(
         "recipes", help="list, show and copy the shipped recipes", description="The shipped recipes."
     )
@@ -277,8 +277,14 @@ def _recipe_commands(groups: Any) -> None:
     copy.add_argument("target", nargs="?", default=".", metavar="DEST", help="file or folder (default: here)")
 
 
-def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool = False) -> _Parser:
-    parser: _Parser = groups.add_parser(
+def _command(
+    groups: argparse._SubParsersAction[_Parser],
+    name: str,
+    handler: Callable[[argparse.Namespace], int],
+    summary: str,
+    overrides: bool = False,
+) -> _Parser:
+    parser = groups.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
