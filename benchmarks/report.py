@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from demo_record import demo_table, missed_demo_goals
+from op_record import COSTS, OpRecord, OpRow
 from profile_parts import profile_table
-from records import COSTS, OpRecord, OpRow
 from step_record import missed_step_goals, step_table
 
 RESULTS = Path(__file__).parent / "results"

@@ -192,9 +192,7 @@ def _(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool]) -
 
 
 class _Down(torch.autograd.Function):
-    """``(x, P)``. The base layer reads the x that comes out, so that its gradient of x passes through here and takes
-    the low-rank part in, without a tensor and a sum of its own.
-    """
+    """``(x, P)``. The base layer reads this x: its gradient comes through here, and the low-rank part is added to it."""
 
     @staticmethod
     def forward(
@@ -222,9 +220,7 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """``result`` [N, O] with f · P Bᵀ added in place; in a compiled graph to a copy, since its tracer takes no input
-    that changes.
-    """
+    """``result`` [N, O] with f · P Bᵀ added in place; in a compiled graph to a copy: its inputs must not change."""
 
     @staticmethod
     def forward(ctx: Context, result: Tensor, down: Tensor, b: Tensor, factor: float) -> Tensor:

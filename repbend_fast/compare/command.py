@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from repbend_fast.compare import picture, process, tables
 from repbend_fast.compare.comparison import Comparison
-from repbend_fast.compare.records import ComparisonRecord, SearchRecord
+from repbend_fast.compare.record import ComparisonRecord, SearchRecord
 from repbend_fast.compare.results import comparison_record, method_record, seed_record
 from repbend_fast.compare.search import Try, choose, search_record, try_of
 from repbend_fast.compare.training import Training, evaluate, measure_before, state, train, training_of

@@ -6,7 +6,7 @@ import io
 
 from matplotlib.figure import Figure
 
-from repbend_fast.compare.records import ComparisonRecord
+from repbend_fast.compare.record import ComparisonRecord
 from repbend_fast.evaluation.rates import TITLES, Side
 from repbend_fast.report.plots import MUTED, RATE_COLORS, style
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from repbend_fast.compare.comparison import Comparison
-from repbend_fast.compare.records import ComparisonRecord, MethodRecord, SearchRecord
+from repbend_fast.compare.record import ComparisonRecord, MethodRecord, SearchRecord
 from repbend_fast.compare.training import Training
 from repbend_fast.environment import environment
 from repbend_fast.evaluation.rates import KEYS, Side

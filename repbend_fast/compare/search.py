@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from repbend_fast.compare.records import SearchRecord
+from repbend_fast.compare.record import SearchRecord
 from repbend_fast.errors import UserError
 from repbend_fast.report.run_record import RunRecord
 from repbend_fast.training.guard import rank

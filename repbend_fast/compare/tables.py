@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from repbend_fast.compare.records import ComparisonRecord, MethodRecord
+from repbend_fast.compare.record import ComparisonRecord, MethodRecord
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, Side, format_value
 
 ROWS = {
