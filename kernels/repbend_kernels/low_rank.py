@@ -192,7 +192,7 @@ def _(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool]) -
 
 
 class _Down(torch.autograd.Function):
-    """``(x, P)``. The base layer reads this x: its gradient comes through here, and the low-rank part is added to it."""
+    """``(x, P)``. The base layer reads this x: its gradient comes through here and takes the low-rank part in."""
 
     @staticmethod
     def forward(
