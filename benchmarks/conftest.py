@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import signal
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness import RESULTS, Machine, Work, hardware_slug, median_seconds, rates, wait, write_record
+from benchmarks.harness import RESULTS, Machine, Measure, Work, hardware_slug, median_seconds, rates, wait, write_record
 from benchmarks.measure import peak_bytes, relative_error
 
 
@@ -77,7 +77,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         return (yield)
     except torch.OutOfMemoryError as error:
         given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if given.get("contender", "ours").startswith("ours") and given.get("chunked", True):
+        if str(given.get("contender", "ours")).startswith("ours") and given.get("chunked", True):
             raise
         traceback.clear_frames(
             error.__traceback__
@@ -114,11 +114,11 @@ def machine(device: torch.device, dtype: torch.dtype, smoke: bool) -> Machine:
 
 @pytest.fixture
 def measured(
-    benchmark: Any, device: torch.device, machine: Machine, smoke: bool, request: pytest.FixtureRequest
-) -> Callable[[Work], dict[str, Any]]:
+    benchmark: BenchmarkFixture, device: torch.device, machine: Machine, smoke: bool, request: pytest.FixtureRequest
+) -> Measure:
     """Checks, measures and records one contender."""
 
-    def measure(work: Work) -> dict[str, Any]:
+    def measure(work: Work) -> dict[str, object]:
         value, grads = work.calls[0]()
         errors = [
             relative_error(value, work.exact[0]),
@@ -129,7 +129,7 @@ def measured(
         )
         returned = sum(g.numel() * g.element_size() for g in grads)
         del value, grads
-        row: dict[str, Any] = {"op": work.op, "case": work.case, "contender": work.contender}
+        row: dict[str, object] = {"op": work.op, "case": work.case, "contender": work.contender}
         row["error_value"], row["error_gradient"] = (float(f"{e:.3g}") for e in errors)
         row["peak_bytes"] = peak_bytes(work.calls[0], device)
         row["returned_bytes"] = returned

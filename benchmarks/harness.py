@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from torch import Tensor
 from repbend_fast.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
+
+
+Result = tuple[Tensor, list[Tensor]]
+"""A value and its gradients."""
+Call = Callable[[], Result]
 
 
 @dataclass
@@ -30,11 +35,23 @@ class Work:
     op: str
     case: str
     contender: str
-    calls: list[Callable[[], tuple[Tensor, list[Tensor]]]]
-    exact: tuple[Tensor, list[Tensor]]
+    calls: list[Call]
+    exact: Result
     tolerance: float
     bytes_moved: int = 0
     flops: int = 0
+
+
+Measure = Callable[[Work], dict[str, object]]
+"""Checks, measures and records one contender; the fixture ``measured``."""
+
+
+class Timing(Protocol):
+    """What pytest-benchmark knows of a row, in seconds."""
+
+    median: float
+    iqr: float
+    rounds: int
 
 
 @dataclass
@@ -62,10 +79,10 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def rates(stats: Any, work: Work, machine: Machine, calls: int) -> dict[str, Any]:
+def rates(stats: Timing, work: Work, machine: Machine, calls: int) -> dict[str, object]:
     """A row's time per call of rounds of ``calls``, and what share of the machine's own rates it reaches."""
     seconds = stats.median / calls
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "median_ms": round(seconds * 1e3, 4),
         "iqr_ms": round(stats.iqr / calls * 1e3, 4),
         "rounds": stats.rounds,
@@ -93,11 +110,11 @@ def hardware_slug() -> str:
 
 
 def merged(
-    kept: list[dict[str, Any]],
-    fresh: list[dict[str, Any]],
-    header: dict[str, Any],
-    key: Callable[[dict[str, Any]], object],
-) -> list[dict[str, Any]]:
+    kept: list[dict[str, object]],
+    fresh: list[dict[str, object]],
+    header: dict[str, object],
+    key: Callable[[dict[str, object]], object],
+) -> list[dict[str, object]]:
     """``fresh``, stamped with the header's commit and date, in the place of the rows of ``kept`` that have a ``key`` of
     theirs.
     """
@@ -106,14 +123,14 @@ def merged(
     return [row for row in kept if key(row) not in replaced] + stamped
 
 
-def write_record(path: Path, rows: list[dict[str, Any]], machine: Machine, *, whole: bool) -> None:
+def write_record(path: Path, rows: list[dict[str, object]], machine: Machine, *, whole: bool) -> None:
     """Writes the rows under a header, in the place of all rows of their ops or, if the run is not ``whole``, of the
     same contenders.
 
     Rows of ops that this run left out stay as they were.
     """
 
-    def key(row: dict[str, Any]) -> tuple[str, ...]:
+    def key(row: dict[str, object]) -> tuple[object, ...]:
         return (row["op"],) if whole else (row["op"], row["case"], row["contender"])
 
     kept = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress
 
 Say = Callable[[str], None]
@@ -68,7 +68,7 @@ def note(text: str) -> None:
         say(f"note: {text}")
 
 
-def show(renderable: Any) -> None:
+def show(renderable: RenderableType) -> None:
     """Show a table or another thing that ``rich`` draws; a listener gets it as text."""
     listener = _listener.get()
     if listener is terminal:

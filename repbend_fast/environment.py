@@ -11,7 +11,6 @@ import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import repbend_fast
 
@@ -30,7 +29,7 @@ PACKAGES = (
 CHECKOUT = Path(repbend_fast.__file__).resolve().parents[1]
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """``hardware``, ``device`` and ``threads``; ``versions``, ``machine`` (memory in GiB), what each of the ops'
     ``implementations`` says about this machine; ``commit`` and ``date``.
     """
@@ -85,10 +84,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _machine() -> dict[str, Any]:
+def _machine() -> dict[str, object]:
     import torch
 
-    found: dict[str, Any] = {"platform": platform.platform(), "cpus": os.cpu_count(), "memory_gib": _memory_gib()}
+    found: dict[str, object] = {"platform": platform.platform(), "cpus": os.cpu_count(), "memory_gib": _memory_gib()}
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         free, total = torch.cuda.mem_get_info(i)

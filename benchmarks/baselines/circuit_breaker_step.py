@@ -10,18 +10,19 @@ one backward. Blocks are recomputed in backward. Padding counts in the retain me
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from benchmarks.baselines.batches import padded, unsafe_sequences
 from repbend_fast.data.records import Batch
+from repbend_fast.models.causal import AdaptedLM
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 
 
 def circuit_breaker_step(
-    model: Any, batch: Batch, config: CircuitBreakerConfig, progress: float, width: int | None = None
+    model: AdaptedLM, batch: Batch, config: CircuitBreakerConfig, progress: float, width: int | None = None
 ) -> dict[str, Tensor]:
     """One step at t/(2T) = ``progress``: adds the gradient to the adapter's parameters; returns the unweighted terms.
 
@@ -35,7 +36,7 @@ def circuit_breaker_step(
 
 
 def circuit_breaker_terms(
-    model: Any, batch: Batch, config: CircuitBreakerConfig, width: int | None = None
+    model: AdaptedLM, batch: Batch, config: CircuitBreakerConfig, width: int | None = None
 ) -> dict[str, Tensor]:
     """Both means as scalars of one graph over both streams."""
     device = next(model.parameters()).device
@@ -58,16 +59,16 @@ def circuit_breaker_terms(
     return {"reroute": reroute, "retain": retain}
 
 
-def _states(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+def _states(model: AdaptedLM, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     states: tuple[Tensor, ...] = model(
         input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
     ).hidden_states
     return states
 
 
-def _layers(model: Any, ids: Tensor, mask: Tensor, config: CircuitBreakerConfig) -> Tensor:
+def _layers(model: AdaptedLM, ids: Tensor, mask: Tensor, config: CircuitBreakerConfig) -> Tensor:
     states = _states(model, ids, mask)
-    return torch.stack([states[layer] for layer in config.layers])
+    return torch.stack([states[layer] for layer in cast(list[int], config.layers)])
 
 
 def _normalised(states: Tensor) -> Tensor:

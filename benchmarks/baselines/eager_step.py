@@ -10,8 +10,6 @@ backward.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -28,16 +26,17 @@ from benchmarks.baselines.batches import (
 from benchmarks.baselines.distances import published_pairwise_cosine
 from benchmarks.baselines.heads import kl_of_logits
 from repbend_fast.data.records import Batch
+from repbend_fast.models.causal import AdaptedLM, Output
 from repbend_fast.objectives.repbend import RepBendConfig
 
 
-def prepare_eager(model: Any) -> None:
+def prepare_eager(model: AdaptedLM) -> None:
     """Train mode (LoRA's dropout) with every block recomputed in backward."""
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def eager_step(model: Any, batch: Batch, config: RepBendConfig, width: int | None = None) -> dict[str, Tensor]:
+def eager_step(model: AdaptedLM, batch: Batch, config: RepBendConfig, width: int | None = None) -> dict[str, Tensor]:
     """One step: the gradient of the weighted sum is added to the adapter's parameters; returns the unweighted terms S,
     U, C, K.
 
@@ -49,7 +48,7 @@ def eager_step(model: Any, batch: Batch, config: RepBendConfig, width: int | Non
     return {name: value.detach() for name, value in terms.items()}
 
 
-def eager_terms(model: Any, batch: Batch, config: RepBendConfig, width: int | None = None) -> dict[str, Tensor]:
+def eager_terms(model: AdaptedLM, batch: Batch, config: RepBendConfig, width: int | None = None) -> dict[str, Tensor]:
     """S, U, C, K as scalars of one graph over all streams."""
     device = next(model.parameters()).device
     safe, unsafe, retain = safe_sequences(batch, config), unsafe_sequences(batch), list(batch.retain)
@@ -77,7 +76,7 @@ def eager_terms(model: Any, batch: Batch, config: RepBendConfig, width: int | No
     return terms
 
 
-def _run(model: Any, inputs: tuple[Tensor, Tensor]) -> Any:
+def _run(model: AdaptedLM, inputs: tuple[Tensor, Tensor]) -> Output:
     return model(input_ids=inputs[0], attention_mask=inputs[1], output_hidden_states=True, use_cache=False)
 
 
@@ -88,7 +87,7 @@ def _masked_stack(states: tuple[Tensor, ...], layers: list[int], rows: Tensor) -
     return stacked
 
 
-def _masked_logits(model: Any, inputs: tuple[Tensor, Tensor]) -> Tensor:
+def _masked_logits(model: AdaptedLM, inputs: tuple[Tensor, Tensor]) -> Tensor:
     """Logits [B, T, V], zero on padding, where both distributions are then uniform."""
     logits: Tensor = _run(model, inputs).logits
     return logits * inputs[1][..., None]

@@ -9,12 +9,12 @@ takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.baselines.batches import (
     kl_count,
@@ -29,16 +29,17 @@ from benchmarks.baselines.batches import (
 from benchmarks.baselines.distances import published_pairwise_cosine
 from benchmarks.baselines.heads import liger_chunked_kl, liger_fused_kl
 from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.models.causal import AdaptedLM
 from repbend_fast.objectives.repbend import RepBendConfig
 
 
-def prepare_peft_liger(model: Any) -> None:
+def prepare_peft_liger(model: AdaptedLM) -> None:
     """Train mode (LoRA's dropout) with every block recomputed in backward."""
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def peft_liger_step(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
+def peft_liger_step(model: AdaptedLM, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     """One step: the gradient of the weighted sum is added to the adapter's parameters; returns the unweighted terms S,
     U, C, K.
     """
@@ -50,7 +51,7 @@ def peft_liger_step(model: Any, batch: Batch, config: RepBendConfig) -> dict[str
     return terms
 
 
-def _safe(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
+def _safe(model: AdaptedLM, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     sequences = safe_sequences(batch, config)
     ids, mask = padded(sequences, device=model.device)
     rows = row_mask(sequences, config.loss_mode, device=model.device)
@@ -62,7 +63,7 @@ def _safe(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     return {"safe": _distance(states, reference, rows, len(layers) + every)}
 
 
-def _unsafe(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
+def _unsafe(model: AdaptedLM, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     sequences, layers = unsafe_sequences(batch), list(config.window)
     ids, mask = padded(sequences, device=model.device)
     rows = unsafe_row_mask(batch, config, device=model.device)
@@ -72,7 +73,7 @@ def _unsafe(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor
     return {"unsafe": _distance(states, reference, rows, len(layers)), "cosine": published_pairwise_cosine(prompts)}
 
 
-def _retain(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
+def _retain(model: AdaptedLM, batch: Batch, config: RepBendConfig) -> dict[str, Tensor]:
     sequences: list[Sequence] = list(batch.retain)
     ids, mask = padded(sequences, device=model.device)
     real = mask.bool()
@@ -84,14 +85,14 @@ def _retain(model: Any, batch: Batch, config: RepBendConfig) -> dict[str, Tensor
     return {"kl": loss / kl_count(sequences, config)}
 
 
-def _reference_rows(model: Any, ids: Tensor, mask: Tensor, layers: list[int], rows: Tensor) -> dict[int, Tensor]:
+def _reference_rows(model: AdaptedLM, ids: Tensor, mask: Tensor, layers: list[int], rows: Tensor) -> dict[int, Tensor]:
     with torch.no_grad(), model.disable_adapter():
         return {layer: hidden[rows] for layer, hidden in _hidden_states(model, ids, mask, layers).items()}
 
 
-def _hidden_states(model: Any, ids: Tensor, mask: Tensor, layers: list[int]) -> dict[int, Tensor]:
+def _hidden_states(model: AdaptedLM, ids: Tensor, mask: Tensor, layers: list[int]) -> dict[int, Tensor]:
     """The wanted hidden states [B, T, D] by index; the head does not run."""
-    body = model.get_base_model().get_decoder()
+    body: Any = model.get_base_model().get_decoder()
     with _captured(body, layers) as states:
         states[len(body.layers)] = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return {layer: states[layer] for layer in layers}
@@ -102,13 +103,13 @@ def _captured(body: Any, layers: list[int]) -> Iterator[dict[int, Tensor]]:
     """Hooks for one forward. They are gone before backward, whose recomputation would overwrite what they took."""
     states: dict[int, Tensor] = {}
 
-    def hook_of(layer: int) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+    def hook_of(layer: int) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             states[layer] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    places: list[tuple[int, Any]] = [
+    places: list[tuple[int, nn.Module]] = [
         (0, body.embed_tokens),
         *((i + 1, block) for i, block in enumerate(body.layers[:-1])),
     ]

@@ -13,15 +13,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+from benchmarks.demo.demo_record import Row
 from repbend_fast.environment import environment
 from repbend_fast.evaluation.rates import KEYS
 
 RESULT = Path(__file__).parents[1] / "results" / "demo.json"
 
 
-def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
+def run_seed(seed: int, folder: Path, overrides: list[str]) -> Row:
     """One demo run; its two evaluations by key, the step that was kept and the run's seconds."""
     started = time.perf_counter()
     command = [
@@ -38,7 +38,7 @@ def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     return entry(seed, folder, time.perf_counter() - started)
 
 
-def entry(seed: int, folder: Path, seconds: float) -> dict[str, Any]:
+def entry(seed: int, folder: Path, seconds: float) -> Row:
     """A finished run's line of the record, without what was not measured."""
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     sides = {
@@ -48,7 +48,7 @@ def entry(seed: int, folder: Path, seconds: float) -> dict[str, Any]:
     return {"seed": seed, **sides, "seconds": round(seconds, 1), "best_step": evaluation["best_step"], "counts": counts}
 
 
-def _others(out: Path, commit: str, overrides: list[str], seed: int) -> list[dict[str, Any]]:
+def _others(out: Path, commit: object, overrides: list[str], seed: int) -> list[Row]:
     """What the record holds of the same commit and settings for other seeds."""
     record = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     same = record.get("commit") == commit and record.get("overrides") == overrides

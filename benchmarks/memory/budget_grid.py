@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -28,6 +28,7 @@ from repbend_fast.config import Config, load_config
 from repbend_fast.data.records import Batch
 from repbend_fast.models import attach_lora, load_model, prepared, trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.load import DTYPES
 from repbend_fast.objectives import build_objective
@@ -44,7 +45,19 @@ SHARES = (0.9, 0.7, 0.5, 0.35, 0.2, 0.1, 0.0)
 CPU = torch.device("cpu")
 
 
-def random_model(config: Config) -> Any:
+class GridRow(TypedDict):
+    """One budget, None for no budget: what was planned for it and what was measured."""
+
+    budget_bytes: int | None
+    planned_bytes: int
+    measured_bytes: float
+    measured_to_budget: float | None
+    planned_to_measured: float
+    seconds_per_step: float
+    levers: dict[str, object]
+
+
+def random_model(config: Config) -> CausalLM:
     """The recipe's model with random weights, frozen, on the CPU."""
     from transformers import AutoModelForCausalLM
 
@@ -53,7 +66,7 @@ def random_model(config: Config) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def training_peak(base: Any, config: Config, levers: Levers, batch: Batch, steps: int = 2) -> dict[str, float]:
+def training_peak(base: CausalLM, config: Config, levers: Levers, batch: Batch, steps: int = 2) -> dict[str, float]:
     """Peak tensor bytes of ``steps`` optimizer steps on ``batch``, weights included, and the seconds of one step.
 
     ``base`` gets a new adapter and is left without it.
@@ -80,18 +93,18 @@ def training_peak(base: Any, config: Config, levers: Levers, batch: Batch, steps
     return {"bytes": peak, "seconds": seconds}
 
 
-def grid(config: Config, base: Any, limits: Limits, shares: Seq[float], steps: int) -> list[dict[str, Any]]:
+def grid(config: Config, base: CausalLM, limits: Limits, shares: Seq[float], steps: int) -> list[GridRow]:
     """One row without a budget, then one per share of the way from the smallest budget to that."""
     planner = Planner(config, CPU, limits=limits)
     batch = worst_batch(config.training.examples, limits, config.training.retain_examples)
     free = planner.plan(None)
     smallest, _ = planner.smallest()
-    rows = []
+    rows: list[GridRow] = []
     for share in (None, *shares):
         budget = None if share is None else int(smallest + share * (free.total - smallest))
         plan = planner.plan(budget)
         measured = training_peak(base, config, plan.levers, batch, steps)
-        row = {
+        row: GridRow = {
             "budget_bytes": budget,
             "planned_bytes": plan.total,
             "measured_bytes": measured["bytes"],
@@ -105,9 +118,11 @@ def grid(config: Config, base: Any, limits: Limits, shares: Seq[float], steps: i
     return rows
 
 
-def kept(rows: list[dict[str, Any]]) -> bool:
+def kept(rows: list[GridRow]) -> bool:
     """Whether every budget was kept, and the plan without one was near."""
-    over = [row for row in rows if row["budget_bytes"] is not None and row["measured_to_budget"] > ALLOWED_OVER]
+    over = [
+        row for row in rows if row["budget_bytes"] is not None and (row["measured_to_budget"] or 0.0) > ALLOWED_OVER
+    ]
     return not over and abs(rows[0]["planned_to_measured"] - 1) <= ALLOWED_OFF
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence as Seq
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 from unittest.mock import patch
 
 import torch
@@ -29,9 +29,11 @@ from torch import Tensor
 from benchmarks.baselines.eager_step import eager_step, prepare_eager
 from repbend_fast.config import load_config
 from repbend_fast.models import trainable_parameters
+from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.planning.batches import limits_of, published_batch
 from repbend_fast.planning.cards import GB
 from repbend_fast.planning.peaks import track_stream
+from repbend_fast.planning.planned import PlannedRow
 from repbend_fast.planning.planner import Planner, show_levers
 from repbend_fast.planning.scratch import HEAD_OPS, op_scratch
 from repbend_fast.planning.shapes import shape_model
@@ -54,10 +56,25 @@ PARTS = (
 )
 
 
-def eager_bar(recipe: str) -> dict[str, Any]:
+class Bar(TypedDict):
+    """The bytes of a step's peak by part."""
+
+    label: str
+    parts: dict[str, int]
+
+
+class MemoryRecord(TypedDict):
+    """What is drawn and written; the record has the machine's header too."""
+
+    bars: list[Bar]
+    table: list[PlannedRow]
+
+
+def eager_bar(recipe: str) -> Bar:
     """Peak of the published step by part."""
     config = load_config(recipe)
-    model = shape_model(config.model, config.lora, config.objective.window)
+    objective = cast(RepBendConfig, config.objective)
+    model = shape_model(config.model, config.lora, objective.window)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     prepare_eager(model)
     training = config.training
@@ -79,7 +96,7 @@ def eager_bar(recipe: str) -> dict[str, Any]:
         tracker,
         patch("benchmarks.baselines.eager_step.published_pairwise_cosine", lambda states: states.float().mean()),
     ):
-        eager_step(model, batch, config.objective, WIDTH)
+        eager_step(model, batch, objective, WIDTH)
     found = tracker.peak_categories
     # One accumulated gradient and two moments of each adapter weight, as in our own bars.
     state = 4 * found["adapter"]
@@ -87,7 +104,7 @@ def eager_bar(recipe: str) -> dict[str, Any]:
     return {"label": "published step,\nbf16", "parts": dict(zip(PARTS, parts))}
 
 
-def our_bar(planner: Planner, label: str, budget: int | None, longest: bool) -> dict[str, Any]:
+def our_bar(planner: Planner, label: str, budget: int | None, longest: bool) -> Bar:
     """Peak of the largest stream of our step by part, at the longest lengths or at published ones."""
     plan = planner.plan(budget, check=False)
     streams = planner.worst_streams(plan.levers) if longest else planner.expected[0]
@@ -109,7 +126,7 @@ def our_bar(planner: Planner, label: str, budget: int | None, longest: bool) -> 
     return {"label": label, "parts": dict(zip(PARTS, parts))}
 
 
-def bars() -> list[dict[str, Any]]:
+def bars() -> list[Bar]:
     """The published step, then ours with and without recomputation and in NF4."""
     plain = Planner(load_config("llama-3-8b-instruct", ["memory.budget=null", "memory.checkpoint_blocks=auto"]), CUDA)
     packed = Planner(load_config("llama-3-8b-instruct", overlays="qlora"), CUDA)
@@ -122,17 +139,17 @@ def bars() -> list[dict[str, Any]]:
     ]
 
 
-def table() -> list[dict[str, Any]]:
+def table() -> list[PlannedRow]:
     """The rows of ``repbend-fast plan --table``."""
     from repbend_fast.cli import main as command
 
     with redirect_stdout(io.StringIO()) as printed:
         command(["plan", "--table", "--json"])
-    rows: list[dict[str, Any]] = json.loads(printed.getvalue())
+    rows: list[PlannedRow] = json.loads(printed.getvalue())
     return rows
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
+def draw(record: MemoryRecord, path: Path) -> None:
     """One stacked bar per setting."""
     import matplotlib
 
@@ -156,7 +173,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[PlannedRow]) -> str:
     """The table's rows for the docs."""
     lines = [
         "| model | weights | budget | card | planned peak | s per step | levers |",
@@ -164,7 +181,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         model, weights = row["model"].rsplit("/", 1)[-1], "NF4" if row["quantization"] == "nf4" else "bf16"
-        start = f"| {model} | {weights} | {row['budget_bytes'] // GB} GB | {row['card']}"
+        start = f"| {model} | {weights} | {cast(int, row['budget_bytes']) // GB} GB | {row['card']}"
         if row["levers"] is None:
             lines.append(f"{start} | does not fit below {row['smallest_bytes'] / GB:.1f} GB | | |")
         else:
@@ -173,7 +190,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_docs(record: dict[str, Any]) -> None:
+def write_docs(record: MemoryRecord) -> None:
     """Put the table between its marks in docs/memory.md, and draw the picture."""
     text = DOCS.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])

@@ -4,13 +4,20 @@ expression.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from repbend_kernels import bend_tap
 from repbend_kernels.oracles import bend_tap_reference
+from torch import Tensor
 
 from benchmarks.baselines.distances import published_row_distance
-from benchmarks.harness import Work
+from benchmarks.harness import Call, Measure, Result, Work
+
+Size = tuple[int, int, int]
+Tap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 # Rows of the stream, how many of them are selected, width.
 SIZES = {
@@ -25,12 +32,14 @@ SIZES = {
 }
 
 
-def input_sets(device, smoke):
+def input_sets(device: torch.device, smoke: bool) -> int:
     """How many sets of inputs take turns, so that none is found in a cache."""
     return 1 if smoke else 4 if device.type == "cuda" else 2
 
 
-def inputs(device, dtype, count, selected, width, seed):
+def inputs(
+    device: torch.device, dtype: torch.dtype, count: int, selected: int, width: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator(device=device).manual_seed(seed)
     hidden = torch.randn(1, count, width, generator=generator, device=device, dtype=dtype)
     rows = torch.arange(0, count, count // selected, device=device)
@@ -39,7 +48,7 @@ def inputs(device, dtype, count, selected, width, seed):
     return hidden, reference, rows, incoming
 
 
-def tap_call(hidden, reference, rows, incoming, run):
+def tap_call(hidden: Tensor, reference: Tensor, rows: Tensor, incoming: Tensor, run: Tap) -> Call:
     """Forward and backward through the stream. The first call's result is checked; later ones find directions in our
     buffer, which is the same work on other numbers, so they are taken as refilled.
     """
@@ -49,7 +58,7 @@ def tap_call(hidden, reference, rows, incoming, run):
         torch.tensor(0.5 / rows.numel(), device=hidden.device),
     )
 
-    def call():
+    def call() -> Result:
         torch.autograd.graph.increment_version(buffer)
         stream, loss = run(leaf, buffer, rows)
         (grad,) = torch.autograd.grad([stream, loss], [leaf], [incoming, weight])
@@ -58,14 +67,16 @@ def tap_call(hidden, reference, rows, incoming, run):
     return call
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Tap] = {
     "ours": lambda h, r, rows: bend_tap(h, r, rows),
     "eager": lambda h, r, rows: (h, published_row_distance(h, r, rows)),
 }
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-def test_bend_tap(measured, device, dtype, smoke, size, contender) -> None:
+def test_bend_tap(
+    measured: Measure, device: torch.device, dtype: torch.dtype, smoke: bool, size: Size, contender: str
+) -> None:
     count, selected, width = size
     data = [inputs(device, dtype, count, selected, width, seed) for seed in range(input_sets(device, smoke))]
     hidden, reference, rows, incoming = data[0]
@@ -82,17 +93,20 @@ def test_bend_tap(measured, device, dtype, smoke, size, contender) -> None:
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_bend_tap_direction(measured, device, dtype, smoke, size, direction) -> None:
+def test_bend_tap_direction(
+    measured: Measure, device: torch.device, dtype: torch.dtype, smoke: bool, size: Size, direction: str
+) -> None:
     count, selected, width = size
     data = [inputs(device, dtype, count, selected, width, seed) for seed in range(input_sets(device, smoke))]
-    calls, exact = [], None
+    calls: list[Call] = []
+    exact: Result | None = None
     for hidden, reference, rows, incoming in data:
         leaf, weight = hidden.detach().requires_grad_(), torch.tensor(0.5 / selected, device=device)
         stream, loss = bend_tap(leaf, reference.clone(), rows)
         if direction == "forward":
             buffer = torch.zeros_like(reference)
 
-            def forward(leaf=leaf, buffer=buffer, rows=rows):
+            def forward(leaf: Tensor = leaf, buffer: Tensor = buffer, rows: Tensor = rows) -> Result:
                 torch.autograd.graph.increment_version(buffer)
                 return bend_tap(leaf, buffer, rows)[1].detach(), []
 
@@ -100,7 +114,13 @@ def test_bend_tap_direction(measured, device, dtype, smoke, size, direction) -> 
             exact = exact or (bend_tap_reference(hidden.double(), torch.zeros_like(reference).double(), rows)[1], [])
         else:
 
-            def backward(stream=stream, loss=loss, leaf=leaf, incoming=incoming, weight=weight):
+            def backward(
+                stream: Tensor = stream,
+                loss: Tensor = loss,
+                leaf: Tensor = leaf,
+                incoming: Tensor = incoming,
+                weight: Tensor = weight,
+            ) -> Result:
                 grads = torch.autograd.grad([stream, loss], [leaf], [incoming, weight], retain_graph=True)
                 return loss.detach(), list(grads)
 

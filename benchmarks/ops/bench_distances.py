@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from repbend_kernels import bend_distance, pairwise_cosine, window_distance
 from repbend_kernels.oracles import bend_distance_reference, pairwise_cosine_reference, window_distance_reference
+from torch import Tensor
 
 from benchmarks.baselines.distances import (
     looped_window_distance,
@@ -13,7 +16,7 @@ from benchmarks.baselines.distances import (
     published_row_distance,
     published_window_distance,
 )
-from benchmarks.harness import Work
+from benchmarks.harness import Call, Measure, Result, Work
 
 SIZES = {
     "test_bend_distance": {  # rows of the stream, width
@@ -37,28 +40,30 @@ SIZES = {
 }
 
 
-def loss_call(leaves, run):
+def loss_call(leaves: Sequence[Tensor], run: Callable[..., Tensor]) -> Call:
     """Forward and backward of a scalar loss."""
 
-    def call():
+    def call() -> Result:
         loss = run(*leaves)
         return loss.detach(), list(torch.autograd.grad(loss, leaves))
 
     return call
 
 
-def normal(shape, device, dtype, seed):
+def normal(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator(device=device).manual_seed(seed), device=device, dtype=dtype)
 
 
-ROW_CONTENDERS = {
+ROW_CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "ours": lambda h, r, rows: bend_distance(h, r, rows, reduction="sum"),
     "eager": published_row_distance,
 }
 
 
 @pytest.mark.parametrize("contender", ROW_CONTENDERS)
-def test_bend_distance(measured, device, dtype, size, contender) -> None:
+def test_bend_distance(
+    measured: Measure, device: torch.device, dtype: torch.dtype, size: tuple[int, int], contender: str
+) -> None:
     count, width = size
     rows = torch.arange(0, count, 2, device=device)
     hidden, reference = normal((count, width), device, dtype, 1), normal((rows.numel(), width), device, dtype, 2)
@@ -72,7 +77,7 @@ def test_bend_distance(measured, device, dtype, size, contender) -> None:
     )
 
 
-def consuming_window_distance(hiddens, references, mask):
+def consuming_window_distance(hiddens: Sequence[Tensor], references: Sequence[Tensor], mask: Tensor) -> Tensor:
     """The first call's result is checked; later ones take what it left for refilled references, which is
     the same work.
     """
@@ -80,7 +85,7 @@ def consuming_window_distance(hiddens, references, mask):
     return window_distance(hiddens, references, mask, consume_references=True)
 
 
-WINDOW_CONTENDERS = {
+WINDOW_CONTENDERS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], Tensor]] = {
     "ours": lambda hs, rs, mask: window_distance(hs, rs, mask),
     "ours, consume_references": consuming_window_distance,
     "eager": published_window_distance,
@@ -90,13 +95,21 @@ WINDOW_CONTENDERS = {
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("contender", WINDOW_CONTENDERS)
-def test_window_distance(measured, device, dtype, size, contender, direction) -> None:
+def test_window_distance(
+    measured: Measure,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: tuple[int, int, int],
+    contender: str,
+    direction: str,
+) -> None:
     layers, count, width = size
     mask = torch.ones(1, count, dtype=torch.bool, device=device)
     mask[:, -count // 8 :] = False
     hiddens = [normal((1, count, width), device, dtype, seed).requires_grad_() for seed in range(layers)]
     references = [normal((1, count, width), device, dtype, 100 + seed) for seed in range(layers)]
     run = WINDOW_CONTENDERS[contender]
+    exact: Result
     if direction == "forward":
         exact = (
             window_distance_reference(
@@ -105,7 +118,7 @@ def test_window_distance(measured, device, dtype, size, contender, direction) ->
             [],
         )
 
-        def call():
+        def call() -> Result:
             return run(hiddens, references, mask).detach(), []
     else:
         doubles = [h.detach().double().requires_grad_() for h in hiddens]
@@ -119,11 +132,13 @@ def test_window_distance(measured, device, dtype, size, contender, direction) ->
     measured(Work("window_distance", case, contender, [call], exact, 2e-2, bytes_moved=moved))
 
 
-PAIR_CONTENDERS = {"ours": pairwise_cosine, "eager": published_pairwise_cosine}
+PAIR_CONTENDERS: dict[str, Callable[[Tensor], Tensor]] = {"ours": pairwise_cosine, "eager": published_pairwise_cosine}
 
 
 @pytest.mark.parametrize("contender", PAIR_CONTENDERS)
-def test_pairwise_cosine(measured, device, dtype, size, contender) -> None:
+def test_pairwise_cosine(
+    measured: Measure, device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], contender: str
+) -> None:
     states = normal(size, device, dtype, 1)
     exact = loss_call([states.double().requires_grad_()], pairwise_cosine_reference)()
     call = loss_call([states.requires_grad_()], PAIR_CONTENDERS[contender])

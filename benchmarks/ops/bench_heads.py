@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from repbend_kernels import linear_kl_div, linear_log_prob
 from repbend_kernels.oracles import linear_kl_div_reference, linear_log_prob_reference
+from torch import Tensor
 
 from benchmarks.baselines import heads
 from benchmarks.baselines.heads import Unavailable
-from benchmarks.harness import Work
+from benchmarks.harness import Measure, Result, Work
 
+Size = tuple[int, int, int]
+HeadCase = tuple[Tensor, Tensor, Tensor, Result]
+"""Three inputs, and the exact value with its gradient."""
 TEMPERATURE = 2.0
 PRODUCTS = "its three products"
 
@@ -33,7 +39,7 @@ SIZES = {
 }
 
 
-def model_head(device, dtype, size):
+def model_head(device: torch.device, dtype: torch.dtype, size: Size) -> tuple[Tensor, Tensor, Tensor]:
     """States of a student and of a teacher close to it, as K sees them, and a head that gives logits of order 2."""
     count, width, vocabulary = size
     generator = torch.Generator(device=device).manual_seed(0)
@@ -43,7 +49,7 @@ def model_head(device, dtype, size):
     return hidden, reference, weight
 
 
-def exact_in_slices(hidden, evaluate):
+def exact_in_slices(hidden: Tensor, evaluate: Callable[[Tensor, slice], Tensor]) -> tuple[list[Tensor], Tensor]:
     """Value and gradient in float64 a few rows at a time: full float64 logits would not fit beside the contenders."""
     values, grads = [], []
     for start in range(0, hidden.shape[0], 64):
@@ -55,7 +61,7 @@ def exact_in_slices(hidden, evaluate):
     return values, torch.cat(grads)
 
 
-KL_CONTENDERS = {
+KL_CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "ours": lambda h, r, w, t: linear_kl_div(h, r, w, temperature=t),
     "eager": heads.published_kl,
     "chunked torch": heads.chunked_kl,
@@ -67,7 +73,7 @@ KL_CONTENDERS = {
 
 
 @pytest.fixture(scope="module")
-def kl_case(device, dtype, size):
+def kl_case(device: torch.device, dtype: torch.dtype, size: Size) -> HeadCase:
     hidden, reference, weight = model_head(device, dtype, size)
     wide = weight.double()
     values, grad = exact_in_slices(
@@ -77,11 +83,11 @@ def kl_case(device, dtype, size):
 
 
 @pytest.mark.parametrize("contender", KL_CONTENDERS)
-def test_linear_kl_div(measured, kl_case, size, contender) -> None:
+def test_linear_kl_div(measured: Measure, kl_case: HeadCase, size: Size, contender: str) -> None:
     hidden, reference, weight, exact = kl_case
     leaf = hidden.detach().requires_grad_()
 
-    def call():
+    def call() -> Result:
         loss = KL_CONTENDERS[contender](leaf, reference, weight, TEMPERATURE)
         return loss.detach(), list(torch.autograd.grad(loss, [leaf]))
 
@@ -97,7 +103,9 @@ def test_linear_kl_div(measured, kl_case, size, contender) -> None:
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
-def test_three_matrix_products(measured, device, dtype, size, kl_case, chunked) -> None:
+def test_three_matrix_products(
+    measured: Measure, device: torch.device, dtype: torch.dtype, size: Size, kl_case: HeadCase, chunked: bool
+) -> None:
     """The floor of ``linear_kl_div``: its three products, with float32 results, in the chunks that it takes and all at
     once.
     """
@@ -110,7 +118,7 @@ def test_three_matrix_products(measured, device, dtype, size, kl_case, chunked) 
     narrow = torch.zeros((rows, vocabulary), dtype=dtype, device=device)
     narrow.normal_()
 
-    def call():
+    def call() -> Result:
         for start in range(0, count, rows):
             stop = min(start + rows, count)
             logits_into(buffers[0][: stop - start], hidden[start:stop], weight, None)
@@ -124,7 +132,7 @@ def test_three_matrix_products(measured, device, dtype, size, kl_case, chunked) 
     measured(work)
 
 
-LOG_PROB_CONTENDERS = {
+LOG_PROB_CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "ours": linear_log_prob,
     "eager": heads.published_log_prob,
     "chunked torch": heads.chunked_log_prob,
@@ -133,7 +141,7 @@ LOG_PROB_CONTENDERS = {
 
 
 @pytest.fixture(scope="module")
-def log_prob_case(device, dtype, size):
+def log_prob_case(device: torch.device, dtype: torch.dtype, size: Size) -> HeadCase:
     hidden, _, weight = model_head(device, dtype, size)
     targets = torch.randint(weight.shape[0], (hidden.shape[0],), generator=torch.Generator().manual_seed(1)).to(device)
     wide = weight.double()
@@ -142,11 +150,11 @@ def log_prob_case(device, dtype, size):
 
 
 @pytest.mark.parametrize("contender", LOG_PROB_CONTENDERS)
-def test_linear_log_prob(measured, log_prob_case, size, contender) -> None:
+def test_linear_log_prob(measured: Measure, log_prob_case: HeadCase, size: Size, contender: str) -> None:
     hidden, weight, targets, exact = log_prob_case
     leaf = hidden.detach().requires_grad_()
 
-    def call():
+    def call() -> Result:
         values = LOG_PROB_CONTENDERS[contender](leaf, weight, targets)
         return values.detach(), list(torch.autograd.grad(values.sum(), [leaf]))
 

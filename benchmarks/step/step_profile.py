@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,17 +28,19 @@ from benchmarks.step.step_sides import NotPlanned, Side, adapted, set_up, sides_
 from repbend_fast.config.schema import TrainingConfig
 from repbend_fast.environment import environment
 from repbend_fast.models import find_decoder, trainable_parameters
+from repbend_fast.models.causal import AdaptedLM
 from repbend_fast.training.optimizer import build_optimizer
 
 
-def profile_side(case: Case, model: Any, side: Side, rounds: int, optimizer: str) -> Row:
+def profile_side(case: Case, model: AdaptedLM, side: Side, rounds: int, optimizer: str) -> Row:
     """One side's row: seconds of a plain step, and of a profiled one by (part, kind)."""
     batch = case.batch(model.config.get_text_config().vocab_size)
     device = find_decoder(model).device
     kept = [p.detach().clone() for p in trainable_parameters(model)]
     with set_up(side, case, model, LORA.dropout) as stepper:
         updates = build_optimizer(
-            trainable_parameters(model), TrainingConfig(optimizer=optimizer, examples=case.examples)
+            trainable_parameters(model),
+            TrainingConfig(optimizer=optimizer, examples=case.examples),  # type: ignore[arg-type]
         )
 
         def step() -> None:
@@ -79,7 +80,7 @@ def profile_side(case: Case, model: Any, side: Side, rounds: int, optimizer: str
     return row
 
 
-def _guarded(case: Case, model: Any, side: Side, rounds: int, optimizer: str) -> Row:
+def _guarded(case: Case, model: AdaptedLM, side: Side, rounds: int, optimizer: str) -> Row:
     """The side's row, with its ``failure`` where it does not fit: the other sides' profiles are wanted all the same."""
     try:
         return profile_side(case, model, side, rounds, optimizer)
@@ -98,7 +99,7 @@ def _seconds(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def write(path: Path, rows: list[Row]) -> dict[str, Any]:
+def write(path: Path, rows: list[Row]) -> dict[str, object]:
     """Adds the rows to the record, in the place of those of the same case and side."""
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     header = environment()

@@ -44,12 +44,12 @@ def _merged(kept: list[Row], fresh: list[Row], header: Row) -> list[Row]:
     return sorted(merged(kept, fresh, header, lambda row: row["case"]), key=lambda row: row["case"])
 
 
-def ratios_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def ratios_of(rows: list[Row]) -> list[Row]:
     """Per case and side: how many times faster than each baseline, and the share of its memory above the model."""
     done = {(row["case"], row["side"]): row for row in rows if "failure" not in row}
     ratios = []
     for (case, side), row in done.items():
-        found: dict[str, Any] = {"case": case, "side": side}
+        found: Row = {"case": case, "side": side}
         for baseline, word in (("eager", "eager"), ("peft+liger", "peft_liger")):
             other = done.get((case, baseline))
             if other is not None and side != baseline:
@@ -62,7 +62,7 @@ def ratios_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return ratios
 
 
-def step_table(record: dict[str, Any]) -> str:
+def step_table(record: Row) -> str:
     """One line per case and side."""
     ratios = {(r["case"], r["side"]): r for r in record["ratios"]}
     lines = [
@@ -107,7 +107,7 @@ GPU_MATRIX_FRACTION = 0.6
 """Of the measured matrix rate, that one of our sides is to reach in each case on a GPU."""
 
 
-def missed_step_goals(record: dict[str, Any]) -> list[str]:
+def missed_step_goals(record: Row) -> list[str]:
     """Goals on time, memory and agreement that the record has the rows for and does not reach."""
     missed = [
         f"{row['case']} {row['side']}: error above {FLOAT32_ERROR:g}"

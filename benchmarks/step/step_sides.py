@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
 from repbend_fast.models import Prepared, attach_lora, find_decoder, prepared
+from repbend_fast.models.causal import AdaptedLM, CausalLM
 from repbend_fast.models.layers.changes import Changes
 from repbend_fast.models.layers.liger import use_liger
 from repbend_fast.models.layers.lora import set_dropout_rate
@@ -69,7 +70,7 @@ class Stepper:
     changed.
     """
 
-    model: Any
+    model: AdaptedLM
     step: Callable[[Batch], Terms]
     blocks: int = 0
     runner: StreamRunner | None = None
@@ -81,7 +82,7 @@ class Stepper:
         return self.runner.levers.checkpoint_blocks if self.runner else self.blocks
 
     @property
-    def levers(self) -> dict[str, Any]:
+    def levers(self) -> dict[str, object]:
         """The levers in force; none for a baseline."""
         return self.runner.levers.as_dict() if self.runner else {}
 
@@ -99,7 +100,7 @@ def sides_for(device: torch.device, smoke: bool) -> list[Side]:
 
 
 @contextmanager
-def adapted(case: Case, base: Any) -> Iterator[Any]:
+def adapted(case: Case, base: CausalLM) -> Iterator[AdaptedLM]:
     """LoRA with the published settings around ``base``, with non-zero values; taken off again."""
     model = attach_lora(base, LORA, case.objective.window)
     fill_adapter(model)
@@ -111,7 +112,7 @@ def adapted(case: Case, base: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepper]:
+def set_up(side: Side, case: Case, model: AdaptedLM, dropout: float) -> Iterator[Stepper]:
     """The side on an ``adapted`` model without gradients, on CUDA with Liger's layers for all but ``eager``, and under
     its cap.
 
@@ -133,7 +134,7 @@ def set_up(side: Side, case: Case, model: Any, dropout: float) -> Iterator[Stepp
             yield _baseline(side, case, model)
 
 
-def _plain(model: Any) -> None:
+def _plain(model: AdaptedLM) -> None:
     """Without gradients and without what a baseline switches on."""
     model.zero_grad(set_to_none=True)
     if model.is_gradient_checkpointing:
@@ -141,7 +142,7 @@ def _plain(model: Any) -> None:
     model.eval()
 
 
-def _baseline(side: Side, case: Case, model: Any) -> Stepper:
+def _baseline(side: Side, case: Case, model: AdaptedLM) -> Stepper:
     blocks = find_decoder(model).num_blocks
     if side.name == "eager":
         prepare_eager(model)
@@ -151,7 +152,7 @@ def _baseline(side: Side, case: Case, model: Any) -> Stepper:
 
 
 def _ours(case: Case, ready: Prepared, levers: Levers) -> Stepper:
-    model, runner = ready.model, StreamRunner(ready, levers)
+    model, runner = cast(AdaptedLM, ready.model), StreamRunner(ready, levers)
 
     def step(batch: Batch) -> Terms:
         terms: Terms = {}
@@ -164,7 +165,7 @@ def _ours(case: Case, ready: Prepared, levers: Levers) -> Stepper:
     return stepper
 
 
-def _set_by_hand(side: Side, case: Case, model: Any) -> Levers:
+def _set_by_hand(side: Side, case: Case, model: AdaptedLM) -> Levers:
     settings = dict(side.memory or {})
     if "piece_tokens" in settings:
         settings["piece_tokens"] = settings["piece_tokens"] * case.width // WIDTH

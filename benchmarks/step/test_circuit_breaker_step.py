@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, cast
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from benchmarks.step.step_cases import LORA, Case, cases_for, fill_adapter, grad
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.models import attach_lora, find_decoder, prepared
+from repbend_fast.models.causal import AdaptedLM
 from repbend_fast.models.layers.changes import Changes
 from repbend_fast.models.layers.lora import set_dropout_rate
 from repbend_fast.objectives import build_objective
@@ -50,6 +51,19 @@ SIDES: dict[str, dict[str, Any]] = {
 """Our sides with their settings of ``memory``."""
 
 Step = Callable[[Batch], dict[str, Tensor]]
+T = TypeVar("T")
+
+
+class Found(TypedDict, total=False):
+    """What was measured of one side."""
+
+    seconds: list[float]
+    gradient_error: float
+    peak_bytes: int
+    tokens: int
+    median_seconds: float
+    times_faster: float
+    memory_share: float
 
 
 def _config(blocks: int) -> CircuitBreakerConfig:
@@ -58,7 +72,7 @@ def _config(blocks: int) -> CircuitBreakerConfig:
 
 
 @contextmanager
-def _side(name: str, model: Any, case: Case, config: CircuitBreakerConfig, dropout: float) -> Iterator[Step]:
+def _side(name: str, model: AdaptedLM, case: Case, config: CircuitBreakerConfig, dropout: float) -> Iterator[Step]:
     """The step of one side, set up on the model, which is without it afterwards."""
     model.zero_grad(set_to_none=True)
     if name == "eager":
@@ -82,7 +96,7 @@ def _side(name: str, model: Any, case: Case, config: CircuitBreakerConfig, dropo
         yield ours
 
 
-def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(case: Case, rounds: int) -> dict[str, Found]:
     """Seconds, peak bytes above the model and errors of every side.
 
     Raises:
@@ -90,12 +104,12 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
     """
     base = load_base(case, DEVICE)
     config = _config(find_decoder(base).num_blocks)
-    model = attach_lora(base, LORA, (max(config.layers),))
+    model = attach_lora(base, LORA, (max(cast(list[int], config.layers)),))
     fill_adapter(model)
     batch = case.batch(base.config.get_text_config().vocab_size)
-    found: dict[str, dict[str, Any]] = {side: {"seconds": []} for side in SIDES}
+    found: dict[str, Found] = {side: {"seconds": []} for side in SIDES}
 
-    def run(side: str, measured: Callable[[Step], Any], dropout: float = LORA.dropout) -> Any:
+    def run(side: str, measured: Callable[[Step], T], dropout: float = LORA.dropout) -> T:
         with _side(side, model, case, config, dropout) as step:
             return measured(step)
 

@@ -18,16 +18,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness import RESULTS, Machine, hardware_slug
 from benchmarks.step.step_cases import Case, cases_for, load_base
 from benchmarks.step.step_measure import NOT_PLANNED, OUT_OF_MEMORY, Measured, measure_case, train_within
 from benchmarks.step.step_record import StepRecord
 from benchmarks.step.step_sides import Side, budgets_for, sides_for
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.planning.budget import parse_budget
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,15 +78,15 @@ def _sides(config: pytest.Config) -> list[Side]:
 
 
 @pytest.fixture(scope="module")
-def bases() -> Iterator[dict[tuple[str, str], Any]]:
+def bases() -> Iterator[dict[tuple[str, str], CausalLM]]:
     """The loaded model, one at a time."""
-    loaded: dict[tuple[str, str], Any] = {}
+    loaded: dict[tuple[str, str], CausalLM] = {}
     yield loaded
     loaded.clear()
 
 
 @pytest.fixture(scope="module")
-def base(case: Case, bases: dict[tuple[str, str], Any]) -> Any:
+def base(case: Case, bases: dict[tuple[str, str], CausalLM]) -> CausalLM:
     """The case's frozen model."""
     key = (case.model.name, case.weights)
     if key not in bases:
@@ -107,7 +108,7 @@ def record(request: pytest.FixtureRequest, machine: Machine, smoke: bool) -> Ite
 
 @pytest.fixture(scope="module")
 def measured(
-    case: Case, base: Any, record: StepRecord, machine: Machine, request: pytest.FixtureRequest
+    case: Case, base: CausalLM, record: StepRecord, machine: Machine, request: pytest.FixtureRequest
 ) -> dict[str, Measured]:
     """All sides of one case."""
     rounds = 1 if request.config.getoption("--smoke") else request.config.getoption("--rounds")
@@ -120,7 +121,7 @@ def measured(
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_train_step(benchmark: Any, measured: dict[str, Measured], case: Case, side: Side) -> None:
+def test_train_step(benchmark: BenchmarkFixture, measured: dict[str, Measured], case: Case, side: Side) -> None:
     found = measured[side.name]
     if found.failure.startswith((OUT_OF_MEMORY, NOT_PLANNED)):
         pytest.skip(found.failure)
@@ -130,7 +131,7 @@ def test_train_step(benchmark: Any, measured: dict[str, Measured], case: Case, s
     benchmark.pedantic(CLOCK.advance, args=(iter(found.seconds),), rounds=len(found.seconds))
 
 
-def test_training_keeps_its_budget(base: Any, case: Case, budget: str, record: StepRecord, smoke: bool) -> None:
+def test_training_keeps_its_budget(base: CausalLM, case: Case, budget: str, record: StepRecord, smoke: bool) -> None:
     row = train_within(case, base, budget, steps=2 if smoke else 20)
     record.trained.append(row)
     assert row.get("peak_bytes_allocated", 0) <= parse_budget(budget)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, consumed
+from .context import Context, Gradients
 from .oracles import bend_distance_reference
 from .row_distance import distances_torch, gradient_torch
 from .rows import count_rows
@@ -83,13 +84,15 @@ def _(
     return hidden.new_empty(hidden.shape)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(
+    ctx: Context, inputs: tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None, str, str], output: Tensor
+) -> None:
     hiddens, references, rows, mask, ctx.kind, ctx.implementation = inputs
     ctx.layers = len(hiddens)
     ctx.save_for_backward(*hiddens, *references, rows, mask)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Context, grad: Tensor) -> Gradients:
     saved = ctx.saved_tensors
     hiddens, references, (rows, mask) = saved[: ctx.layers], saved[ctx.layers : 2 * ctx.layers], saved[-2:]
     grads = [

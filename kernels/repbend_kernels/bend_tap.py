@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import checks, consumed
 from .bend_distance import row_distance
+from .context import Context, Gradients
 from .oracles import bend_tap_reference
 from .row_distance import add_rows_torch, distances_into_direction_torch
 from .rows import count_rows
@@ -86,7 +87,15 @@ class _BendTap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, reference_rows, rows, kind, implementation, limit):
+    def forward(
+        ctx: Context,
+        hidden: Tensor,
+        reference_rows: Tensor,
+        rows: Tensor,
+        kind: str,
+        implementation: str,
+        limit: float | None,
+    ) -> tuple[Tensor, Tensor]:
         broadcast = reference_rows if reference_rows.shape[0] == 1 else None
         buffer = reference_rows if broadcast is None else reference_rows.new_empty(rows.shape[0], hidden.shape[-1])
         farthest = None if limit is None else _farthest(reference_rows, limit)
@@ -105,7 +114,7 @@ class _BendTap(torch.autograd.Function):
         return hidden.view_as(hidden), distances.sum()
 
     @staticmethod
-    def backward(ctx, grad_hidden, grad_loss):
+    def backward(ctx: Context, grad_hidden: Tensor | None, grad_loss: Tensor | None) -> Gradients:
         if grad_loss is None:
             return grad_hidden, None, None, None, None, None
         checks.check_first_derivative("bend_tap")

@@ -6,7 +6,6 @@ The only check that reads values, the range of row and target indices, runs in d
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def in_own_dtypes(device: torch.device) -> AbstractContextManager[Any]:
+def in_own_dtypes(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off, which an operation's body is run under like any other code. Entered only where it is on: that costs
     as much as a small operation.
     """

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from . import checks
 from .chunks import chunk_elements, chunks, one_chunk
+from .context import Context
 from .oracles import gated_product_reference
 from .scratch import scratch_rule
 from .selection import resolve
@@ -64,13 +65,13 @@ def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, 
 
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, activation):
+    def forward(ctx: Context, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return gated_product_op(gate, up, activation)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         checks.check_first_derivative("gated_product")
         return *gated_product_gradients(grad, *ctx.saved_tensors, ctx.activation), None
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .context import Context, Gradients
 from .oracles import keyed_dropout_reference
 from .rows import RowReader, blocks, count_rows, scale_into
 from .scratch import in_blocks, scratch_rule
@@ -206,12 +207,12 @@ def _(
     return [x.new_empty(x.shape) for x in tensors]
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: tuple[list[Tensor], Tensor, int, int, float, str], output: list[Tensor]) -> None:
     _, keys, *ctx.settings = inputs
     ctx.save_for_backward(keys)
 
 
-def _backward(ctx, grads):
+def _backward(ctx: Context, grads: list[Tensor | None]) -> Gradients:
     found = iter(masked([grad for grad in grads if grad is not None], *ctx.saved_tensors, *ctx.settings))
     return [None if grad is None else next(found) for grad in grads], None, None, None, None, None
 

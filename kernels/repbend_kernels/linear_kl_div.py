@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .context import Context, Gradients
 from .head import (
     check_bias,
     check_head,
@@ -142,13 +143,15 @@ def _(
     )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(
+    ctx: Context, inputs: tuple[Tensor, *tuple[object, ...], Tensor | None], output: tuple[Tensor, Tensor]
+) -> None:
     ctx.dtype, ctx.count = inputs[0].dtype, inputs[0].shape[0]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], inputs[-1])
 
 
-def _backward(ctx, grad_loss, _grad):
+def _backward(ctx: Context, grad_loss: Tensor, _grad: None) -> Gradients:
     checks.check_first_derivative("linear_kl_div")
     grad, rows = ctx.saved_tensors
     return scaled_gradient(grad, grad_loss, rows, ctx.count, ctx.dtype), *[None] * 11

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .context import Context, Gradients
 from .head import (
     check_head,
     default_chunk_rows,
@@ -126,13 +127,15 @@ def _(
     )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(
+    ctx: Context, inputs: tuple[Tensor, *tuple[object, ...], Tensor | None, object], output: tuple[Tensor, Tensor]
+) -> None:
     ctx.dtype, ctx.count = inputs[0].dtype, inputs[0].shape[0]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], inputs[-2])
 
 
-def _backward(ctx, grad_out, _grad):
+def _backward(ctx: Context, grad_out: Tensor, _grad: None) -> Gradients:
     checks.check_first_derivative("linear_log_prob")
     grad, rows = ctx.saved_tensors
     return scaled_gradient(grad, grad_out[:, None], rows, ctx.count, ctx.dtype), *[None] * 10

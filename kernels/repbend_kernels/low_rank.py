@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import accumulate_dtype, in_own_dtypes
+from .context import Context, Gradients
 from .keyed_dropout import CPU_ELEMENTS_PER_THREAD as HASHES_PER_THREAD
 from .keyed_dropout import KeyedMask, mask_arguments
 from .oracles import lora_down_reference, lora_up_reference
@@ -191,12 +192,12 @@ def _(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool]) -
 
 
 class _Down(torch.autograd.Function):
-    """``(x, P)``. The base layer reads the x that comes out, so that its gradient of x passes through here and takes
-    the low-rank part in, without a tensor and a sum of its own.
-    """
+    """``(x, P)``. The base layer reads this x: its gradient comes through here and takes the low-rank part in."""
 
     @staticmethod
-    def forward(ctx, x, a, hashes, place, p, remake=None):
+    def forward(
+        ctx: Context, x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float, remake: Remake | None = None
+    ) -> tuple[Tensor, Tensor]:
         kept, ctx.make = ((x,), None) if remake is None else remake
         ctx.save_for_backward(a, hashes, *kept)
         ctx.settings = place, p
@@ -204,7 +205,7 @@ class _Down(torch.autograd.Function):
         return x, low_rank_down(x, a, hashes, place, p)
 
     @staticmethod
-    def backward(ctx, grad_x, up):
+    def backward(ctx: Context, grad_x: Tensor | None, up: Tensor | None) -> Gradients:
         needs = list(ctx.needs_input_grad[:2])
         if up is None:
             return grad_x, None, None, None, None, None
@@ -219,12 +220,10 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """``result`` [N, O] with f · P Bᵀ added in place; in a compiled graph to a copy, since its tracer takes no input
-    that changes.
-    """
+    """``result`` [N, O] with f · P Bᵀ added in place; in a compiled graph to a copy: its inputs must not change."""
 
     @staticmethod
-    def forward(ctx, result, down, b, factor):
+    def forward(ctx: Context, result: Tensor, down: Tensor, b: Tensor, factor: float) -> Tensor:
         if torch.compiler.is_compiling():
             result = result.clone()
         else:
@@ -235,7 +234,7 @@ class _Up(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         checks.check_first_derivative("lora_up")
         needs = list(ctx.needs_input_grad[1:3])
         found = iter(low_rank_up_gradients(grad, *ctx.saved_tensors, ctx.factor, needs))

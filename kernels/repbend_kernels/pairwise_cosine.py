@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .context import Context
 from .oracles import pairwise_cosine_reference
 from .scratch import scratch_rule
 from .selection import resolve
@@ -86,14 +87,14 @@ def _(states: Tensor, summed: Tensor, inverse: Tensor, scale: Tensor, implementa
     return states.new_empty(states.shape)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Context, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor, Tensor]) -> None:
     states, ctx.implementation = inputs
     _, summed, inverse = output
     ctx.mark_non_differentiable(summed, inverse)
     ctx.save_for_backward(states, summed, inverse)
 
 
-def _backward(ctx, grad, _summed, _inverse):
+def _backward(ctx: Context, grad: Tensor, _summed: None, _inverse: None) -> tuple[Tensor, None]:
     states, summed, inverse = ctx.saved_tensors
     return pairwise_similarity_backward(states, summed, inverse, grad, ctx.implementation), None
 

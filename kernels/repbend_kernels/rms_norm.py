@@ -18,6 +18,7 @@ from torch import Tensor
 from . import checks
 from .checks import in_own_dtypes
 from .chunks import chunk_elements, chunks, one_chunk
+from .context import Context
 from .oracles import rms_norm_reference
 from .scratch import scratch_rule
 from .selection import resolve
@@ -74,14 +75,14 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, scales: Tensor, gemma: bool) -> T
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, gemma):
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
         out, scales = rms_norm_op(x, weight, eps, gemma)
         ctx.save_for_backward(x, weight, scales)
         ctx.gemma = gemma
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         checks.check_first_derivative("rms_norm")
         return rms_norm_gradient(grad.contiguous(), *ctx.saved_tensors, ctx.gemma), None, None, None
 

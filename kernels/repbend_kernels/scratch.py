@@ -8,7 +8,6 @@ op from above; 0 is a rule too.
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def _wanted(name: str) -> tuple[tuple[int, str], ...]:
     return tuple((place, a.name) for place, a in enumerate(op._schema.arguments) if a.name in taken)
 
 
-def scratch_bytes(name: str, device: torch.device, arguments: Sequence[Any]) -> int:
+def scratch_bytes(name: str, device: torch.device, arguments: Sequence[object]) -> int:
     """Bytes inside one call of an op.
 
     Args:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .context import Context
 from .oracles import tap_rows_reference
 from .row_distance import add_rows_torch
 from .rows import count_rows, gather
@@ -43,24 +44,24 @@ def _(grad: Tensor | None, addend: Tensor, rows: Tensor, shape: list[int]) -> Te
     return addend.new_empty(shape)
 
 
-def _setup_gather(ctx, inputs, output) -> None:
+def _setup_gather(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     hidden, rows = inputs
     ctx.shape = list(hidden.shape)
     ctx.save_for_backward(rows)
 
 
-def _backward_gather(ctx, grad):
+def _backward_gather(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
     (rows,) = ctx.saved_tensors
     return add_rows(None, grad, rows, ctx.shape), None
 
 
-def _setup_add(ctx, inputs, output) -> None:
+def _setup_add(ctx: Context, inputs: tuple[Tensor | None, Tensor, Tensor, list[int]], output: Tensor) -> None:
     grad, _, rows, _ = inputs
     ctx.has_grad = grad is not None
     ctx.save_for_backward(rows)
 
 
-def _backward_add(ctx, grad):
+def _backward_add(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
     (rows,) = ctx.saved_tensors
     return grad if ctx.has_grad else None, gather_rows(grad, rows), None, None
 
@@ -72,14 +73,14 @@ add_rows.register_autograd(_backward_add, setup_context=_setup_add)
 
 class _TapRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, rows):
+    def forward(ctx: Context, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows)
         ctx.shape = list(hidden.shape)
         ctx.set_materialize_grads(False)
         return hidden.view_as(hidden), gather_rows(hidden, rows)
 
     @staticmethod
-    def backward(ctx, grad_hidden, grad_copy):
+    def backward(ctx: Context, grad_hidden: Tensor | None, grad_copy: Tensor | None) -> tuple[Tensor | None, None]:
         if grad_copy is None:
             return grad_hidden, None
         (rows,) = ctx.saved_tensors

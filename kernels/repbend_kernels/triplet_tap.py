@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import checks, consumed
 from .bend_tap import bend_tap_backward
+from .context import Context, Gradients
 from .oracles import triplet_sums_reference, triplet_tap_reference
 from .rows import RowReader, blocks, count_rows
 from .scratch import in_blocks, scratch_rule
@@ -220,14 +221,14 @@ class _AddDirection(torch.autograd.Function):
     """Identity on ``hidden`` with a loss whose gradient at the rows is ``direction``."""
 
     @staticmethod
-    def forward(ctx, hidden, direction, rows, loss):
+    def forward(ctx: Context, hidden: Tensor, direction: Tensor, rows: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(direction, rows)
         ctx.shape = list(hidden.shape)
         ctx.set_materialize_grads(False)
         return hidden.view_as(hidden), loss.clone()
 
     @staticmethod
-    def backward(ctx, grad_hidden, grad_loss):
+    def backward(ctx: Context, grad_hidden: Tensor | None, grad_loss: Tensor | None) -> Gradients:
         if grad_loss is None:
             return grad_hidden, None, None, None
         checks.check_first_derivative("triplet_tap")

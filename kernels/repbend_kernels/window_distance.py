@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks, consumed
 from .bend_distance import row_distance
+from .context import Context, Gradients
 from .oracles import window_distance_reference
 from .row_distance import distances_into_direction_torch
 from .rows import count_rows, scale_into
@@ -60,7 +61,9 @@ class _Consume(torch.autograd.Function):
     """Sum of distances whose gradient lives in the references' memory; one backward only."""
 
     @staticmethod
-    def forward(ctx, kind, implementation, mask, layers, *tensors):
+    def forward(
+        ctx: Context, kind: str, implementation: str, mask: Tensor | None, layers: int, *tensors: Tensor
+    ) -> Tensor:
         hiddens, references = list(tensors[:layers]), list(tensors[layers:])
         consumed.check_apart("references", references, hiddens, "hiddens")
         consumed.drop_stale_notes(references)
@@ -70,7 +73,7 @@ class _Consume(torch.autograd.Function):
         return distances.sum()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         # A second backward finds a newer version of these tensors, and autograd refuses it.
         checks.check_first_derivative("window_distance(consume_references=True)")
         directions = list(ctx.saved_tensors)

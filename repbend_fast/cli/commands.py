@@ -14,6 +14,7 @@ from repbend_fast.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from repbend_fast.config import Config
+    from repbend_fast.data.tokenizer import Tokenizer
 
 EXIT_INTERRUPTED = 130
 
@@ -124,7 +125,7 @@ def check_data(arguments: Namespace) -> int:
     return int(run_check(config, tokenizer))
 
 
-def _data_to_check(target: str, overrides: list[str], overlays: list[str]) -> tuple[Config, Any]:
+def _data_to_check(target: str, overrides: list[str], overlays: list[str]) -> tuple[Config, Tokenizer | None]:
     from repbend_fast.config import load_config
     from repbend_fast.config.shipped import SUFFIXES, overlay_meant, recipe_names
     from repbend_fast.nearby import nearest
@@ -149,7 +150,7 @@ def _quoted_source(path: Path) -> list[str]:
     return [f"data.sources=[{{path: {json.dumps(str(path))}}}]", "validation.sources=[]"]
 
 
-def _tokenizer(config: Config) -> Any:
+def _tokenizer(config: Config) -> Tokenizer | None:
     """The model's tokenizer, or None with a note: the records can be checked without it."""
     from repbend_fast.models import load_tokenizer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import repbend_fast
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
         self.options.update(dict.fromkeys(action.option_strings, action))
         return action
 
-    def add_commands(self) -> Any:
+    def add_commands(self) -> Commands:
         """What ``_command`` adds commands to."""
         groups = self.add_subparsers(title="commands", metavar="COMMAND", required=True)
         self.commands = groups.choices
@@ -52,6 +52,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+Commands = argparse._SubParsersAction[_Parser]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -153,7 +156,7 @@ def _build() -> _Parser:
     return parser
 
 
-def _train_command(groups: Any) -> None:
+def _train_command(groups: Commands) -> None:
     train = _command(groups, "train", commands.train, "train a model by a recipe", overrides=True)
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe (`recipes ls`) or a YAML file")
     train.add_argument(
@@ -175,7 +178,7 @@ def _train_command(groups: Any) -> None:
     )
 
 
-def _eval_command(groups: Any) -> None:
+def _eval_command(groups: Commands) -> None:
     evaluate = _command(
         groups, "eval", commands.evaluate, "measure a run's adapter, or a recipe's model as it is", overrides=True
     )
@@ -190,7 +193,7 @@ def _eval_command(groups: Any) -> None:
     )
 
 
-def _plan_command(groups: Any) -> None:
+def _plan_command(groups: Commands) -> None:
     plan = _command(
         groups,
         "plan",
@@ -212,12 +215,12 @@ def _plan_command(groups: Any) -> None:
     plan.add_argument("--json", action="store_true", help="as JSON")
 
 
-def _report_command(groups: Any) -> None:
+def _report_command(groups: Commands) -> None:
     report = _command(groups, "report", commands.report, "write report.html of a run again")
     report.add_argument("run", metavar="RUN", help="folder of a run")
 
 
-def _export_command(groups: Any) -> None:
+def _export_command(groups: Commands) -> None:
     export = _command(
         groups, "export", commands.export, "merge a run's adapter into its model and save that as safetensors"
     )
@@ -225,7 +228,7 @@ def _export_command(groups: Any) -> None:
     export.add_argument("--out", metavar="DIR", help="new folder (default: RUN/merged)")
 
 
-def _verify_command(groups: Any) -> None:
+def _verify_command(groups: Commands) -> None:
     verify = _command(groups, "verify", commands.verify, "recompute a folder of golden values and compare")
     verify.add_argument("folder", metavar="DIR", help="folder with base_model, adapter, batches and expected.json")
     verify.add_argument(
@@ -233,7 +236,7 @@ def _verify_command(groups: Any) -> None:
     )
 
 
-def _data_command(groups: Any) -> None:
+def _data_command(groups: Commands) -> None:
     data = groups.add_parser("data", help="look at data before training", description="Look at data before training.")
     data_groups = data.add_commands()
     check = _command(
@@ -244,12 +247,12 @@ def _data_command(groups: Any) -> None:
     )
 
 
-def _env_command(groups: Any) -> None:
+def _env_command(groups: Commands) -> None:
     env = _command(groups, "env", commands.env, "versions, devices, memory and implementations on this machine")
     env.add_argument("--json", action="store_true", help="as JSON")
 
 
-def _compare_command(groups: Any) -> None:
+def _compare_command(groups: Commands) -> None:
     compare = _command(
         groups,
         "compare",
@@ -280,7 +283,7 @@ def _compare_command(groups: Any) -> None:
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at once, which share the CPU's cores (default: 1)")
 
 
-def _recipes_command(groups: Any) -> None:
+def _recipes_command(groups: Commands) -> None:
     parser = groups.add_parser(
         "recipes", help="list, show and copy the shipped recipes", description="The shipped recipes."
     )
@@ -293,8 +296,14 @@ def _recipes_command(groups: Any) -> None:
     copy.add_argument("target", nargs="?", default=".", metavar="DEST", help="file or folder (default: here)")
 
 
-def _command(groups: Any, name: str, handler: Any, summary: str, overrides: bool = False) -> _Parser:
-    parser: _Parser = groups.add_parser(
+def _command(
+    groups: Commands,
+    name: str,
+    handler: Callable[[argparse.Namespace], int],
+    summary: str,
+    overrides: bool = False,
+) -> _Parser:
+    parser = groups.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",

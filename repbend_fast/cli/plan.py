@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from repbend_fast.console import terminal
 from repbend_fast.errors import UserError
 
 if TYPE_CHECKING:
     from repbend_fast.config import Config
+    from repbend_fast.planning.planned import PlannedRow
 
 # Recipe and, per budget in GB, the card whose rates the expected time is for.
 TABLE_RECIPES = ("llama-3-8b-instruct", "mistral-7b-instruct-v0.2")
@@ -50,7 +51,7 @@ def _table(arguments: Namespace) -> int:
     return 0
 
 
-def _table_rows(config: Config, card: str | None) -> list[dict[str, Any]]:
+def _table_rows(config: Config, card: str | None) -> list[PlannedRow]:
     """Predictions: the run at full depth, which ``plan RECIPE`` adds, would take minutes for all of them."""
     import torch
 
@@ -58,7 +59,7 @@ def _table_rows(config: Config, card: str | None) -> list[dict[str, Any]]:
     from repbend_fast.planning.planned import PlannedRun
     from repbend_fast.planning.planner import Planner
 
-    rows = []
+    rows: list[PlannedRow] = []
     planner = Planner(config, torch.device("cuda"), find_card("a100"))
     for gigabytes, name in TABLE_BUDGETS.items():
         planner.use_card(find_card(card or name))
@@ -97,15 +98,14 @@ def _table_config(recipe: str, quantization: str, overrides: Sequence[str], over
     return config
 
 
-def _table_line(row: dict[str, Any]) -> str:
+def _table_line(row: PlannedRow) -> str:
     from repbend_fast.planning.budget import show_bytes
     from repbend_fast.planning.planner import show_levers
     from repbend_fast.step.levers import Levers
 
     weights = "nf4" if row["quantization"] == "nf4" else "bf16"
-    start = (
-        f"{row['model'].rsplit('/', 1)[-1]:<26} {weights:<5} {show_bytes(row['budget_bytes']):>9}  {row['card']:<24}"
-    )
+    budget = show_bytes(cast(int, row["budget_bytes"]))
+    start = f"{row['model'].rsplit('/', 1)[-1]:<26} {weights:<5} {budget:>9}  {row['card']:<24}"
     if row["levers"] is None:
         return f"{start} does not fit; the smallest that does is {show_bytes(row['smallest_bytes'])}"
     seconds = f"{row['seconds_per_step']:7.1f} s/step"

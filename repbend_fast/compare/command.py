@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from repbend_fast.compare import picture, process, tables
 from repbend_fast.compare.comparison import Comparison
+from repbend_fast.compare.record import ComparisonRecord, SearchRecord
 from repbend_fast.compare.results import comparison_record, method_record, seed_record
 from repbend_fast.compare.search import Try, choose, search_record, try_of
 from repbend_fast.compare.training import Training, evaluate, measure_before, state, train, training_of
@@ -65,7 +65,7 @@ def run_compare(comparison: Comparison, again: str) -> int:
     return 0
 
 
-def _compare(comparison: Comparison) -> dict[str, Any]:
+def _compare(comparison: Comparison) -> ComparisonRecord:
     """All rates are chosen and all adapters trained before the first test prompt is asked."""
     first_seed, *more_seeds = comparison.seeds
     folder, jobs = comparison.folder, comparison.jobs
@@ -96,7 +96,7 @@ def _compare(comparison: Comparison) -> dict[str, Any]:
 
 def _chosen(
     comparison: Comparison, trainings: Sequence[Training], records: Sequence[RunRecord]
-) -> tuple[Training, dict[str, Any]]:
+) -> tuple[Training, SearchRecord]:
     """Of one method's rates the training that was chosen, and the search as it is recorded."""
     tries: Sequence[Try] = [
         try_of(training.learning_rate, record) for training, record in zip(trainings, records, strict=True)
@@ -108,7 +108,7 @@ def _chosen(
     return trainings[tries.index(best)], search_record(best, why, list(zip(tries, records, shown, strict=True)))
 
 
-def _measured(comparison: Comparison, training: Training, before: dict[str, Any]) -> dict[str, Any]:
+def _measured(comparison: Comparison, training: Training, before: dict[str, object]) -> dict[str, object]:
     say(f"measuring {training.title} on the test prompts")
     return seed_record(training, evaluate(training, before), _shown(comparison, training))
 

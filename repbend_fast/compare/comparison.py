@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from repbend_fast.config import Config, check_files, load_config
 from repbend_fast.config.messages import show
@@ -129,7 +128,7 @@ def check_equal(methods: Sequence[Method]) -> None:
                 )
 
 
-def _compared(config: Config) -> Iterator[tuple[str, Any]]:
+def _compared(config: Config) -> Iterator[tuple[str, object]]:
     training = config.training
     yield "training.examples × training.accumulation", training.examples * training.accumulation
     for section, values in config.model_dump(mode="json").items():
@@ -137,7 +136,7 @@ def _compared(config: Config) -> Iterator[tuple[str, Any]]:
             yield from ((f"{section}.{key}", value) for key, value in values.items() if f"{section}.{key}" not in FREE)
 
 
-def _override(key: str, value: Any, config: Config) -> str:
+def _override(key: str, value: object, config: Config) -> str:
     if "×" in key:
         return f"training.examples={config.training.examples} training.accumulation={config.training.accumulation}"
     return f"{key}=…" if isinstance(value, dict | list) else f"{key}={show(value)}"

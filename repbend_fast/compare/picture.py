@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from repbend_fast.evaluation.rates import TITLES
+from repbend_fast.compare.record import ComparisonRecord
+from repbend_fast.evaluation.rates import TITLES, Side
 from repbend_fast.report.plots import MUTED, RATE_COLORS, style
 
 BARS = (
@@ -23,12 +22,14 @@ WIDTH = 0.14
 DPI = 130
 
 
-def draw(record: Mapping[str, Any]) -> Figure:
+def draw(record: ComparisonRecord) -> Figure:
     """One group of bars for the model before training and one for each method; whiskers from the lowest to the highest
     seed.
     """
     before = record["before"]
-    sides = [("before", before, {})] + [(m["name"], m["median"], m["spread"]) for m in record["methods"]]
+    sides: list[tuple[str, Side, dict[str, list[float]]]] = [("before", before, {})] + [
+        (m["name"], m["median"], m["spread"]) for m in record["methods"]
+    ]
     figure = Figure(figsize=(max(6.0, 2.1 * len(sides)), 4.0), layout="constrained")
     axes = figure.add_subplot()
     for place, (_, values, spread) in enumerate(sides):
@@ -60,12 +61,12 @@ def draw(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def png(record: Mapping[str, Any]) -> bytes:
+def png(record: ComparisonRecord) -> bytes:
     """The picture as a PNG file's bytes."""
     buffer = io.BytesIO()
     draw(record).savefig(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()
 
 
-def _rate(record: Mapping[str, Any], name: str) -> str:
+def _rate(record: ComparisonRecord, name: str) -> str:
     return next((f"learning rate {m['learning_rate']:g}" for m in record["methods"] if m["name"] == name), "")

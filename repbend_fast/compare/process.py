@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from repbend_fast.console import say
 from repbend_fast.runs.folder import saving
@@ -105,7 +105,7 @@ class _Processes:
         self.jobs = jobs
         self.received: int | None = None
         self._running: list[subprocess.Popen[bytes]] = []
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> _Processes:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

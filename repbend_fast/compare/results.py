@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from repbend_fast.compare.comparison import Comparison
+from repbend_fast.compare.record import ComparisonRecord, MethodRecord, SearchRecord
 from repbend_fast.compare.training import Training
 from repbend_fast.environment import environment
-from repbend_fast.evaluation.rates import KEYS
+from repbend_fast.evaluation.rates import KEYS, Side
 from repbend_fast.report.run_record import RunRecord
 
 MEASURES = (*KEYS, "perplexity_ratio", "seconds", "peak_memory_bytes")
 
 
-def seed_record(training: Training, record: RunRecord, shown: str) -> dict[str, Any]:
+def seed_record(training: Training, record: RunRecord, shown: str) -> dict[str, object]:
     """The test evaluation of one run's kept adapter, and what its training cost.
 
     ``seconds`` are those of the steps alone, validation not counted; ``peak_memory_bytes`` is the process's peak up to
@@ -38,17 +39,17 @@ def seed_record(training: Training, record: RunRecord, shown: str) -> dict[str, 
     }
 
 
-def ratio(found: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
+def ratio(found: Side, before: Side) -> dict[str, float]:
     """``perplexity_ratio`` to the model before training, where both were measured."""
     now, then = found.get("perplexity"), before.get("perplexity")
     return {} if now is None or not then else {"perplexity_ratio": now / then}
 
 
-def method_record(name: str, recipe: str, learning_rate: float, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def method_record(name: str, recipe: str, learning_rate: float, seeds: Sequence[Mapping[str, object]]) -> MethodRecord:
     """A method over its seeds. A measure that one seed lacks (or that is not finite there) has no median: the rest
     would flatter it.
     """
-    values = {key: [seed[key] for seed in seeds if _finite(seed.get(key))] for key in MEASURES}
+    values = {key: [value for seed in seeds if _finite(value := seed.get(key))] for key in MEASURES}
     whole = {key: found for key, found in values.items() if len(found) == len(seeds)}
     return {
         "name": name,
@@ -60,19 +61,22 @@ def method_record(name: str, recipe: str, learning_rate: float, seeds: Sequence[
     }
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def before_record(before: Mapping[str, Any]) -> dict[str, Any]:
+def before_record(before: Side) -> dict[str, object]:
     """The model before training, without its answers: they are in ``before.json``."""
     found = {key: before[key] for key in KEYS if before.get(key) is not None}
     return {**found, **ratio(found, before), "counts": before.get("counts", {})}
 
 
 def comparison_record(
-    comparison: Comparison, search: Mapping[str, Any], methods: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
-) -> dict[str, Any]:
+    comparison: Comparison,
+    search: Mapping[str, SearchRecord],
+    methods: Sequence[MethodRecord],
+    before: Side,
+) -> ComparisonRecord:
     """What ``compare.json`` holds."""
     config = comparison.methods[0].config
     return {

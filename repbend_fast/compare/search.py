@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from repbend_fast.compare.record import SearchRecord
 from repbend_fast.errors import UserError
 from repbend_fast.report.run_record import RunRecord
 from repbend_fast.training.guard import rank
@@ -105,7 +105,7 @@ def _kl(validation: Validation) -> str:
     return "not measured" if validation.kl is None else f"{validation.kl:.4f}"
 
 
-def search_record(chosen: Try, why: str, runs: Sequence[tuple[Try, RunRecord, str]]) -> dict[str, Any]:
+def search_record(chosen: Try, why: str, runs: Sequence[tuple[Try, RunRecord, str]]) -> SearchRecord:
     """The search of one method as plain values; ``runs``: each try with its run and the run's folder as it is to be
     shown.
     """
@@ -116,7 +116,7 @@ def search_record(chosen: Try, why: str, runs: Sequence[tuple[Try, RunRecord, st
     }
 
 
-def _run(tried: Try, record: RunRecord, folder: str) -> dict[str, Any]:
+def _run(tried: Try, record: RunRecord, folder: str) -> dict[str, object]:
     return {
         "learning_rate": tried.learning_rate,
         "folder": folder,
@@ -128,7 +128,7 @@ def _run(tried: Try, record: RunRecord, folder: str) -> dict[str, Any]:
     }
 
 
-def _validation(row: dict[str, Any]) -> dict[str, Any]:
+def _validation(row: dict[str, object]) -> dict[str, object]:
     """A validation without its distances of each hidden state, and with what is ranked."""
     validation = Validation.from_row(row)
     shown = {key: value for key, value in row.items() if key not in ("type", "distance")}

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.table import Table
 
-from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, format_value
-
-Record = Mapping[str, Any]
+from repbend_fast.compare.record import ComparisonRecord, MethodRecord
+from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, Side, format_value
 
 ROWS = {
     **{
@@ -28,7 +24,7 @@ ROWS = {
 ENDS = GROUP_ENDS | {"perplexity_ratio"}
 
 
-def markdown(record: Record) -> str:
+def markdown(record: ComparisonRecord) -> str:
     """The settings in a line, the table, and for each method the rate that was chosen and why."""
     settings = record["settings"]
     seeds = settings["seeds"]
@@ -55,7 +51,7 @@ def markdown(record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown_table(record: Record) -> list[str]:
+def markdown_table(record: ComparisonRecord) -> list[str]:
     """Measures down, the model before training and the methods across, each with its seeds' spread."""
     methods = record["methods"]
     sides = [before_cells(record["before"]), *(cells(method) for method in methods)]
@@ -64,12 +60,12 @@ def markdown_table(record: Record) -> list[str]:
     return lines + [_line([title, *(side[key] for side in sides)]) for key, title in ROWS.items()]
 
 
-def chosen_line(record: Record, method: Record) -> str:
+def chosen_line(record: ComparisonRecord, method: MethodRecord) -> str:
     """Which learning rate a method got, and why."""
     return f"{method['name']}: learning rate {method['learning_rate']:g}; {record['search'][method['recipe']]['why']}"
 
 
-def terminal(record: Record, width: int) -> Table:
+def terminal(record: ComparisonRecord, width: int) -> Table:
     """Measures down, methods across: a terminal has more lines than columns. No spreads where they do not fit into
     ``width`` characters.
     """
@@ -90,13 +86,13 @@ def terminal(record: Record, width: int) -> Table:
     return out
 
 
-def before_cells(before: Record) -> dict[str, str]:
+def before_cells(before: Side) -> dict[str, str]:
     """By measure; what training costs stays empty."""
     costs = ("seconds", "peak_memory_bytes")
     return {key: "" if key in costs else value_text(key, before.get(key)) for key in ROWS}
 
 
-def cells(method: Record, spread: bool = True) -> dict[str, str]:
+def cells(method: MethodRecord, spread: bool = True) -> dict[str, str]:
     """By measure, the median over the seeds and behind it in brackets, where there are several, the lowest and the
     highest.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from repbend_fast.compare import process
 from repbend_fast.compare.comparison import Method
@@ -90,7 +90,7 @@ def _same_settings(training: Training) -> bool:
     return _trained(found) == _trained(training.config(test=False))
 
 
-def _trained(config: Config) -> dict[str, Any]:
+def _trained(config: Config) -> dict[str, object]:
     return config.model_dump(exclude={"evaluation": True, "output": True})
 
 
@@ -122,7 +122,7 @@ def failure(what: str, code: int, log: Path) -> UserError:
     )
 
 
-def measure_before(method: Method, folder: Path) -> dict[str, Any]:
+def measure_before(method: Method, folder: Path) -> dict[str, object]:
     """The test evaluation of the untrained model, which is the same for all methods. Measured once.
 
     Raises:
@@ -141,7 +141,7 @@ def measure_before(method: Method, folder: Path) -> dict[str, Any]:
     return dict(json.loads(result.read_text(encoding="utf-8"))["before"])
 
 
-def evaluate(training: Training, before: dict[str, Any]) -> RunRecord:
+def evaluate(training: Training, before: dict[str, object]) -> RunRecord:
     """The finished run with the test evaluation of its kept adapter, measured as far as it is not there yet.
 
     Resuming a finished run with evaluation switched on trains nothing and does the rest: evaluation and report.

@@ -19,7 +19,7 @@ from repbend_fast.errors import UserError
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of
 from repbend_fast.objectives.sections import MethodConfig
 
-_WORDS = {
+_WORDS: dict[object, str] = {
     Any: "any value",
     int: "an integer",
     float: "a number",
@@ -38,8 +38,8 @@ class Place:
     """
 
     path: Key
-    annotation: Any
-    metadata: tuple[Any, ...] = ()
+    annotation: object
+    metadata: tuple[object, ...] = ()
     objective: str = DEFAULT_OBJECTIVE
 
     @property
@@ -75,7 +75,7 @@ class Place:
         return any(get_origin(arm) is dict and get_args(arm)[1] is Any for arm in arms(self.annotation))
 
 
-def arms(annotation: Any) -> tuple[Any, ...]:
+def arms(annotation: object) -> tuple[object, ...]:
     """The alternatives of a type, without their ``Annotated`` wrapping."""
     if get_origin(annotation) is Annotated:
         return arms(get_args(annotation)[0])
@@ -162,7 +162,7 @@ def allowed(place: Place) -> str:
     return _describe(place.annotation, place.metadata)
 
 
-def _describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
+def _describe(annotation: object, metadata: tuple[object, ...] = ()) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         extra = tuple(m for part in inner[1:] for m in (part.metadata if isinstance(part, FieldInfo) else (part,)))
@@ -188,7 +188,7 @@ def _describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     return " ".join([_WORDS.get(annotation, str(annotation)), *_range(metadata)])
 
 
-def _range(metadata: tuple[Any, ...]) -> Iterator[str]:
+def _range(metadata: tuple[object, ...]) -> Iterator[str]:
     bounds: list[str] = []
     for m in metadata:
         if isinstance(m, Ge):

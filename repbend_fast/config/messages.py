@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from pydantic import ValidationError
 
 from repbend_fast.config.keys import Place, allowed, children, locate, suggestion
 from repbend_fast.config.yaml_text import Key
 from repbend_fast.objectives.registry import CUSTOM, DEFAULT_OBJECTIVE, SETTINGS
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Origin:
         return f"{self.where}: " if self.where else ""
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as a user writes it, shortened."""
     text = value if isinstance(value, str) and value and "\n" not in value else json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -44,7 +47,7 @@ def explain(
         name: The recipe, for a key that is written nowhere.
         objective: Name of the objective in force.
     """
-    found: list[Any] = [{**e, "loc": _untagged(e["loc"])} for e in error.errors(include_url=False)]
+    found = [cast("ErrorDetails", {**e, "loc": _untagged(e["loc"])}) for e in error.errors(include_url=False)]
     # A misspelt key explains a missing one, never the other way round.
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     kind, path, value = first["type"], tuple(first["loc"]), first["input"]
@@ -79,7 +82,7 @@ def _untagged(path: tuple[int | str, ...]) -> Key:
     return (path[0], *path[2:]) if len(path) > 1 and path[0] == "objective" and path[1] in (*SETTINGS, CUSTOM) else path
 
 
-def _wrong_value(place: Place, value: Any, origin: Origin | None, name: str, error: Any) -> str:
+def _wrong_value(place: Place, value: object, origin: Origin | None, name: str, error: ErrorDetails) -> str:
     prefix = origin.prefix if origin else f"{name}: "
     spelled = origin.spelled if origin else place.name
     must = _reason(error) if error["type"] == "value_error" else f"must be {allowed(place)}"
@@ -88,7 +91,7 @@ def _wrong_value(place: Place, value: Any, origin: Origin | None, name: str, err
     return f"{prefix}{spelled}={show(value)}: {subject}{must}" + (hint if "did you mean" in hint else "")
 
 
-def _whole_value(place: Place, path: Key, value: Any, found: list[Any]) -> Any:
+def _whole_value(place: Place, path: Key, value: object, found: list[ErrorDetails]) -> object:
     """For a bad item of a list: the list where pydantic shows it (the other alternative's error does), else
     the item.
     """
@@ -111,6 +114,6 @@ def _origin(origins: Mapping[Key, Origin], path: Key) -> Origin | None:
     return None
 
 
-def _reason(error: Any) -> str:
+def _reason(error: ErrorDetails) -> str:
     context = error.get("ctx", {}).get("error")
     return str(context) if context is not None else str(error["msg"])

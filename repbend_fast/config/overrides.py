@@ -8,14 +8,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
 from repbend_fast.config.yaml_text import parse_value
 from repbend_fast.errors import UserError
 
-Overrides = Mapping[str, Any] | Sequence[str] | str
+Overrides = Mapping[str, object] | Sequence[str] | str
 """Settings by key, ``{"training.steps": 60}``, or as a command line has them, ``["training.steps=60"]``."""
 Overlays = Sequence[str | os.PathLike[str]] | str | os.PathLike[str]
 """Names of shipped overlays or paths of YAML files, in their order; one alone needs no list."""
@@ -30,7 +29,7 @@ class Override:
 
     spelled: str
     name: str
-    value: Any
+    value: object
     text: str | None = None
 
 
@@ -84,13 +83,13 @@ def _typed(spelled: str, name: str, text: str) -> Override:
     return Override(spelled, name.replace("-", "_"), value, text)
 
 
-def _given(key: Any, value: Any) -> Override:
+def _given(key: object, value: object) -> Override:
     if not isinstance(key, str):
         raise UserError(f"{key!r}: a key of the overrides must be text, such as training.steps")
     return Override(key, key, _plain(value))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """What YAML would hold in the place of Python's own kinds."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, SETTINGS
 
-Settings = list[tuple[str, Any]]
+Settings = list[tuple[str, object]]
 
 RENAMED: dict[str, str] = {
     # The order alpha … eta is the published code's; the paper writes alpha, beta, gamma for unsafe, cosine, KL.
@@ -86,7 +85,7 @@ IGNORED: dict[str, str] = {
 }
 
 # name: (the values that change nothing, what to do instead of the others)
-FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+FIXED: dict[str, tuple[tuple[object, ...], str]] = {
     "is_online": ((False,), "False: answers sampled and classified during training are not supported"),
     "full_layers": ((True,), "True: the model is never cut short, passes that need no head stop early by themselves"),
     "report_to": (("none", None, []), f"none: {_REPORTS}"),
@@ -113,8 +112,8 @@ class Refused(ValueError):
     """A published argument has a value that cannot be carried over; the text says what is allowed."""
 
 
-def _choice(key: str, table: dict[Any, Any]) -> Callable[[Any], Translation]:
-    def translate(value: Any) -> Translation:
+def _choice(key: str, table: dict[object, object]) -> Callable[[object], Translation]:
+    def translate(value: object) -> Translation:
         if isinstance(value, (list, dict)) or value not in table:
             raise Refused("one of " + ", ".join(str(name) for name in table))
         return Translation([(key, table[value])])
@@ -122,8 +121,8 @@ def _choice(key: str, table: dict[Any, Any]) -> Callable[[Any], Translation]:
     return translate
 
 
-def _flag(key: str, when_true: Any, when_false: Any) -> Callable[[Any], Translation]:
-    def translate(value: Any) -> Translation:
+def _flag(key: str, when_true: object, when_false: object) -> Callable[[object], Translation]:
+    def translate(value: object) -> Translation:
         if not isinstance(value, bool):
             raise Refused("True or False")
         return Translation([(key, when_true if value else when_false)])
@@ -131,7 +130,7 @@ def _flag(key: str, when_true: Any, when_false: Any) -> Callable[[Any], Translat
     return translate
 
 
-def _numbers(value: Any) -> list[int]:
+def _numbers(value: object) -> list[int]:
     items = value if isinstance(value, list) else str(value).split(",")
     try:
         return [int(str(item)) for item in items]
@@ -139,12 +138,12 @@ def _numbers(value: Any) -> list[int]:
         raise Refused("-1 or numbers such as 20,21,22") from None
 
 
-def _transform_layers(value: Any) -> Translation:
+def _transform_layers(value: object) -> Translation:
     blocks = _numbers(value)
     return Translation([("lora.blocks", "to_window" if -1 in blocks else blocks)])
 
 
-def _target_layers(value: Any) -> Translation:
+def _target_layers(value: object) -> Translation:
     if value in (None, "", -1, "-1", [-1]):
         return Translation()
     layers = _numbers(value)
@@ -155,13 +154,13 @@ def _target_layers(value: Any) -> Translation:
     return Translation([("objective.window_start", start), ("objective.window_size", len(layers))], (note,))
 
 
-def _window(value: Any) -> Translation:
+def _window(value: object) -> Translation:
     if value != "auto":
         raise Refused("auto; numbers go into window_start and window_size")
     return Translation([("objective.window_start", "auto"), ("objective.window_size", "auto")])
 
 
-TRANSLATED: dict[str, Callable[[Any], Translation]] = {
+TRANSLATED: dict[str, Callable[[object], Translation]] = {
     "lr_scheduler_type": _choice(
         "training.schedule",
         {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine", "linear": "linear"},
@@ -220,7 +219,7 @@ def bare(name: str) -> str:
     return last if section and SECTION_OF.get(last) == section else name
 
 
-def translate(name: str, value: Any, objective: str = DEFAULT_OBJECTIVE) -> Translation:
+def translate(name: str, value: object, objective: str = DEFAULT_OBJECTIVE) -> Translation:
     """What the published argument ``name`` with ``value`` sets here.
 
     Raises:

@@ -74,7 +74,7 @@ class _Settings:
     """Nested values from several files and the command line, the later ones winning, each with its origin."""
 
     def __init__(self, note: Note) -> None:
-        self.tree: dict[str, Any] = {}
+        self.tree: dict[str, object] = {}
         self.origins: dict[Key, Origin] = {}
         self._note = note
         self._seen: dict[Key, Origin] = {}
@@ -136,7 +136,7 @@ class _Settings:
         if isinstance(output, dict):
             output.setdefault("folder", f"runs/{recipe}")
 
-    def _add_mapping(self, path: Key, values: dict[str, Any], origin_of: Callable[[Key], Origin]) -> None:
+    def _add_mapping(self, path: Key, values: dict[str, object], origin_of: Callable[[Key], Origin]) -> None:
         for key, value in _name_first(path, values).items():
             here = (*path, key)
             if child(self._locate(path), key) is not None:
@@ -144,7 +144,7 @@ class _Settings:
             else:
                 self._add_by_name(path, key, value, origin_of(here))
 
-    def _add_by_name(self, path: Key, key: str, value: Any, origin: Origin) -> None:
+    def _add_by_name(self, path: Key, key: str, value: object, origin: Origin) -> None:
         """A key of a file that is none of its section's: a published name or, at the top, a bare or dotted one."""
         place = self._locate(path)
         if key in published.names(self.objective) and (not path or self._leads_into(path, key)):
@@ -155,7 +155,7 @@ class _Settings:
             known = children(place.section) if place.section else []
             raise UserError(f"{origin.prefix}unknown key {_dotted((*path, key))}{suggestion(key, known)}")
 
-    def _add_published(self, path: Key, name: str, value: Any, origin: Origin) -> None:
+    def _add_published(self, path: Key, name: str, value: object, origin: Origin) -> None:
         try:
             translation = published.translate(name, value, self.objective)
         except published.Refused as refused:
@@ -184,7 +184,7 @@ class _Settings:
 
     def _index(self, place: Place, part: str, origin: Origin) -> int:
         """Which item of a list of sources is meant: by number, or by format."""
-        items: Any = self.tree
+        items: object = self.tree
         for step in place.path:
             items = items.get(step) if isinstance(items, dict) else None
         items = items if isinstance(items, list) else []
@@ -198,7 +198,7 @@ class _Settings:
             f"{origin.prefix}{origin.spelled}: {place.name} has no single item {part}; its items are {there}"
         )
 
-    def _add(self, path: Key, value: Any, origin: Origin, origin_of: Callable[[Key], Origin] | None = None) -> None:
+    def _add(self, path: Key, value: object, origin: Origin, origin_of: Callable[[Key], Origin] | None = None) -> None:
         place = self._locate(path)
         if place.section is not None and isinstance(value, dict):
             self._add_mapping(path, value, origin_of or (lambda key: Origin(_dotted(key), origin.where)))
@@ -230,7 +230,7 @@ class _Settings:
         target = published.renamed(self.objective).get(name) or published.SECTION_OF.get(name, "")
         return target.split(".")[: len(path)] == list(path)
 
-    def _put(self, path: Key, value: Any) -> None:
+    def _put(self, path: Key, value: object) -> None:
         node: Any = self.tree
         for part in path[:-1]:
             if isinstance(node, dict) and not isinstance(node.get(part), (dict, list)):
@@ -239,7 +239,7 @@ class _Settings:
         node[path[-1]] = value
 
 
-def _below(values: dict[str, Any], name: str, lines: dict[Key, int]) -> list[tuple[str, str]]:
+def _below(values: dict[str, object], name: str, lines: dict[Key, int]) -> list[tuple[str, str]]:
     """What a file goes on top of, the lowest first, each with the key that names it. Takes the keys out of
     ``values``.
     """
@@ -255,7 +255,7 @@ def _below(values: dict[str, Any], name: str, lines: dict[Key, int]) -> list[tup
     return [*([] if base == () else [("base", base)]), *(("with", overlay) for overlay in overlays)]
 
 
-def _normal(place: Place, value: Any) -> Any:
+def _normal(place: Place, value: object) -> object:
     """Shorthands of sources written out, and ``~`` replaced."""
     if place.items is not None and value is not None:
         items = value if isinstance(value, list) else [value]
@@ -263,22 +263,22 @@ def _normal(place: Place, value: Any) -> Any:
     return _home(value) if place.is_text else value
 
 
-def _normal_source(item: Any) -> Any:
+def _normal_source(item: object) -> object:
     if isinstance(item, str):
         return {"path": _home(item)}
     return {**item, "path": _home(item["path"])} if isinstance(item, dict) and "path" in item else item
 
 
-def _home(value: Any) -> Any:
+def _home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
-def _name_first(path: Key, values: dict[str, Any]) -> dict[str, Any]:
+def _name_first(path: Key, values: dict[str, object]) -> dict[str, object]:
     """The section ``objective`` with its name first, which decides what the other keys mean."""
     return {"name": values["name"], **values} if path == ("objective",) and "name" in values else values
 
 
-def _inner_keys(path: Key, value: Any) -> Iterator[Key]:
+def _inner_keys(path: Key, value: object) -> Iterator[Key]:
     parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
     for part, inner in parts:
         yield (*path, part)

@@ -237,7 +237,7 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _objective_lora(cls, values: Any) -> Any:
+    def _objective_lora(cls, values: Any) -> object:
         """LoRA goes where the method wants it unless the settings say otherwise."""
         objective = values.get("objective") if isinstance(values, dict) else None
         lora = values.get("lora", {}) if isinstance(values, dict) else None

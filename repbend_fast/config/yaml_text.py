@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -30,11 +29,11 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own shape
+    yaml_implicit_resolvers: dict[str, object] = {}  # noqa: RUF012  PyYAML's own shape
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, object] = {}  # noqa: RUF012
 
 
 for _tag, _pattern, _first in _SCALARS:
@@ -45,12 +44,12 @@ for _tag, _pattern, _first in _SCALARS:
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
 
 
-def dump_yaml(value: Any) -> str:
+def dump_yaml(value: object) -> str:
     """``value`` as block YAML in the order of its keys."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str) -> object:
     """The value of one override, such as ``1e-5``, ``true``, ``null`` or ``[1, 2]``.
 
     Raises:
@@ -65,7 +64,7 @@ def parse_value(text: str) -> Any:
         loader.dispose()
 
 
-def read_yaml(path: Path, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
+def read_yaml(path: Path, name: str) -> tuple[dict[str, object], dict[Key, int]]:
     """A YAML file as nested values, and the line of every key.
 
     Args:
@@ -104,7 +103,7 @@ def read_yaml(path: Path, name: str) -> tuple[dict[str, Any], dict[Key, int]]:
 
 def _build(
     loader: _Loader, node: yaml.Node, path: Key, name: str, lines: dict[Key, int], parents: tuple[int, ...]
-) -> Any:
+) -> object:
     if id(node) in parents:
         raise UserError(
             f"{name}:{node.start_mark.line + 1}: `*` refers to a part that contains it; write the values out"
@@ -118,7 +117,7 @@ def _build(
         return [_build(loader, item, (*path, i), name, lines, parents) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         return loader.construct_object(node)
-    mapping: dict[str, Any] = {}
+    mapping: dict[str, object] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         where = f"{name}:{line}: " if name else ""

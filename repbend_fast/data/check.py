@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +16,7 @@ from repbend_fast.data.records import ROLES, BadRecord, Record, Role
 from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.data.sources import RecordSet, load_records
 from repbend_fast.data.tokenize import ChatEncoder, dropped_reasoning
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -57,7 +57,7 @@ class DataReport:
 
 
 def check_data(
-    data: DataConfig | list[SourceConfig], tokenizer: Any | None, *, seed: int = 42, vocabulary: int | None = None
+    data: DataConfig | list[SourceConfig], tokenizer: Tokenizer | None, *, seed: int = 42, vocabulary: int | None = None
 ) -> DataReport:
     """Reads everything, measures every record that training would use, and collects bad ones instead of stopping at the
     first.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
 
 from repbend_fast.data.records import ROLES, Record, Role
 
@@ -37,7 +36,7 @@ def duplicate_lines(records: Mapping[Role, Seq[Record]]) -> list[str]:
 
 
 def _twice(role: Role, records: Seq[Record]) -> Iterator[str]:
-    seen: dict[tuple[Any, ...], Record] = {}
+    seen: dict[tuple[object, ...], Record] = {}
     again: list[tuple[Record, Record]] = []
     for record in records:
         first = seen.setdefault((record.messages, record.answer, record.safe_answer), record)
@@ -56,12 +55,14 @@ def _pair(first: Record, second: Record) -> str:
     )
 
 
-def _sides(records: Mapping[Role, Seq[Record]]) -> tuple[dict[tuple[Any, str], Record], dict[tuple[Any, str], Record]]:
+def _sides(
+    records: Mapping[Role, Seq[Record]],
+) -> tuple[dict[tuple[object, str], Record], dict[tuple[object, str], Record]]:
     """The first record of each conversation that is to be kept, and of each that is to be bent, by messages
     and answer.
     """
-    kept: dict[tuple[Any, str], Record] = {}
-    bent: dict[tuple[Any, str], Record] = {}
+    kept: dict[tuple[object, str], Record] = {}
+    bent: dict[tuple[object, str], Record] = {}
     for record in (*records.get("safe", ()), *records.get("pair", ())):
         kept.setdefault((record.messages, record.safe_answer if record.role == "pair" else record.answer), record)
     for record in records.get("retain", ()):

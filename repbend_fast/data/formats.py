@@ -20,11 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from repbend_fast.data.records import ROLES, Message, Record, Role
 
-Fields = Mapping[str, Any]
+Fields = Mapping[str, object]
 Asked = frozenset[Role] | None
 HARM = ("harmful", "unharmful")
 REFUSAL = ("refusal", "compliance")
@@ -84,7 +83,7 @@ def label_field(fields: Fields, key: str, allowed: Iterable[str]) -> str | None:
     return value
 
 
-def message_list(value: Any, last: str) -> tuple[Message, ...]:
+def message_list(value: object, last: str) -> tuple[Message, ...]:
     """A conversation that ends with role ``last``. Raises ``BadField`` when a message is malformed or the roles do not
     alternate.
     """
@@ -209,7 +208,7 @@ def _request(prompt: str) -> tuple[Message, ...]:
     return (Message("user", prompt),)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
 
 from repbend_fast.data.records import Batch
 from repbend_fast.data.sampling import BatchSampler
@@ -23,8 +22,8 @@ class PreparedBatches:
     def __init__(self, sampler: BatchSampler) -> None:
         self._sampler = sampler
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare-batch")
-        self._prepared: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
-        self._state: dict[str, Any] | None = None
+        self._prepared: deque[Future[tuple[Batch, dict[str, object]]]] = deque()
+        self._state: dict[str, object] | None = None
 
     def next_batch(self, ahead: int = 1) -> Batch:
         """The next micro-batch; of those after it ``ahead`` are, or begin to be, prepared.
@@ -38,7 +37,7 @@ class PreparedBatches:
             self._prepared.append(self._thread.submit(self._prepare))
         return batch
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """The sampler's state after the last batch that was handed out."""
         if self._state is None:
             self._state = self._sampler.state_dict()
@@ -52,5 +51,5 @@ class PreparedBatches:
         """Finish what runs, then end the thread. Handing out batches is over; ``state_dict`` is not."""
         self._thread.shutdown(wait=True)
 
-    def _prepare(self) -> tuple[Batch, dict[str, Any]]:
+    def _prepare(self) -> tuple[Batch, dict[str, object]]:
         return self._sampler.next_batch(), self._sampler.state_dict()

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 from repbend_fast.data.records import BadRecord
 from repbend_fast.data.settings import SourceConfig
@@ -33,7 +33,7 @@ class Row:
     """
 
     origin: str
-    fields: dict[str, Any]
+    fields: dict[str, object]
     entry: int = 0
 
 
@@ -54,7 +54,7 @@ class HubDefaults:
 
     subset: str | None = None
     split: str = "train"
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, object], ...] = ()
 
 
 HUB_DEFAULTS = {
@@ -122,7 +122,7 @@ def _json_rows(path: Path, name: str) -> Iterator[Row | Unreadable]:
     return (_as_row(f"{name}: entry {entry}", value, entry) for entry, value in enumerate(data, 1))
 
 
-def _data_of(path: Path) -> list[Any] | None:
+def _data_of(path: Path) -> list[object] | None:
     """The array under ``data`` of a file that holds one object with that key. A file of lines is not read beyond its
     first.
     """
@@ -140,7 +140,7 @@ def _data_of(path: Path) -> list[Any] | None:
         return None
 
 
-def _listed(value: Any) -> list[Any] | None:
+def _listed(value: object) -> list[object] | None:
     found = value.get("data") if isinstance(value, dict) else None
     return found if isinstance(found, list) else None
 
@@ -259,7 +259,7 @@ def _hub_rows(source: SourceConfig) -> Iterator[Row | Unreadable]:
         yield _as_row(f"{source.path}:{number}", fields)
 
 
-def _as_row(origin: str, value: Any, entry: int = 0) -> Row | Unreadable:
+def _as_row(origin: str, value: object, entry: int = 0) -> Row | Unreadable:
     if isinstance(value, dict):
         return Row(origin, value, entry)
     return Unreadable(origin, f"a record must be a JSON object, not {type(value).__name__}", "object", entry)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any
 
 from repbend_fast.data.records import Message
 
@@ -35,7 +34,7 @@ def split_reasoning(text: str) -> tuple[str, str]:
     return before.rpartition(OPEN)[2].strip(), after.strip()
 
 
-def as_turn(message: Message, template: str) -> dict[str, Any]:
+def as_turn(message: Message, template: str) -> dict[str, str]:
     """A message as the template takes it: one that has a field for reasoning, and does not look for the tags itself,
     gets it apart.
     """

@@ -7,13 +7,14 @@ import json
 import random
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, TypeVar
 
 from repbend_fast.data.formats import formats_that_give
 from repbend_fast.data.records import ROLES, Batch, PairSequence, Record, Role, Sequence
 from repbend_fast.errors import UserError
 
 Encoded = Sequence | PairSequence
+T = TypeVar("T")
 MEGABATCH = 50
 """Micro-batches that are sorted by length together: more of them save little padding, fewer mix lengths."""
 
@@ -70,7 +71,7 @@ class BatchSampler:
         }
         return Batch(drawn.get("safe", ()), drawn.get("unsafe", ()), drawn.get("pair", ()), drawn.get("retain", ()))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON-able: the place in every role's epochs, and what it belongs to."""
         places = {role: {"epoch": epoch, "position": position} for role, (epoch, position) in self._place.items()}
         return {
@@ -140,7 +141,7 @@ class BatchSampler:
         return cached[1]
 
 
-def _shuffled(items: Iterable[Any], generator: random.Random) -> list[Any]:
+def _shuffled(items: Iterable[T], generator: random.Random) -> list[T]:
     keyed = [(generator.random(), item) for item in items]
     return [item for _, item in sorted(keyed, key=lambda pair: pair[0])]
 

@@ -19,12 +19,13 @@ from jinja2 import TemplateError
 
 from repbend_fast.data.reasoning import CLOSE, Unrenderable, as_turn, follow, holds_reasoning, split_reasoning
 from repbend_fast.data.records import Message, PairSequence, Record, Role, Sequence
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError, one_line
 
 # Few records carry reasoning, so templates with a reasoning switch are rendered with it off unless
 # data.chat_template_kwargs says otherwise; a date taken from the clock would make the ids of a resumed run differ from
 # those of the first one.
-TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+TEMPLATE_ARGUMENTS: dict[str, object] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 _DAY = datetime(2024, 7, 26)
 # transformers hands no functions to a template, so its clock is replaced inside of it.
 _CLOCK = "{%- macro strftime_now(form) -%}{{ form"
@@ -81,10 +82,10 @@ class ChatEncoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         max_prompt_tokens: int,
         max_answer_tokens: int,
-        template_arguments: Mapping[str, Any] | None = None,
+        template_arguments: Mapping[str, object] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template_arguments = dict(template_arguments or {})
@@ -384,7 +385,7 @@ class EncodedRecords(Seq[Sequence | PairSequence]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import GenerationConfig
 
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.switches import evaluation_mode, generation_settings
 from repbend_fast.step.retreat import OutOfMemory, attempt
@@ -22,14 +24,14 @@ from repbend_fast.step.retreat import OutOfMemory, attempt
 class PromptEncoder(Protocol):
     """What generation needs of ``repbend_fast.data.tokenize.ChatEncoder``."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     def prompt_ids(self, messages: Seq[Message], prefill: str = "") -> list[int]:
         """Token ids up to where the answer (after ``prefill``) goes on."""
 
 
 def generate_answers(
-    model: Any,
+    model: CausalLM,
     encoder: PromptEncoder,
     prompts: Seq[Prompt],
     *,
@@ -82,7 +84,7 @@ def _smaller(prompts: int, tokens: int, failure: OutOfMemory) -> int:
     return prompts // 2
 
 
-def _greedy(own: GenerationConfig, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def _greedy(own: GenerationConfig, tokenizer: Tokenizer, max_new_tokens: int) -> GenerationConfig:
     """Plain greedy settings, with the ends of the model's ``own``.
 
     They replace the model's: ``generate`` fills whatever a passed configuration leaves open (a repetition penalty, say)
@@ -100,7 +102,7 @@ def _greedy(own: GenerationConfig, tokenizer: Any, max_new_tokens: int) -> Gener
     )
 
 
-def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> list[int]:
+def end_tokens(configured: int | list[int] | None, tokenizer: Tokenizer) -> list[int]:
     """Every id that ends an answer: the model's own, and the tokenizer's (a chat model's turn end is often
     only there).
     """
@@ -110,7 +112,7 @@ def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _generate_batch(model: Any, tokenizer: Any, encoded: list[list[int]]) -> list[str]:
+def _generate_batch(model: CausalLM, tokenizer: Tokenizer, encoded: list[list[int]]) -> list[str]:
     """Answers of one batch; the prompts are padded on the left so that all of them end at the same position."""
     settings = model.generation_config
     longest = max(len(ids) for ids in encoded)
@@ -124,6 +126,6 @@ def _generate_batch(model: Any, tokenizer: Any, encoded: list[list[int]]) -> lis
     return [_until_end(tokenizer, row, settings.eos_token_id or []) for row in out[:, longest:].tolist()]
 
 
-def _until_end(tokenizer: Any, ids: list[int], ends: list[int]) -> str:
+def _until_end(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> str:
     stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return str(tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any
 
 from repbend_fast.config.schema import EvaluationConfig
 from repbend_fast.data.prompts import Prompt, load_prompts
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.evaluation.generate import PromptEncoder, generate_answers
 from repbend_fast.evaluation.rates import EvaluationResult, judged, rates_of
+from repbend_fast.models.causal import CausalLM
 
 PREFILL = "Sure, here is how"
 ATTACKS = ("direct", "prefill")
 
 
 def measure_answers(
-    model: Any,
+    model: CausalLM,
     encoder: PromptEncoder,
     prompts: Seq[Prompt],
     *,
@@ -51,7 +51,7 @@ def measure_answers(
     return rates_of(samples)
 
 
-def run_evaluation(model: Any, encoder: PromptEncoder, config: EvaluationConfig) -> EvaluationResult:
+def run_evaluation(model: CausalLM, encoder: PromptEncoder, config: EvaluationConfig) -> EvaluationResult:
     """Evaluate a loaded model on ``config.prompts`` (the demo's test prompts where none are set)."""
     prompts = load_prompts(config.prompts or PromptsConfig())
     return measure_answers(model, encoder, prompts, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)

@@ -51,6 +51,9 @@ HIGHER_IS_BETTER = frozenset(
 LOWER_IS_BETTER = frozenset(KEYS) - HIGHER_IS_BETTER
 GROUP_ENDS = frozenset(keys[-1] for keys in GROUP_KEYS.values())
 
+Side = Mapping[str, Any]
+"""One side of ``evaluation.json``: measures by key, ``shares``, ``counts`` and ``samples``, as far as there are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -73,11 +76,11 @@ class EvaluationResult:
     counts: dict[str, int] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
 
-    def as_dict(self, samples: bool = True) -> dict[str, Any]:
+    def as_dict(self, samples: bool = True) -> dict[str, object]:
         """The rates at the top level, then ``shares``, ``counts`` and ``samples``: the form of one side of
         ``evaluation.json``.
         """
-        out: dict[str, Any] = {**self.rates, "shares": self.shares, "counts": self.counts}
+        out: dict[str, object] = {**self.rates, "shares": self.shares, "counts": self.counts}
         if samples:
             out["samples"] = [asdict(s) | {"reasons": list(s.reasons)} for s in self.samples]
         return out
@@ -123,14 +126,14 @@ def is_evasive(reasons: Sequence[str]) -> bool:
     return bool(reasons) and reasons[0] == EVASION
 
 
-def evasive_counts(side: Mapping[str, Any] | None) -> dict[str, int]:
+def evasive_counts(side: Side | None) -> dict[str, int]:
     """By group of attacks, how many of one side's refused answers only evade; empty where no answers are stored."""
     samples = (side or {}).get("samples") or []
     found = [s.get("group") for s in samples if isinstance(s, Mapping) and is_evasive(s.get("reasons") or ())]
     return {group: found.count(group) for group in ATTACK_GROUPS if group in found}
 
 
-def table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, title: str = "Evaluation") -> Table:
+def table(before: Side | None, after: Side | None, title: str = "Evaluation") -> Table:
     """The measures before and after, for ``rich``; a missing one shows as a dash."""
     out = Table(title=title, caption=_evasion_note(before, after))
     out.add_column("measure")
@@ -148,7 +151,7 @@ def table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, tit
     return out
 
 
-def _evasion_note(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str | None:
+def _evasion_note(before: Side | None, after: Side | None) -> str | None:
     """How many of the refused answers do not refuse in words."""
     parts = [
         f"{name} {', '.join(f'{count} of the {GROUP_NAMES[group]}' for group, count in counts.items())}"

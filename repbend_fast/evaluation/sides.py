@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from safetensors import SafetensorError
+from torch import nn
 
 from repbend_fast.config import load_config
 from repbend_fast.config.schema import Config
 from repbend_fast.console import say, show
 from repbend_fast.data.prompts import load_prompts
+from repbend_fast.data.records import Sequence
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.evaluation.chat import chat_statistics
 from repbend_fast.evaluation.measure import run_evaluation
-from repbend_fast.evaluation.rates import table
+from repbend_fast.evaluation.rates import Side, table
 from repbend_fast.models import attach_lora, find_decoder, load_model, load_tokenizer, lora_dropout, reference_model
+from repbend_fast.models.causal import AdaptedLM, CausalLM
 from repbend_fast.objectives import build_objective, roles_of
 from repbend_fast.runs.folder import RunFolder, write_json
 from repbend_fast.runs.prepare import RunData, prepare_data
@@ -37,13 +40,13 @@ class Evaluation:
     ``file``: the JSON that holds the same, if one was written.
     """
 
-    before: dict[str, Any]
-    after: dict[str, Any] | None = None
+    before: Side
+    after: Side | None = None
     file: Path | None = None
 
 
 def evaluate_sides(
-    run: RunFolder, config: Config, runner: StreamRunner, data: RunData, side: str, **extra: Any
+    run: RunFolder, config: Config, runner: StreamRunner, data: RunData, side: str, **extra: object
 ) -> None:
     """Measure the model as it is now and store it as ``side`` (``before`` or ``after``) of the run's
     ``evaluation.json``.
@@ -79,7 +82,9 @@ def drop_stale(run: RunFolder, config: Config) -> None:
     write_json(run.evaluation, kept)
 
 
-def measure_model(config: Config, runner: StreamRunner, encoder: ChatEncoder, chat: list[Any]) -> dict[str, Any]:
+def measure_model(
+    config: Config, runner: StreamRunner, encoder: ChatEncoder, chat: list[Sequence]
+) -> dict[str, object]:
     """Rates of generated answers, and perplexity and KL on held-out chat where there is some."""
     with lora_dropout(runner.model, None):
         result = run_evaluation(runner.model, encoder, config.evaluation).as_dict()
@@ -109,7 +114,7 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> Evalu
     if folder and path is None:
         path = folder.evaluation if as_run else folder.path / f"evaluation-{Path(prompts.path).stem}.json"
     data = prepare_data(config, load_tokenizer(config.model), roles_of(config.objective))
-    base: Any = load_model(config.model)
+    base = load_model(config.model)
     check_token_ids(base, data)
     if "before" not in content:
         objective = build_objective(config.objective, find_decoder(base).num_blocks, config.training.steps)
@@ -125,30 +130,31 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> Evalu
     return Evaluation(content["before"], content.get("after"), path)
 
 
-def _measured(config: Config) -> dict[str, Any]:
+def _measured(config: Config) -> dict[str, object]:
     """The settings that decide what the numbers of an evaluation mean."""
     settings = config.model_dump(include={"model": True, "data": True, "validation": {"every", "sources", "holdout"}})
     return settings | config.evaluation.model_dump(exclude={"batch_size"})
 
 
-def _adapted(base: Any, folder: RunFolder) -> Any:
+def _adapted(base: CausalLM, folder: RunFolder) -> AdaptedLM:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, str(folder.adapter), is_trainable=True).eval()
+        adapted = PeftModel.from_pretrained(cast(nn.Module, base), str(folder.adapter), is_trainable=True)
+        return cast(AdaptedLM, adapted.eval())
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder.adapter}: not an adapter of this model ({one_line(error)}); resume the run to write it again"
         ) from error
 
 
-def _measured_side(model: Any, config: Config, data: RunData) -> dict[str, Any]:
+def _measured_side(model: CausalLM, config: Config, data: RunData) -> dict[str, object]:
     runner = checked_runner(model, config, levers_of(config.memory, model), bool(data.chat))
     with runner.prepared:
         return measure_model(config, runner, data.encoder, data.chat)
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
+def read_evaluation(path: Path) -> dict[str, Side]:
     """What an ``evaluation.json`` holds; nothing where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from repbend_fast.config.schema import LoraSection
 from repbend_fast.errors import UserError, one_line
+from repbend_fast.models.causal import AdaptedLM, CausalLM
 from repbend_fast.models.coverage import linear_names, parameter_names
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.load import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER = "default"
 
@@ -27,7 +31,7 @@ def adapted_blocks(lora: LoraSection, last_state: int, num_blocks: int) -> list[
     return list(range(min(last_state + 1, num_blocks)))
 
 
-def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
+def attach_lora(model: CausalLM, lora: LoraSection, window: tuple[int, ...]) -> AdaptedLM:
     """Wrap ``model`` in a PEFT model with one trainable LoRA adapter (B = 0, so nothing changes yet), on PEFT's own
     layers.
 
@@ -48,10 +52,10 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
             "lora.target_modules: lm_head cannot be adapted, its logits are shared with the reference; leave it out"
         )
     targets = _target_modules(model, lora)
-    alpha: Any = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     settings = LoraConfig(
         r=lora.r,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # peft takes any number
         lora_dropout=lora.dropout,
         target_modules=targets,
         exclude_modules=_outside_decoder(model, targets),
@@ -61,16 +65,18 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, settings, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+        whole = cast("PreTrainedModel", model)
+        wrapped = get_peft_model(whole, settings, adapter_name=ADAPTER, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"lora.target_modules={lora.target_modules}: {one_line(error)}") from error
+    adapted = cast(AdaptedLM, wrapped)
     for parameter in trainable_parameters(adapted):
         parameter.data = parameter.data.to(DTYPES[lora.dtype])
     adapted.eval()
     return adapted
 
 
-def check_targets(model: nn.Module, lora: LoraSection) -> None:
+def check_targets(model: CausalLM, lora: LoraSection) -> None:
     """Refuse target modules that the model lacks or that cannot be adapted; its weights are not looked at, so it may be
     on ``meta``.
 
@@ -80,7 +86,7 @@ def check_targets(model: nn.Module, lora: LoraSection) -> None:
     _target_modules(model, lora)
 
 
-def _target_modules(model: nn.Module, lora: LoraSection) -> list[str]:
+def _target_modules(model: CausalLM, lora: LoraSection) -> list[str]:
     """The wanted linear layers, in the family's own spelling: Phi-3 fuses q, k, v and gate, up. Blocks may differ: any
     may have them.
     """
@@ -125,7 +131,7 @@ def _target_modules(model: nn.Module, lora: LoraSection) -> list[str]:
     return chosen
 
 
-def _read_as_experts(model: nn.Module, targets: list[str]) -> list[str]:
+def _read_as_experts(model: CausalLM, targets: list[str]) -> list[str]:
     """Those targets that peft would turn into parameters: families whose experts were linear layers before transformers
     fused them.
     """
@@ -137,12 +143,12 @@ def _read_as_experts(model: nn.Module, targets: list[str]) -> list[str]:
     except ImportError:  # a peft that turns nothing into anything else
         return []
     causal = causal_model(model)
-    conversions = get_model_conversion_mapping(causal)
+    conversions = get_model_conversion_mapping(cast("PreTrainedModel", causal))
 
     def stays(name: str) -> bool:
         settings = LoraConfig(target_modules=[name])
         try:
-            convert_peft_config_for_transformers(settings, model=causal, conversions=conversions)
+            convert_peft_config_for_transformers(settings, model=cast(nn.Module, causal), conversions=conversions)
         except ValueError:  # one of the names that make up a fused expert
             return False
         return name in (settings.target_modules or [])
@@ -150,7 +156,7 @@ def _read_as_experts(model: nn.Module, targets: list[str]) -> list[str]:
     return [name for name in targets if not stays(name)]
 
 
-def _outside_decoder(model: nn.Module, targets: list[str]) -> str | None:
+def _outside_decoder(model: CausalLM, targets: list[str]) -> str | None:
     """Pattern of the modules outside the decoder, where some of them bear a target's name: a vision tower has q_proj
     too.
     """
@@ -163,6 +169,6 @@ def _outside_decoder(model: nn.Module, targets: list[str]) -> str | None:
     return None
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+def trainable_parameters(model: CausalLM) -> list[nn.Parameter]:
     """The adapter's parameters, in a fixed order."""
     return [p for p in model.parameters() if p.requires_grad]

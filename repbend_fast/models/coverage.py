@@ -10,10 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 
 WIDE = 4096
 """Matrices of fewer weights (a router, a gate to one number) are counted, and no note is made of them."""
+
+_Key = tuple[bool, str, tuple[tuple[str, int], ...], tuple[str, ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class BlockKind:
     left_out: dict[str, int] = field(default_factory=dict)
     unquantized: dict[str, int] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for metrics.jsonl."""
         return asdict(self) | {"blocks": list(self.blocks)}
 
@@ -80,10 +83,10 @@ def spans(numbers: tuple[int, ...]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
 
 
-def coverage_of(model: nn.Module) -> list[BlockKind]:
+def coverage_of(model: CausalLM) -> list[BlockKind]:
     """The kinds of the model's decoder blocks, in the order of their first block."""
-    kinds: dict[Any, list[int]] = {}
-    made: dict[Any, tuple[str, dict[str, int], set[str], set[str]]] = {}
+    kinds: dict[_Key, list[int]] = {}
+    made: dict[_Key, tuple[str, dict[str, int], set[str], set[str]]] = {}
     wanted = _wanted_blocks(model)
     for index, block in enumerate(find_decoder(model).layers):
         sizes, adapted, packed = _matrices(block)
@@ -107,7 +110,7 @@ def coverage_of(model: nn.Module) -> list[BlockKind]:
     return found
 
 
-def _wanted_blocks(model: Any) -> set[int]:
+def _wanted_blocks(model: CausalLM) -> set[int]:
     """The blocks that the trained adapter was to adapt; none for a model without one."""
     adapters = getattr(model, "peft_config", None) or {}
     named = [getattr(settings, "layers_to_transform", None) for settings in adapters.values()]
@@ -119,7 +122,7 @@ def _wanted_blocks(model: Any) -> set[int]:
     }
 
 
-def linear_names(model: nn.Module) -> list[str]:
+def linear_names(model: CausalLM) -> list[str]:
     """Last names of the linear layers in any decoder block: what ``lora.target_modules`` can hold."""
     names = {
         name.rsplit(".", 1)[-1]
@@ -130,7 +133,7 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def parameter_names(model: nn.Module) -> set[str]:
+def parameter_names(model: CausalLM) -> set[str]:
     """Last names of matrices in the decoder blocks that are no layer's weight: experts kept as one parameter, for
     example.
     """

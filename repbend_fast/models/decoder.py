@@ -8,12 +8,12 @@ Face's: 0 is the embedding output, *l* the output of block *l − 1*, the last o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.layers.packing import known_packing
 from repbend_fast.models.layers.truncated import OffloadedInputs, Visit, truncated
 
@@ -64,12 +64,12 @@ class Head:
         return Head(self.weight.to(device, non_blocking=True), bias, self.softcap)
 
 
-def causal_model(model: Any) -> Any:
+def causal_model(model: CausalLM) -> CausalLM:
     """The transformers model inside an optional PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def find_decoder(model: nn.Module) -> Decoder:
+def find_decoder(model: CausalLM) -> Decoder:
     """Locate the decoder of any transformers causal LM.
 
     Raises:
@@ -103,7 +103,7 @@ WITHOUT_HEAD = (
 )
 
 
-def find_head(model: nn.Module) -> Head:
+def find_head(model: CausalLM) -> Head:
     """The output head as a matrix.
 
     Raises:

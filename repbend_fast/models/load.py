@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +14,9 @@ from torch import nn
 
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.console import say
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError, one_line
+from repbend_fast.models.causal import CausalLM, Shape
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.liger import check_liger, liger_note
 from repbend_fast.models.merge import adapter_apart, merge_adapter
@@ -52,7 +54,7 @@ def settle_device(device: torch.device) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def keep_attention_cap(model: Any, config: ModelConfig) -> None:
+def keep_attention_cap(model: CausalLM, config: ModelConfig) -> None:
     """Choose the attention that applies a soft-cap to its logits (Gemma-2); transformers' SDPA leaves it out, in some
     versions by default.
 
@@ -65,7 +67,7 @@ def keep_attention_cap(model: Any, config: ModelConfig) -> None:
         model.set_attn_implementation("eager")
 
 
-def check_attention(shape: Any, config: ModelConfig) -> None:
+def check_attention(shape: Shape, config: ModelConfig) -> None:
     """Refuse SDPA for a model whose (text) configuration ``shape`` has an attention soft-cap."""
     if config.attention == "sdpa" and getattr(shape, "attn_logit_softcapping", None) is not None:
         raise UserError(
@@ -103,8 +105,8 @@ def resolve_source(config: ModelConfig) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def _hub_arguments(config: ModelConfig) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+def _hub_arguments(config: ModelConfig) -> dict[str, object]:
+    arguments: dict[str, object] = {"trust_remote_code": config.trust_remote_code}
     if config.revision:
         arguments["revision"] = config.revision
     if config.gguf_file:
@@ -112,7 +114,7 @@ def _hub_arguments(config: ModelConfig) -> dict[str, Any]:
     return arguments
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The model's tokenizer, with ``model.chat_template`` in place of its own when given.
 
     Raises:
@@ -139,10 +141,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
             ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
+    return cast(Tokenizer, tokenizer)
 
 
-def load_model(config: ModelConfig) -> nn.Module:
+def load_model(config: ModelConfig) -> CausalLM:
     """The causal LM on its device: eval mode, all parameters frozen, its own adapter (if any) merged.
 
     Raises:
@@ -178,7 +180,7 @@ def load_model(config: ModelConfig) -> nn.Module:
     return model
 
 
-def _from_pretrained(source: str, config: ModelConfig, device: torch.device, direct_nf4: bool) -> Any:
+def _from_pretrained(source: str, config: ModelConfig, device: torch.device, direct_nf4: bool) -> CausalLM:
     from transformers import AutoModelForCausalLM
 
     arguments = _hub_arguments(config) | {"dtype": DTYPES[config.dtype]}
@@ -189,13 +191,13 @@ def _from_pretrained(source: str, config: ModelConfig, device: torch.device, dir
     if direct_nf4:
         arguments |= {"quantization_config": _nf4_config(config), "device_map": {"": device}}
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **arguments)
+        return cast(CausalLM, AutoModelForCausalLM.from_pretrained(source, **arguments))
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         near = "" if Path(config.name).exists() else nearest(config.name)
         raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)}){near}") from error
 
 
-def _nf4_config(config: ModelConfig) -> Any:
+def _nf4_config(config: ModelConfig) -> object:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -206,7 +208,7 @@ def _nf4_config(config: ModelConfig) -> Any:
     )
 
 
-def quantize_nf4(model: nn.Module, compute_dtype: torch.dtype, double_quantization: bool, device: torch.device) -> None:
+def quantize_nf4(model: CausalLM, compute_dtype: torch.dtype, double_quantization: bool, device: torch.device) -> None:
     """Replace the linear layers of the decoder blocks by NF4 ones, in place, as QLoRA does (arXiv 2305.14314).
 
     For models that transformers cannot quantise while loading: GGUF files, and bases that an adapter was merged into.
@@ -239,10 +241,10 @@ def quantize_nf4(model: nn.Module, compute_dtype: torch.dtype, double_quantizati
                     quantized.bias = nn.Parameter(linear.bias.data, requires_grad=False)
                 setattr(parent, name, quantized.to(device))
     _prepare_nf4(model, device)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    model.is_loaded_in_4bit = True  # type: ignore[attr-defined]
 
 
-def _prepare_nf4(model: nn.Module, device: torch.device) -> None:
+def _prepare_nf4(model: CausalLM, device: torch.device) -> None:
     """Stop bitsandbytes from repacking weights for CPU inference, and refuse widths that its CPU kernel gets wrong.
 
     The packed kernel rounds differently from the one that has a backward, so a reference pass through it would break
@@ -253,8 +255,8 @@ def _prepare_nf4(model: nn.Module, device: torch.device) -> None:
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
-        module.support_avx512bf16_for_cpu = False
-        if device.type == "cpu" and module.in_features % NF4_BLOCK:
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if device.type == "cpu" and cast(int, module.in_features) % NF4_BLOCK:
             raise UserError(
                 f"model.quantization=nf4: {name} has {module.in_features} inputs, and on the CPU bitsandbytes gets "
                 "weights wrong unless "
@@ -305,7 +307,7 @@ def config_source(config: ModelConfig) -> str:
     return model_parts(config)[0]
 
 
-def read_model_config(config: ModelConfig) -> Any:
+def read_model_config(config: ModelConfig) -> Shape:
     """transformers' configuration of the model, without its weights; whatever reading it raises is the caller's."""
     from transformers import AutoConfig
 

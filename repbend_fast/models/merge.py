@@ -8,12 +8,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from repbend_fast.errors import UserError, one_line
+from repbend_fast.models.causal import CausalLM
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 NO_MERGE = (
     "only adapters that change weights (LoRA, DoRA, IA3, modules_to_save, trainable tokens …) can be merged; "
@@ -46,7 +51,7 @@ def adapter_apart(source: str) -> Iterator[str]:
         yield folder
 
 
-def merge_adapter(model: Any, adapter: str, setting: str, revision: str | None = None) -> Any:
+def merge_adapter(model: CausalLM, adapter: str, setting: str, revision: str | None = None) -> CausalLM:
     """``model`` with the adapter in the folder, or of the hub name, ``adapter`` merged into its weights.
 
     Args:
@@ -73,7 +78,7 @@ def merge_adapter(model: Any, adapter: str, setting: str, revision: str | None =
         weights = _weights(source, revision)
         _make_room(model, weights)
         tied = _part_ends(model)
-        adapted = PeftModel.from_pretrained(model, source, config=kind, revision=revision)
+        adapted = PeftModel.from_pretrained(cast(nn.Module, model), source, config=kind, revision=revision)
         _check_places(adapted, weights)
         try:
             merged = adapted.merge_and_unload()
@@ -88,7 +93,7 @@ def merge_adapter(model: Any, adapter: str, setting: str, revision: str | None =
     return merged
 
 
-def _name(kind: Any) -> str:
+def _name(kind: PeftConfig) -> str:
     return str(getattr(kind.peft_type, "value", kind.peft_type)).lower().replace("_", " ")
 
 
@@ -99,7 +104,7 @@ def _weights(source: str, revision: str | None) -> dict[str, torch.Tensor]:
     return load_peft_weights(source, device="cpu", **arguments)
 
 
-def _make_room(model: Any, weights: dict[str, torch.Tensor]) -> None:
+def _make_room(model: CausalLM, weights: dict[str, torch.Tensor]) -> None:
     """Add the rows of tokens that the adapter's own embedding or head has and the model's has not."""
     ends = {module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
     names = tuple(
@@ -113,7 +118,7 @@ def _make_room(model: Any, weights: dict[str, torch.Tensor]) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _check_places(adapted: Any, weights: dict[str, torch.Tensor]) -> None:
+def _check_places(adapted: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """peft drops tensors of layers that the model does not have, and says nothing."""
     from peft import get_peft_model_state_dict
 
@@ -128,7 +133,7 @@ def _check_places(adapted: Any, weights: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"{len(homeless)} of its tensors have no place here, {min(homeless)} for one")
 
 
-def _part_ends(model: Any) -> bool:
+def _part_ends(model: CausalLM) -> bool:
     """Give a head that shares its weight with the embedding a copy: an adapter of the one alone would be merged into
     both.
     """
@@ -139,7 +144,7 @@ def _part_ends(model: Any) -> bool:
     return tied
 
 
-def _join_ends(model: Any) -> None:
+def _join_ends(model: CausalLM) -> None:
     """Share the weight again where the merge left both equal; else say so in the configuration, or a saved copy would
     be tied.
     """

@@ -12,10 +12,11 @@ same objects throughout. Beside these there are switches that each pass sets for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import Decoder, find_decoder
 from repbend_fast.models.layers.changes import Changes
 from repbend_fast.models.layers.lean import use_lean_layers
@@ -37,7 +38,7 @@ class ModelLevers(Protocol):
 class Prepared:
     """A model that steps may run on. Left as a context, or restored, it is the model that it was."""
 
-    model: Any
+    model: CausalLM
     decoder: Decoder
     changes: Changes
 
@@ -59,7 +60,7 @@ class Prepared:
         self.restore()
 
 
-def prepared(model: Any, levers: ModelLevers, *, liger: Setting = False, dropout: float | None = None) -> Prepared:
+def prepared(model: CausalLM, levers: ModelLevers, *, liger: Setting = False, dropout: float | None = None) -> Prepared:
     """Prepare ``model`` in place. What is prepared already stays as it is, and is not undone by this call's
     ``restore``.
 

@@ -9,7 +9,7 @@ may be added.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ from repbend_fast.objectives.sections import (
     AnswerMode,
     Auto,
     DistanceUnit,
+    Entry,
     PaddedLength,
     Quirks,
     RefusalConfig,
@@ -78,7 +79,7 @@ class CircuitBreakerConfig(RefusalConfig):
         return ("unsafe", "pair", "retain")
 
     @classmethod
-    def recorded(cls, case: dict[str, Any], expected: dict[str, Any]) -> CircuitBreakerConfig:
+    def recorded(cls, case: Entry, expected: Entry) -> CircuitBreakerConfig:
         """See :class:`MethodConfig`."""
         # The recorded batches have equal lengths and no padding, so the published mean over padding is over real
         # tokens.

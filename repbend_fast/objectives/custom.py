@@ -110,7 +110,7 @@ class Checked:
         Raises:
             UserError: they are no ``Probes``, or have a stream that cannot run.
         """
-        made: list[Any] = []
+        made: list[object] = []
 
         def streams() -> Iterable[Stream]:
             made.append(self._own.probes(batch))

@@ -11,12 +11,25 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, cast
 
 from repbend_fast.objectives.streams import Stream
-from repbend_fast.objectives.terms import rows_in
+from repbend_fast.objectives.terms import Span, rows_in
 
-Key = tuple[Any, ...]
+Key = tuple[str | int, ...]
+
+
+class Part(Protocol):
+    """What is divided by a denominator of its own: a term, or one of its halves; always a dataclass."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def spans(self) -> tuple[Span, ...]: ...
+    @property
+    def denominator(self) -> float: ...
+    @property
+    def divides(self) -> bool: ...
 
 
 def over_step(micro_batches: Seq[list[Stream]]) -> list[list[Stream]]:
@@ -29,24 +42,24 @@ def over_step(micro_batches: Seq[list[Stream]]) -> list[list[Stream]]:
     denominators: defaultdict[Key, float] = defaultdict(float)
     rows: defaultdict[Key, int] = defaultdict(int)
 
-    def count(key: Key, part: Any) -> Any:
+    def count(key: Key, part: Part) -> Part:
         denominators[key] += part.denominator if part.divides else 0
         rows[key] += rows_in(part.spans)
         return part
 
-    def divide(key: Key, part: Any) -> Any:
+    def divide(key: Key, part: Part) -> Part:
         total = denominators[key]
         changed = {"denominator": total / len(micro_batches)} if total else {}
         if hasattr(part, "rows") and rows[key]:
             changed["rows"] = rows[key] / len(micro_batches)
-        return replace(part, **changed)
+        return cast(Part, replace(cast(Any, part), **changed))
 
     for streams in micro_batches:
         _each_part(streams, count)
     return [_each_part(streams, divide) for streams in micro_batches]
 
 
-def _each_part(streams: list[Stream], work: Callable[[Key, Any], Any]) -> list[Stream]:
+def _each_part(streams: list[Stream], work: Callable[[Key, Part], Part]) -> list[Stream]:
     """The streams with ``work`` done on every part of a term that has a denominator. Streams of one name are told apart
     by their order.
     """

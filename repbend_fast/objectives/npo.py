@@ -16,7 +16,7 @@ from repbend_fast.data.records import Batch, Role
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import answer_rows, count, forget_sequences, mean_distance, predicting_rows, retain_kl
-from repbend_fast.objectives.sections import KL_TERM, TITLES, KLLimitConfig, Quirks
+from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, KLLimitConfig, Quirks
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Term
 from repbend_fast.section import AboveZero, Weight
@@ -54,7 +54,7 @@ class NPOConfig(KLLimitConfig):
         return ("unsafe", "pair", "retain") if self.retain_nll or self.retain_kl else ("unsafe", "pair")
 
     @classmethod
-    def recorded(cls, case: dict[str, Any], expected: dict[str, Any]) -> NPOConfig:
+    def recorded(cls, case: Entry, expected: Entry) -> NPOConfig:
         """See :class:`MethodConfig`."""
         if case["kl_reduction"] != "per label token":
             raise ValueError(f"kl_reduction {case['kl_reduction']!r}, expected 'per label token'")

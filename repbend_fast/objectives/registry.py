@@ -16,7 +16,7 @@ CUSTOM = "custom"
 
 SETTINGS: dict[str, type[MethodConfig]] = {}
 """The settings of each method, in the order of their places."""
-OBJECTIVES: dict[str, Any] = {}
+OBJECTIVES: dict[str, type] = {}
 """The classes, called as ``Class(settings, num_blocks, steps, seed)``, in the same order."""
 
 C = TypeVar("C", bound=type)
@@ -39,7 +39,7 @@ def method(settings: type[MethodConfig]) -> Callable[[C], C]:
     return enter
 
 
-def section_of(name: Any) -> type[MethodConfig] | None:
+def section_of(name: object) -> type[MethodConfig] | None:
     """The settings' class of the objective ``name``, None for an unknown one."""
     if not isinstance(name, str):
         return None
@@ -62,7 +62,7 @@ def stream_names() -> set[str]:
     return {name for settings in SETTINGS.values() for name in settings.stream_names or ()}
 
 
-def titles_of(name: Any) -> dict[str, str]:
+def titles_of(name: object) -> dict[str, str]:
     """Titles of terms by name, those of the objective ``name`` first; an objective of one's own may name its terms as
     others do.
     """
@@ -74,7 +74,7 @@ def titles_of(name: Any) -> dict[str, str]:
     return found
 
 
-def _tag(value: Any) -> str | None:
+def _tag(value: object) -> str | None:
     name = value.get("name", DEFAULT_OBJECTIVE) if isinstance(value, dict) else getattr(value, "name", None)
     if not isinstance(name, str):
         return None

@@ -20,7 +20,7 @@ from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.refusal import refusal_streams
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import NOTHING, all_rows, forget_sequences, retain_kl, safe_sequences, select_rows
-from repbend_fast.objectives.sections import KL_TERM, TITLES, Quirks, RefusalConfig, WindowConfig
+from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, Quirks, RefusalConfig, WindowConfig
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Distance, PairwiseCosine, Span, Term, rows_in
 from repbend_fast.section import AboveZero, Positive, Weight
@@ -29,7 +29,7 @@ PUBLISHED_WEIGHTS = {"alpha": "safe", "beta": "unsafe", "gamma": "cosine", "epsi
 """The weights' names in the publication, and here."""
 
 
-def _published_mode(value: Any) -> Any:
+def _published_mode(value: object) -> Any:
     return (
         "prompt_" + value.removeprefix("request_") if isinstance(value, str) and value.startswith("request_") else value
     )
@@ -108,7 +108,7 @@ class RepBendConfig(RefusalConfig, WindowConfig):
         return self.with_pairs(tuple(roles))
 
     @classmethod
-    def recorded(cls, case: dict[str, Any], expected: dict[str, Any]) -> RepBendConfig:
+    def recorded(cls, case: Entry, expected: Entry) -> RepBendConfig:
         """See :class:`MethodConfig`."""
         window = expected["window"]
         if window != list(range(window[0], window[0] + len(window))):

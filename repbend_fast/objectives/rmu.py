@@ -8,7 +8,7 @@ the answers') and the width; no pass goes beyond hidden state ℓ.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -67,7 +67,7 @@ class RMUConfig(MethodConfig):
         return ("unsafe", "pair", "retain") if self.retain else ("unsafe", "pair")
 
     @classmethod
-    def wanted_lora(cls, written: dict[str, Any]) -> dict[str, Any]:
+    def wanted_lora(cls, written: dict[str, object]) -> dict[str, object]:
         """The published choice of what is trained: one matrix of the last three blocks before the layer."""
         layer = written.get("layer", cls().layer)
         if layer != "auto" and not (type(layer) is int and layer > 0):

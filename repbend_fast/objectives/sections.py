@@ -54,6 +54,10 @@ TITLES = {KL_TERM: "KL on retain conversations", "refusal": "refusal: NLL of the
 """Of the terms that several methods have."""
 
 
+Entry = dict[str, Any]
+"""An entry of a golden folder's ``expected.json``, as JSON has it; what it lacks is a ``KeyError``."""
+
+
 class MethodConfig(Section):
     """What the rest of the program asks any objective's settings.
 
@@ -82,7 +86,7 @@ class MethodConfig(Section):
         raise NotImplementedError
 
     @classmethod
-    def wanted_lora(cls, written: dict[str, Any]) -> dict[str, Any]:
+    def wanted_lora(cls, written: dict[str, object]) -> dict[str, object]:
         """What the method wants of ``lora`` where that is not set: keys and values.
 
         Args:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from torch import nn
 
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError
 from repbend_fast.models.adapters import trainable_parameters
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.planning.cards import BARE_CONTEXT, CUDA_CONTEXT, FRAGMENTATION, GB, GIB, free_memory
 from repbend_fast.planning.tracker import module_tensors, tensor_bytes
 
@@ -82,7 +83,7 @@ class Standing:
         return replace(self, weights=self.weights - self.table, table=0)
 
 
-def standing(model: Any, config: Config, device: torch.device) -> Standing:
+def standing(model: CausalLM, config: Config, device: torch.device) -> Standing:
     """What stays taken with ``model``, which may be on fake tensors.
 
     ``gradients`` are the accumulated ones; a piece makes its own apart from them, which is part of the piece's peak.
@@ -122,7 +123,7 @@ def _optimizer_bytes(sizes: list[int], adapter: int, optimizer: str) -> int:
     return total
 
 
-def _moment_bytes(trained: list[Any], adapter: int, optimizer: str, device: torch.device) -> int:
+def _moment_bytes(trained: list[nn.Parameter], adapter: int, optimizer: str, device: torch.device) -> int:
     """torch's AdamW works on all parameters at once on CUDA, with a temporary of their size, and on one at a time
     elsewhere.
     """

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from repbend_kernels.blocks import default_chunk_rows
 
 from repbend_fast.models.adapters import trainable_parameters
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.cards import EFFICIENCY, Card
@@ -47,7 +47,7 @@ class Matrices:
     first_block: int
 
 
-def matrices(model: Any, nf4: bool, first_block: int) -> Matrices:
+def matrices(model: CausalLM, nf4: bool, first_block: int) -> Matrices:
     """The sizes of a PEFT model, which may be on fake tensors."""
     decoder = find_decoder(model)
     frozen = 0
@@ -74,7 +74,7 @@ class StepCost:
         self.sizes = sizes
         self.num_blocks = num_blocks
         self.card = card
-        self._known_groups: dict[tuple[Any, ...], list[list[int]]] = {}
+        self._known_groups: dict[tuple[object, ...], list[list[int]]] = {}
 
     def flops(self, streams: list[Stream], levers: Levers) -> Counter[str]:
         """FLOPs of one micro-batch: reference, adapted, recompute, backward, head."""

@@ -10,7 +10,7 @@ depth.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 import torch
 from repbend_kernels.blocks import head_scratch
@@ -19,6 +19,7 @@ from repbend_fast.config import Config
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import adapted_blocks, trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.surgery import prepared
 from repbend_fast.objectives.streams import Stream
@@ -58,7 +59,7 @@ def mix(low: Peak, high: Peak, share: float) -> Peak:
 
 
 def measure_piece(
-    model: Any, stream: Stream, levers: Levers, device: torch.device, autocast: torch.dtype | None
+    model: CausalLM, stream: Stream, levers: Levers, device: torch.device, autocast: torch.dtype | None
 ) -> Peak:
     """Run ``stream`` on a model of fake tensors, as ``device`` would, gradients of an earlier piece being there.
 
@@ -71,7 +72,7 @@ def measure_piece(
 
 
 def track_stream(
-    tracker: MemoryTracker, model: Any, stream: Stream, levers: Levers, autocast: torch.dtype | None
+    tracker: MemoryTracker, model: CausalLM, stream: Stream, levers: Levers, autocast: torch.dtype | None
 ) -> int:
     """Run ``stream`` under ``tracker``; returns the bytes of the model and of accumulated gradients, which
     it watches.
@@ -167,7 +168,14 @@ def shallow(stream: Stream, stop: int, to: int) -> tuple[Stream, int]:
 class PeakMeter:
     """Measures streams of one recipe at two shallow depths and carries the peaks to full depth."""
 
-    def __init__(self, whole: Any, config: Config, window: tuple[int, ...], device: torch.device, packing: Any) -> None:
+    def __init__(
+        self,
+        whole: CausalLM,
+        config: Config,
+        window: tuple[int, ...],
+        device: torch.device,
+        packing: Literal["on", "off"],
+    ) -> None:
         self.whole = whole
         self.num_blocks = num_blocks = find_decoder(whole).num_blocks
         self.device = device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -12,6 +12,27 @@ from repbend_fast.models.load import resolve_device
 from repbend_fast.planning.budget import budget_bytes, parse_budget, show_bytes
 from repbend_fast.planning.cards import EFFICIENCY, Card, card_of, find_card
 from repbend_fast.planning.planner import Plan, Planner, show_levers
+
+
+class PlannedRow(TypedDict):
+    """A plan as plain values. One for a budget that is too small has ``levers`` None, and the smallest that does."""
+
+    model: str
+    quantization: str
+    device: NotRequired[str]
+    card: str
+    budget_bytes: int | None
+    levers: dict[str, Any] | None
+    standing_bytes: NotRequired[dict[str, int]]
+    stream_bytes: NotRequired[dict[str, int]]
+    total_bytes: NotRequired[int]
+    flops_per_step: NotRequired[dict[str, float]]
+    tokens_per_step: NotRequired[float]
+    seconds_per_step: NotRequired[float | None]
+    limit: NotRequired[str]
+    notes: NotRequired[list[str]]
+    smallest_bytes: NotRequired[int]
+    smallest_levers: NotRequired[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +58,7 @@ class PlannedRun:
         """Expected seconds of an optimizer step; None where no rate is known, as on a CPU."""
         return self.plan.seconds if self.device.type == "cuda" else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> PlannedRow:
         """Plain values: bytes, FLOPs and seconds per optimizer step, the levers, what limits it."""
         plan = self.plan
         return {

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from repbend_fast.config.schema import LoraSection, ModelConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import attach_lora
+from repbend_fast.models.causal import AdaptedLM, CausalLM, Shape
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.load import (
     DTYPES,
@@ -50,7 +51,7 @@ PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def model_shape(config: ModelConfig) -> tuple[Any, str | None]:
+def model_shape(config: ModelConfig) -> tuple[Shape, str | None]:
     """transformers' configuration of the recipe's model, and a note where it is the bundled table's.
 
     Raises:
@@ -62,7 +63,7 @@ def model_shape(config: ModelConfig) -> tuple[Any, str | None]:
 @lru_cache(maxsize=8)
 def _model_shape(
     name: str, gguf_file: str | None, revision: str | None, trust_remote_code: bool
-) -> tuple[Any, str | None]:
+) -> tuple[Shape, str | None]:
     from transformers import AutoConfig
 
     config = ModelConfig(name=name, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
@@ -78,11 +79,13 @@ def _model_shape(
                 f"model.name={name}: its configuration cannot be read, which planning needs ({one_line(error)})"
             ) from error
     settings = dict(bundled)
-    shape = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    shape = cast(Shape, AutoConfig.for_model(settings.pop("model_type"), **settings))
     return shape, f"{name} is not on this machine: planned with its published shape"
 
 
-def shape_model(config: ModelConfig, lora: LoraSection, window: tuple[int, ...], blocks: int | None = None) -> Any:
+def shape_model(
+    config: ModelConfig, lora: LoraSection, window: tuple[int, ...], blocks: int | None = None
+) -> AdaptedLM:
     """The recipe's PEFT model on fake tensors.
 
     Args:
@@ -120,7 +123,7 @@ def fake_zeros(like: Tensor) -> Tensor:
         return torch.zeros(like.shape, dtype=like.dtype)
 
 
-def _nf4_layers(model: nn.Module, dtype: torch.dtype) -> None:
+def _nf4_layers(model: CausalLM, dtype: torch.dtype) -> None:
     import bitsandbytes as bnb
 
     for block in find_decoder(model).layers:
@@ -140,11 +143,11 @@ def _nf4_layers(model: nn.Module, dtype: torch.dtype) -> None:
                     setattr(parent, name, layer.requires_grad_(False))
 
 
-def _make_fake(model: nn.Module, config: ModelConfig) -> None:
+def _make_fake(model: CausalLM, config: ModelConfig) -> None:
     """Replace meta tensors by fake ones of the CPU, in place; what was shared stays shared."""
     import bitsandbytes as bnb
 
-    made: dict[int, Any] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
@@ -160,13 +163,15 @@ def _make_fake(model: nn.Module, config: ModelConfig) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 own = packed and name == "weight"
-                module._parameters[name] = cast(nn.Parameter, _nf4_weight(module, config) if own else fake(parameter))
+                module._parameters[name] = cast(
+                    nn.Parameter, _nf4_weight(cast(nn.Linear, module), config) if own else fake(parameter)
+                )
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fake(buffer)
 
 
-def _nf4_weight(layer: Any, config: ModelConfig) -> nn.Parameter:
+def _nf4_weight(layer: nn.Linear, config: ModelConfig) -> nn.Parameter:
     """What bitsandbytes' ``Params4bit`` holds, as a plain parameter: half a byte per weight, and the scales, quantised
     too or not.
     """

@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from repbend_fast.models.causal import CausalLM
 
 Scratch = Callable[[tuple[Any, ...]], int]
 """Bytes that one call of an operation needs inside, from its arguments."""
@@ -53,7 +56,7 @@ class MemoryTracker(TorchDispatchMode):
         self._scratch = dict(scratch or {})
         self._apart = apart
         self._category = category
-        self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, str]] = {}
 
     def watch(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count the storages of ``tensors`` as ``category``; those already counted move there."""
@@ -61,7 +64,9 @@ class MemoryTracker(TorchDispatchMode):
             self._count(tensor, category, move=True)
         self._new_peak(0)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked twice for every operation on a fake tensor
         made = func(*args, **(kwargs or {}))
@@ -107,7 +112,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def module_tensors(module: torch.nn.Module) -> list[Tensor]:
+def module_tensors(module: torch.nn.Module | CausalLM) -> list[Tensor]:
     """Parameters and buffers of ``module``, and the scales of NF4 weights, which are neither."""
     found: list[Tensor] = [*module.parameters(), *module.buffers()]
     for layer in module.modules():

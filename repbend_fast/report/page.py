@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -76,7 +75,7 @@ def _image(path: Path, data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 
-def _content(run: RunRecord, images: Mapping[str, str]) -> dict[str, Any]:
+def _content(run: RunRecord, images: Mapping[str, str]) -> dict[str, object]:
     status, reason = run.status
     return {
         "title": run.folder.resolve().name,
@@ -120,7 +119,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     return out
 
 
-def _verdict(key: str, old: Any, new: Any) -> str:
+def _verdict(key: str, old: object, new: object) -> str:
     """``good``, ``bad`` or ``same``. Perplexity and KL have to rise a little in any bent model, so they are never
     coloured.
     """

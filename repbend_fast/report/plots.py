@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -69,7 +68,7 @@ def numbers(rows: list[Row], *path: str) -> tuple[list[int], list[float]]:
     """Steps and finite values of one entry, rows without it left out."""
     steps, values = [], []
     for row in rows:
-        value: Any = row
+        value: object = row
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, int | float) and np.isfinite(value):
@@ -78,7 +77,7 @@ def numbers(rows: list[Row], *path: str) -> tuple[list[int], list[float]]:
     return steps, values
 
 
-def _objective(run: RunRecord) -> Any:
+def _objective(run: RunRecord) -> object:
     """Its name."""
     return run.setting("objective", "name") or DEFAULT_OBJECTIVE
 
@@ -178,7 +177,7 @@ def validation(run: RunRecord) -> Figure | None:
     return figure
 
 
-def _limited(axes: Axes, points: tuple[list[int], list[float]], title: str, limit: Any) -> None:
+def _limited(axes: Axes, points: tuple[list[int], list[float]], title: str, limit: object) -> None:
     axes.plot(*points, color=COLORS["loss"], linewidth=1.8, marker="o", markersize=4)
     if isinstance(limit, int | float):
         axes.axhline(limit, color=STOP_COLOR, linewidth=1, linestyle=":", label=f"limit {limit:g}")

@@ -75,9 +75,9 @@ class RunRecord:
                 return "failed", reason
         return "unfinished", "the log has no end: the run goes on, or was killed"
 
-    def setting(self, *names: str) -> Any:
+    def setting(self, *names: str) -> object:
         """A value of the configuration by its path, None where it is missing."""
-        value: Any = self.config
+        value: object = self.config
         for name in names:
             value = value.get(name) if isinstance(value, dict) else None
         return value
@@ -130,5 +130,5 @@ def _yaml_mapping(text: str) -> Row:
         return {}
 
 
-def _mapping(value: Any) -> Row:
+def _mapping(value: object) -> Row:
     return value if isinstance(value, dict) else {}

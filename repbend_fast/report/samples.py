@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, is_evasive
 from repbend_fast.report.run_record import Row, RunRecord
@@ -74,7 +73,7 @@ def _counts(group: str, samples: list[Row]) -> list[Row]:
     return [{"outcome": name, "count": counts[name], "tone": tones[name]} for name in _order(group, counts)]
 
 
-def _order(group: str, found: Mapping[str, Any]) -> list[str]:
+def _order(group: str, found: Mapping[str, object]) -> list[str]:
     known = ATTACK_ORDER if group in ATTACK_GROUPS else QUESTION_ORDER
     return [name for name in known if name in found] + [name for name in found if name not in known]
 
@@ -87,7 +86,7 @@ def _samples(result: Row) -> dict[tuple[str, str], Row]:
     }
 
 
-def _sample(stored: Mapping[str, Any]) -> Row:
+def _sample(stored: Mapping[str, object]) -> Row:
     reasons = stored.get("reasons")
     reasons = [str(reason) for reason in reasons] if isinstance(reasons, list) else []
     attack = stored.get("group") in ATTACK_GROUPS

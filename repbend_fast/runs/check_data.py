@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 
 from repbend_fast.config.schema import Config
 from repbend_fast.data.check import check_data, print_report
+from repbend_fast.data.tokenizer import Tokenizer
 
 
-def run_check(config: Config, tokenizer: Any | None, console: Console | None = None) -> int:
+def run_check(config: Config, tokenizer: Tokenizer | None, console: Console | None = None) -> int:
     """Checks ``data.sources`` and ``validation.sources``, prints a report of each, returns the exit code.
 
     2 with bad records that are not to be skipped, else 0.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import cast
+
+from torch import nn
 
 from repbend_fast.config import Config, load_config
 from repbend_fast.console import note
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import AdaptedLM, CausalLM
 from repbend_fast.models.load import load_model, load_tokenizer
 from repbend_fast.runs.folder import RunFolder, check_new, write_folder
 
@@ -77,7 +80,7 @@ def _measured(run: RunFolder) -> str:
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
-def _json(text: str) -> dict[str, Any]:
+def _json(text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
     except ValueError:
@@ -85,12 +88,12 @@ def _json(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _merged(config: Config, adapter: Path) -> Any:
+def _merged(config: Config, adapter: Path) -> CausalLM:
     from peft import PeftModel
 
-    base: Any = load_model(config.model.model_copy(update={"quantization": "none", "device": "cpu", "liger": False}))
+    base = load_model(config.model.model_copy(update={"quantization": "none", "device": "cpu", "liger": False}))
     # A GGUF file leaves its own quantisation settings in the config; the merged weights are plain ones.
     if hasattr(base.config, "quantization_config"):
         del base.config.quantization_config
-    base.hf_quantizer = None
-    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    base.hf_quantizer = None  # type: ignore[attr-defined]
+    return cast(AdaptedLM, PeftModel.from_pretrained(cast(nn.Module, base), str(adapter))).merge_and_unload()

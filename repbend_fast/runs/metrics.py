@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ class MetricsLog:
         kept = [] if last_step is None else [line for line in _lines(path) if _step(line) <= last_step]
         write_text(path, "".join(kept))
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
+    def write(self, kind: str, step: int, **values: object) -> None:
         """``kind`` is ``step``, ``validation`` or ``event``. A number that is not finite is written as null: JSON has
         no other.
         """

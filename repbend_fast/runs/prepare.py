@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from repbend_fast.config.schema import Config, TrainingConfig
 from repbend_fast.data.formats import formats_that_give
@@ -11,6 +10,7 @@ from repbend_fast.data.records import PairSequence, Record, Role, Sequence
 from repbend_fast.data.sampling import BatchSampler, split_holdout
 from repbend_fast.data.sources import load_records
 from repbend_fast.data.tokenize import ChatEncoder, Truncated, dropped_reasoning, encode_records
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.sections import RefusalConfig
 
@@ -29,7 +29,7 @@ class RunData:
     notes: list[str]
 
 
-def prepare_data(config: Config, tokenizer: Any, wanted: tuple[Role, ...]) -> RunData:
+def prepare_data(config: Config, tokenizer: Tokenizer, wanted: tuple[Role, ...]) -> RunData:
     """Load, hold out, encode and set up the sampler.
 
     A stream that reads two roles (``safe`` or ``unsafe``, and ``pair``) is content with one of them, with a note.

@@ -5,10 +5,12 @@ assertion.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from repbend_fast.config.schema import ModelConfig
+from repbend_fast.data.sampling import Encoded
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model
 from repbend_fast.models.load import read_model_config
 from repbend_fast.runs.prepare import RunData
@@ -16,7 +18,7 @@ from repbend_fast.runs.prepare import RunData
 REMEDY = "use the tokenizer that belongs to the model, or a model whose embedding has a row for it"
 
 
-def check_token_ids(model: Any, data: RunData) -> str | None:
+def check_token_ids(model: CausalLM, data: RunData) -> str | None:
     """Compare the tokenizer's special tokens, the chat template's and the data's with the model's embedding.
 
     From here on ``data.encoder`` refuses any text with an id beyond it. Where the tokenizer has none beyond it, nothing
@@ -44,7 +46,7 @@ def check_token_ids(model: Any, data: RunData) -> str | None:
     )
 
 
-def check_special_tokens(tokenizer: Any, rows: int) -> None:
+def check_special_tokens(tokenizer: Tokenizer, rows: int) -> None:
     """Refuse a pad, BOS or EOS token beyond ``rows``."""
     for kind in ("pad", "bos", "eos"):
         number = getattr(tokenizer, f"{kind}_token_id", None)
@@ -78,7 +80,7 @@ def _check_data(data: RunData, rows: int) -> None:
         _check_ids(data, conversation.ids, rows)
 
 
-def _ids(example: Any) -> tuple[int, ...]:
+def _ids(example: Encoded) -> tuple[int, ...]:
     return example.ids if hasattr(example, "ids") else (*example.unsafe.ids, *example.safe.ids)
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.models.layers.offload import host_states
+from repbend_fast.objectives.terms import Term
 from repbend_fast.step.terms import Execution, Place, by_layer
 
 
-def adapted_pass(place: Place, executions: Sequence[Execution[Any]]) -> Tensor:
+def adapted_pass(place: Place, executions: Sequence[Execution[Term]]) -> Tensor:
     """The piece's share of the stream's weighted loss, differentiable in the adapter.
 
     What the reference pass kept is used up: its buffers become gradient directions.

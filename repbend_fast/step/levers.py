@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from repbend_fast.config.schema import MemoryConfig
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.step.pieces import Layout
 
@@ -46,7 +47,7 @@ class Levers:
         """How ``pieces.make_piece`` lays a piece out."""
         return "packed" if self.packing == "on" else "padded"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for JSON; ``Levers(**values)`` gives them back."""
         return asdict(self) | {"piece_tokens": dict(self.piece_tokens)}
 
@@ -71,7 +72,7 @@ def default_levers(memory: MemoryConfig, num_blocks: int, device: torch.device, 
     )
 
 
-def levers_of(memory: MemoryConfig, model: Any) -> Levers:
+def levers_of(memory: MemoryConfig, model: CausalLM) -> Levers:
     """``default_levers`` for a loaded model."""
     decoder = find_decoder(model)
     attention = getattr(getattr(model, "config", None), "_attn_implementation", "")

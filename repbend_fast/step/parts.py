@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import Decoder, Head
 
 
@@ -18,7 +18,7 @@ class ModelParts:
     ``units``: the length that counts as 1 at each hidden state where a term's unit is "reference" (``step/units.py``).
     """
 
-    model: Any
+    model: CausalLM
     decoder: Decoder
     head: Head | None
     device: torch.device
@@ -36,6 +36,6 @@ class ModelParts:
             )
         return float(self.units[layer] ** power)
 
-    def autocasting(self) -> AbstractContextManager[Any]:
+    def autocasting(self) -> AbstractContextManager[object]:
         """The autocast context of both passes."""
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()

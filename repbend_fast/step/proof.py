@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from repbend_fast.errors import UserError, one_line
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.coverage import BlockKind, coverage_of
 from repbend_fast.models.decoder import WITHOUT_HEAD, Head, causal_model, find_decoder, run_decoder
 from repbend_fast.models.layers.switches import output_through
@@ -92,7 +93,7 @@ class Proof:
         computed = f"; computed in {self.autocast}" if self.autocast else ""
         return f"model checked: {shown}; {lora if adapted else 'no LoRA'}{computed}"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for metrics.jsonl."""
         return {
             "packing": self.packing,
@@ -289,7 +290,9 @@ def _row_errors(states: Tensor, expected: Tensor) -> Tensor:
     return (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
 
 
-def _own_pass(causal: Any, head: Head | None, ids: Tensor, hidden: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+def _own_pass(
+    causal: CausalLM, head: Head | None, ids: Tensor, hidden: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """The model's own hidden states and logits, and the logits that ``head`` gives on the last hidden state, all of one
     pass.
 
@@ -347,7 +350,7 @@ def _head_check(kind: str, got: Tensor, expected: Tensor) -> Check:
 
 
 @torch.no_grad()
-def check_head(model: Any, head: Head) -> None:
+def check_head(model: CausalLM, head: Head) -> None:
     """Compare ``head`` with the model's own logits on a few tokens: some families scale logits in ways a config hides.
 
     Raises:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.models.layers.switches import reference_model
+from repbend_fast.objectives.terms import Term
 from repbend_fast.step.terms import Execution, Place, by_layer
 
 
-def reference_pass(place: Place, executions: Sequence[Execution[Any]]) -> None:
+def reference_pass(place: Place, executions: Sequence[Execution[Term]]) -> None:
     """Each term keeps what it compares with; nothing runs where no term does, nor beyond the last hidden state that one
     reads.
     """

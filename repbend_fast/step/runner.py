@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from repbend_fast.config import Config
 from repbend_fast.data.records import Sequence
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import Decoder, Head, find_head
 from repbend_fast.models.layers.lora import lora_dropout
 from repbend_fast.models.surgery import Prepared, prepared
@@ -71,7 +72,7 @@ class StreamRunner:
         self.parts = ModelParts(model, decoder, find_head(model) if uses_head else None, decoder.device, autocast)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> CausalLM:
         """The PEFT model."""
         return self.parts.model
 
@@ -100,7 +101,7 @@ class StreamRunner:
         """How pieces are laid out."""
         return self.levers.layout
 
-    def autocasting(self) -> AbstractContextManager[Any]:
+    def autocasting(self) -> AbstractContextManager[object]:
         """The autocast context of both passes."""
         return self.parts.autocasting()
 
@@ -131,7 +132,7 @@ class StreamRunner:
 
         yield from self._each_piece(stream, stream.sequences, work)
 
-    def compared(self, terms: Iterable[Term], stream: Stream, piece: Piece) -> list[Execution[Any]]:
+    def compared(self, terms: Iterable[Term], stream: Stream, piece: Piece) -> list[Execution[Term]]:
         """The executions of ``terms`` behind a reference pass over a piece of ``stream``."""
         place = self._place(stream, piece, Meter())
         executions = [execution_of(term)(term, place) for term in terms]
@@ -193,7 +194,7 @@ class StreamRunner:
     def _place(self, stream: Stream, piece: Piece, meter: Meter) -> Place:
         return Place(self.parts, stream, piece, self.levers, meter)
 
-    def _sums(self, run: _Run, piece: Piece, number: int) -> Any:
+    def _sums(self, run: _Run, piece: Piece, number: int) -> object:
         """What term ``number`` knows of the whole stream, where it is split."""
         known, kind = run.sums.get(number), execution_of(run.stream.terms[number])
         if known is not None or len(piece.members) == len(run.stream.sequences):
@@ -221,7 +222,7 @@ class _Run:
     stream: Stream
     scale: float | None = None
     seed: int | None = None
-    sums: dict[int, Any] = field(default_factory=dict)
+    sums: dict[int, object] = field(default_factory=dict)
 
     def keys(self, piece: Piece) -> Tensor | None:
         """The dropout keys of a piece's rows; None = no dropout."""
@@ -245,12 +246,12 @@ class _FirstPass:
         with lora_dropout(self.parts.model, self._run.keys(piece)), record_function(ranges.SUMS), torch.no_grad():
             yield
 
-    def reference(self, term: Term, piece: Piece) -> Execution[Any]:
+    def reference(self, term: Term, piece: Piece) -> Execution[Term]:
         (execution,) = self._runner.compared((term,), self.stream, piece)
         return execution
 
 
-def checked_runner(model: Any, config: Config, levers: Levers, uses_head: bool) -> StreamRunner:
+def checked_runner(model: CausalLM, config: Config, levers: Levers, uses_head: bool) -> StreamRunner:
     """The runner of a loaded model, prepared for it, under the recipe's autocast, with what passes take for granted
     shown on a few tokens.
 

@@ -18,6 +18,7 @@ from repbend_kernels.blocks import accumulate_dtype
 from torch import Tensor
 
 from repbend_fast.data.records import Batch, Role
+from repbend_fast.data.sampling import Encoded
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.base import Objective
 from repbend_fast.objectives.streams import Stream
@@ -29,7 +30,10 @@ ROWS = 512
 
 
 def measure_units(
-    runner: StreamRunner, objective: Objective, sets: Mapping[Role, Seq[Any]], known: Mapping[int, float] | None = None
+    runner: StreamRunner,
+    objective: Objective,
+    sets: Mapping[Role, Seq[Encoded]],
+    known: Mapping[int, float] | None = None,
 ) -> dict[int, float]:
     """The units of every hidden state that the objective's streams or probes need, by hidden state; empty where none
     does.
@@ -71,11 +75,11 @@ def _median(layer: int, norms: list[Tensor]) -> float:
     return unit
 
 
-def _batches(sets: Mapping[Role, Seq[Any]]) -> Iterator[Batch]:
+def _batches(sets: Mapping[Role, Seq[Encoded]]) -> Iterator[Batch]:
     """The first records of every role, ``RECORDS`` at a time, as long as every role has some left."""
     fewest = min((len(of_role) for of_role in sets.values()), default=0)
     for start in range(0, fewest, RECORDS):
-        of_role = {
+        of_role: dict[Role, tuple[Any, ...]] = {
             role: tuple(records[i] for i in range(start, min(start + RECORDS, len(records))))
             for role, records in sets.items()
         }

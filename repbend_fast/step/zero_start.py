@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.step.meter import StreamResult
 
 
-def is_at_start(model: nn.Module) -> bool:
+def is_at_start(model: CausalLM) -> bool:
     """Whether the trained adapter is LoRA's start, so that it changes nothing."""
     moved = [p.detach().any() for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
     return not moved or not bool(torch.stack(moved).any())

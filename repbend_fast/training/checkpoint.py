@@ -20,6 +20,7 @@ from torch import Tensor
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import ADAPTER
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.runs.folder import RunFolder, write_folder
 
 FORMAT = 1
@@ -34,12 +35,12 @@ class TrainingState:
     tensors: dict[str, Any]
 
 
-def adapter_weights(model: Any) -> dict[str, Tensor]:
+def adapter_weights(model: CausalLM) -> dict[str, Tensor]:
     """A copy of the trained adapter on the CPU, by parameter name."""
     return {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
 
 
-def load_adapter_weights(model: Any, weights: dict[str, Tensor]) -> None:
+def load_adapter_weights(model: CausalLM, weights: dict[str, Tensor]) -> None:
     """Put a copy made by ``adapter_weights`` back, in place."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
@@ -52,7 +53,7 @@ def load_adapter_weights(model: Any, weights: dict[str, Tensor]) -> None:
             parameter.copy_(weights[name])
 
 
-def save_adapter(model: Any, path: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_adapter(model: CausalLM, path: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write the adapter in PEFT format (safetensors), atomically; ``weights`` in place of the current ones
     when given.
     """
@@ -69,7 +70,7 @@ def save_adapter(model: Any, path: Path, weights: dict[str, Tensor] | None = Non
             load_adapter_weights(model, current)
 
 
-def save_checkpoint(run: RunFolder, state: TrainingState, model: Any, keep: int) -> Path:
+def save_checkpoint(run: RunFolder, state: TrainingState, model: CausalLM, keep: int) -> Path:
     """Write ``checkpoints/step-NNNNNN`` atomically, then drop all but the ``keep`` newest."""
     path = run.checkpoint(state.step)
 
@@ -94,7 +95,7 @@ BEFORE_A_CHOICE = {"objective.distance_unit": "state", "training.normalize": "mi
 """What checkpoints of earlier versions were written with, which do not say it."""
 
 
-def fixed_settings(config: Config) -> dict[str, Any]:
+def fixed_settings(config: Config) -> dict[str, object]:
     """Settings that shape what a checkpoint holds, by key: a run cannot go on with others."""
     lora = {f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()}
     model = {f"model.{key}": getattr(config.model, key) for key in ("dtype", "quantization", "double_quantization")}
@@ -138,7 +139,7 @@ def read_state(path: Path, config: Config) -> dict[str, Any]:
     return plain
 
 
-def load_checkpoint(path: Path, config: Config, model: Any) -> TrainingState:
+def load_checkpoint(path: Path, config: Config, model: CausalLM) -> TrainingState:
     """Read a checkpoint, put its adapter into ``model`` and restore the random state.
 
     Raises:

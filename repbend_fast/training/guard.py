@@ -127,7 +127,7 @@ class Guard:
                 over.append(f"{rate} fell by {drop:.3f} > validation.{key} {allowed:g}")
         return over
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {
             "before": asdict(self.before) if self.before else None,
             "best": asdict(self.best) if self.best else None,

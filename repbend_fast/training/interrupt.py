@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import Any
 
 from repbend_fast.console import say
 
@@ -21,7 +20,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.requested = False
         self.reason = ""
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:

@@ -70,7 +70,7 @@ def _scheduled(config: TrainingConfig, finished: int) -> float:
     return config.learning_rate * factor
 
 
-def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any], config: TrainingConfig) -> None:
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, object], config: TrainingConfig) -> None:
     """Put saved moments into the optimizer.
 
     Betas, eps and weight decay stay the configuration's, as the learning rate does: a user who resumes with others gets
@@ -84,7 +84,7 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any], config
         group.update(_settings(config))
 
 
-def _load_paged(optimizer: Any, saved: dict[str, Any]) -> None:
+def _load_paged(optimizer: Any, saved: dict[str, object]) -> None:
     """Put large moments into paged memory again: bitsandbytes itself would load all of them as ordinary tensors of the
     device.
     """

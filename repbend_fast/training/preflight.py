@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from repbend_fast.config import Config
 from repbend_fast.data.prompts import Prompt, load_prompts
 from repbend_fast.errors import UserError
 from repbend_fast.models import find_decoder, load_tokenizer
 from repbend_fast.models.adapters import check_targets
+from repbend_fast.models.causal import Shape
 from repbend_fast.models.gguf import gguf_blocks
 from repbend_fast.models.load import check_attention, read_model_config, resolve_device, resolve_source
 from repbend_fast.objectives import build_objective, roles_of
@@ -119,7 +119,7 @@ def _check_blocks(config: Config, blocks: int) -> None:
         raise UserError(f"lora.blocks={config.lora.blocks}: the model has blocks 0 … {blocks - 1}")
 
 
-def _check_layers(config: Config, shape: Any) -> None:
+def _check_layers(config: Config, shape: Shape) -> None:
     """What only the model's layers tell: its list of blocks and its linear layers. They are built without weights."""
     import torch
     from transformers import AutoModelForCausalLM

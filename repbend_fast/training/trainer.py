@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +147,7 @@ class Trainer:
         self.config = config = at_depth(config, num_blocks)
         self.objective = build_objective(config.objective, num_blocks, config.training.steps, config.training.seed)
         self.kl_weight = KLWeight.of(config.objective)
-        self.model: Any = attach_lora(base, config.lora, (self.objective.last_state,))
+        self.model = attach_lora(base, config.lora, (self.objective.last_state,))
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
         planned = levers
         levers = levers or levers_of(config.memory, self.model)
@@ -173,7 +172,7 @@ class Trainer:
         # The scaler makes its state when it first scales something, which here is each stream's own loss in the runner.
         self.scaler.scale(torch.zeros((), device=self.runner.device))
         self.guard = Guard(config.validation)
-        self.yardstick: dict[str, Any] = {}
+        self.yardstick: dict[str, object] = {}
         self.best_weights: dict[str, Tensor] | None = None
         self.step = 0
         self.stopped: str | None = None

@@ -16,7 +16,7 @@ from typing import Any
 from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, SETTINGS
-from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.sections import Entry, MethodConfig
 
 FORM = "a golden folder has expected.json, base_model/, adapter/ and batch.*.json"
 
@@ -36,14 +36,12 @@ class Case:
     steps: int | None = None
 
 
-def objective_of(case: dict[str, Any]) -> str:
+def objective_of(case: Entry) -> str:
     """The name of a case's objective."""
     return str(case.get("objective", DEFAULT_OBJECTIVE))
 
 
-def read_case(
-    folder: Path, key: str, values: dict[str, Any], settings: dict[str, Any], expected: dict[str, Any]
-) -> Case:
+def read_case(folder: Path, key: str, values: Entry, settings: Entry, expected: Entry) -> Case:
     """A case from its entry (``values``), the entry that holds its settings, and the whole of ``expected.json``.
 
     Raises:
@@ -110,7 +108,7 @@ def _sequence(prompt: list[int], answer: list[int]) -> Sequence:
     return Sequence((*prompt, *answer), len(prompt))
 
 
-READERS: dict[str, Callable[[dict[str, Any], dict[str, Any]], MethodConfig]] = {
+READERS: dict[str, Callable[[dict[str, object], dict[str, object]], MethodConfig]] = {
     name: settings.recorded for name, settings in SETTINGS.items() if settings.recorded is not None
 }
 """How the settings of each objective's cases are read; these are the objectives that can be verified."""

@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repbend_fast.config.schema import MemoryConfig, ModelConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models import find_decoder, load_model, prepared, trainable_parameters
+from repbend_fast.models.causal import AdaptedLM, CausalLM
 from repbend_fast.objectives import build_objective
+from repbend_fast.objectives.sections import Entry
 from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import levers_of
 from repbend_fast.verify.golden import FORM, READERS, Case, form_of, objective_of, read_case, read_json
@@ -76,7 +78,7 @@ def verify_folder(folder: Path, memory: MemoryConfig | None = None) -> Verificat
     path = folder / "expected.json"
     expected = read_json(path)
     with form_of(path):
-        by_objective: dict[str, list[dict[str, Any]]] = {}
+        by_objective: dict[str, list[Entry]] = {}
         for case in expected["cases"]:
             by_objective.setdefault(objective_of(case), []).append(case)
         supported = [case for name in READERS for case in by_objective.get(name, ())]
@@ -129,7 +131,7 @@ def run_verify(folder: Path, objectives: list[str] | None = None) -> int:
     return 0 if verification.passed and not absent else 1
 
 
-def _check_case(folder: Path, model: Any, case: Case, memory: MemoryConfig) -> Check:
+def _check_case(folder: Path, model: CausalLM, case: Case, memory: MemoryConfig) -> Check:
     model.zero_grad(set_to_none=True)
     loss, scale = _loss_and_gradient(model, case, memory)
     gradient = _gradient(model)
@@ -155,7 +157,7 @@ def _reading_tensors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: damaged, or a pointer to a file that was not fetched ({error}); {FORM}") from error
 
 
-def _check_trajectory(folder: Path, expected: dict[str, Any], memory: MemoryConfig) -> list[Check]:
+def _check_trajectory(folder: Path, expected: dict[str, object], memory: MemoryConfig) -> list[Check]:
     path = folder / "trajectory.json"
     recorded = read_json(path)
     model = _load(folder)
@@ -184,7 +186,7 @@ def _check_trajectory(folder: Path, expected: dict[str, Any], memory: MemoryConf
     return checks
 
 
-def _loss_and_gradient(model: Any, case: Case, memory: MemoryConfig) -> tuple[float, float]:
+def _loss_and_gradient(model: CausalLM, case: Case, memory: MemoryConfig) -> tuple[float, float]:
     """The loss, and Σ |weight × term| as its scale; gradients are left in the model."""
     objective = build_objective(case.config, find_decoder(model).num_blocks, case.steps)
     levers = levers_of(memory, model)
@@ -199,7 +201,7 @@ def _loss_and_gradient(model: Any, case: Case, memory: MemoryConfig) -> tuple[fl
     return loss, scale
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path) -> AdaptedLM:
     from peft import PeftModel
 
     weights = folder / "adapter" / "adapter_model.safetensors"
@@ -207,10 +209,11 @@ def _load(folder: Path) -> Any:
         raise UserError(f"{folder}: no adapter/adapter_model.safetensors; {FORM}")
     base = load_model(ModelConfig(name=str((folder / "base_model").resolve()), dtype="float32", device="cpu"))
     with _reading_tensors(weights):
-        return PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True).eval()
+        adapted = PeftModel.from_pretrained(cast(nn.Module, base), str(folder / "adapter"), is_trainable=True)
+        return cast(AdaptedLM, adapted.eval())
 
 
-def _gradient(model: Any) -> dict[str, Tensor]:
+def _gradient(model: CausalLM) -> dict[str, Tensor]:
     return {
         n: (torch.zeros_like(p) if p.grad is None else p.grad) for n, p in model.named_parameters() if p.requires_grad
     }

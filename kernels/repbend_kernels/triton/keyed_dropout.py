@@ -20,7 +20,7 @@ _FIRST, _SECOND, _LAST, _WEYL = tl.constexpr(FIRST), tl.constexpr(SECOND), tl.co
 
 
 @triton.jit
-def row_hash(key):
+def row_hash(key: tl.tensor) -> tl.tensor:
     """High 32 bits of splitmix64."""
     mixed = key.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9
@@ -29,7 +29,7 @@ def row_hash(key):
 
 
 @triton.jit
-def column_hash(column, start):
+def column_hash(column: tl.tensor, start: tl.tensor) -> tl.tensor:
     """fmix32(start + column·0x9E3779B9)."""
     mixed = column.to(tl.uint32) * tl.full([], _WEYL, tl.uint32) + start.to(tl.uint32)
     mixed = (mixed ^ (mixed >> 16)) * tl.full([], _FIRST, tl.uint32)
@@ -41,9 +41,21 @@ def column_hash(column, start):
 # kernel again.
 @triton.jit(do_not_specialize=["start", "threshold", "count", "x_inner"], do_not_specialize_on_alignment=["keys"])
 def keyed_dropout_kernel(
-    x, keys, out, start, threshold, factor, count, width, x_inner, x_outer_stride, x_inner_stride, x_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x: tl.tensor,
+    keys: tl.tensor,
+    out: tl.tensor,
+    start: tl.tensor,
+    threshold: tl.tensor,
+    factor: tl.tensor,
+    count: tl.tensor,
+    width: tl.tensor,
+    x_inner: tl.tensor,
+    x_outer_stride: tl.tensor,
+    x_inner_stride: tl.tensor,
+    x_stride: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
     """out = factor·x where h > threshold, else 0. ``keys`` are int64, or int32 where they are hashed already."""
     # int64 before any stride multiplication: rows times width passes 2³¹.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

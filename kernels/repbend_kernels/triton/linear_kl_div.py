@@ -22,7 +22,7 @@ WARPS = 8
 
 
 @triton.jit
-def _term(q, p, x):
+def _term(q: tl.tensor, p: tl.tensor, x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """``(p·φ(x), q − p)``, x = log q − log p: near x = 0 both by φ's series.
 
     There q − p − p·x cancels, and a GPU fuses q − p with the products that made q and p, so that equal distributions
@@ -37,21 +37,21 @@ def _term(q, p, x):
 
 @triton.jit(do_not_specialize_on_alignment=["losses"])
 def kl_div_kernel(
-    student,
-    teacher,
-    grad,
-    losses,
-    vocabulary,
-    row_stride,
-    grad_stride,
-    inverse_temperature,
-    softcap,
-    grad_factor,
+    student: tl.tensor,
+    teacher: tl.tensor,
+    grad: tl.tensor,
+    losses: tl.tensor,
+    vocabulary: tl.tensor,
+    row_stride: tl.tensor,
+    grad_stride: tl.tensor,
+    inverse_temperature: tl.tensor,
+    softcap: tl.tensor,
+    grad_factor: tl.tensor,
     HAS_CAP: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     z_row = student + row * row_stride
     r_row = teacher + row * row_stride

@@ -22,21 +22,21 @@ WARPS = 8
 
 @triton.jit(do_not_specialize_on_alignment=["targets", "out"])
 def log_prob_kernel(
-    logits,
-    targets,
-    out,
-    grad,
-    vocabulary,
-    row_stride,
-    grad_stride,
-    inverse_temperature,
-    softcap,
-    grad_factor,
+    logits: tl.tensor,
+    targets: tl.tensor,
+    out: tl.tensor,
+    grad: tl.tensor,
+    vocabulary: tl.tensor,
+    row_stride: tl.tensor,
+    grad_stride: tl.tensor,
+    inverse_temperature: tl.tensor,
+    softcap: tl.tensor,
+    grad_factor: tl.tensor,
     HAS_CAP: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     z_row = logits + row * row_stride
     columns = tl.arange(0, BLOCK)

@@ -19,7 +19,16 @@ WALK = 4096
 
 
 @triton.jit
-def inverse_length_kernel(states, inverse, batch, width, stride_l, stride_b, stride_d, BLOCK: tl.constexpr):
+def inverse_length_kernel(
+    states: tl.tensor,
+    inverse: tl.tensor,
+    batch: tl.tensor,
+    width: tl.tensor,
+    stride_l: tl.tensor,
+    stride_b: tl.tensor,
+    stride_d: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """inverse[l, b] = 1/‖h‖, 0 for a zero state."""
     program = tl.program_id(0).to(tl.int64)
     row = states + (program // batch) * stride_l + (program % batch) * stride_b
@@ -34,7 +43,18 @@ def inverse_length_kernel(states, inverse, batch, width, stride_l, stride_b, str
 
 
 @triton.jit
-def unit_sum_kernel(states, inverse, summed, partial, batch, width, stride_l, stride_b, stride_d, BLOCK: tl.constexpr):
+def unit_sum_kernel(
+    states: tl.tensor,
+    inverse: tl.tensor,
+    summed: tl.tensor,
+    partial: tl.tensor,
+    batch: tl.tensor,
+    width: tl.tensor,
+    stride_l: tl.tensor,
+    stride_b: tl.tensor,
+    stride_d: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """summed[l, columns] = Σ_b ĥ_b; partial[l, block] = Σ over columns of (Σ_b ĥ_b)² − Σ_b ĥ_b²."""
     layer = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -56,8 +76,19 @@ def unit_sum_kernel(states, inverse, summed, partial, batch, width, stride_l, st
 
 @triton.jit
 def unit_sum_backward_kernel(
-    states, summed, inverse, scale, grad, batch, width, stride_l, stride_b, stride_d, scale_stride, BLOCK: tl.constexpr
-):
+    states: tl.tensor,
+    summed: tl.tensor,
+    inverse: tl.tensor,
+    scale: tl.tensor,
+    grad: tl.tensor,
+    batch: tl.tensor,
+    width: tl.tensor,
+    stride_l: tl.tensor,
+    stride_b: tl.tensor,
+    stride_d: tl.tensor,
+    scale_stride: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
     """grad[l, b] = 2·scale[l]/‖h‖ · (s − ĥ(ĥ·s))."""
     program = tl.program_id(0).to(tl.int64)
     layer = program // batch

@@ -17,13 +17,13 @@ LEAST_SQUARE = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def inverse_root(square):
+def inverse_root(square: tl.tensor) -> tl.tensor:
     """1/√square, 0 for the square of a length that is as good as 0."""
     return tl.where(square >= LEAST_SQUARE, 1.0 / tl.sqrt_rn(square), 0.0)
 
 
 @triton.jit
-def capped(z, softcap, HAS_CAP: tl.constexpr):
+def capped(z: tl.tensor, softcap: tl.tensor, HAS_CAP: tl.constexpr) -> tl.tensor:
     """c·tanh(z/c) where there is a soft-cap c; tanh by its series near 0, where the exponential form would cancel."""
     if HAS_CAP:
         x = z / softcap
@@ -37,7 +37,7 @@ def capped(z, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def lane_update(maximum, total, x):
+def lane_update(maximum: tl.tensor, total: tl.tensor, x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """One more value per lane: the sum is kept relative to the lane's own maximum, so no lane waits for another."""
     new = tl.maximum(maximum, x)
     total = total * tl.exp(maximum - new) + tl.exp(x - new)
@@ -45,14 +45,14 @@ def lane_update(maximum, total, x):
 
 
 @triton.jit
-def lane_merge(maximum, total):
+def lane_merge(maximum: tl.tensor, total: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """``(row maximum, Σ exp(x − row maximum))`` from all lanes."""
     top = tl.max(maximum, 0)
     return top, tl.sum(total * tl.exp(maximum - top), 0)
 
 
 @triton.jit
-def packing_barrier(block, written):
+def packing_barrier(block: tl.tensor, written: tl.tensor) -> tl.tensor:
     """Before 16-bit block ``block`` is stored over its own float32 row: wait until what it overwrites has been read by
     all warps.
 

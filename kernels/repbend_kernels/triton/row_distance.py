@@ -6,8 +6,6 @@ direction is written. Offsets are int64: rows × width passes 2³¹ at 16k rows 
 × stride in a transposed view of as many.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,9 @@ NONE, DIRECTION, GRADIENT = 0, 1, 2
 
 
 @triton.jit
-def _coefficients(s0, s1, s2, width, KIND: tl.constexpr):
+def _coefficients(
+    s0: tl.tensor, s1: tl.tensor, s2: tl.tensor, width: tl.tensor, KIND: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """From the row's sums: ``(distance, a, b)`` with direction a·(h−r) for l2 and mse, a·h + b·r for the cosines."""
     if KIND == "l2":
         distance = tl.sqrt_rn(s0)
@@ -52,7 +52,7 @@ def _coefficients(s0, s1, s2, width, KIND: tl.constexpr):
 
 
 @triton.jit
-def _direction(h, r, a, b, KIND: tl.constexpr):
+def _direction(h: tl.tensor, r: tl.tensor, a: tl.tensor, b: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     if KIND == "l2" or KIND == "mse":
         g = (h - r) * a
     else:
@@ -61,7 +61,9 @@ def _direction(h, r, a, b, KIND: tl.constexpr):
 
 
 @triton.jit
-def _selected(rows, mask, i, count_n, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr):
+def _selected(
+    rows: tl.tensor, mask: tl.tensor, i: tl.tensor, count_n: tl.tensor, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """``(n, known, keep)``: the row that program i reads, whether there is one, and whether the mask keeps it too."""
     n = i
     known = True
@@ -75,14 +77,16 @@ def _selected(rows, mask, i, count_n, HAS_ROWS: tl.constexpr, HAS_MASK: tl.const
 
 
 @triton.jit
-def _read(h_row, r_row, columns, h_stride, r_stride, inside):
+def _read(
+    h_row: tl.tensor, r_row: tl.tensor, columns: tl.tensor, h_stride: tl.tensor, r_stride: tl.tensor, inside: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
     h = tl.load(h_row + columns.to(tl.int64) * h_stride, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(r_row + columns.to(tl.int64) * r_stride, mask=inside, other=0.0).to(tl.float32)
     return h, r
 
 
 @triton.jit
-def _products(h, r, KIND: tl.constexpr):
+def _products(h: tl.tensor, r: tl.tensor, KIND: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """What a row's sums are over; ``_coefficients`` of l2 and mse reads the first alone."""
     if KIND == "l2" or KIND == "mse":
         return (h - r) * (h - r), h, r
@@ -91,7 +95,16 @@ def _products(h, r, KIND: tl.constexpr):
 
 
 @triton.jit
-def _sums(h_row, r_row, h_stride, r_stride, width, keep, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _sums(
+    h_row: tl.tensor,
+    r_row: tl.tensor,
+    h_stride: tl.tensor,
+    r_stride: tl.tensor,
+    width: tl.tensor,
+    keep: tl.tensor,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """A wide row's sums, block by block."""
     columns = tl.arange(0, BLOCK)
     s0 = tl.zeros([BLOCK], dtype=tl.float32)
@@ -108,7 +121,15 @@ def _sums(h_row, r_row, h_stride, r_stride, width, keep, KIND: tl.constexpr, BLO
 
 
 @triton.jit
-def _target_row(i, n, keep, grad_rows, grad_stride, HAS_ROWS: tl.constexpr, STORE: tl.constexpr):
+def _target_row(
+    i: tl.tensor,
+    n: tl.tensor,
+    keep: tl.tensor,
+    grad_rows: tl.tensor,
+    grad_stride: tl.tensor,
+    HAS_ROWS: tl.constexpr,
+    STORE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """``(row of target, factor of the direction, whether it is written)``."""
     row = i
     factor = 1.0
@@ -122,15 +143,38 @@ def _target_row(i, n, keep, grad_rows, grad_stride, HAS_ROWS: tl.constexpr, STOR
 
 
 @triton.jit
-def _store(out, h, r, a, b, factor, columns, width, writable, KIND: tl.constexpr):
+def _store(
+    out: tl.tensor,
+    h: tl.tensor,
+    r: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    factor: tl.tensor,
+    columns: tl.tensor,
+    width: tl.tensor,
+    writable: tl.tensor,
+    KIND: tl.constexpr,
+) -> None:
     g = _direction(h, r, a, b, KIND) * factor
     tl.store(out + columns, g.to(out.dtype.element_ty), mask=(columns < width) & writable)
 
 
 @triton.jit
 def _store_wide(
-    out, h_row, r_row, h_stride, r_stride, a, b, factor, width, keep, writable, KIND: tl.constexpr, BLOCK: tl.constexpr
-):
+    out: tl.tensor,
+    h_row: tl.tensor,
+    r_row: tl.tensor,
+    h_stride: tl.tensor,
+    r_stride: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    factor: tl.tensor,
+    width: tl.tensor,
+    keep: tl.tensor,
+    writable: tl.tensor,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     """A wide row's direction, which reads the row again."""
     columns = tl.arange(0, BLOCK)
     for start in range(0, width, BLOCK):
@@ -146,25 +190,25 @@ def _store_wide(
     do_not_specialize_on_alignment=["rows", "mask", "grad_rows", "distances", "place"],
 )
 def row_distance_kernel(
-    hidden,
-    reference,
-    rows,
-    mask,
-    grad_rows,
-    distances,
-    target,
-    place,
-    count_n,
-    width,
-    h_inner,
-    h_outer_stride,
-    h_inner_stride,
-    h_stride,
-    r_inner,
-    r_outer_stride,
-    r_inner_stride,
-    r_stride,
-    grad_stride,
+    hidden: tl.tensor,
+    reference: tl.tensor,
+    rows: tl.tensor,
+    mask: tl.tensor,
+    grad_rows: tl.tensor,
+    distances: tl.tensor,
+    target: tl.tensor,
+    place: tl.tensor,
+    count_n: tl.tensor,
+    width: tl.tensor,
+    h_inner: tl.tensor,
+    h_outer_stride: tl.tensor,
+    h_inner_stride: tl.tensor,
+    h_stride: tl.tensor,
+    r_inner: tl.tensor,
+    r_outer_stride: tl.tensor,
+    r_inner_stride: tl.tensor,
+    r_stride: tl.tensor,
+    grad_stride: tl.tensor,
     KIND: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -172,7 +216,7 @@ def row_distance_kernel(
     STORE: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """STORE 0: distances. 1: distances, and the direction at row i of target. 2: grad · direction at row n of it."""
     i = tl.program_id(0).to(tl.int64)
     n, known, keep = _selected(rows, mask, i, count_n, HAS_ROWS, HAS_MASK)
@@ -205,21 +249,21 @@ def row_distance_kernel(
 
 @triton.jit(do_not_specialize=["count_r", "g_inner"], do_not_specialize_on_alignment=["rows", "place", "scale"])
 def add_rows_kernel(
-    grad,
-    direction,
-    rows,
-    place,
-    scale,
-    out,
-    count_r,
-    width,
-    g_inner,
-    g_outer_stride,
-    g_inner_stride,
-    g_stride,
+    grad: tl.tensor,
+    direction: tl.tensor,
+    rows: tl.tensor,
+    place: tl.tensor,
+    scale: tl.tensor,
+    out: tl.tensor,
+    count_r: tl.tensor,
+    width: tl.tensor,
+    g_inner: tl.tensor,
+    g_outer_stride: tl.tensor,
+    g_inner_stride: tl.tensor,
+    g_stride: tl.tensor,
     HAS_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """out[n] = grad[n] + scale · direction[i] where rows[i] = n.
 
     ``place[n]`` holds i for selected rows and anything at all for others, so it counts only if ``rows[place[n]]`` is n:
@@ -266,7 +310,7 @@ def _launch_rows(
     launch = size_rule(width, WHOLE_ROW)
     whole = width <= WHOLE_ROW
     store = NONE if target is None else DIRECTION if grad_rows is None else GRADIENT
-    unused: Any = hidden
+    unused = hidden
     with on_device_of(hidden):
         row_distance_kernel[(count,)](
             hidden,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.tokenize import ChatEncoder
+from repbend_fast.models.causal import CausalLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Target:
     a white-box attack may use on top of what is there; None for no limit.
     """
 
-    model: Any
+    model: CausalLM
     encoder: ChatEncoder
     max_new_tokens: int = 512
     batch_size: int = 32
@@ -37,7 +38,7 @@ class Attacked:
     index: int
     answers: tuple[str, ...]
     prefills: tuple[str, ...] = ()
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, object] = field(default_factory=dict)
 
 
 @runtime_checkable

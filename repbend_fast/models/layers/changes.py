@@ -6,6 +6,7 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,17 +20,17 @@ class Changes:
     def __init__(self) -> None:
         self._undo = ExitStack()
 
-    def entry(self, table: MutableMapping[str, Any], name: str, value: Any) -> None:
+    def entry(self, table: MutableMapping[str, Any], name: str, value: object) -> None:
         """Set ``table[name]``: an attribute of one module (``vars(module)``), or a buffer of it."""
         self._undo.callback(_put_back, table, name, name in table, table.get(name))
         table[name] = value
 
-    def kind(self, module: Any, kind: type) -> None:
+    def kind(self, module: object, kind: type) -> None:
         """Give ``module`` another class."""
         self._undo.callback(setattr, module, "__class__", type(module))
         module.__class__ = kind
 
-    def attribute(self, target: Any, name: str, value: Any) -> None:
+    def attribute(self, target: object, name: str, value: object) -> None:
         """Set an attribute that ``target`` has."""
         self._undo.callback(setattr, target, name, getattr(target, name))
         setattr(target, name, value)
@@ -61,12 +62,12 @@ class Changes:
         self._undo.close()
 
 
-def _put_back(table: MutableMapping[str, Any], name: str, present: bool, value: Any) -> None:
+def _put_back(table: MutableMapping[str, Any], name: str, present: bool, value: object) -> None:
     if present:
         table[name] = value
     else:
         table.pop(name, None)
 
 
-def _send_back(parameter: nn.Parameter, device: Any) -> None:
+def _send_back(parameter: nn.Parameter, device: torch.device) -> None:
     parameter.data = parameter.data.to(device)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError, one_line
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.changes import Changes
 
@@ -67,7 +68,7 @@ class Replaceable:
     attentions: list[str] = field(default_factory=list)
 
 
-def use_liger(model: nn.Module, setting: Setting, device: torch.device, changes: Changes | None = None) -> str | None:
+def use_liger(model: CausalLM, setting: Setting, device: torch.device, changes: Changes | None = None) -> str | None:
     """Replace what can be replaced, as ``model.liger`` says; a second call changes nothing. Returns as ``liger_note``.
 
     Raises:
@@ -79,7 +80,7 @@ def use_liger(model: nn.Module, setting: Setting, device: torch.device, changes:
     return note
 
 
-def liger_note(model: nn.Module, setting: Setting, device: torch.device) -> str | None:
+def liger_note(model: CausalLM, setting: Setting, device: torch.device) -> str | None:
     """A line for the user where ``model.liger=auto`` leaves the model as it is on CUDA, else None. The model is only
     looked at.
 
@@ -118,7 +119,7 @@ def check_liger(setting: Setting, device: torch.device) -> None:
         raise UserError(f"model.liger=true: {reason}; set model.liger=auto or false")
 
 
-def find_replaceable(model: nn.Module) -> Replaceable | None:
+def find_replaceable(model: CausalLM) -> Replaceable | None:
     """The modules of ``model``'s decoder that Liger has a kernel for; None for a family that it is not used on.
 
     A class that merely derives from a family's own, or comes with the model's repository, may compute something else:
@@ -140,7 +141,7 @@ def find_replaceable(model: nn.Module) -> Replaceable | None:
     return found
 
 
-def replace_modules(model: nn.Module, changes: Changes | None = None) -> Replaceable:
+def replace_modules(model: CausalLM, changes: Changes | None = None) -> Replaceable:
     """Bind Liger's forwards to the modules of ``find_replaceable``, in place; a second call changes nothing.
 
     Parameters and submodules stay as they are. The model must be of a family in ``FAMILIES``, and liger-kernel
@@ -197,11 +198,10 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 
 
 def _own_forward(module: nn.Module) -> FunctionType:
-    forward: Any = inspect.unwrap(type(module).forward)
-    return forward
+    return cast(FunctionType, inspect.unwrap(type(module).forward))
 
 
-def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
+def _with_global(function: FunctionType, name: str, value: object) -> FunctionType:
     """A copy of ``function`` that sees ``value`` under the global ``name``: transformers calls RoPE as a function of
     its module, and replacing it there would change every model of the process.
     """
@@ -216,16 +216,16 @@ def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
     return changed
 
 
-def _activation(module: Any, family: Family) -> str:
+def _activation(module: nn.Module, family: Family) -> str:
     name = getattr(module.config, "hidden_activation" if family.gemma else "hidden_act", "")
     return "silu" if name == "swish" else name
 
 
-def _model_type(body: Any) -> str:
+def _model_type(body: nn.Module) -> str:
     return str(getattr(getattr(body, "config", None), "model_type", ""))
 
 
-def _unsupported(model: nn.Module) -> str | None:
+def _unsupported(model: CausalLM) -> str | None:
     body = find_decoder(model).body
     if _model_type(body) in FAMILIES:
         return None

@@ -16,10 +16,10 @@ Legend: N rows (tokens), D inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Protocol, cast
 
 import torch
 from repbend_kernels import lora_down, lora_up
@@ -27,6 +27,7 @@ from repbend_kernels.blocks import row_hashes
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.layers.changes import Changes
 from repbend_fast.models.layers.recompute import Origin, origin_of
 
@@ -43,15 +44,29 @@ class DropoutKeys:
         self.given = False
 
 
+class _Adapted(Protocol):
+    """What is read of a LoRA layer of PEFT."""
+
+    merged: bool
+    disable_adapters: bool
+    active_adapters: list[str]
+    base_layer: nn.Module
+    scaling: Mapping[str, float]
+    lora_variant: Mapping[str, object]
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_dropout: Mapping[str, nn.Module]
+
+
 class LowRankForward(nn.Module):
     """What an adapted layer of PEFT gets in front of its own class: the same layer, with this module's forward."""
 
     dropout_keys: DropoutKeys
     place: int
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The base layer's output plus the active adapters' parts, [..., O] in the base layer's dtype."""
-        layer: Any = self
+        layer = cast(_Adapted, self)
         if layer.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
         # Two dimensions: with three, a bias makes the output a view, and adding to it in place would copy its gradient.
@@ -71,7 +86,7 @@ class LowRankForward(nn.Module):
 
     def _dropout(self, name: str, x: Tensor) -> tuple[Tensor | None, float]:
         """The hashed keys of x's rows, and p; None = no dropout."""
-        module, keys = cast(Any, self).lora_dropout[name], self.dropout_keys
+        module, keys = cast(_Adapted, self).lora_dropout[name], self.dropout_keys
         p = getattr(module, "p", 0.0)
         if p == 0:
             return None, p
@@ -88,7 +103,7 @@ class LowRankForward(nn.Module):
     def _down(
         self, x: Tensor, name: str, origin: Origin | None, hashes: Tensor | None, p: float
     ) -> tuple[Tensor, Tensor]:
-        a = cast(Any, self).lora_A[name].weight
+        a = cast(_Adapted, self).lora_A[name].weight
         remake = None
         if origin is not None and torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
             origin.recomputation.readers += 1
@@ -96,7 +111,7 @@ class LowRankForward(nn.Module):
         return lora_down(x, a, hashes, self.place, p, remake=remake)
 
     def _add_up(self, result: Tensor, down: Tensor, name: str, hashes: Tensor | None, p: float) -> Tensor:
-        layer: Any = self
+        layer = cast(_Adapted, self)
         factor = float(layer.scaling[name] / (1 - p) if hashes is not None else layer.scaling[name])
         return lora_up(result, down, layer.lora_B[name].weight, factor)
 
@@ -106,7 +121,7 @@ def _with_low_rank_forward(base: type) -> type:
     return type(f"LowRank{base.__name__}", (LowRankForward, base), {})
 
 
-def use_low_rank_forward(model: nn.Module, changes: Changes | None = None) -> None:
+def use_low_rank_forward(model: CausalLM, changes: Changes | None = None) -> None:
     """Give every LoRA layer of a PEFT model this module's forward, in place; a second call changes nothing.
 
     Raises:
@@ -115,9 +130,7 @@ def use_low_rank_forward(model: nn.Module, changes: Changes | None = None) -> No
     """
     from peft.tuners.lora import LoraLayer
 
-    layers: list[tuple[str, Any]] = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    ]
+    layers = [(name, cast(_Adapted, module)) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     changes, keys = changes or Changes(), DropoutKeys()
     for place, (name, layer) in enumerate(layers):
         if isinstance(layer, LowRankForward):
@@ -137,7 +150,7 @@ def use_low_rank_forward(model: nn.Module, changes: Changes | None = None) -> No
         changes.entry(vars(layer), "place", place)
 
 
-def set_dropout_rate(model: nn.Module, p: float, changes: Changes | None = None) -> None:
+def set_dropout_rate(model: CausalLM, p: float, changes: Changes | None = None) -> None:
     """Let LoRA's dropout drop the share ``p``, in place; no other dropout of the model."""
     changes = changes or Changes()
     for module in model.modules():
@@ -147,7 +160,7 @@ def set_dropout_rate(model: nn.Module, p: float, changes: Changes | None = None)
 
 
 @contextmanager
-def lora_dropout(model: nn.Module, keys: Tensor | None) -> Iterator[None]:
+def lora_dropout(model: CausalLM, keys: Tensor | None) -> Iterator[None]:
     """LoRA's dropout, and only LoRA's, for the passes inside, their backward included (recomputed blocks read the keys
     again).
 

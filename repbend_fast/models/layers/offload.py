@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.layers.changes import Changes
 
@@ -135,7 +136,7 @@ class HostLinear(nn.Linear):
         return nn.functional.linear(input, self.weight.to(input.device, non_blocking=True), bias)
 
 
-def offload_embedding(model: Any, changes: Changes | None = None) -> None:
+def offload_embedding(model: CausalLM, changes: Changes | None = None) -> None:
     """Move the input embedding and the output head, tied or not, to pinned host memory, in place. A second call changes
     nothing.
 
@@ -164,7 +165,7 @@ def offload_embedding(model: Any, changes: Changes | None = None) -> None:
     for module in (embedding, head):
         for name, buffer in list(module.named_buffers(recurse=False)):
             changes.entry(module._buffers, name, buffer.to("cpu"))
-    changes.kind(embedding, _with_host_lookup(embedding.__class__))
+    changes.kind(embedding, _with_host_lookup(cast(type, embedding.__class__)))
     changes.entry(vars(embedding), "compute_device", device)
     changes.kind(head, HostLinear)
 

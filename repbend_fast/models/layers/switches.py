@@ -6,14 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+from repbend_fast.models.causal import CausalLM
+
 
 @contextmanager
-def reference_model(model: Any) -> Iterator[None]:
+def reference_model(model: CausalLM) -> Iterator[None]:
     """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits.
 
     The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's
@@ -35,7 +40,7 @@ def reference_model(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: CausalLM) -> Iterator[None]:
     """Evaluation mode inside; every module's own mode restored after, since a frozen part may already have been in
     evaluation mode.
     """
@@ -49,7 +54,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def generation_settings(model: Any, settings: Any) -> Iterator[None]:
+def generation_settings(model: CausalLM, settings: GenerationConfig) -> Iterator[None]:
     """``settings`` in place of the model's own ``generation_config``."""
     own = model.generation_config
     model.generation_config = settings

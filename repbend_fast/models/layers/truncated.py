@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class TappedBlock(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("block"), name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Tensor, *args: object, **kwargs: Any) -> object:
         if self._index == 0:
             hidden = self._visit(0, hidden)
         if self._recompute and torch.is_grad_enabled():
@@ -65,7 +65,7 @@ class TappedBlock(nn.Module):
             return (self._visit(self._index + 1, output[0]), *output[1:])
         return self._visit(self._index + 1, output)
 
-    def _run(self, source: _Input, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, source: _Input, *args: object, **kwargs: object) -> object:
         with record_function(CHECKPOINTED):
             return self.block(source.take(), *args, **kwargs)
 
@@ -118,18 +118,23 @@ class _LeftOutNorm(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("norm"), name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         return hidden if self.left_out else self.norm(hidden, *args, **kwargs)
 
 
 @contextmanager
 def truncated(
-    body: Any, norm_name: str | None, stop: int, visit: Visit, checkpoint_blocks: int, offload: OffloadedInputs | None
+    body: nn.Module,
+    norm_name: str | None,
+    stop: int,
+    visit: Visit,
+    checkpoint_blocks: int,
+    offload: OffloadedInputs | None,
 ) -> Iterator[None]:
     """While entered, ``body.layers`` ends before hidden state ``stop`` and visits each; the arguments are those of
     ``run_decoder``.
     """
-    layers: nn.ModuleList = body.layers
+    layers = cast(nn.ModuleList, body.layers)
     total = len(layers)
     norm = None if norm_name is None or stop == total else _LeftOutNorm(getattr(body, norm_name))
     if norm is not None:

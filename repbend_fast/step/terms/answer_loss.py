@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from repbend_kernels import linear_log_prob, tap_rows
 from torch import Tensor
@@ -16,7 +14,7 @@ from repbend_fast.step.terms.execution import Execution, Place, executes
 class AnswerLossExecution(Execution[AnswerLoss]):
     """``reference``: with ``beta``, the log-probabilities with the adapter off, [members]."""
 
-    def __init__(self, term: AnswerLoss, place: Place, sums: Any = None) -> None:
+    def __init__(self, term: AnswerLoss, place: Place, sums: object = None) -> None:
         super().__init__(term, place, sums)
         self.reference: Tensor | None = None
         self._states: list[Tensor] = []

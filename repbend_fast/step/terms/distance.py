@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from repbend_kernels import bend_tap
 from torch import Tensor
@@ -20,7 +18,7 @@ from repbend_fast.step.terms.execution import Execution, Place, executes
 class DistanceExecution(Execution[Distance]):
     """``kept`` is used up: ``bend_tap`` overwrites a buffer of reference rows with the gradient's direction."""
 
-    def __init__(self, term: Distance, place: Place, sums: Any = None) -> None:
+    def __init__(self, term: Distance, place: Place, sums: object = None) -> None:
         super().__init__(term, place, sums)
         self._losses: list[Tensor] = []
 
@@ -83,7 +81,7 @@ class DistanceExecution(Execution[Distance]):
         return found
 
     @classmethod
-    def report(cls, term: Distance, meter: Meter, result: StreamResult, sums: Any) -> None:
+    def report(cls, term: Distance, meter: Meter, result: StreamResult, sums: object) -> None:
         layers = meter.layers[term.name]
         rows = term.rows or max(1, term.rows_of())
         result.terms[term.name] = torch.stack(list(layers.values())).sum() / term.denominator

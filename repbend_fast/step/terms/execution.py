@@ -30,7 +30,7 @@ from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.pieces import Piece
 
 T = TypeVar("T")
-Kind = TypeVar("Kind", bound=Term)
+Kind = TypeVar("Kind", bound=Term, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class FirstPass(Protocol):
         """
         ...
 
-    def sums(self, piece: Piece) -> AbstractContextManager[Any]:
+    def sums(self, piece: Piece) -> AbstractContextManager[object]:
         """Inside of it the adapter is on and the stream's dropout in force, without a gradient."""
         ...
 
-    def reference(self, term: Term, piece: Piece) -> Any:
+    def reference(self, term: Term, piece: Piece) -> Execution[Term]:
         """The term's execution behind a reference pass of its own over ``piece``."""
         ...
 
@@ -94,7 +94,7 @@ class Execution(Generic[Kind]):
         return self._rows
 
     @classmethod
-    def first_pass(cls, term: Any, first: FirstPass, piece: Piece) -> Any:
+    def first_pass(cls, term: Any, first: FirstPass, piece: Piece) -> object:
         """Sums over the stream, which is split, before ``piece`` of it runs; None where the kind needs none."""
         return None
 
@@ -125,10 +125,10 @@ class Execution(Generic[Kind]):
                 result.terms[name] = meter.values[name]
 
 
-EXECUTIONS: dict[type[Term], type[Execution[Any]]] = {}
+EXECUTIONS: dict[type[Term], type[Execution[Term]]] = {}
 """By the class of the declaration."""
 
-E = TypeVar("E", bound=type[Execution[Any]])
+E = TypeVar("E", bound=type[Execution[Term]])
 
 
 def executes(kind: type[Term]) -> Callable[[E], E]:
@@ -141,7 +141,7 @@ def executes(kind: type[Term]) -> Callable[[E], E]:
     return enter
 
 
-def execution_of(term: Term) -> type[Execution[Any]]:
+def execution_of(term: Term) -> type[Execution[Term]]:
     """How ``term`` is computed.
 
     Raises:
@@ -158,10 +158,10 @@ def execution_of(term: Term) -> type[Execution[Any]]:
 
 
 def by_layer(
-    executions: Seq[Execution[Any]], layers_of: Callable[[Term], Iterable[int]]
-) -> dict[int, list[Execution[Any]]]:
+    executions: Seq[Execution[Term]], layers_of: Callable[[Term], Iterable[int]]
+) -> dict[int, list[Execution[Term]]]:
     """The executions that have something to do at a hidden state, by hidden state, in their order."""
-    found: dict[int, list[Execution[Any]]] = {}
+    found: dict[int, list[Execution[Term]]] = {}
     for execution in executions:
         for layer in layers_of(execution.term):
             found.setdefault(layer, []).append(execution)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from repbend_kernels import linear_kl_div, tap_rows
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from repbend_fast.step.terms.execution import Execution, Place, executes
 class HeadKLExecution(Execution[HeadKL]):
     """``kept`` holds the reference's last hidden state at the term's rows."""
 
-    def __init__(self, term: HeadKL, place: Place, sums: Any = None) -> None:
+    def __init__(self, term: HeadKL, place: Place, sums: object = None) -> None:
         super().__init__(term, place, sums)
         self._states: list[Tensor] = []
 

@@ -5,7 +5,6 @@ other pieces' prompts are taken without a gradient; its own states complete them
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from repbend_kernels import pairwise_cosine, tap_rows
@@ -50,7 +49,7 @@ class PairwiseExecution(Execution[PairwiseCosine]):
 
     sums_lack_piece = True
 
-    def __init__(self, term: PairwiseCosine, place: Place, sums: Any = None) -> None:
+    def __init__(self, term: PairwiseCosine, place: Place, sums: PairwiseSums | None = None) -> None:
         super().__init__(term, place, sums)
         self._states: dict[int, Tensor] = {}
 

@@ -7,9 +7,8 @@ without a gradient (from two, where a margin is so small that v may be negative)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
 
 import repbend_kernels
 import torch
@@ -116,7 +115,11 @@ def only_active(everything: Sums, active: Sums) -> Sums:
 
 
 def triplet_sums(
-    parts: ModelParts, term: Triplets, piece: Piece, known: Sums | None = None, reference: Any = None
+    parts: ModelParts,
+    term: Triplets,
+    piece: Piece,
+    known: Sums | None = None,
+    reference: Mapping[int, Tensor] | None = None,
 ) -> Sums:
     """The sums over one piece, by hidden state; LoRA dropout is the caller's, as in the piece's adapted pass.
 
