@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import repbend_fast
 from repbend_fast.cli import commands, recipes
@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-Commands = argparse._SubParsersAction[_Parser]
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"  # generic in its stub alone
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
