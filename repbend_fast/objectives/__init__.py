@@ -15,10 +15,12 @@ from repbend_fast.objectives.terms import (
     Distance,
     HeadKL,
     PairwiseCosine,
+    SimplePreference,
     Span,
     Term,
     Triplet,
     Triplets,
+    WeightedAscent,
 )
 
 # A method is entered by being in this folder.
@@ -57,11 +59,13 @@ __all__ = [
     "Objective",
     "PairwiseCosine",
     "Probes",
+    "SimplePreference",
     "Span",
     "Stream",
     "Term",
     "Triplet",
     "Triplets",
+    "WeightedAscent",
     "build_objective",
     "roles_of",
 ]

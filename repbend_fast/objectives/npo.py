@@ -15,7 +15,14 @@ from pydantic import Field
 from repbend_fast.data.records import Batch, Role
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.registry import method
-from repbend_fast.objectives.rows import answer_rows, count, forget_sequences, mean_distance, predicting_rows, retain_kl
+from repbend_fast.objectives.rows import (
+    answer_rows,
+    forget_sequences,
+    mean_distance,
+    predicting_rows,
+    retain_kl,
+    retain_nll,
+)
 from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, KLLimitConfig, Quirks
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Term
@@ -98,5 +105,5 @@ class NPO:
         if config.retain_kl:
             terms.append(retain_kl(compared, config.retain_kl, config.temperature))
         if config.retain_nll:
-            terms.append(AnswerLoss("nll", predicting, config.retain_nll, count(predicting)))
+            terms.append(retain_nll(batch.retain, config.retain_nll))
         return Stream("retain", batch.retain, tuple(terms))

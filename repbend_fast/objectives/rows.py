@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.objectives.streams import Stream
-from repbend_fast.objectives.terms import Distance, HeadKL, Span, Unit, rows_in
+from repbend_fast.objectives.terms import AnswerLoss, Distance, HeadKL, Span, Unit, rows_in
 
 NOTHING: Span = (0, 0)
 """No row of a sequence."""
@@ -78,3 +78,9 @@ def mean_distance(
 def retain_kl(spans: tuple[Span, ...], weight: float, temperature: float, reduction: str = "token") -> HeadKL:
     """The KL term ``kl`` over ``spans``: per row, or summed over rows and per ``sequence``."""
     return HeadKL("kl", spans, weight, max(1, len(spans)) if reduction == "sequence" else count(spans), temperature)
+
+
+def retain_nll(sequences: tuple[Sequence, ...], weight: float) -> AnswerLoss:
+    """The negative log-likelihood per token of what is to stay, as the term ``nll``."""
+    spans = predicting_rows(sequences)
+    return AnswerLoss("nll", spans, weight, count(spans))

@@ -418,3 +418,36 @@ class AnswerLoss(HeadTerm):
     def divides(self) -> bool:
         # Preference has a value without rows too.
         return bool(self.spans) if self.beta is not None else super().divides
+
+
+@dataclass(frozen=True)
+class SimplePreference(HeadTerm):
+    """``weight × Σ_i −(2/β) log σ(β (NLL_i / |y_i| − δ)) / denominator``: negative preference per token, without a
+    reference.
+    """
+
+    name: str
+    spans: tuple[Span, ...]
+    weight: float
+    denominator: float
+    beta: float
+    delta: float
+
+    @property
+    def divides(self) -> bool:
+        # It has a value without rows too.
+        return bool(self.spans)
+
+
+@dataclass(frozen=True)
+class WeightedAscent(HeadTerm):
+    """``weight × Σ_rows p^power (1 − p)^rest_power log p / denominator``, p the probability of the next token; its
+    powers are constants to the gradient. Minimised, it makes those tokens unlikely.
+    """
+
+    name: str
+    spans: tuple[Span, ...]
+    weight: float
+    denominator: float
+    power: float
+    rest_power: float

@@ -17,7 +17,9 @@ from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.rmu import RMUConfig
+from repbend_fast.objectives.sat_imp import SatImpConfig, WGAConfig
 from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.simnpo import SimNPOConfig
 
 # The KL op evaluates small differences by a series, to 1e-9.
 TOLERANCE = 1e-8
@@ -51,6 +53,9 @@ CASES = {
     "npo alone": NPOConfig(beta=0.3),
     "npo kl": NPOConfig(retain_kl=0.4, temperature=1.5),
     "npo published": NPOConfig(retain_kl=0.4, retain_nll=1.0, published_quirks=True),
+    "simnpo alone": SimNPOConfig(beta=0.3, delta=3.0, retain_nll=0.0, forget=2.0),
+    "wga as published": WGAConfig(),
+    "sat_imp as published": SatImpConfig(forget=1e8),  # p⁵ of a random model is small
     "crl window": CONFIGS["crl"].model_copy(
         update={"alpha_mode": "target", "loss_mode": "prompt_response", "kl_reduction": "token"}
     ),
@@ -69,7 +74,7 @@ def test_terms_and_gradient_equal_the_plain_expression(precise, config, pieces) 
     weights = {name: weight for result in results for name, weight in result.weights.items()}
     assert found.keys() == terms.keys()
     for name, value in terms.items():
-        assert value.item() > 1e-4, name
+        assert abs(value.item()) > 1e-4, name  # an ascent is below 0
         assert_matches(found[name] * weights[name], value, tolerance=TOLERANCE, name=name)
     assert_matches(
         sum(r.loss for r in results), torch.stack(list(terms.values())).sum(), tolerance=TOLERANCE, name="loss"
@@ -108,7 +113,8 @@ def test_circuit_breakers_schedule(precise, step) -> None:
     assert_matches(flat(got), flat(expected), tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# The weights of an ascent are constants to its gradient, and move with a finite difference.
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("wga", "sat_imp")])
 def test_gradient_equals_finite_differences(precise, name) -> None:
     """Along a random direction of the adapter's parameters, in float64."""
     config = CONFIGS[name]

@@ -28,7 +28,7 @@ def _streams(config: MethodConfig, step: int = 0, steps: int = 150, batch: Batch
     return {s.name: s for s in build_objective(config, BLOCKS, steps).streams(batch, step)}
 
 
-@pytest.mark.parametrize("name", ["circuit_breaker", "rmu", "npo"])
+@pytest.mark.parametrize("name", ["circuit_breaker", "rmu", "npo", "simnpo", "wga", "sat_imp"])
 def test_forget_is_unsafe_and_the_unsafe_halves_of_pairs(name) -> None:
     streams = _streams(CONFIGS[name])
     assert streams["forget"].sequences == (*BATCH.unsafe, *(p.unsafe for p in BATCH.pairs))

@@ -71,7 +71,11 @@ def test_the_section_of_a_configuration_takes_it(toy: None) -> None:
 
 
 def test_lists_have_it_in_its_place(toy: None) -> None:
-    assert list(SETTINGS) == list(OBJECTIVES) == ["toy", "repbend", "circuit_breaker", "rmu", "npo", "crl"]
+    assert (
+        list(SETTINGS)
+        == list(OBJECTIVES)
+        == ["toy", "repbend", "circuit_breaker", "rmu", "npo", "crl", "simnpo", "wga", "sat_imp"]
+    )
     assert "toys" in stream_names()
 
 

@@ -15,6 +15,8 @@ from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.rmu import RMUConfig
+from repbend_fast.objectives.sat_imp import AscentConfig
+from repbend_fast.objectives.simnpo import SimNPOConfig
 
 
 class Passes:
@@ -111,6 +113,33 @@ def npo(model: Any, batch: Batch, config: NPOConfig) -> dict[str, Tensor]:
                 rows = torch.cat([rows[:, 1:], torch.zeros_like(rows[:, :1])], dim=1)
             terms["kl"] = config.retain_kl * retain.kl(rows, config.temperature) / rows.sum()
     return terms
+
+
+def _retain_nll(model: Any, batch: Batch, weight: float) -> dict[str, Tensor]:
+    if not weight:
+        return {}
+    retain = Passes(model, list(batch.retain))
+    nll, tokens = retain.nll(retain.z)
+    return {"nll": weight * nll.sum() / tokens.sum()}
+
+
+def simnpo(model: Any, batch: Batch, config: SimNPOConfig) -> dict[str, Tensor]:
+    """Weighted terms."""
+    forget = Passes(model, forget_of(batch))
+    nll, tokens = forget.nll(forget.z)
+    preference = -2 / config.beta * F.logsigmoid(config.beta * (nll / tokens - config.delta)).mean()
+    return {"forget": config.forget * preference} | _retain_nll(model, batch, config.retain_nll)
+
+
+def weighted_ascent(model: Any, batch: Batch, config: AscentConfig) -> dict[str, Tensor]:
+    """Weighted terms, the weights of the tokens taken token by token."""
+    forget = Passes(model, forget_of(batch))
+    found = []
+    for i, s in enumerate(forget.sequences):
+        for t in range(max(s.prompt_length, 1), len(s)):
+            likely = forget.z[i, t - 1].softmax(-1)[forget.ids[i, t]]
+            found.append(likely.detach() ** config.power * (1 - likely.detach()) ** config.rest_power * likely.log())
+    return {"forget": config.forget * torch.stack(found).mean()} | _retain_nll(model, batch, config.retain_nll)
 
 
 def crl(model: Any, batch: Batch, config: CRLConfig, mean_gradient: bool = True) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.objectives.rmu import RMUConfig
+from repbend_fast.objectives.sat_imp import AscentConfig, SatImpConfig, WGAConfig
 from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.simnpo import SimNPOConfig
 from repbend_fast.step import StreamResult
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 
@@ -30,6 +32,9 @@ CONFIGS: dict[str, MethodConfig] = {
     "rmu": RMUConfig(layer=2, coefficient=6.5, retain=3.0, direction_seed=5),
     "npo": NPOConfig(beta=0.2, retain_nll=0.5, retain_kl=0.3),
     "crl": CRLConfig(window_start=2, window_size=2),
+    "simnpo": SimNPOConfig(beta=0.6, delta=4.0),  # at the published ones a random model is past all preference
+    "wga": WGAConfig(power=0.5, retain_nll=0.7),
+    "sat_imp": SatImpConfig(power=0.8, rest_power=2.0),
 }
 ALL_CONFIGS: dict[str, MethodConfig] = {"repbend": RepBendConfig(window_start=2, window_size=2, pair=0.4), **CONFIGS}
 
@@ -94,5 +99,9 @@ def plain_terms(model: Any, config: MethodConfig, step: int = STEP) -> dict[str,
         return terms if config.retain else {"forget": terms["forget"]}
     if isinstance(config, NPOConfig):
         return oracles.npo(model, BATCH, config)
+    if isinstance(config, SimNPOConfig):
+        return oracles.simnpo(model, BATCH, config)
+    if isinstance(config, AscentConfig):
+        return oracles.weighted_ascent(model, BATCH, config)
     assert isinstance(config, CRLConfig)
     return oracles.crl(model, BATCH, config)

@@ -1,0 +1,87 @@
+"""Gradient ascent weighted by token: WGA (Wang et al., ICLR 2025, arXiv 2502.19301) and SatImp (Yang et al., ICML 2025,
+arXiv 2505.11953); settings of open-unlearning.
+
+    L = forget·mean_t w_t log p_t + retain_nll·NLL/tokens,    w_t = p_t^power (1 − p_t)^rest_power
+
+p_t is the probability of answer token t of a forget sequence; w_t is a constant to the gradient. WGA has power alone.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from repbend_fast.data.records import Batch, Role
+from repbend_fast.objectives.base import Probes
+from repbend_fast.objectives.registry import method
+from repbend_fast.objectives.rows import count, forget_sequences, mean_distance, predicting_rows, retain_nll
+from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import WeightedAscent
+from repbend_fast.section import AboveZero, Weight
+
+POWER = "Power of the token's probability in its weight: likely tokens count most."
+REST_POWER = "Power of one minus that: tokens that are certain count less."
+
+
+class AscentConfig(MethodConfig):
+    """What both have."""
+
+    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
+
+    power: Weight = Field(1.0, description=POWER)
+    rest_power: Weight = Field(0.0, description=REST_POWER)
+    forget: AboveZero = Field(1.0, description="Weight of the ascent.")
+    retain_nll: Weight = Field(1.0, description="Weight of the retain answers' negative log-likelihood.")
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("unsafe", "pair", "retain") if self.retain_nll else ("unsafe", "pair")
+
+
+class WGAConfig(AscentConfig):
+    """WGA: L = forget·mean p^power log p on forget + retain_nll·NLL on retain."""
+
+    place: ClassVar[int] = 7
+    name: Literal["wga"] = "wga"
+
+
+class SatImpConfig(AscentConfig):
+    """SatImp: L = forget·mean p^power (1 − p)^rest_power log p on forget + retain_nll·NLL on retain."""
+
+    place: ClassVar[int] = 8
+    name: Literal["sat_imp"] = "sat_imp"
+    power: Weight = Field(5.0, description=POWER)
+    rest_power: Weight = Field(1.0, description=REST_POWER)
+    forget: AboveZero = Field(0.1, description="Weight of the ascent.")
+
+
+@method(WGAConfig)
+@method(SatImpConfig)
+class WeightedTokens:
+    """Stream ``forget``, and ``retain`` where its term has a weight."""
+
+    uses_head = True
+
+    def __init__(self, config: AscentConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
+        del steps, seed  # the weights are constant, and nothing is drawn
+        self.config = config
+        self.last_state = num_blocks
+        self.roles = config.roles
+
+    def streams(self, batch: Batch, step: int) -> list[Stream]:
+        del step
+        config, sequences = self.config, forget_sequences(batch)
+        spans = predicting_rows(sequences)
+        loss = WeightedAscent("forget", spans, config.forget, count(spans), config.power, config.rest_power)
+        streams = [Stream("forget", sequences, (loss,))]
+        if config.retain_nll:
+            streams.append(Stream("retain", batch.retain, (retain_nll(batch.retain, config.retain_nll),)))
+        return streams
+
+    def probes(self, batch: Batch) -> Probes:
+        layers = (self.last_state,)
+        bent = mean_distance("forget", forget_sequences(batch), layers)
+        return Probes(bent, mean_distance("retain", batch.retain, layers))

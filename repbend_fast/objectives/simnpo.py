@@ -1,0 +1,67 @@
+"""SimNPO, negative preference without a reference (Fan et al., arXiv 2410.07163; settings of open-unlearning).
+
+    L = forget·(−2/β)·mean_i log σ(β (NLL_i/|y_i| − δ)) + retain_nll·NLL/tokens
+
+NLL_i sums over the |y_i| answer tokens of forget sequence i.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from repbend_fast.data.records import Batch, Role
+from repbend_fast.objectives.base import Probes
+from repbend_fast.objectives.registry import method
+from repbend_fast.objectives.rows import forget_sequences, mean_distance, predicting_rows, retain_nll
+from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import SimplePreference
+from repbend_fast.section import AboveZero, Weight
+
+
+class SimNPOConfig(MethodConfig):
+    """SimNPO: L = −forget·(2/β)·mean log σ(β(NLL/|y| − δ)) on forget + retain_nll·NLL on retain."""
+
+    place: ClassVar[int] = 6
+    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
+
+    name: Literal["simnpo"] = "simnpo"
+    beta: AboveZero = Field(4.5, description="How sharply the loss falls off once an answer has become unlikely.")
+    delta: Weight = Field(0.0, description="NLL per token from which an answer counts as unlikely.")
+    forget: AboveZero = Field(0.125, description="Weight of the negative preference.")
+    retain_nll: Weight = Field(1.0, description="Weight of the retain answers' negative log-likelihood.")
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("unsafe", "pair", "retain") if self.retain_nll else ("unsafe", "pair")
+
+
+@method(SimNPOConfig)
+class SimNPO:
+    """Stream ``forget``, and ``retain`` where its term has a weight."""
+
+    uses_head = True
+
+    def __init__(self, config: SimNPOConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
+        del steps, seed  # the weights are constant, and nothing is drawn
+        self.config = config
+        self.last_state = num_blocks
+        self.roles = config.roles
+
+    def streams(self, batch: Batch, step: int) -> list[Stream]:
+        del step
+        config, sequences = self.config, forget_sequences(batch)
+        spans = predicting_rows(sequences)
+        loss = SimplePreference("forget", spans, config.forget, max(1, len(sequences)), config.beta, config.delta)
+        streams = [Stream("forget", sequences, (loss,))]
+        if config.retain_nll:
+            streams.append(Stream("retain", batch.retain, (retain_nll(batch.retain, config.retain_nll),)))
+        return streams
+
+    def probes(self, batch: Batch) -> Probes:
+        layers = (self.last_state,)
+        bent = mean_distance("forget", forget_sequences(batch), layers)
+        return Probes(bent, mean_distance("retain", batch.retain, layers))
