@@ -52,7 +52,7 @@ setup(
         "httpx2>=2,<3",
     ],
     extras_require={
-        "lm-eval": ["lm-eval>=0.4.9"],
+        "lm-eval": ["lm-eval>=0.4.13"],
         "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
         "dev": [
             "pytest>=8",
