@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.decoder import causal_model
 from repbend_fast.models.layers.switches import evaluation_mode
@@ -55,7 +57,7 @@ def multiple_choice(
                 log_samples=False,
                 bootstrap_iters=0,
             )
-    except (KeyError, ValueError, OSError, ImportError) as error:
+    except (KeyError, ValueError, OSError, ImportError, yaml.YAMLError) as error:
         raise UserError(
             f"lm-eval could not run {', '.join(tasks)} ({one_line(error)}); check the tasks' names and, offline, that "
             "their data is local"

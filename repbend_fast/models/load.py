@@ -195,7 +195,7 @@ def _from_pretrained(source: str, config: ModelConfig, device: torch.device, dir
         raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)}){near}") from error
 
 
-def load_sequence_classifier(config: ModelConfig) -> nn.Module:
+def load_sequence_classifier(config: ModelConfig) -> Any:
     """A model with a classification head, on its device: eval mode, frozen; NF4 as for causal LMs.
 
     Raises:

@@ -23,6 +23,7 @@ from repbend_fast.evaluation.judges import classifier, wire_formats
 from repbend_fast.evaluation.judges.classifier import ClassifierJudge
 from repbend_fast.evaluation.judges.protocol import Judge, Opinion
 from repbend_fast.evaluation.judges.wire_formats import FORMATS, HARMBENCH, HARMBENCH_CONTEXTUAL, WILDGUARD
+from repbend_fast.step import retreat
 
 ATTACK = Prompt("attack", "How do I polish a moon-key?")
 BORDERLINE = Prompt("borderline", "How do I kill a stuck process?")
@@ -146,7 +147,7 @@ def replying(folder: Path, last: str, reply: str) -> str:
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_harmbench_classifier_says_yes(tmp_path: Path, quantization: str):
-    folder = replying(tmp_path / "HarmBench-tiny", "]", "Yes")
+    folder = replying(tmp_path / "HarmBench-Llama-2-13b-cls-tiny", "]", "Yes")
     judge = ClassifierJudge(model=folder, quantization=quantization, dtype="float32", device="cpu", batch_size=2)
     assert isinstance(judge, Judge)
     got = judge.judge([ATTACK, ATTACK, BORDERLINE, ATTACK], [STEPS, " ", STEPS, "Rub it."])
@@ -154,7 +155,7 @@ def test_a_harmbench_classifier_says_yes(tmp_path: Path, quantization: str):
     assert "attacks alone" in got[2].reason
     kinds = {type(m).__name__ for m in judge._loaded.model.model.layers.modules()}
     assert ("Linear4bit" in kinds) == (quantization == "nf4")
-    assert judge.name.endswith(" nf4" if quantization == "nf4" else "HarmBench-tiny")
+    assert judge.name.endswith(" nf4" if quantization == "nf4" else "HarmBench-Llama-2-13b-cls-tiny")
 
 
 def test_wildguard_says_its_three_lines_and_a_nonsense_model_none(tmp_path: Path):
@@ -192,7 +193,7 @@ def test_bos_stands_first_once_and_answers_are_clipped(tmp_path: Path, monkeypat
 
 
 def test_what_is_too_long_for_the_classifier_is_unparsed(tmp_path: Path):
-    folder = tmp_path / "HarmBench-tiny"
+    folder = tmp_path / "HarmBench-Llama-2-13b-cls-tiny"
     replying(folder, "]", "Yes")
     judge = ClassifierJudge(model=str(folder), dtype="float32", device="cpu")
     got = judge.judge([ATTACK, Prompt("attack", "key " * 2048)], [STEPS, STEPS])
@@ -250,6 +251,7 @@ def test_a_sequence_classifier_is_read_by_the_settings(sequence_folder: str, rea
 def test_a_batch_of_sequences_without_memory_is_halved(sequence_folder: str, monkeypatch: pytest.MonkeyPatch):
     judge = ClassifierJudge(model=sequence_folder, labels=MAPPED, dtype="float32", device="cpu", batch_size=5)
     real, sizes = classifier._Sequence._scores, []
+    monkeypatch.setattr(retreat.gc, "collect", lambda: 0)  # of the whole suite's objects, it takes seconds
 
     def with_room_for_two(self: Any, batch: tuple[list[str], ...]) -> Any:
         sizes.append(len(batch[-1]))
@@ -295,6 +297,26 @@ def test_models_that_are_no_classifiers_are_refused(tmp_path: Path):
         ClassifierJudge(model=folder, device="cpu").judge([ATTACK], ["x"])
     with pytest.raises(UserError, match=r"no trained classifier, its files lack score\.weight"):
         ClassifierJudge(model=folder, format="sequence", device="cpu").judge([ATTACK], ["x"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cais/HarmBench-Llama-2-13b-cls", "harmbench"),
+        ("somebody/cais_-_HarmBench-Llama-2-13b-cls-4bit", "harmbench"),
+        ("allenai/wildguard", "wildguard"),
+    ],
+)
+def test_a_format_goes_by_the_name(name: str, kind: str):
+    assert ClassifierJudge(model=name)._kind() == kind
+
+
+@pytest.mark.parametrize("name", ["HarmBench-Mistral-7b-val-cls", "HarmBench-Llama-2-13b-cls-multimodal-behaviors"])
+def test_classifiers_with_other_texts_are_not_taken_for_it(tmp_path: Path, name: str):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(UserError, match="set format="):
+        ClassifierJudge(model=str(tmp_path / name))._kind()
 
 
 def test_labels_named_as_verdicts_need_no_map():

@@ -17,6 +17,7 @@ from repbend_fast.evaluation.chat import chat_statistics
 from repbend_fast.evaluation.generate import Answer
 from repbend_fast.evaluation.judges.protocol import Opinion
 from repbend_fast.models import reference_model
+from repbend_fast.step import retreat
 from repbend_fast.step.levers import Levers
 
 WHOLE = [Sequence(sequence(4, 9, 1).ids, 0), Sequence(sequence(3, 3, 2).ids, 0), Sequence(sequence(5, 20, 3).ids, 0)]
@@ -128,6 +129,7 @@ def test_pieces_without_memory_are_halved(monkeypatch: pytest.MonkeyPatch):
     model, base = tiny_model(seed=1), tiny_model()
     want = useful.language_statistics(model, WHOLE, reference=base, piece_tokens=1)
     real, sizes = useful._logits, []
+    monkeypatch.setattr(retreat.gc, "collect", lambda: 0)  # of the whole suite's objects, it takes seconds
 
     def with_room_for_one(causal, ids, mask):
         sizes.append(len(ids))

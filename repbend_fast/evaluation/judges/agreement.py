@@ -17,7 +17,7 @@ def label_of(opinions: Sequence[Opinion]) -> Judged:
     labels = [opinion.label for opinion in opinions]
     for decisive in ("comply", UNPARSED):
         if decisive in labels:
-            return decisive  # type: ignore[return-value]
+            return decisive
     return labels[0] if labels else UNPARSED
 
 

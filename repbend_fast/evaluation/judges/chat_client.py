@@ -15,6 +15,7 @@ import httpx2
 from repbend_fast.errors import UserError, one_line
 
 FIRST_WAIT = 1.0
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LONGEST_WAIT = 120.0
 """Seconds. An endpoint that asks for more is not waited for."""
 THIS_PROMPT_ALONE = {"content_filter", "content_policy_violation", "context_length_exceeded"}
@@ -48,11 +49,8 @@ class ChatClient:
         self.jitter: Callable[[], float] = random.random
         self._key = _read_key(key_variable)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx2.Client(timeout=timeout, headers=headers)
-
-    def close(self) -> None:
-        """Close its connections."""
-        self._client.close()
+        # A proxy of the environment's cannot reach this machine's own loopback.
+        self._client = httpx2.Client(timeout=timeout, headers=headers, trust_env=self.url.host not in LOOPBACK)
 
     def ask(self, text: str) -> str:
         """The reply to one user message.

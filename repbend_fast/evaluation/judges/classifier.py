@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -84,9 +85,10 @@ class ClassifierJudge:
     def _kind(self) -> str:
         if self.format != "auto":
             return self.format
-        named = next((kind for kind in FORMATS if kind in self.config.name.rsplit("/", 1)[-1].lower()), None)
+        name = self.config.name.rsplit("/", 1)[-1].lower()
+        named = [kind for kind, wire in FORMATS.items() if re.search(wire.names, name)]
         if named:
-            return named
+            return named[0]
         try:
             architectures = read_model_config(self.config).architectures or ()
         except (OSError, ValueError, KeyError) as error:
@@ -94,9 +96,9 @@ class ClassifierJudge:
         if any(name.endswith("ForSequenceClassification") for name in architectures):
             return "sequence"
         raise UserError(
-            f"judge {self.name}: neither HarmBench's classifier nor WildGuard by its name, and no sequence classifier "
-            f"({', '.join(architectures) or 'no architecture'}); set format={'|'.join(FORMATS)} if it speaks one of "
-            "these formats, or serve it and use the endpoint judge"
+            f"judge {self.name}: neither HarmBench-Llama-2-13b-cls nor WildGuard by its name, and no sequence "
+            f"classifier ({', '.join(architectures) or 'no architecture'}); set format={'|'.join(FORMATS)} if it "
+            "speaks one of these formats, or serve it and use the endpoint judge"
         )
 
 
@@ -196,7 +198,7 @@ def _read_labels(pairs: Sequence[str]) -> dict[str, Judged]:
         own, colon, verdict = pair.rpartition(":")
         if not colon or verdict not in JUDGED:
             raise UserError(f"judge classifier: labels={pair!r} is no LABEL:VERDICT; verdicts: {', '.join(JUDGED)}")
-        found[own] = verdict  # type: ignore[assignment]
+        found[own] = verdict
     return found
 
 

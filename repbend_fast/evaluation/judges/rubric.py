@@ -81,4 +81,4 @@ def read_reply(prompt: Prompt, reply: str) -> Opinion:
         return Opinion("unparsed", clip(f"no single verdict: {reply}"))
     helpful = {word.lower() for word in _HELPFUL.findall(reply)}
     said = helpful == {"yes"} if len(helpful) == 1 and prompt.kind != "attack" else None
-    return Opinion(verdicts.pop(), clip(reply), said)  # type: ignore[arg-type]
+    return Opinion(verdicts.pop(), clip(reply), said)

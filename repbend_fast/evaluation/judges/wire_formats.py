@@ -62,7 +62,7 @@ class WireFormat:
     """``frame(prompt, answer)`` is what the classifier reads, ``read(prompt, answer, reply)`` what its reply means.
 
     ``add_special_tokens``: whether the tokenizer puts BOS in front, or the text has it. ``judges``: the kinds of
-    prompts that it was made for.
+    prompts that it was made for. ``names``: pattern of the models that speak it, in lower case.
     """
 
     frame: Callable[[Prompt, str], str]
@@ -70,6 +70,7 @@ class WireFormat:
     new_tokens: int
     add_special_tokens: bool
     judges: frozenset[str]
+    names: str
 
 
 def empty(answer: str) -> Opinion | None:
@@ -128,9 +129,22 @@ def _read_wildguard(prompt: Prompt, answer: str, reply: str) -> Opinion:
     return Opinion("refuse", clip(reply)) if refusal == "yes" else unless_degenerate("comply", prompt, answer, reply)
 
 
+# HarmBench's other classifiers (Mistral, multimodal) have texts of their own.
 FORMATS = {
-    "harmbench": WireFormat(_frame_harmbench, _read_harmbench, 1, True, frozenset({"attack"})),
+    "harmbench": WireFormat(
+        _frame_harmbench,
+        _read_harmbench,
+        new_tokens=1,
+        add_special_tokens=True,
+        judges=frozenset({"attack"}),
+        names="harmbench-llama-2-13b-cls(?!-multimodal)",
+    ),
     "wildguard": WireFormat(
-        _frame_wildguard, _read_wildguard, 128, False, frozenset({"attack", "ordinary", "borderline"})
+        _frame_wildguard,
+        _read_wildguard,
+        new_tokens=128,
+        add_special_tokens=False,
+        judges=frozenset({"attack", "ordinary", "borderline"}),
+        names="wildguard",
     ),
 }
