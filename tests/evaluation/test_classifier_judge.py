@@ -192,6 +192,16 @@ def test_bos_stands_first_once_and_answers_are_clipped(tmp_path: Path, monkeypat
         assert "cloth" not in text
 
 
+def test_a_reply_is_read_with_its_own_prompt_and_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whole, not as the classifier saw it: a loop shows beyond the first tokens."""
+    folder = replying(tmp_path / "wildguard-tiny", "<|assistant|>", "Yes")
+    reply = THREE.format("no", "no", "yes")
+    monkeypatch.setattr(classifier, "generate_answers", lambda model, encoder, prompts, **_: [reply] * len(prompts))
+    judge = ClassifierJudge(model=folder, answer_tokens=4, dtype="float32", device="cpu")
+    got = judge.judge([ATTACK, BORDERLINE, BORDERLINE], [LOOP, LOOP, STEPS])
+    assert [o.label for o in got] == ["comply", "degenerate", "comply"]
+
+
 def test_what_is_too_long_for_the_classifier_is_unparsed(tmp_path: Path):
     folder = tmp_path / "HarmBench-Llama-2-13b-cls-tiny"
     replying(folder, "]", "Yes")

@@ -224,6 +224,15 @@ def test_a_dead_endpoint_is_not_asked_about_everything(server: Server):
     assert "not asked" in got[-1].reason
 
 
+def test_a_pause_that_is_cut_short_ends_the_tries(server: Server):
+    """Threads that wait while the run ends do not go on asking."""
+    server.script = lambda n, text: error(503, "busy")
+    judge, _ = make(server)
+    judge.client.wait = lambda seconds: True
+    assert judge.judge([ATTACK], ["x"]) == [Opinion("unparsed", "status 503: busy, interrupted")]
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 307])
 def test_a_refusal_of_the_settings_is_one_line_without_the_key(server: Server, status: int):
     server.script = lambda n, text: error(status, f"wrong:\n{KEY}")
@@ -276,7 +285,7 @@ def test_failures_are_not_kept_and_the_key_never_is(server: Server, tmp_path):
     server.script = lambda n, text: error(500, KEY) if n == 0 else completion(f"{KEY}\nVERDICT: comply")
     judge, _ = make(server, cache=str(cache), tries=1)
     (first,) = judge.judge([ATTACK], ["x"])
-    assert first == Opinion("unparsed", "status 500: ***, 1 tries")
+    assert first == Opinion("unparsed", "status 500: ***, 1 try")
     (second,) = judge.judge([ATTACK], ["x"])
     assert second == Opinion("comply", "*** VERDICT: comply")
     assert KEY not in cache.read_text()

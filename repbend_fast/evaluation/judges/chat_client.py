@@ -84,7 +84,7 @@ class ChatClient:
                     self._refuse(response)
             if done + 1 < self.tries:
                 self._pause(done, asked_for, reason)
-        raise NoReply(f"{reason}, {self.tries} tries")
+        raise NoReply(f"{reason}, {self.tries} {'try' if self.tries == 1 else 'tries'}")
 
     def _pause(self, done: int, asked_for: float | None, reason: str) -> None:
         """Wait twice as long after each try, less up to half of it by chance, and no shorter than the endpoint asks."""

@@ -111,15 +111,12 @@ class EndpointJudge:
                     problems[text] = str(error)
                     failures = 0 if error.lasting else failures + 1
                 if failures >= PATIENCE:
-                    self._give_up(waiting)
+                    for other in waiting:
+                        other.cancel()
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
         return problems
-
-    def _give_up(self, waiting: dict[Future[str], str]) -> None:
-        for future in waiting:
-            future.cancel()
 
     def _ask(self, text: str) -> str:
         if self._stop.is_set():
