@@ -113,8 +113,11 @@ def test_what_is_sent_and_what_comes_back(server: Server):
 
 
 def test_opinions_come_in_the_order_of_the_answers_and_no_more_run_than_allowed(server: Server):
+    all_three = threading.Barrier(3)
+
     def reply(n: int, text: str) -> Answer:
-        time.sleep(0.02 if n % 2 else 0.0)
+        if n < 3:
+            all_three.wait(10)
         return completion("VERDICT: refuse" if "answer-3" in text else GOOD)
 
     server.script = reply
@@ -122,7 +125,7 @@ def test_opinions_come_in_the_order_of_the_answers_and_no_more_run_than_allowed(
     answers = [f"answer-{i}" for i in range(8)]
     got = judge.judge([ATTACK] * 8, answers)
     assert [o.label for o in got] == ["comply"] * 3 + ["refuse"] + ["comply"] * 4
-    assert 2 <= server.busiest <= 3
+    assert server.busiest == 3
 
 
 def test_equal_questions_are_asked_once_and_empty_answers_never(server: Server):
@@ -200,6 +203,10 @@ def test_a_timeout_is_tried_again_then_unparsed(server: Server):
     judge, waits = make(server, timeout=0.05, tries=2)
     (opinion,) = judge.judge([ATTACK], ["x"])
     release.set()
+    # The server may read a request only after the judge has given it up.
+    deadline = time.monotonic() + 10
+    while len(server.requests) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert opinion == Opinion("unparsed", "no reply in time, 2 tries")
     assert (len(server.requests), waits) == (2, [1.0])
 
@@ -219,8 +226,7 @@ def test_a_dead_endpoint_is_not_asked_about_everything(server: Server):
     judge, _ = make(server, tries=1, concurrency=1)
     got = judge.judge([ATTACK] * 200, [f"answer {i}" for i in range(200)])
     assert [o.label for o in got] == ["unparsed"] * 200
-    # One more may have been under way when patience ended.
-    assert PATIENCE <= len(server.requests) <= PATIENCE + 1
+    assert len(server.requests) == PATIENCE
     assert "not asked" in got[-1].reason
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from repbend_fast.data.prompts import Prompt
@@ -94,41 +94,51 @@ class EndpointJudge:
     def _ask_all(self, texts: Sequence[str]) -> dict[str, str]:
         """Ask and keep the replies; returns why there is none, for the texts without."""
         problems: dict[str, str] = {}
-        failures = 0
+        patience = Patience()
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
         try:
-            waiting: dict[Future[str], str] = {pool.submit(self._ask, text): text for text in texts}
+            waiting = {pool.submit(self._ask, text, patience): text for text in texts}
             for future in as_completed(waiting):
-                text = waiting[future]
-                if future.cancelled():
-                    problems[text] = f"not asked, {PATIENCE} others in a row got no reply"
-                    continue
                 try:
                     future.result()
-                    failures = 0
                 except NoReply as error:
-                    problems[text] = str(error)
-                    failures = 0 if error.lasting else failures + 1
-                if failures >= PATIENCE:
-                    for other in waiting:
-                        other.cancel()
+                    problems[waiting[future]] = str(error)
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
         return problems
 
-    def _ask(self, text: str) -> str:
-        if self._stop.is_set():
-            raise NoReply("not asked")
-        reply = self.client.ask(text)
+    def _ask(self, text: str, patience: Patience) -> None:
+        if self._stop.is_set() or patience.ended:
+            raise NoReply(f"not asked, {PATIENCE} others in a row got no reply" if patience.ended else "not asked")
+        try:
+            reply = self.client.ask(text)
+        except NoReply as error:
+            patience.count(replied=error.lasting)
+            raise
+        patience.count(replied=True)
         self._replies.keep(self._key(text), reply)
-        return reply
 
     def _key(self, text: str) -> str:
         """Identifies a question: address, model and settings, and the whole text with the rubric."""
         parts = [str(self.client.url), self.client.body, text]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Patience:
+    """Counts questions in a row without a reply. Who asks counts, before asking anything else."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._failures = 0
+        self._lock = threading.Lock()
+
+    def count(self, *, replied: bool) -> None:
+        """One more question is done. Once patience has ended it stays so."""
+        with self._lock:
+            self._failures = 0 if replied else self._failures + 1
+            self.ended = self.ended or self._failures >= PATIENCE
 
 
 class Replies:
