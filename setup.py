@@ -49,8 +49,10 @@ setup(
         "datasets>=4",
         "gguf>=0.17",
         "numpy>=2",
+        "httpx2>=2,<3",
     ],
     extras_require={
+        "lm-eval": ["lm-eval>=0.4.13"],
         "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
         "dev": [
             "pytest>=8",

@@ -5,6 +5,7 @@ ended.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -30,6 +31,17 @@ class PromptEncoder(Protocol):
         """Token ids up to where the answer (after ``prefill``) goes on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """``text`` without special tokens and prefill. ``tokens``: how many the model wrote before it ended, its end not
+    counted. ``stopped``: it ended by itself, and was not cut at ``max_new_tokens``.
+    """
+
+    text: str
+    tokens: int
+    stopped: bool
+
+
 def generate_answers(
     model: CausalLM,
     encoder: PromptEncoder,
@@ -43,6 +55,25 @@ def generate_answers(
 
     ``prefills``: how each answer is made to begin, one for each prompt; empty = all of them free.
 
+    See :func:`generate_measured`, which tells their lengths too.
+    """
+    answers = generate_measured(
+        model, encoder, prompts, prefills=prefills, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return [answer.text for answer in answers]
+
+
+def generate_measured(
+    model: Any,
+    encoder: PromptEncoder,
+    prompts: Seq[Prompt],
+    *,
+    prefills: Seq[str] = (),
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+) -> list[Answer]:
+    """One greedy answer per prompt, in the order of ``prompts``.
+
     ``model`` is a transformers causal LM or a peft model around one; its training mode and generation settings are as
     before afterwards. A batch that does not fit into memory is halved, and those after it have no more prompts.
 
@@ -54,7 +85,7 @@ def generate_answers(
         for p, prefill in zip(prompts, prefills or [""] * len(prompts), strict=True)
     ]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    answers = [""] * len(prompts)
+    answers = [Answer("", 0, False)] * len(prompts)
     # LoRA lives inside the modules, so the wrapped model generates with it; peft's own `generate` would put back its
     # settings.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -64,12 +95,12 @@ def generate_answers(
         while done < len(order):
             chosen = order[done : done + batch_size]
             batch = [encoded[i] for i in chosen]
-            texts = attempt(partial(_generate_batch, base, encoder.tokenizer, batch), find_decoder(base).device)
-            if isinstance(texts, OutOfMemory):
-                batch_size = _smaller(len(chosen), len(batch[-1]), texts)
+            found = attempt(partial(_generate_batch, base, encoder.tokenizer, batch), find_decoder(base).device)
+            if isinstance(found, OutOfMemory):
+                batch_size = _smaller(len(chosen), len(batch[-1]), found)
                 continue
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
+            for i, answer in zip(chosen, found, strict=True):
+                answers[i] = answer
             done += len(chosen)
     return answers
 
@@ -112,7 +143,7 @@ def end_tokens(configured: int | list[int] | None, tokenizer: Tokenizer) -> list
     return ids
 
 
-def _generate_batch(model: CausalLM, tokenizer: Tokenizer, encoded: list[list[int]]) -> list[str]:
+def _generate_batch(model: CausalLM, tokenizer: Tokenizer, encoded: list[list[int]]) -> list[Answer]:
     """Answers of one batch; the prompts are padded on the left so that all of them end at the same position."""
     settings = model.generation_config
     longest = max(len(ids) for ids in encoded)
@@ -126,6 +157,7 @@ def _generate_batch(model: CausalLM, tokenizer: Tokenizer, encoded: list[list[in
     return [_until_end(tokenizer, row, settings.eos_token_id or []) for row in out[:, longest:].tolist()]
 
 
-def _until_end(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> str:
+def _until_end(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> Answer:
     stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return str(tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
+    text = str(tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
+    return Answer(text, stop, stop < len(ids))

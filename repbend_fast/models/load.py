@@ -197,6 +197,38 @@ def _from_pretrained(source: str, config: ModelConfig, device: torch.device, dir
         raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)}){near}") from error
 
 
+def load_sequence_classifier(config: ModelConfig) -> nn.Module:
+    """A model with a classification head, on its device: eval mode, frozen; NF4 as for causal LMs.
+
+    Raises:
+        UserError: missing folder or weights, weights without a trained head, device not there, NF4 not available.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    device = resolve_device(config.device)
+    settle_device(device)
+    arguments: dict[str, Any] = _hub_arguments(config) | {"dtype": DTYPES[config.dtype], "use_safetensors": True}
+    if config.quantization == "nf4":
+        arguments |= {"quantization_config": _nf4_config(config), "device_map": {"": device}}
+    try:
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            resolve_source(config), output_loading_info=True, **arguments
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)})") from error
+    if loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise UserError(
+            f"model.name={config.name}: no trained classifier, its files lack {missing}; name another model"
+        )
+    if config.quantization == "nf4":
+        _prepare_nf4(model, device)
+    else:
+        model.to(device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
 def _nf4_config(config: ModelConfig) -> object:
     from transformers import BitsAndBytesConfig
 

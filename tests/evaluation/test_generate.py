@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation import generate
-from repbend_fast.evaluation.generate import end_tokens, generate_answers
+from repbend_fast.evaluation.generate import Answer, end_tokens, generate_answers, generate_measured
 
 EOS = 2
 
@@ -142,6 +142,18 @@ def test_answer_stops_at_the_end_token(model):
     model.generation_config.eos_token_id = [int(free[3]), EOS]
     stopped = generate_answers(model, encoder, PROMPTS, max_new_tokens=6)[0].split()
     assert stopped == free[: free.index(free[3])]
+
+
+def test_lengths_and_who_stopped_are_told(model):
+    """One answer ends by itself, the other is cut; the end itself is no part of an answer's length."""
+    encoder = StubEncoder()
+    free = [a.split() for a in generate_answers(model, encoder, PROMPTS[:2], max_new_tokens=6)]
+    end = next(token for token in free[0] if token not in free[1])
+    model.generation_config.eos_token_id = int(end)
+    length = free[0].index(end)
+    for batch_size in (1, 2):
+        got = generate_measured(model, encoder, PROMPTS[:2], max_new_tokens=6, batch_size=batch_size)
+        assert got == [Answer(" ".join(free[0][:length]), length, True), Answer(" ".join(free[1]), 6, False)]
 
 
 def test_training_modes_and_generation_settings_are_restored(model):
