@@ -40,4 +40,4 @@ def plain_loss(model: Any, embedded: torch.Tensor, answer: list[int]) -> torch.T
     ids = torch.tensor(answer)
     rows = torch.cat((embedded, model.get_input_embeddings()(ids)))
     logits = model(inputs_embeds=rows.unsqueeze(0).to(model.dtype)).logits[0]
-    return torch.nn.functional.cross_entropy(logits[len(embedded) - 1 : -1].float().to(embedded.dtype), ids)
+    return torch.nn.functional.cross_entropy(logits[len(embedded) - 1 : -1].to(embedded.dtype), ids)

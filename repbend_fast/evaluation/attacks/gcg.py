@@ -10,7 +10,7 @@ attack's result is the best suffix seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -74,10 +74,11 @@ class GCG:
 
     def _attacked(self, target: Target, prompt: Prompt, index: int, seed: int, allowed: Tensor) -> Attacked:
         request = suffixed(target.encoder, prompt, " x" * self.rows, complying_beginning(prompt))
-        typed = Typed(target.encoder, prompt, request)
+        typed = Typed.behind(target.encoder, prompt, request)
+        request = typed.request
         with differentiating(target.model):
             found = self._search(target, request, typed, seed, allowed)
-        suffix = typed.text(found.best)
+        suffix = typed.text(found.best.tolist())
         answer = generate_answers(
             target.model,
             target.encoder,
@@ -139,37 +140,48 @@ class Search:
 class Typed:
     """Suffixes as text behind a request, and back."""
 
-    def __init__(self, encoder: Any, prompt: Prompt, request: Suffixed) -> None:
+    def __init__(self, encoder: Any, prompt: Prompt, request: Suffixed, joint: str) -> None:
+        self.request = request
         self._encoder = encoder
         self._prompt = prompt
-        self._before, self._after = request.ids[: request.start], request.ids[request.stop :]
-        start = torch.tensor(request.ids[request.start : request.stop])
-        # Some tokenizers write the blank before a word into its token, others lose it at a text's start.
-        self._joint = next((joint for joint in ("", " ") if self._survives(start, joint)), None)
-        if self._joint is None:
-            raise UserError(
-                f"prompt {prompt.source_id or prompt.text[:60]!r}: the tokenizer does not give a suffix's tokens back "
-                "from its text, so gcg has nothing to try; leave gcg out for this model"
-            )
+        self._joint = joint
 
-    def text(self, suffix: Tensor) -> str:
+    @classmethod
+    def behind(cls, encoder: Any, prompt: Prompt, request: Suffixed) -> Typed:
+        """From the first of the suffix's rows on whose text gives it again: the first one may hold the request's end.
+
+        Some tokenizers write the blank before a word into its token, others lose it at a text's start; the joint
+        between request and suffix is the one that works.
+
+        Raises:
+            UserError: there is none.
+        """
+        for start in range(request.start, request.stop):
+            for joint in ("", " "):
+                typed = cls(encoder, prompt, replace(request, start=start), joint)
+                if typed.survives(request.ids[start : request.stop]):
+                    return typed
+        raise UserError(
+            f"prompt {prompt.source_id or prompt.text[:60]!r}: the tokenizer does not give a suffix's tokens back "
+            "from its text, so gcg has nothing to try; leave gcg out for this model"
+        )
+
+    def text(self, suffix: Sequence[int]) -> str:
         """What a user types behind the request."""
-        return self._text(suffix, self._joint or "")
+        decode = self._encoder.tokenizer.decode
+        return self._joint + str(decode(list(suffix), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def survives(self, suffix: Sequence[int]) -> bool:
+        """Whether the request with the suffix's text gives its ids again, and those around it."""
+        ids, start, stop = self.request.ids, self.request.start, self.request.stop
+        with uncounted(self._encoder):
+            typed = self._encoder.prompt_ids(with_suffix(self._prompt, self.text(suffix)).conversation())
+        return typed == [*ids[:start], *suffix, *ids[stop:]]
 
     def surviving(self, candidates: Tensor) -> Tensor:
-        """The rows of ``candidates`` [C, n] that are given again by their own text."""
-        kept = [self._survives(row, self._joint or "") for row in candidates]
+        """The rows of ``candidates`` [C, n] that survive."""
+        kept = [self.survives(row) for row in candidates.tolist()]
         return candidates[torch.tensor(kept, dtype=torch.bool)]
-
-    def _survives(self, suffix: Tensor, joint: str) -> bool:
-        typed = with_suffix(self._prompt, self._text(suffix, joint))
-        with uncounted(self._encoder):
-            ids = self._encoder.prompt_ids(typed.conversation())
-        return ids == [*self._before, *suffix.tolist(), *self._after]
-
-    def _text(self, suffix: Tensor, joint: str) -> str:
-        decode = self._encoder.tokenizer.decode
-        return joint + str(decode(suffix.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def allowed_tokens(target: Target, *, ascii_only: bool) -> Tensor:

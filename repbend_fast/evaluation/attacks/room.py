@@ -1,6 +1,7 @@
 """How many sequences of a pass fit into a budget: an estimate from shapes, and halves of it when memory runs out.
 
-The estimates err on the large side: every temporary is counted in float32, and attention as if it kept its scores.
+The estimates err on the large side: every temporary is counted in float32 at least, and attention's scores wherever
+a model may keep them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class PassCost:
     vocabulary: int
     cached_width: int
     element: int
+    scores: bool
 
     @classmethod
     def of(cls, model: Any) -> PassCost:
@@ -53,6 +55,7 @@ class PassCost:
             vocabulary=shape.vocab_size,
             cached_width=2 * groups * width,
             element=embedding.element_size(),
+            scores=getattr(shape, "_attn_implementation", None) not in ("sdpa", "flash_attention_2"),
         )
 
     def forward(self, tokens: int, kept: int, earlier: int = 0) -> int:
@@ -61,7 +64,7 @@ class PassCost:
 
     def backward(self, tokens: int, kept: int, earlier: int = 0, *, recompute: bool = False) -> int:
         """Bytes with a graph: every block's insides, or with ``recompute`` one block's and all blocks' inputs."""
-        block = self._block(tokens, earlier)
+        block = self._block(tokens, earlier, graph=True)
         inside = 2 * block + self.blocks * tokens * self.hidden * self._size if recompute else self.blocks * block
         return inside + block + 2 * self._head(kept) + (0 if recompute else self.cache(tokens + earlier))
 
@@ -77,9 +80,11 @@ class PassCost:
     def _size(self) -> int:
         return max(4, self.element)
 
-    def _block(self, tokens: int, earlier: int) -> int:
-        rows = tokens * (14 * self.hidden + 4 * self.inner)
-        return (rows + 3 * self.heads * tokens * (tokens + earlier)) * self._size
+    def _block(self, tokens: int, earlier: int, *, graph: bool = False) -> int:
+        """Bytes at a block's fullest, or of all that it keeps for a graph; a mask in any case."""
+        rows = tokens * (16 * self.hidden + 5 * self.inner if graph else 8 * self.hidden + 4 * self.inner)
+        squares = 1 + (3 * self.heads if self.scores else 0)
+        return (rows + squares * tokens * (tokens + earlier)) * self._size
 
     def _head(self, kept: int) -> int:
         return 4 * kept * self.vocabulary * self._size
