@@ -40,7 +40,7 @@ def by_description(model, encoder, prompt: Prompt, suffix: str, rate: float, ste
     return losses
 
 
-@pytest.mark.parametrize(("family", "signed"), [("llama", True), ("gemma2", True), ("qwen2", False)])
+@pytest.mark.parametrize(("family", "signed"), [("llama", True), ("gemma3", True), ("qwen2", False)])
 def test_losses_are_those_of_the_description(family: str, signed: bool) -> None:
     """In float64 to rounding, through the shared prefix, sliding windows and scaled embeddings."""
     model = attacked_model(family, torch.float64)
@@ -174,11 +174,10 @@ def test_settings_that_cannot_be_are_refused(make, words: str) -> None:
 
 def test_generation_gets_its_settings_back() -> None:
     model = attacked_model()
-    before = model.generation_config
-    seen = []
-    with contextlib.suppress(ZeroDivisionError):
-        with generate.greedy_generation(model, target_of(model).encoder.tokenizer, 3):
-            seen.append(model.generation_config.max_new_tokens)
-            _ = 1 / 0
+    before, seen = model.generation_config, []
+    tokenizer = target_of(model).encoder.tokenizer
+    with contextlib.suppress(ZeroDivisionError), generate.greedy_generation(model, tokenizer, 3):
+        seen.append(model.generation_config.max_new_tokens)
+        _ = 1 / 0
     assert seen == [3]
     assert model.generation_config is before
