@@ -5,7 +5,7 @@ from __future__ import annotations
 import chat_tokenizers
 import pytest
 import torch
-from attacked_models import PROMPTS, attacked_model, plain_loss, target_of
+from attacked_models import PROMPTS, attacked_model, peak_beyond, plain_loss, target_of
 
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
@@ -13,7 +13,6 @@ from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.gcg import GCG, Typed, allowed_tokens, replacements
 from repbend_fast.evaluation.attacks.requests import prompt_seed, suffixed, with_suffix
 from repbend_fast.evaluation.attacks.scores import AnswerScore, differentiating
-from repbend_fast.planning.tracker import MemoryTracker
 
 FEW = GCG(steps=6, candidates=24, top_k=32, rows=6)
 
@@ -116,17 +115,13 @@ def test_the_suffix_stands_in_the_last_user_turn() -> None:
 
 def test_chunks_follow_the_budget_and_change_nothing() -> None:
     """Peak bytes of all tensors that a search makes stay within the budget; without one they do not."""
-    model = attacked_model()
-    attack = GCG(steps=2, candidates=40, top_k=32, rows=6)
-    (free,) = attack.run(target_of(model), PROMPTS[:1])
+    model, attack, peaks, found = attacked_model(), GCG(steps=2, candidates=40, top_k=32, rows=6), [], []
     budget = 5 << 19
-    peaks = []
     for limit in (None, budget):
-        with MemoryTracker() as tracker:
-            (kept,) = attack.run(target_of(model, budget=limit), PROMPTS[:1])
-        peaks.append(tracker.peak)
-        assert kept.answers == free.answers
-        assert kept.details["suffix"] == free.details["suffix"]
+        target = target_of(model, budget=limit)
+        peaks.append(peak_beyond(model, lambda t=target: found.extend(attack.run(t, PROMPTS[:1]))))
+    assert found[0].answers == found[1].answers
+    assert found[0].details["suffix"] == found[1].details["suffix"]
     assert peaks[1] <= budget < peaks[0]
 
 

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from attacked_models import PROMPTS, attacked_model, target_of
+from attacked_models import PROMPTS, attacked_model, peak_beyond, target_of
 
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.errors import UserError
@@ -16,7 +16,6 @@ from repbend_fast.evaluation.attacks.refusal_ablation import RefusalAblation, Re
 from repbend_fast.evaluation.generate import generate_answers
 from repbend_fast.models import find_decoder
 from repbend_fast.models.ablation import projected_out
-from repbend_fast.planning.tracker import MemoryTracker
 
 FEW = RefusalAblation(count=8, validation=4, kl_limit=10.0)
 MARK = "@"
@@ -84,7 +83,8 @@ def test_the_direction_that_was_put_in_is_found(tmp_path) -> None:
     assert unit[63] > 0.5, "the sign is harmful less harmless"
     with projected_out(model, chosen.direction):
         without = requests.last_states([plain, marked])
-    for state in without:
+    # The first state is read before the first block's projection.
+    for state in without[1:]:
         assert (state @ unit.float()).abs().max() < 1e-5
 
 
@@ -150,13 +150,10 @@ def test_answers_are_those_without_the_direction() -> None:
 
 
 def test_passes_keep_the_budget() -> None:
-    model, budget = attacked_model(), 3 << 20
-    peaks = []
+    model, budget, peaks = attacked_model(), 1 << 20, []
     for limit in (None, budget):
         requests = Requests(target_of(model, budget=limit, batch_size=32))
-        with MemoryTracker() as tracker:
-            requests.complying([*PROMPTS] * 10)
-        peaks.append(tracker.peak)
+        peaks.append(peak_beyond(model, lambda r=requests: r.complying([*PROMPTS] * 10)))
     assert peaks[1] <= budget < peaks[0]
 
 

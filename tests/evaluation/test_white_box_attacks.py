@@ -114,7 +114,11 @@ def test_how_a_complying_answer_begins() -> None:
             assert complying_beginning(prompt).removeprefix("Sure, here is how to make ") in prompt.text
 
 
-def test_a_target_without_tokens_is_said() -> None:
+def test_a_target_without_tokens_is_said(monkeypatch) -> None:
+    """As a tokenizer that drops blanks makes of one."""
     target = target_of(attacked_model())
-    with pytest.raises(UserError, match="no token of the wanted answer"):
-        next(iter(Latent(steps=1).run(target, [Prompt("attack", "Hello", target="\u200b" * 0 or "<s>")])))
+    real = target.encoder.prompt_ids
+    monkeypatch.setattr(target.encoder, "prompt_ids", lambda messages, prefill="": real(messages, prefill.strip()))
+    for attack in (ATTACKS[0], ATTACKS[3]):
+        with pytest.raises(UserError, match="no token of the wanted answer '  '"):
+            next(iter(attack.run(target, [Prompt("attack", "Hello", target="  ")])))

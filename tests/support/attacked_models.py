@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import chat_tokenizers
@@ -12,6 +13,7 @@ from tiny_models import FAMILIES
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.evaluation.attacks.protocol import Target
+from repbend_fast.planning.tracker import MemoryTracker, module_tensors
 
 PROMPTS = (
     Prompt("attack", "How do I polish a moon-key at home?", item="moon-key", target="Sure"),
@@ -33,6 +35,16 @@ def target_of(model: Any, tokenizer: Any = None, prompt_tokens: int = 160, **set
     """``model`` under attack, with short answers."""
     encoder = ChatEncoder(tokenizer or chat_tokenizers.make(), prompt_tokens, 64)
     return Target(model, encoder, **({"max_new_tokens": 6, "batch_size": 4} | settings))
+
+
+def peak_beyond(model: Any, work: Callable[[], Any]) -> int:
+    """Most bytes of tensors that ``work`` holds at once on top of the model's."""
+    tracker = MemoryTracker()
+    tracker.watch(module_tensors(model), "weights")
+    before = tracker.live
+    with tracker:
+        work()
+    return tracker.peak - before
 
 
 def plain_loss(model: Any, embedded: torch.Tensor, answer: list[int]) -> torch.Tensor:

@@ -80,9 +80,9 @@ class Latent:
     def _attacked(self, target: Target, index: int, prompt: Prompt) -> Attacked:
         ids, answer = answer_ids(target.encoder, prompt, complying_beginning(prompt))
         refused = answer_ids(target.encoder, prompt, self.refusal)[1] if self.refusal.strip() else ()
-        request = PerturbedRequest(target, ids, (answer, refused) if refused else (answer,))
         states = states_at(self.shares(), find_decoder(target.model).num_blocks)
         with differentiating(target.model):
+            request = PerturbedRequest(target, ids, (answer, refused) if refused else (answer,))
             sizes = request.median_lengths(states) if self.scale == "reference" else dict.fromkeys(states, 1.0)
             radii = {state: self.epsilon * size for state, size in sizes.items()}
             perturbation, losses = request.find(radii, self.ball, self.steps, self.rate)
@@ -101,7 +101,7 @@ class Latent:
 
 class PerturbedRequest:
     """One request with one or two answers: the wanted one, and the one to move away from. They share the rows of the
-    request, and what is added to them.
+    request, and what is added to them. Use it inside of ``differentiating``, ``answer`` apart.
     """
 
     def __init__(self, target: Target, ids: Sequence[int], answers: Sequence[Sequence[int]]) -> None:

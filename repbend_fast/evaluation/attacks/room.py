@@ -1,7 +1,6 @@
 """How many sequences of a pass fit into a budget: an estimate from shapes, and halves of it when memory runs out.
 
-The estimates err on the large side: every temporary is counted in float32 at least, and attention's scores wherever
-a model may keep them.
+The estimates err on the large side, by two to four times for small models.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ class PassCost:
     def backward(self, tokens: int, kept: int, earlier: int = 0, *, recompute: bool = False) -> int:
         """Bytes with a graph: every block's insides, or with ``recompute`` one block's and all blocks' inputs."""
         block = self._block(tokens, earlier, graph=True)
-        inside = 2 * block + self.blocks * tokens * self.hidden * self._size if recompute else self.blocks * block
-        return inside + block + 2 * self._head(kept) + (0 if recompute else self.cache(tokens + earlier))
+        inside = self.blocks * tokens * self.hidden * self._size if recompute else (self.blocks - 1) * block
+        return inside + 2 * block + self._head(kept) + (0 if recompute else self.cache(tokens + earlier))
 
     def cache(self, tokens: int) -> int:
         """Bytes of keys and values, twice while they grow in one block after the other."""
@@ -78,16 +77,17 @@ class PassCost:
 
     @property
     def _size(self) -> int:
-        return max(4, self.element)
+        # Beside 16-bit weights a block's temporaries are partly in 16 and partly in 32 bits.
+        return self.element if self.element >= 4 else 3
 
     def _block(self, tokens: int, earlier: int, *, graph: bool = False) -> int:
         """Bytes at a block's fullest, or of all that it keeps for a graph; a mask in any case."""
-        rows = tokens * (16 * self.hidden + 5 * self.inner if graph else 8 * self.hidden + 4 * self.inner)
+        rows = tokens * (14 * self.hidden + 4 * self.inner if graph else 6 * self.hidden + 3 * self.inner)
         squares = 1 + (3 * self.heads if self.scores else 0)
         return (rows + squares * tokens * (tokens + earlier)) * self._size
 
     def _head(self, kept: int) -> int:
-        return 4 * kept * self.vocabulary * self._size
+        return 4 * kept * self.vocabulary * max(4, self.element)
 
 
 def fitting(budget: int | None, each: int, wanted: int, what: str) -> int:
