@@ -1,4 +1,4 @@
-"""What a pass is estimated to need bounds what it makes, without wasting a budget; chunks halve when memory runs out."""
+"""Estimates bound what a pass makes, without wasting a budget; chunks halve when memory runs out."""
 
 from __future__ import annotations
 

@@ -101,9 +101,9 @@ class AnswerScore:
         return result
 
     def _gradient(self, rows: Tensor) -> tuple[float, Tensor]:
-        leaf = rows.detach().requires_grad_()
-        loss = -self(leaf.unsqueeze(0)).sum()
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        moved = torch.zeros_like(rows, requires_grad=True)
+        loss = -self((rows.detach() + moved).unsqueeze(0)).sum()
+        (gradient,) = torch.autograd.grad(loss, moved)
         return float(loss.detach()), gradient
 
     def chunks(self, wanted: int) -> Chunks:
@@ -136,7 +136,7 @@ class AnswerScore:
 
 
 def can_share(cache: Any) -> bool:
-    """Whether copies of a cache may grow apart: those that put new keys beside the old ones and write into none."""
+    """Whether a cache holds keys and values alone, which can be repeated for variants that go on from it."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     layers = getattr(cache, "layers", None)
@@ -145,8 +145,7 @@ def can_share(cache: Any) -> bool:
 
 def repeated(cache: Any, count: int) -> Any:
     """A copy of a one-sequence cache for ``count`` sequences; the cache itself stays as it is."""
-    mine = copy.copy(cache)
-    mine.layers = [copy.copy(layer) for layer in cache.layers]
+    mine = copy.deepcopy(cache)
     if count > 1:
         mine.batch_repeat_interleave(count)
     return mine
