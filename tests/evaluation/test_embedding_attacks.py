@@ -7,15 +7,18 @@ from __future__ import annotations
 import contextlib
 import math
 
+import chat_tokenizers
 import pytest
 import torch
-from attacked_models import PROMPTS, attacked_model, plain_loss, target_of
+from attacked_models import PROMPTS, attacked_model, peak_beyond, plain_loss, target_of
 
 from repbend_fast.data.prompts import Prompt
+from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation import generate
 from repbend_fast.evaluation.attacks.embedding import Descent, EmbeddingStrong, EmbeddingWeak
 from repbend_fast.evaluation.attacks.requests import suffixed
+from repbend_fast.evaluation.attacks.room import PassCost
 from repbend_fast.evaluation.attacks.scores import AnswerScore, answers_behind, differentiating
 from repbend_fast.evaluation.generate import generate_answers
 
@@ -147,7 +150,38 @@ def test_rows_that_do_not_fit_are_answered_in_halves(monkeypatch) -> None:
     assert sizes == [4, 2, 2]
 
 
-def test_a_target_is_asked_for_by_its_end_alone_where_a_long_prompt_is_cut() -> None:
+def test_a_small_budget_recomputes_blocks_and_takes_the_same_steps() -> None:
+    model, attack = attacked_model(), EmbeddingStrong(steps=3, generations=2, gap=1)
+    request = suffixed(target_of(model).encoder, PROMPTS[0], f" {attack.start.strip()}", PROMPTS[0].target)
+    tokens, kept = len(request.ids) + len(request.answer) - 1, len(request.answer)
+    budget, peaks, found = PassCost.of(model).backward(tokens, kept, recompute=True), [], []
+    for limit in (None, budget):
+        target = target_of(model, budget=limit)
+        peaks.append(peak_beyond(model, lambda t=target: found.extend(attack.run(t, PROMPTS[:1]))))
+    assert found[1].details["last_loss"] == pytest.approx(found[0].details["last_loss"], rel=1e-3)
+    assert found[1].details["last_loss"] < found[1].details["first_loss"]
+    assert peaks[1] <= budget < peaks[0]
+    with pytest.raises(UserError, match="embedding-strong for one prompt needs about"):
+        next(iter(attack.run(target_of(model, budget=budget - 1), PROMPTS)))
+
+
+@pytest.mark.parametrize("template", chat_tokenizers.TEMPLATES)
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "metaspace_legacy"])
+def test_the_rows_of_a_suffix_are_found_in_every_template(kind: str, template: str) -> None:
+    """All of its tokens are among them, and none of the template's."""
+    tokenizer = chat_tokenizers.make(kind, chat_tokenizers.TEMPLATES[template])
+    encoder = ChatEncoder(tokenizer, 160, 64)
+    request = suffixed(encoder, PROMPTS[0], " quick brown dog", "Sure")
+    inside = tokenizer.decode(request.ids[request.start : request.stop])
+    behind = tokenizer.decode(request.ids[request.stop :])
+    plain = encoder.prompt_ids(PROMPTS[0].conversation())
+    assert inside.endswith("quick brown dog")
+    assert tokenizer.decode(plain).endswith(behind)
+    assert PROMPTS[0].text[:-8] in tokenizer.decode(request.ids[: request.start])
+    assert tokenizer.decode(request.answer).strip() == "Sure"
+
+
+def test_the_rows_are_found_where_a_long_prompt_is_cut() -> None:
     """The suffix is found from the end, and nothing of this counts as a truncated prompt."""
     target = target_of(attacked_model(), prompt_tokens=60)
     long = Prompt("attack", "The quick brown fox jumps over the lazy dog. " * 30, target="Sure")

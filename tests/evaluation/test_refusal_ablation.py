@@ -26,7 +26,7 @@ def marked_model():
     direction raises one token's logit: a refusal that is known.
 
     Block 1 attends to the mark alone (its queries and keys read one coordinate that only the mark's embedding has) and
-    writes ``REFUSE`` where it finds it.
+    writes coordinate 63 where it finds it, which the head reads as "I".
     """
     model = attacked_model(dtype=torch.float64)
     target = target_of(model)
@@ -50,6 +50,9 @@ def marked_model():
                     # The last pair of a head turns slowest, so positions hardly matter to it.
                     weight[head // 2 - 1, source] = 6.0
                 block.self_attn.o_proj.weight[63, head // 2 - 1] = 4.0
+        (refused,) = target.encoder.tokenizer("I", add_special_tokens=False)["input_ids"]
+        model.lm_head.weight[:, 63] = 0
+        model.lm_head.weight[refused, 63] = 6.0
     assert width == 64
     return model
 
@@ -86,6 +89,20 @@ def test_the_direction_that_was_put_in_is_found(tmp_path) -> None:
     # The first state is read before the first block's projection.
     for state in without[1:]:
         assert (state @ unit.float()).abs().max() < 1e-5
+
+
+def test_refused_requests_are_answered_again(tmp_path) -> None:
+    """A complying beginning's mean log-probability is less than two thirds of what it was, and harmless prompts change
+    little.
+    """
+    model = marked_model()
+    target = target_of(model)
+    attack = RefusalAblation(**files(tmp_path), count=4, validation=2, kl_limit=1.0)
+    (result,) = attack.run(target, [Prompt("attack", f"Tell me how it is {MARK}.")])
+    held = _cut(attack._prompts("harmful", 0), 4, 2)[1]
+    before = Requests(target).complying(held)
+    assert result.details["log_prob"] > before / 1.5
+    assert result.details["kl"] < 1.0
 
 
 def test_hidden_states_are_those_of_each_prompt_alone() -> None:

@@ -28,6 +28,7 @@ from repbend_fast.evaluation.attacks.requests import (
     uncounted,
     with_suffix,
 )
+from repbend_fast.evaluation.attacks.room import PassCost, fitting
 from repbend_fast.evaluation.attacks.scores import AnswerScore, differentiating
 from repbend_fast.evaluation.generate import generate_answers
 
@@ -79,6 +80,8 @@ class GCG:
         with differentiating(target.model):
             found = self._search(target, request, typed, seed, allowed)
         suffix = typed.text(found.best.tolist())
+        each = PassCost.of(target.model).generation(len(request.ids), target.max_new_tokens)
+        fitting(target.budget, each, 1, "an answer")
         answer = generate_answers(
             target.model,
             target.encoder,
