@@ -139,7 +139,7 @@ def can_share(cache: Any) -> bool:
     """Whether a cache holds keys and values alone, which can be repeated for variants that go on from it."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    layers = getattr(cache, "layers", None)
+    layers = getattr(cache, "layers", None) or []
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
