@@ -4,12 +4,18 @@ ended.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+<<<<<<< HEAD
 from dataclasses import dataclass
+=======
+from contextlib import contextmanager
+>>>>>>> w-white
 from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from repbend_fast.data.prompts import Prompt
@@ -159,5 +165,26 @@ def _generate_batch(model: CausalLM, tokenizer: Tokenizer, encoded: list[list[in
 
 def _until_end(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> Answer:
     stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+<<<<<<< HEAD
     text = str(tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
     return Answer(text, stop, stop < len(ids))
+=======
+    return str(tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
+
+
+@contextmanager
+def greedy_generation(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+    """While entered, ``model.generate`` is greedy with a KV cache, in evaluation mode, and keeps no graph.
+
+    ``model`` is a causal LM without a PEFT wrapper. Afterwards mode and generation settings are as before.
+    """
+    settings = _greedy(model.generation_config, tokenizer, max_new_tokens)
+    with evaluation_mode(model), torch.inference_mode(), generation_settings(model, settings):
+        yield
+
+
+def answer_texts(model: Any, tokenizer: Any, generated: Tensor) -> list[str]:
+    """The texts of newly generated ids [B, n], each up to its end, by the settings that ``model`` generates with."""
+    ends = model.generation_config.eos_token_id or []
+    return [_until_end(tokenizer, row, ends) for row in generated.tolist()]
+>>>>>>> w-white

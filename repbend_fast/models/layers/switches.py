@@ -73,3 +73,19 @@ def output_through(module: nn.Module | None, change: Callable[[Tensor], Tensor])
     finally:
         if handle is not None:
             handle.remove()
+
+
+@contextmanager
+def input_through(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """What ``module`` takes as its first argument, or as ``hidden_states``, goes through ``change``."""
+
+    def changed(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if inputs:
+            return (change(inputs[0]), *inputs[1:]), named
+        return inputs, named | {"hidden_states": change(named["hidden_states"])}
+
+    handle = module.register_forward_pre_hook(changed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,149 @@
+"""How many sequences of a pass fit into a budget: an estimate from shapes, and halves of it when memory runs out.
+
+The estimates err on the large side, by two to four times for small models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from repbend_fast.errors import UserError
+from repbend_fast.models.decoder import causal_model, find_decoder
+from repbend_fast.step.retreat import OutOfMemory, attempt
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """Bytes of one sequence in a pass of a model.
+
+    ``tokens``: positions that run; ``kept``: those that reach the head; ``earlier``: positions in the cache before
+    them.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    blocks: int
+    vocabulary: int
+    cached_width: int
+    element: int
+    scores: bool
+
+    @classmethod
+    def of(cls, model: Any) -> PassCost:
+        """From the model's configuration. A mixture of experts counts as one MLP of the width that a token meets."""
+        shape = causal_model(model).config.get_text_config()
+        heads = shape.num_attention_heads
+        width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+        groups = getattr(shape, "num_key_value_heads", None) or heads
+        experts = getattr(shape, "num_experts_per_tok", None) or 1
+        inner = max(getattr(shape, "intermediate_size", 0), experts * getattr(shape, "moe_intermediate_size", 0))
+        embedding = causal_model(model).get_input_embeddings().weight
+        return cls(
+            hidden=max(shape.hidden_size, heads * width),
+            inner=inner,
+            heads=heads,
+            blocks=find_decoder(model).num_blocks,
+            vocabulary=shape.vocab_size,
+            cached_width=2 * groups * width,
+            element=embedding.element_size(),
+            scores=getattr(shape, "_attn_implementation", None) not in ("sdpa", "flash_attention_2"),
+        )
+
+    def forward(self, tokens: int, kept: int, earlier: int = 0) -> int:
+        """Bytes without a graph."""
+        return self._block(tokens, earlier) + self._head(kept) + self.cache(tokens + earlier)
+
+    def backward(self, tokens: int, kept: int, earlier: int = 0, *, recompute: bool = False) -> int:
+        """Bytes with a graph: every block's insides, or with ``recompute`` one block's and all blocks' inputs."""
+        block = self._block(tokens, earlier, graph=True)
+        inside = self.blocks * tokens * self.hidden * self._size if recompute else (self.blocks - 1) * block
+        return inside + 2 * block + self._head(kept) + (0 if recompute else self.cache(tokens + earlier))
+
+    def cache(self, tokens: int) -> int:
+        """Bytes of keys and values, twice while they grow in one block after the other."""
+        return 2 * self.blocks * tokens * self.cached_width * self._size
+
+    def generation(self, prompt: int, new: int) -> int:
+        """Bytes of one answer of ``new`` tokens."""
+        return max(self.forward(prompt, 1), self.cache(prompt + new) + self._block(1, prompt + new) + self._head(1))
+
+    @property
+    def _size(self) -> int:
+        # Beside 16-bit weights a block's temporaries are partly in 16 and partly in 32 bits.
+        return self.element if self.element >= 4 else 3
+
+    def _block(self, tokens: int, earlier: int, *, graph: bool = False) -> int:
+        """Bytes at a block's fullest, or of all that it keeps for a graph; a mask in any case."""
+        rows = tokens * (14 * self.hidden + 4 * self.inner if graph else 6 * self.hidden + 3 * self.inner)
+        squares = 1 + (3 * self.heads if self.scores else 0)
+        return (rows + squares * tokens * (tokens + earlier)) * self._size
+
+    def _head(self, kept: int) -> int:
+        return 4 * kept * self.vocabulary * max(4, self.element)
+
+
+def fitting(budget: int | None, each: int, wanted: int, what: str) -> int:
+    """How many of ``wanted`` things of ``each`` bytes run at once.
+
+    Raises:
+        UserError: not one of them fits into ``budget``.
+    """
+    if budget is None:
+        return wanted
+    if each > budget:
+        raise UserError(
+            f"{what} needs about {_mib(each)} and the budget is {_mib(budget)}; raise memory.budget, shorten the "
+            "prompts, or leave this attack out"
+        )
+    return max(1, min(wanted, budget // each))
+
+
+class Chunks:
+    """Work over many equal things in chunks, which halve for good when one runs out of memory."""
+
+    def __init__(self, size: int, device: torch.device, what: str) -> None:
+        self.size = size
+        self._device = device
+        self._what = what
+
+    def over(self, count: int, work: Callable[[slice], T]) -> list[T]:
+        """``work`` on the slices of ``count`` things, in order.
+
+        Raises:
+            UserError: there is no memory for a single one.
+        """
+        results: list[T] = []
+        done = 0
+        while done < count:
+            chosen = slice(done, min(done + self.size, count))
+            result = attempt(lambda chosen=chosen: work(chosen), self._device)  # type: ignore[misc]
+            if isinstance(result, OutOfMemory):
+                self.size = _half(chosen.stop - chosen.start, self._what, result)
+                continue
+            results.append(result)
+            done = chosen.stop
+        return results
+
+    def rows(self, count: int, work: Callable[[slice], Tensor]) -> Tensor:
+        """``over``, and what each slice gives joined along its first dimension."""
+        return torch.cat(self.over(count, work))
+
+
+def _half(size: int, what: str, failure: OutOfMemory) -> int:
+    if size == 1:
+        raise UserError(
+            f"out of memory in {what} ({failure.reason}); shorten the prompts or set model.quantization=nf4"
+        )
+    return size // 2
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
