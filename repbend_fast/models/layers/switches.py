@@ -68,3 +68,13 @@ def output_through(module: nn.Module | None, change: Callable[[Tensor], Tensor])
     finally:
         if handle is not None:
             handle.remove()
+
+
+@contextmanager
+def added_to(module: nn.Module, part: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """``part`` of what ``module`` is given is added to what it gives, whatever kind of layer it is."""
+    handle = module.register_forward_hook(lambda _, inputs, output: output + part(inputs[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
