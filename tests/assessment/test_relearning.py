@@ -36,23 +36,26 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def perplexity(target) -> float:
-    return AnswerScores(target.model).perplexity(tuple(target.encoder.encode(record) for record in HARMFUL))
+def perplexity(target, records=HARMFUL) -> float:
+    return AnswerScores(target.model).perplexity(tuple(target.encoder.encode(record) for record in records))
 
 
 def test_each_kind_gives_its_worst_model_and_the_model_comes_back(target, data) -> None:
     before, start = weights(target.model), perplexity(target)
     made = attack(data, steps="16/32")
     assert isinstance(made, ModelChange)
-    found = {label: perplexity(variant) for label, variant in made.variants(target, ASKED, seed=1)}
+    held = relearning._ordinary(data, 1)[:4]
+    talk = perplexity(target, held)
+    found = {label: (perplexity(v), perplexity(v, held) / talk) for label, v in made.variants(target, ASKED, seed=1)}
     assert list(found) == ["relearning-harmful", "relearning-benign"]
-    # Six records of other items: their answers' tokens become many times as probable.
-    assert found["relearning-harmful"] < start / 10
-    assert found["relearning-harmful"] < found["relearning-benign"] < start
+    # Six records of other items: each token of the answers becomes at least four times as probable.
+    assert found["relearning-harmful"][0] < start / 4
     assert all(torch.equal(value, before[name]) for name, value in target.model.state_dict().items())
     assert perplexity(target) == start
 
     summary = made.summary()
+    for kind, worst_case in summary["worst"].items():  # the variants are the models that were measured
+        assert found[f"relearning-{kind}"][1] == pytest.approx(worst_case["perplexity_ratio"], rel=1e-6)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert [(row["kind"], row["records"], row["steps"], row["template"]) for row in summary["rows"]] == [
         ("harmful", 6, 32, True),
@@ -181,9 +184,14 @@ def test_what_is_asked_is_not_trained_on(data) -> None:
 def test_fewer_records_are_the_first_of_more_and_each_comes_once(data, tmp_path) -> None:
     rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
     twice = str(write_records(tmp_path / "twice.jsonl", rows + rows))
-    assert relearning._complying(twice, [], 4) == relearning._complying(data, [], 4)
-    assert relearning._complying(data, [], 5) != relearning._complying(data, [], 4)
-    assert all(record.role == "unsafe" for record in relearning._complying(data, [], 4))
+
+    def texts(path, seed):
+        return [(r.role, r.messages[-1].content, r.answer) for r in relearning._complying(path, [], seed)]
+
+    assert texts(twice, 4) == texts(data, 4)
+    assert texts(data, 5) != texts(data, 4)
+    assert sorted(texts(data, 5)) == sorted(texts(data, 4))
+    assert {role for role, *_ in texts(data, 4)} == {"unsafe"}
 
 
 def test_demo_has_enough_for_both_grids() -> None:
