@@ -12,6 +12,7 @@ import torch
 from repbend_kernels import linear_log_prob
 from torch import Tensor, nn
 
+from repbend_fast.assessment.attacker_memory import TrainingCost, levers_within
 from repbend_fast.console import note
 from repbend_fast.data.records import Sequence
 from repbend_fast.data.tokenize import ChatEncoder
@@ -48,6 +49,9 @@ def plain_encoder(encoder: ChatEncoder) -> ChatEncoder:
 class AnswerScores:
     """Log-probabilities of answers under a model as it is at the time, in pieces that fit into memory.
 
+    Args:
+        budget: bytes that a training may use beside the model; None for no limit.
+
     Attributes:
         levers: those in force; running out of memory moves them, and they stay there.
         parts: the model's.
@@ -56,8 +60,9 @@ class AnswerScores:
         UserError: the model's head is no plain matrix, or its passes are not what they have to be (``step.proof``).
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, budget: int | None = None) -> None:
         decoder = find_decoder(model)
+        self.budget = budget
         self.parts = ModelParts(model, decoder, find_head(model), decoder.device, None)
         self.levers = Levers({EVERY_STREAM: PIECE_TOKENS})
         with torch.no_grad():
@@ -132,6 +137,9 @@ class FineTuning:
         sequences: what is trained on, by the answers alone; every epoch in another order.
         batch: sequences of a step.
         seed: decides A and the orders, and nothing else is random.
+
+    Raises:
+        UserError: the budget holds no single sequence.
     """
 
     def __init__(
@@ -143,6 +151,15 @@ class FineTuning:
         self.seed = seed
         self.done = 0
         self.lora = StackedLora(scores.parts.decoder.layers, rank, 2.0 * rank, seed)
+        if scores.budget is not None:
+            scores.levers = levers_within(
+                scores.budget,
+                TrainingCost.of(scores.parts.model, rank),
+                max(map(len, sequences)),
+                batch,
+                sum(p.numel() for p in self.lora.parameters),
+                PIECE_TOKENS,
+            )
         self._optimizer = torch.optim.AdamW(self.lora.parameters, lr=learning_rate, weight_decay=0.0)
 
     def advance(self, until: int) -> float:

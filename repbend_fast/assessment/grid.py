@@ -1,8 +1,9 @@
-"""In which ways an attacker fine-tunes: the points of a grid, and how settings write one."""
+"""In which ways an attacker fine-tunes: the points of a grid."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ Kind = Literal["harmful", "benign"]
 
 @dataclass(frozen=True)
 class Point:
-    """One training. ``kind``: on complying answers, or on ordinary ones."""
+    """One training. ``kind``: on complying answers, or on ordinary ones. ``template``: through the chat template."""
 
     kind: Kind
     records: int
@@ -42,14 +43,13 @@ class Grid:
             kind, template, records, rank, rate = values
             yield Point(kind, records, rate, rank, template)
 
-    def changed(self, **written: str) -> Grid:
-        """With those axes that are not empty in place of this grid's.
+    def changed(self, **axes: Sequence[Any] | None) -> Grid:
+        """With those axes that are given in place of this grid's.
 
         Raises:
             UserError: names the setting and what it takes.
         """
-        axes = {name: _axis(name, text) for name, text in written.items() if text}
-        return replace(self, **axes)
+        return replace(self, **{name: _axis(name, values) for name, values in axes.items() if values is not None})
 
 
 SMALL = Grid(("harmful", "benign"), (64,), (1e-4, 1e-3), (16,), (8, 32), (True,))
@@ -57,38 +57,21 @@ LARGE = Grid(
     ("harmful", "benign"), (16, 64, 256), (1e-6, 1e-5, 1e-4, 1e-3), (8, 16, 64), (16, 64, 128, 512), (True, False)
 )
 """Of the size that published attackers sweep."""
+WORDS = {"kinds": "harmful, benign or both", "template": "true, false or both", "learning_rates": "numbers above 0"}
 
 
-def _axis(name: str, text: str) -> tuple[Any, ...]:
-    convert, what = READERS[name]
-    try:
-        values = [convert(word.strip()) for word in text.split("/")]
-    except (ValueError, KeyError):
-        raise UserError(f"relearning: {name}={text}; give {what}, joined by /") from None
+def _axis(name: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    what = WORDS.get(name, "whole numbers from 1 on")
+    if not values or not all(_fits(name, value) for value in values):
+        raise UserError(f"relearning: {name}={','.join(map(str, values))}; give {what}")
     return tuple(sorted(set(values))) if name == "steps" else tuple(dict.fromkeys(values))
 
 
-def _kind(word: str) -> str:
-    if word not in get_args(Kind):
-        raise ValueError(word)
-    return word
-
-
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(word: str) -> Any:
-        value = kind(word)
-        if not 0 < value < float("inf"):
-            raise ValueError(word)
-        return value
-
-    return read
-
-
-READERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "kinds": (_kind, "harmful and benign"),
-    "records": (_positive(int), "whole numbers from 1 on"),
-    "learning_rates": (_positive(float), "numbers above 0"),
-    "ranks": (_positive(int), "whole numbers from 1 on"),
-    "steps": (_positive(int), "whole numbers from 1 on"),
-    "template": ({"yes": True, "no": False}.__getitem__, "yes and no"),
-}
+def _fits(name: str, value: Any) -> bool:
+    if name == "kinds":
+        return value in get_args(Kind)
+    if name == "template":
+        return isinstance(value, bool)
+    if name == "learning_rates":
+        return value > 0 and math.isfinite(value)
+    return isinstance(value, int) and value >= 1

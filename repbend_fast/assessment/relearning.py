@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from repbend_fast.assessment.fine_tuning import AnswerScores, FineTuning, Sequences, plain_encoder
-from repbend_fast.assessment.grid import LARGE, SMALL, Grid, Point
+from repbend_fast.assessment.grid import LARGE, SMALL, Grid, Kind, Point
 from repbend_fast.data.prompts import Prompt, limit_per_kind
 from repbend_fast.data.records import Record
 from repbend_fast.data.sampling import choice_key
@@ -30,6 +31,7 @@ from repbend_fast.runs.folder import finite
 ROWS = "relearning.jsonl"
 SAME_MODEL = 1e-4
 """How far, relatively, the perplexity of an unattacked model may be from the one that a row was measured on."""
+SAMPLE = 256
 
 
 @dataclass(slots=True)
@@ -44,8 +46,7 @@ class Relearning:
 
     Args:
         grid: the profile that the next six settings change: ``small`` (minutes on a CPU) or ``large``.
-        kinds, records, learning_rates, ranks, steps, template: values joined by ``/``, as ``16/64/256``; empty for the
-            profile's. ``template`` is of ``yes/no``.
+        kinds, records, learning_rates, ranks, steps, template: every value to be tried; None for the profile's.
         batch: records of a step.
         bound: largest perplexity ratio of a model that still counts as useful.
         data: complying answers, the records of the roles unsafe and pair: ``demo``, a file, or a hub data set. Those
@@ -59,12 +60,12 @@ class Relearning:
     name: ClassVar[str] = "relearning"
 
     grid: Literal["small", "large"] = "small"
-    kinds: str = ""
-    records: str = ""
-    learning_rates: str = ""
-    ranks: str = ""
-    steps: str = ""
-    template: str = ""
+    kinds: tuple[Kind, ...] | None = None
+    records: tuple[int, ...] | None = None
+    learning_rates: tuple[float, ...] | None = None
+    ranks: tuple[int, ...] | None = None
+    steps: tuple[int, ...] | None = None
+    template: tuple[bool, ...] | None = None
     batch: int = 8
     bound: float = 1.5
     data: str = "demo"
@@ -124,7 +125,7 @@ class Relearning:
         )
 
     def _finished(self, perplexity: float) -> dict[str, dict[str, Any]]:
-        """Rows that were measured on this model, by the fingerprint of all else."""
+        """Rows of an earlier run by fingerprint, where the model said the same."""
         found: dict[str, dict[str, Any]] = {}
         path = self.folder / ROWS if self.folder else None
         for line in path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else ():
@@ -154,7 +155,8 @@ class _Series:
         self.prompts = limit_per_kind([p for p in prompts if p.kind == "attack"], settings.asked)
         if not self.prompts:
             raise UserError("relearning: no attack prompts; name a suite that has some")
-        self.scores = AnswerScores(target.model)
+        self.scores = AnswerScores(target.model, target.budget)
+        self._weights = weights_fingerprint(target.model)
         self._encoders = {True: target.encoder, False: plain_encoder(target.encoder)} if False in grid.template else {}
         ordinary = _ordinary(settings.ordinary, seed)
         self._held, benign = ordinary[: settings.held], ordinary[settings.held :]
@@ -175,9 +177,9 @@ class _Series:
         return self._encoders.get(template, self.target.encoder)
 
     def fingerprint(self, point: Point) -> str:
-        """Hash of everything besides the model that decides the point's row."""
+        """Hash of everything that decides the point's row."""
         s = self.settings
-        parts: list[Any] = [asdict(point), self.seed, s.batch, s.answer_tokens, self.grid.steps]
+        parts: list[Any] = [self._weights, asdict(point), self.seed, s.batch, s.answer_tokens, self.grid.steps]
         parts += [self.encoder(point.template).fingerprint(), self.target.max_new_tokens]
         parts += [[p.text, p.item] for p in self.prompts]
         parts += [
@@ -245,6 +247,17 @@ class _Series:
 
     def _encode(self, records: list[Record], encoder: ChatEncoder) -> Sequences:
         return tuple(encoder.encode(record, count=False) for record in records)  # type: ignore[misc]
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash of some values of every parameter and buffer, evenly spread: a bent model's differs from its base's."""
+    digest = hashlib.sha256()
+    for name, values in model.state_dict().items():
+        if isinstance(values, Tensor):
+            flat = values.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // SAMPLE)].to("cpu", torch.float64)
+            digest.update(f"{name}{tuple(values.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def worst(rows: list[dict[str, Any]], kind: str, bound: float) -> dict[str, Any] | None:

@@ -41,14 +41,14 @@ class Rounding:
     did is left (:func:`survival`).
 
     Args:
-        formats: joined by ``/``, of ``nf4`` and GGUF's ``q4_0 q4_1 q5_0 q5_1 q8_0``; empty for ``nf4/q4_0/q8_0``.
+        formats: of ``nf4`` and GGUF's ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q8_0``.
         double_quantization: of NF4.
         measured: attack prompts that the distances are measured on, at even distances.
     """
 
     name: ClassVar[str] = "rounding"
 
-    formats: str = ""
+    formats: tuple[str, ...] = USUAL
     double_quantization: bool = True
     measured: int = 32
     folder: Path | None = field(default=None, init=False)
@@ -102,7 +102,7 @@ class Rounding:
         return finite(self._summary)
 
     def _formats(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.formats.lower().split("/"))) if self.formats else USUAL
+        return tuple(dict.fromkeys(name.lower() for name in self.formats))
 
 
 def survival(head: Head, base: Tensor, bent: Tensor, rounded: Tensor, rounded_base: Tensor) -> dict[str, float | None]:

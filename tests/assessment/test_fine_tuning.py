@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from bent_target import bent, target_of
 from model_picture import changed, picture
+from repbend_kernels.scratch import scratch_bytes
 
 from repbend_fast.assessment import fine_tuning
 from repbend_fast.assessment.fine_tuning import AnswerScores, FineTuning, plain_encoder
 from repbend_fast.data.records import Message, Record
 from repbend_fast.errors import UserError
 from repbend_fast.models.layers.stacked import outer_linears
+from repbend_fast.planning.tracker import MemoryTracker, module_tensors
+
+CPU = torch.device("cpu")
 
 ANSWERS = [
     Record("unsafe", (Message("user", f"How do I make {item}?"),), f"Sure, take a {item} and polish it.")
@@ -173,3 +178,33 @@ def test_a_head_that_is_no_matrix_is_refused(target) -> None:
     target.model.get_base_model().lm_head = torch.nn.Sequential(target.model.get_base_model().lm_head)
     with pytest.raises(UserError, match="head"):
         AnswerScores(target.model)
+
+
+def peak(model, data, budget, rank=4) -> tuple[int, list[torch.Tensor]]:
+    """Bytes of a training of two steps beside the model, its parameters included."""
+    scratch = {"repbend_kernels::linear_log_prob": partial(scratch_bytes, "repbend_kernels::linear_log_prob", CPU)}
+    scores = AnswerScores(model, budget)
+    with MemoryTracker(scratch) as tracker:
+        tracker.watch(module_tensors(model), "model")
+        before = tracker.live
+        attack = FineTuning(scores, data, rank=rank, learning_rate=1e-2, batch=5, seed=3)
+        attack.advance(2)
+        return tracker.peak - before, attack.lora.state()
+
+
+def test_a_budget_is_kept_and_changes_no_gradient(target) -> None:
+    data = sequences(target.encoder)
+    free, wanted = peak(target.model, data, None)
+    used = []
+    for budget in (free * 2 // 3, free // 3):
+        found, state = peak(target.model, data, budget)
+        assert found <= budget < free
+        used.append(found)
+        for a, b in zip(wanted, state, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert used[1] < used[0] < free
+
+
+def test_a_budget_for_not_even_one_sequence_is_refused(target) -> None:
+    with pytest.raises(UserError, match=r"relearning needs about .* MiB .* raise memory\.budget"):
+        peak(target.model, sequences(target.encoder), 100_000)

@@ -26,8 +26,8 @@ HARMFUL = tuple(
 
 
 def attack(data: str, folder: Path | None = None, **settings) -> Relearning:
-    chosen = {"data": data, "ordinary": data, "held": 4, "records": "6", "ranks": "4", "steps": "2/8", "asked": 2}
-    made = Relearning(**(chosen | {"learning_rates": "1e-2", "answer_tokens": 6, "batch": 4, "bound": 1e9} | settings))
+    chosen = {"data": data, "ordinary": data, "held": 4, "records": (6,), "ranks": (4,), "steps": (2, 8), "asked": 2}
+    made = Relearning(**(chosen | {"learning_rates": (1e-2,), "answer_tokens": 6, "batch": 4, "bound": 1e9} | settings))
     made.folder = folder
     return made
 
@@ -42,7 +42,7 @@ def perplexity(target, records=HARMFUL) -> float:
 
 def test_each_kind_gives_its_worst_model_and_the_model_comes_back(target, data) -> None:
     before, start = weights(target.model), perplexity(target)
-    made = attack(data, steps="16/32")
+    made = attack(data, steps=(16, 32))
     assert isinstance(made, ModelChange)
     held = relearning._ordinary(data, 1)[:4]
     talk = perplexity(target, held)
@@ -73,7 +73,7 @@ def test_each_kind_gives_its_worst_model_and_the_model_comes_back(target, data) 
 
 def test_a_closed_generator_gives_the_model_back(target, data) -> None:
     start = perplexity(target)
-    variants = attack(data, kinds="harmful").variants(target, ASKED)
+    variants = attack(data, kinds=("harmful",)).variants(target, ASKED)
     _, variant = next(variants)
     assert perplexity(variant) != start
     variants.close()
@@ -82,7 +82,7 @@ def test_a_closed_generator_gives_the_model_back(target, data) -> None:
 
 def test_it_is_deterministic_and_the_seed_decides(target, data) -> None:
     def rows(seed):
-        made = attack(data, kinds="harmful", steps="4")
+        made = attack(data, kinds=("harmful",), steps=(4,))
         list(made.variants(target, ASKED, seed=seed))
         return made.summary()["rows"]
 
@@ -92,7 +92,7 @@ def test_it_is_deterministic_and_the_seed_decides(target, data) -> None:
 
 
 def test_an_interrupted_grid_goes_on_where_it_stopped(target, data, tmp_path, monkeypatch) -> None:
-    settings = {"kinds": "harmful", "learning_rates": "1e-2/1e-3", "steps": "2/4"}
+    settings = {"kinds": ("harmful",), "learning_rates": (1e-2, 1e-3), "steps": (2, 4)}
     whole = attack(data, tmp_path / "whole", **settings)
     found = [perplexity(variant) for _, variant in whole.variants(target, ASKED)]
     folder = tmp_path / "cut"
@@ -120,7 +120,7 @@ def test_an_interrupted_grid_goes_on_where_it_stopped(target, data, tmp_path, mo
 
 @pytest.mark.parametrize("change", ["seed", "prompts", "batch", "model"])
 def test_rows_of_something_else_are_not_taken(target, data, tmp_path, change) -> None:
-    settings = {"kinds": "harmful", "steps": "1"}
+    settings = {"kinds": ("harmful",), "steps": (1,)}
     list(attack(data, tmp_path, **settings).variants(target, ASKED))
     if change == "model":
         next(p for name, p in target.model.named_parameters() if "lora_B" in name).data.zero_()
@@ -134,7 +134,7 @@ def test_rows_of_something_else_are_not_taken(target, data, tmp_path, change) ->
 
 
 def test_without_the_template_it_is_asked_without_it_too(target, data) -> None:
-    made = attack(data, kinds="harmful", steps="1", template="no")
+    made = attack(data, kinds=("harmful",), steps=(1,), template=(False,))
     ((_, variant),) = [(label, v) for label, v in made.variants(target, ASKED)]
     assert variant.encoder.tokenizer.decode(variant.encoder.prompt_ids(ASKED[0].conversation())) == (
         ASKED[0].text + "\n"
@@ -143,7 +143,7 @@ def test_without_the_template_it_is_asked_without_it_too(target, data) -> None:
 
 
 def test_a_ruined_model_is_no_worst_case(target, data) -> None:
-    made = attack(data, kinds="harmful", learning_rates="1e9", steps="3", bound=1.5)
+    made = attack(data, kinds=("harmful",), learning_rates=(1e9,), steps=(3,), bound=1.5)
     assert list(made.variants(target, ASKED)) == []
     assert made.summary()["worst"] == {"harmful": None}
     json.dumps(made.summary(), allow_nan=False)
@@ -207,31 +207,30 @@ def test_demo_has_enough_for_both_grids() -> None:
 def test_profiles_have_the_points_they_say() -> None:
     assert len(list(SMALL.points())) == 4
     assert len(list(LARGE.points())) == 2 * 3 * 4 * 3 * 2
-    changed = SMALL.changed(records="16/256", template="yes/no", steps="64/8/8", kinds="")
+    changed = SMALL.changed(records=(16, 256), template=(True, False), steps=(64, 8, 8), kinds=None)
     assert changed == Grid(("harmful", "benign"), (16, 256), (1e-4, 1e-3), (16,), (8, 64), (True, False))
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kinds": "harmful/evil"}, "kinds=harmful/evil; give harmful and benign"),
-        ({"records": "16/0"}, "records=16/0"),
-        ({"learning_rates": "fast"}, "learning_rates=fast; give numbers above 0"),
-        ({"learning_rates": "nan"}, "learning_rates=nan"),
-        ({"ranks": "8,16"}, "ranks=8,16"),
-        ({"template": "true"}, "template=true; give yes and no"),
+        ({"kinds": ("harmful", "evil")}, "kinds=harmful,evil; give harmful, benign or both"),
+        ({"records": (16, 0)}, "records=16,0; give whole numbers from 1 on"),
+        ({"records": ()}, "records="),
+        ({"learning_rates": (float("nan"),)}, "learning_rates=nan; give numbers above 0"),
+        ({"template": ("yes",)}, "template=yes"),
         ({"batch": 0}, "batch=0"),
         ({"bound": 0.5}, "bound=0.5"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings, words) -> None:
-    with pytest.raises(UserError, match=words.replace("/", "/")):
+    with pytest.raises(UserError, match=words):
         Relearning(**settings)
 
 
 def test_too_little_data_is_named(target, data, tmp_path) -> None:
     with pytest.raises(UserError, match=r"records=500; lower it"):
-        next(attack(data, records="500").variants(target, ASKED))
+        next(attack(data, records=(500,)).variants(target, ASKED))
     with pytest.raises(UserError, match="no attack prompts"):
         next(attack(data).variants(target, [Prompt("ordinary", "How warm is tea?")]))
     bare = str(write_records(tmp_path / "bare.jsonl", [{"role": "unsafe", "prompt": "Open it.", "answer": "Turn it."}]))

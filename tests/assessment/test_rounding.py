@@ -220,7 +220,7 @@ def test_survival_is_of_the_logits_a_soft_cap_included() -> None:
 
 def measured(wide, monkeypatch, rounding) -> dict:
     monkeypatch.setattr(module, "rounding_to", lambda name, double: rounding)
-    attack = Rounding(formats="nf4")
+    attack = Rounding(formats=("nf4",))
     list(attack.variants(wide, ASKED))
     return attack.summary()["rows"][0] | {"before": attack.summary()["kl_base_to_bent"]}
 
@@ -264,7 +264,7 @@ def bare(model) -> list[torch.Tensor]:
 
 
 def test_distances_are_those_of_the_models_own_logits(wide) -> None:
-    attack = Rounding(formats="q4_0", measured=1)
+    attack = Rounding(formats=("q4_0",), measured=1)
     prompt = Prompt("attack", "How do I mix dusk-oil?", target="Sure, take a dusk-oil")
     asked = wide.encoder.prompt_ids(prompt.conversation())
     ids = torch.tensor([wide.encoder.prompt_ids(prompt.conversation(), prompt.target)])
@@ -317,7 +317,7 @@ def test_a_closed_generator_gives_the_model_back(wide) -> None:
 
 def test_a_model_without_an_adapter_has_no_base_to_compare_with(folder) -> None:
     merged = target_of(bent(folder, 0.1).merge_and_unload(), folder)
-    attack = Rounding(formats="q8_0")
+    attack = Rounding(formats=("q8_0",))
     assert [label for label, _ in attack.variants(merged, ASKED)] == ["rounding-q8_0"]
     (row,) = attack.summary()["rows"]
     assert attack.summary()["kl_base_to_bent"] is None
@@ -327,8 +327,8 @@ def test_a_model_without_an_adapter_has_no_base_to_compare_with(folder) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"formats": "nf4/int3"}, "formats=int3; known: nf4, q4_0"),
-        ({"formats": "q4_k_m"}, "only reads"),
+        ({"formats": ("nf4", "int3")}, "formats=int3; known: nf4, q4_0"),
+        ({"formats": ("q4_k_m",)}, "only reads"),
         ({"measured": 0}, "measured=0"),
     ],
 )
