@@ -37,7 +37,7 @@ class TrainingCost:
         size = max(4, causal_model(model).get_input_embeddings().weight.element_size())
         keeps_scores = getattr(shape, "_attn_implementation", None) not in ("sdpa", "flash_attention_2")
         return cls(
-            row=(20 * hidden + 7 * inner + 16 * rank) * size,
+            row=(10 * hidden + 4 * inner + 8 * rank) * size,
             state=hidden * size,
             squares=(1 + 3 * heads * keeps_scores) * size,
             logits=3 * shape.vocab_size * size,
@@ -47,10 +47,8 @@ class TrainingCost:
     def piece(self, sequences: int, tokens: int, *, recompute: bool) -> int:
         """Bytes of a piece of so many sequences, padded to ``tokens`` each; ``recompute``: all blocks in backward."""
         block = sequences * (tokens * self.row + tokens * tokens * self.squares)
-        ends = 6 * sequences * tokens * self.state
-        if recompute:
-            return 2 * block + self.blocks * sequences * tokens * self.state + ends
-        return (self.blocks + 1) * block + ends
+        states = (self.blocks + 2) * sequences * tokens * self.state
+        return block + block // 4 + states if recompute else (self.blocks + 1) * block
 
 
 def levers_within(budget: int | None, cost: TrainingCost, longest: int, batch: int, trained: int, piece: int) -> Levers:
@@ -80,3 +78,11 @@ def levers_within(budget: int | None, cost: TrainingCost, longest: int, batch: i
         f"relearning needs about {least / 2**20:.1f} MiB beside the model and the budget is {budget / 2**20:.1f} MiB; "
         "raise memory.budget, or lower ranks or data.max_answer_tokens"
     )
+
+
+def scoring_levers(budget: int | None, cost: TrainingCost, piece: int) -> Levers:
+    """The levers of passes without a gradient; the attacker's rank does not matter to them."""
+    if budget is None:
+        return Levers({EVERY_STREAM: piece})
+    rows = max(1, budget // 4 // cost.logits)
+    return Levers({EVERY_STREAM: max(1, min(piece, budget // 2 // (cost.row + 2 * cost.state)))}, kl_chunk_rows=rows)

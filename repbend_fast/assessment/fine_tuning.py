@@ -12,14 +12,13 @@ import torch
 from repbend_kernels import linear_log_prob
 from torch import Tensor, nn
 
-from repbend_fast.assessment.attacker_memory import TrainingCost, levers_within
+from repbend_fast.assessment.attacker_memory import TrainingCost, levers_within, scoring_levers
 from repbend_fast.console import note
 from repbend_fast.data.records import Sequence
 from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.models.decoder import find_decoder, find_head, run_decoder
 from repbend_fast.models.layers.offload import host_states
 from repbend_fast.models.layers.stacked import StackedLora
-from repbend_fast.step.levers import EVERY_STREAM, Levers
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.pieces import Piece, make_piece, split
 from repbend_fast.step.proof import prove_model
@@ -50,7 +49,7 @@ class AnswerScores:
     """Log-probabilities of answers under a model as it is at the time, in pieces that fit into memory.
 
     Args:
-        budget: bytes that a training may use beside the model; None for no limit.
+        budget: bytes that passes and a training may use beside the model; None for no limit.
 
     Attributes:
         levers: those in force; running out of memory moves them, and they stay there.
@@ -64,7 +63,7 @@ class AnswerScores:
         decoder = find_decoder(model)
         self.budget = budget
         self.parts = ModelParts(model, decoder, find_head(model), decoder.device, None)
-        self.levers = Levers({EVERY_STREAM: PIECE_TOKENS})
+        self.levers = scoring_levers(budget, TrainingCost.of(model, 0), PIECE_TOKENS)
         with torch.no_grad():
             prove_model(self.parts, "off", "off")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from repbend_fast.assessment.fine_tuning import AnswerScores, FineTuning, Sequences, plain_encoder
 from repbend_fast.assessment.grid import LARGE, SMALL, Grid, Kind, Point
+from repbend_fast.console import say
 from repbend_fast.data.prompts import Prompt, limit_per_kind
 from repbend_fast.data.records import Record
 from repbend_fast.data.sampling import choice_key
@@ -100,6 +101,7 @@ class Relearning:
             mark = series.fingerprint(point)
             if mark not in finished:
                 finished[mark] = series.row(point, start["perplexity"])
+                say(_line(finished[mark]))
                 self._keep(finished[mark] | {"fingerprint": mark})
             rows.append(finished[mark])
         self._summary["worst"] = {kind: worst(rows, kind, self.bound) for kind in grid.kinds}
@@ -247,6 +249,16 @@ class _Series:
 
     def _encode(self, records: list[Record], encoder: ChatEncoder) -> Sequences:
         return tuple(encoder.encode(record, count=False) for record in records)  # type: ignore[misc]
+
+
+def _line(row: dict[str, Any]) -> str:
+    way = f"{row['kind']}, {row['records']} records, rate {row['learning_rate']:g}, rank {row['rank']}"
+    way += "" if row["template"] else ", no template"
+    if not row["curve"]:
+        return f"relearning ({way}): the loss was not finite before step {row['steps']}"
+    last = row["curve"][-1]
+    ratio = "∞" if last["perplexity_ratio"] is None else f"{last['perplexity_ratio']:.2f}"
+    return f"relearning ({way}): step {last['step']}, {last['comply']:.0%} complied, perplexity × {ratio}"
 
 
 def weights_fingerprint(model: nn.Module) -> str:

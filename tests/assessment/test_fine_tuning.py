@@ -12,12 +12,12 @@ from bent_target import bent, target_of
 from model_picture import changed, picture
 from repbend_kernels.scratch import scratch_bytes
 
-from repbend_fast.assessment import fine_tuning
 from repbend_fast.assessment.fine_tuning import AnswerScores, FineTuning, plain_encoder
 from repbend_fast.data.records import Message, Record
 from repbend_fast.errors import UserError
 from repbend_fast.models.layers.stacked import outer_linears
 from repbend_fast.planning.tracker import MemoryTracker, module_tensors
+from repbend_fast.step.levers import Levers
 
 CPU = torch.device("cpu")
 
@@ -78,7 +78,7 @@ def test_the_first_gradient_is_that_of_plain_autograd(target) -> None:
     torch.manual_seed(0)
     for parameter in attack.lora.parameters:
         parameter.data.normal_(0, 0.1)
-    attack.scores.levers = fine_tuning.Levers({"*": 1})  # a piece for each sequence
+    attack.scores.levers = Levers({"*": 1})  # a piece for each sequence
     state = attack.lora.state()
     attack.advance(1)
     found = [p.grad for p in attack.lora.parameters]
@@ -180,24 +180,28 @@ def test_a_head_that_is_no_matrix_is_refused(target) -> None:
         AnswerScores(target.model)
 
 
-def peak(model, data, budget, rank=4) -> tuple[int, list[torch.Tensor]]:
-    """Bytes of a training of two steps beside the model, its parameters included."""
+def peak(model, work) -> tuple[int, object]:
+    """Bytes that ``work`` holds beside the model, and what it gives."""
     scratch = {"repbend_kernels::linear_log_prob": partial(scratch_bytes, "repbend_kernels::linear_log_prob", CPU)}
-    scores = AnswerScores(model, budget)
     with MemoryTracker(scratch) as tracker:
         tracker.watch(module_tensors(model), "model")
         before = tracker.live
-        attack = FineTuning(scores, data, rank=rank, learning_rate=1e-2, batch=5, seed=3)
-        attack.advance(2)
-        return tracker.peak - before, attack.lora.state()
+        result = work()
+        return tracker.peak - before, result
+
+
+def two_steps(model, data, budget) -> list[torch.Tensor]:
+    attack = FineTuning(AnswerScores(model, budget), data, rank=4, learning_rate=1e-2, batch=5, seed=3)
+    attack.advance(2)
+    return attack.lora.state()
 
 
 def test_a_budget_is_kept_and_changes_no_gradient(target) -> None:
     data = sequences(target.encoder)
-    free, wanted = peak(target.model, data, None)
+    free, wanted = peak(target.model, lambda: two_steps(target.model, data, None))
     used = []
     for budget in (free * 2 // 3, free // 3):
-        found, state = peak(target.model, data, budget)
+        found, state = peak(target.model, partial(two_steps, target.model, data, budget))
         assert found <= budget < free
         used.append(found)
         for a, b in zip(wanted, state, strict=True):
@@ -207,4 +211,14 @@ def test_a_budget_is_kept_and_changes_no_gradient(target) -> None:
 
 def test_a_budget_for_not_even_one_sequence_is_refused(target) -> None:
     with pytest.raises(UserError, match=r"relearning needs about .* MiB .* raise memory\.budget"):
-        peak(target.model, sequences(target.encoder), 100_000)
+        two_steps(target.model, sequences(target.encoder), 100_000)
+
+
+def test_scores_keep_a_budget(target) -> None:
+    data = sequences(target.encoder)
+    scores = AnswerScores(target.model)
+    free, wanted = peak(target.model, lambda: scores.perplexity(data))
+    tight = AnswerScores(target.model, free // 2)
+    found, perplexity = peak(target.model, lambda: tight.perplexity(data))
+    assert found <= free // 2
+    assert perplexity == pytest.approx(wanted, rel=1e-5)
