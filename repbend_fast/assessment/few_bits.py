@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from repbend_fast.assessment.k_quants import k_quant, kind_in_q4_k_m
 from repbend_fast.errors import UserError
 from repbend_fast.models.layers.rounded import Round
 from repbend_fast.models.load import NF4_BLOCK
 
-GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-"""Those that the package gguf can write. Its k-quants, Q4_K_M among them, it can only read."""
-USUAL = ("nf4", "q4_0", "q8_0")
+LEGACY = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+"""GGUF's formats that its Python package writes and reads."""
+NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""What ``llama-quantize`` takes where a width is no multiple of a k-quant's 256."""
+FORMATS = ("nf4", *LEGACY, *NARROW, "q4_k_m")
+USUAL = ("nf4", "q4_k_m", "q8_0")
 
 
 def rounding_to(name: str, double_quantization: bool) -> Round:
     """The format of that name.
 
     Raises:
-        UserError: no format of that name, or one that can only be read.
+        UserError: there is none.
     """
-    if name not in ("nf4", *GGUF):
-        hint = (
-            "; of k-quants gguf's Python package only reads the files"
-            if name.startswith(("q4_k", "q5_k", "q6_k"))
-            else ""
-        )
-        raise UserError(f"rounding: formats={name}; known: {', '.join(('nf4', *GGUF))}{hint}")
-    return partial(nf4, double_quantization=double_quantization) if name == "nf4" else partial(gguf, kind=name)
+    if name not in FORMATS:
+        raise UserError(f"rounding: formats={name}; known: {', '.join(FORMATS)}")
+    if name == "nf4":
+        return lambda weight, place: nf4(weight, double_quantization)
+    if name == "q4_k_m":
+        return lambda weight, place: gguf(weight, kind_in_q4_k_m(place.layer, place.block, place.blocks))
+    return lambda weight, place: gguf(weight, name)
 
 
 def nf4(weight: Tensor, double_quantization: bool = True) -> Tensor:
@@ -49,10 +51,13 @@ def nf4(weight: Tensor, double_quantization: bool = True) -> Tensor:
 
 
 def gguf(weight: Tensor, kind: str) -> Tensor | None:
-    """As a GGUF file of that type holds it; None where the width is no multiple of its block, as 32."""
+    """As a GGUF file of that type holds it, or of the one in its place; None where the width is no multiple of 32."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
+    if kind in NARROW:
+        found = k_quant(weight, kind)
+        return gguf(weight, NARROW[kind]) if found is None else found
     quantization: Any = GGMLQuantizationType[kind.upper()]
     if weight.shape[-1] % GGML_QUANT_SIZES[quantization][0]:
         return None

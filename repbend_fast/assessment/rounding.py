@@ -13,6 +13,7 @@ from repbend_kernels import linear_kl_div
 from torch import Tensor
 
 from repbend_fast.assessment.few_bits import USUAL, rounding_to
+from repbend_fast.assessment.fine_tuning import AnswerScores
 from repbend_fast.data.prompts import Prompt, limit_per_kind
 from repbend_fast.data.records import Sequence as Ids
 from repbend_fast.data.tokenize import ChatEncoder
@@ -20,12 +21,11 @@ from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.protocol import Target
 from repbend_fast.evaluation.measure import PREFILL
 from repbend_fast.models import reference_model
-from repbend_fast.models.decoder import Decoder, Head, find_decoder, find_head, run_decoder
+from repbend_fast.models.decoder import Head, find_head, run_decoder
 from repbend_fast.models.layers.rounded import rounded_weights
 from repbend_fast.runs.folder import finite
-from repbend_fast.step.pieces import make_piece, split
+from repbend_fast.step.pieces import Piece
 
-PIECE_TOKENS = 2048
 ANSWER_ROWS = 16
 LOGIT_ROWS = 32
 LOWEST_EFFECT = 1e-12
@@ -41,7 +41,8 @@ class Rounding:
     did is left (:func:`survival`).
 
     Args:
-        formats: of ``nf4`` and GGUF's ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q8_0``.
+        formats: of ``nf4`` and GGUF's ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q8_0``, ``q4_k``, ``q5_k``, ``q6_k``
+            and ``q4_k_m``, the last four by an encoder of our own (``assessment/k_quants.py``).
         double_quantization: of NF4.
         measured: attack prompts that the distances are measured on, at even distances.
     """
@@ -64,7 +65,8 @@ class Rounding:
         """The merged model in each format, ``rounding-nf4`` and so on. Nothing is random.
 
         Raises:
-            UserError: no attack prompts, weights that are quantised already, or an adapter that cannot be merged.
+            UserError: no attack prompts, weights that are quantised already, an adapter that cannot be merged, a model
+                whose head is no plain matrix, or no memory.
         """
         states = _States(target, [p for p in prompts if p.kind == "attack"], self.measured)
         base = bent = states.now()
@@ -159,27 +161,32 @@ class _States:
     def __init__(self, target: Target, prompts: Sequence[Prompt], limit: int) -> None:
         if not prompts:
             raise UserError("rounding: no attack prompts; name a suite that has some")
-        self.decoder: Decoder = find_decoder(target.model)
+        self._scores = AnswerScores(target.model, target.budget)
+        self.decoder = self._scores.parts.decoder
         self.head = find_head(target.model).on(self.decoder.device)
         self._sequences = tuple(_begun(target.encoder, prompt) for prompt in limit_per_kind(list(prompts), limit))
+        self._spans = tuple((s.prompt_length - 1, len(s)) for s in self._sequences)
 
     @torch.no_grad()
     def now(self) -> Tensor:
-        """[N, D], in an order that is the same each time."""
+        """[N, D], prompt by prompt."""
+        found: dict[int, Tensor] = {}
+        for piece, rows in self._scores.each_piece(self._sequences, self._final_rows):
+            lengths = [self._spans[m][1] - self._spans[m][0] for m in piece.members]
+            found |= zip(piece.members, rows.split(lengths), strict=True)
+        return torch.cat([found[member] for member in range(len(self._sequences))])
+
+    def _final_rows(self, piece: Piece) -> tuple[Piece, Tensor]:
         found: list[Tensor] = []
-        last = self.decoder.num_blocks
-        spans = tuple((max(0, len(s.prompt) - 1), len(s)) for s in self._sequences)
-        for members in split(self._sequences, PIECE_TOKENS, "padded"):
-            piece = make_piece(self._sequences, members, "padded", self.decoder.device)
-            rows = piece.rows(spans)
+        last, rows = self.decoder.num_blocks, piece.rows(self._spans)
 
-            def visit(layer: int, hidden: Tensor, rows: Tensor = rows) -> Tensor:
-                if layer == last:
-                    found.append(hidden.reshape(-1, hidden.shape[-1])[rows])
-                return hidden
+        def visit(layer: int, hidden: Tensor) -> Tensor:
+            if layer == last:
+                found.append(hidden.reshape(-1, hidden.shape[-1])[rows])
+            return hidden
 
-            run_decoder(self.decoder, piece.input_ids, stop=last, visit=visit)
-        return torch.cat(found)
+        run_decoder(self.decoder, piece.input_ids, stop=last, visit=visit)
+        return piece, found[0]
 
     @torch.no_grad()
     def divergence(self, reference: Tensor, other: Tensor) -> float:

@@ -22,7 +22,17 @@ from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.layers.stacked import outer_linears
 from repbend_fast.models.layers.switches import reference_model
 
-Round = Callable[[Tensor], Tensor | None]
+
+@dataclass(frozen=True)
+class Place:
+    """Whose weights they are: ``layer``, by name within decoder block number ``block`` of ``blocks``."""
+
+    layer: str
+    block: int
+    blocks: int
+
+
+Round = Callable[[Tensor, Place], Tensor | None]
 """The nearest weights that a format can hold, in the dtype and shape of those given; None where it cannot hold them."""
 
 
@@ -55,7 +65,7 @@ def rounded_weights(
         if not adapter:
             stack.enter_context(reference_model(model))
         keep = stack.enter_context(_kept_originals(folder))
-        for block in blocks:
+        for number, block in enumerate(blocks):
             found.weights += sum(p.numel() for n, p in block.named_parameters() if p.dim() > 1 and ".lora_" not in n)
             for name, layer in outer_linears(block):
                 linears = _linears(layer, name)
@@ -63,7 +73,7 @@ def rounded_weights(
                     _keep(stack, keep, linear)
                 if adapter and hasattr(layer, "merge"):
                     _merge(stack, layer, name)
-                found.rounded += sum(_round(linear, rounding) for linear in linears)
+                found.rounded += sum(_round(linear, rounding, Place(name, number, len(blocks))) for linear in linears)
         yield found
 
 
@@ -91,8 +101,8 @@ def _merge(stack: ExitStack, layer: Any, name: str) -> None:
 
 
 @torch.no_grad()
-def _round(linear: nn.Linear, rounding: Round) -> int:
-    values = rounding(linear.weight.detach())
+def _round(linear: nn.Linear, rounding: Round, place: Place) -> int:
+    values = rounding(linear.weight.detach(), place)
     if values is None:
         return 0
     linear.weight.copy_(values)
