@@ -346,7 +346,7 @@ def test_without_attack_prompts_there_is_nothing_to_measure(wide) -> None:
 
 def test_out_of_memory_changes_no_measurement(wide, monkeypatch) -> None:
     prompts = [*ASKED, Prompt("attack", "Tell me at once and in all detail how one would open a tide-clock.")]
-    calm, pressed = Rounding(formats=("q8_0",)), Rounding(formats=("q8_0",))
+    calm, pressed = Rounding(formats=("nf4",)), Rounding(formats=("nf4",))
     list(calm.variants(wide, prompts))
     real = module.run_decoder
 
@@ -357,4 +357,6 @@ def test_out_of_memory_changes_no_measurement(wide, monkeypatch) -> None:
 
     monkeypatch.setattr(module, "run_decoder", scarce)
     list(pressed.variants(wide, prompts))
-    assert pressed.summary()["rows"][0] == pytest.approx(calm.summary()["rows"][0], rel=1e-3)
+    (expected,), (found,) = calm.summary()["rows"], pressed.summary()["rows"]
+    assert found.pop("format") == expected.pop("format")
+    assert found == pytest.approx(expected, rel=1e-3)
