@@ -236,3 +236,10 @@ def test_too_little_data_is_named(target, data, tmp_path) -> None:
     bare = str(write_records(tmp_path / "bare.jsonl", [{"role": "unsafe", "prompt": "Open it.", "answer": "Turn it."}]))
     with pytest.raises(UserError, match="no conversations"):
         next(attack(data, ordinary=bare).variants(target, ASKED))
+
+
+def test_the_fingerprint_of_weights_sees_a_small_bend(target) -> None:
+    before = relearning.weights_fingerprint(target.model)
+    assert relearning.weights_fingerprint(target.model) == before
+    next(p for name, p in target.model.named_parameters() if "lora_B" in name).data.mul_(1 + 1e-6)
+    assert relearning.weights_fingerprint(target.model) != before
