@@ -6,7 +6,9 @@ Each mechanism stands in a file of its own under ``layers/`` and makes its chang
 ``Prepared.restore`` takes them back in reverse order. The module tree, parameters and what requires a gradient stay the
 same objects throughout. Beside these there are switches that each pass sets for itself and puts back when it ends:
 ``layers.truncated`` (the list of blocks, the final norm), ``layers.switches`` (adapter off, mode, generation),
-``layers.lora.lora_dropout`` (the rows' keys) and ``layers.packing``. Nothing else changes a model once it is built.
+``layers.lora.lora_dropout`` (the rows' keys) and ``layers.packing``; and two that attacks set on a model that no step
+runs on: ``layers.stacked`` (fresh low-rank parts) and ``layers.rounded`` (weights merged and rounded, which come back
+to the bit). Nothing else changes a model once it is built.
 """
 
 from __future__ import annotations
