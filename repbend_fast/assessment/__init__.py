@@ -1,0 +1,1 @@
+"""A model under every attack, those that change it included."""
