@@ -6,8 +6,8 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+from repbend_fast.assessment.conditions import go_on
 from repbend_fast.assessment.session import Cell, Session
-from repbend_fast.assessment.settings import go_on
 from repbend_fast.assessment.target import (
     Subject,
     free_memory_of,
