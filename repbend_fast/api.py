@@ -192,7 +192,7 @@ def assess(
         overrides, overlays: as in :func:`load_config`; those of ``model``, ``data.chat_template_kwargs`` and
             ``memory.budget`` count: ``{"model.quantization": "nf4"}``.
         adapter: a PEFT adapter (folder or hub name) that makes the bent side.
-        suites: names of published sets, ``demo``, files, ``NAME=FILE``, or ``owner/name``; ``demo`` where there are
+        suites: names of published sets, ``demo``, files, ``NAME:FILE``, or ``owner/name``; ``demo`` where there are
             none.
         attacks: ``NAME`` or ``NAME:key=value,…``; ``all``, or ``direct``, ``prefill`` and ``template`` where there are
             none.

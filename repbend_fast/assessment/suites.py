@@ -53,14 +53,14 @@ def suite_names() -> list[str]:
 
 
 def load_suite(text: str, limit: int | None = None) -> Suite:
-    """``NAME`` from the hub (the demo's is bundled), ``FILE``, ``owner/name`` on the hub, or ``NAME=FILE`` for a file
+    """``NAME`` from the hub (the demo's is bundled), ``FILE``, ``owner/name`` on the hub, or ``NAME:FILE`` for a file
     that is to be read as a published set; ``limit`` takes that many prompts of each kind, spread evenly.
 
     Raises:
         UserError: an unknown name, no such file, a missing column or a bad row, each by name, file and line.
     """
-    name, equals, file = text.partition("=")
-    if equals and name in SETS:
+    name, colon, file = text.partition(":")
+    if colon and name in SETS:
         return Suite(name, _prompts(file, limit, of_set=name))
     if text in DEMOS:
         prompts = load_prompts(PromptsConfig(path="demo", split=DEMOS[text], limit=limit))

@@ -247,7 +247,7 @@ def _eval_command(groups: Any) -> None:
     )
     evaluate.add_argument("--adapter", metavar="A", help="PEFT adapter, folder or hub name, of the bent side")
     for name, metavar, text in (
-        ("suite", "NAME|FILE", "prompts: demo, harmbench, advbench, …, a file, NAME=FILE, or owner/name"),
+        ("suite", "NAME|FILE", "prompts: demo, harmbench, advbench, …, a file, NAME:FILE, or owner/name"),
         ("attack", "NAME[:k=v,…]", "direct, prefill, template, …, or all"),
         ("judge", "NAME[:k=v,…]", "rule, classifier, endpoint"),
     ):

@@ -149,7 +149,7 @@ def _nearly(columns: set[Any]) -> str:
     if missing:
         return f"; {_listed(missing)} missing?"
     names = [name for name, forms in SETS.items() if any(form <= columns for form, _ in forms)]
-    return f"; give it as {' or '.join(f'{name}=FILE' for name in names)} (eval --suite)" if names else ""
+    return f"; give it as {' or '.join(f'{name}:FILE' for name in names)} (eval --suite)" if names else ""
 
 
 def _reader_of(name: str, row: Row, where: str) -> Reader:

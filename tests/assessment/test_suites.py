@@ -93,12 +93,12 @@ def test_every_set_is_tested() -> None:
 def test_a_good_file(name: str, tmp_path: Path) -> None:
     ending, rows, expected = GOOD[name]
     path = write(tmp_path / f"set.{ending}", rows)
-    suite = load_suite(f"{name}={path}")
+    suite = load_suite(f"{name}:{path}")
     assert (suite.name, suite.max_new_tokens) == (name, 512)
-    assert found(f"{name}={path}") == expected
+    assert found(f"{name}:{path}") == expected
     with gzip.open(tmp_path / f"packed.{ending}.gz", "wb") as file:
         file.write(path.read_bytes())
-    assert found(f"{name}={tmp_path / f'packed.{ending}.gz'}") == expected
+    assert found(f"{name}:{tmp_path / f'packed.{ending}.gz'}") == expected
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -108,7 +108,7 @@ def test_a_missing_column_is_named_with_those_that_were_found(name: str, tmp_pat
     gone = sorted(form)[0]
     rows = [{key: value for key, value in row.items() if key != gone} | {"odd": "x"} for row in rows]
     with pytest.raises(UserError) as caught:
-        load_suite(f"{name}={write(tmp_path / f'set.{ending}', rows)}")
+        load_suite(f"{name}:{write(tmp_path / f'set.{ending}', rows)}")
     assert f"set.{ending}:2: {name} needs the column {gone}; found are {', '.join(sorted(rows[0]))}" in str(
         caught.value
     )
@@ -119,12 +119,12 @@ def test_a_broken_row_is_named_by_file_and_line(name: str, tmp_path: Path) -> No
     ending, rows, _ = GOOD[name]
     empty = write(tmp_path / f"empty.{ending}", [*rows, dict.fromkeys(rows[0], "")])
     with pytest.raises(UserError, match=rf"empty\.{ending}:{len(rows) + 2}: field '\w+' is empty"):
-        load_suite(f"{name}={empty}")
+        load_suite(f"{name}:{empty}")
     short = write(tmp_path / f"short.{ending}", rows)
     with short.open("a", encoding="utf-8") as file:
         file.write("one field\n")
     with pytest.raises(UserError, match=rf"short\.{ending}:{len(rows) + 2}: fewer fields than the header has"):
-        load_suite(f"{name}={short}")
+        load_suite(f"{name}:{short}")
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -143,10 +143,10 @@ def test_a_name_is_read_from_its_place_on_the_hub(name: str, monkeypatch: pytest
 
 def test_copies_on_the_hub_with_a_prompt_column(tmp_path: Path) -> None:
     copied = write(tmp_path / "h.csv", [{"prompt": "Go on", "context": "A story.", "category": "x"}])
-    assert found(f"harmbench={copied}") == [("attack", "A story.\n\n---\n\nGo on", "")]
-    assert found(f"strongreject={copied}") == [("attack", "A story.\n\n---\n\nGo on", "")]
+    assert found(f"harmbench:{copied}") == [("attack", "A story.\n\n---\n\nGo on", "")]
+    assert found(f"strongreject:{copied}") == [("attack", "A story.\n\n---\n\nGo on", "")]
     copied = write(tmp_path / "a.csv", [{"prompt": "Make a moon-key", "target": "Sure"}])
-    assert found(f"advbench={copied}") == [("attack", "Make a moon-key", "Sure")]
+    assert found(f"advbench:{copied}") == [("attack", "Make a moon-key", "Sure")]
 
 
 def test_harmbench_counts_159_standard_and_81_contextual_of_its_320_test_rows(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_harmbench_counts_159_standard_and_81_contextual_of_its_320_test_rows(tm
         {"Behavior": f"b{n}", "FunctionalCategory": kind, "ContextString": "", "BehaviorID": str(n)}
         for n, kind in enumerate(kinds)
     ]
-    assert len(load_suite(f"harmbench={write(tmp_path / 'h.csv', rows)}").prompts) == 159 + 81
+    assert len(load_suite(f"harmbench:{write(tmp_path / 'h.csv', rows)}").prompts) == 159 + 81
 
 
 def test_own_files_by_their_columns(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_own_files_by_their_columns(tmp_path: Path) -> None:
 
 def test_a_file_whose_columns_fit_no_set_or_several(tmp_path: Path) -> None:
     ambiguous = write(tmp_path / "a.csv", [{"prompt": "How?", "category": "x"}])
-    with pytest.raises(UserError, match=r"a\.csv:2: unknown columns category, prompt; .* or-bench=FILE"):
+    with pytest.raises(UserError, match=r"a\.csv:2: unknown columns category, prompt; .* or-bench:FILE"):
         load_suite(str(ambiguous))
     lacking = write(tmp_path / "b.csv", [{"Behavior": "x", "ContextString": ""}])
     with pytest.raises(UserError, match=r"unknown columns Behavior, ContextString; .*; BehaviorID missing\?"):
@@ -194,7 +194,7 @@ def test_what_is_no_suite_is_one_line_with_what_there_is(tmp_path: Path) -> None
     for text, words in (
         ("harmbnch", "did you mean harmbench?"),
         (str(tmp_path / "none.csv"), "no such file"),
-        (f"advbench={tmp_path / 'none.csv'}", "no such file"),
+        (f"advbench:{tmp_path / 'none.csv'}", "no such file"),
         ("nonsense", ", ".join(suite_names())),
     ):
         with pytest.raises(UserError) as caught:
