@@ -13,6 +13,9 @@ from repbend_fast.nearby import names_model
 COUNTS = {"limit": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
 """The evaluation's own settings among the overrides, and the least that each may be."""
 
+OF_MODEL = {"dtype": "model.dtype", "quantization": "model.quantization"}
+"""Settings that would otherwise have to name their section: the adapter of a recipe has a dtype too."""
+
 
 def is_assessment(arguments: Namespace) -> bool:
     """Whether a suite, an attack, a judge or an adapter is named, or the target is a model: else ``eval`` measures a
@@ -51,7 +54,7 @@ def _own_settings(words: list[str]) -> tuple[dict[str, int], list[str]]:
     for override in parse_overrides(words):
         least = COUNTS.get(override.name)
         if least is None:
-            others.append(f"{override.spelled}={override.text}")
+            others.append(f"{OF_MODEL.get(override.name, override.spelled)}={override.text}")
             continue
         if type(override.value) is not int or override.value < least:
             raise UserError(f"{override.spelled}={override.text}: give a whole number from {least} on")

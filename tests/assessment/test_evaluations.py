@@ -315,7 +315,7 @@ def test_every_kind_of_model_is_found(whole: TinyRun, tmp_path: Path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path.parent)
     packaged = find_subject(f"package:{tmp_path.name}", overrides=[f"model.gguf_file={gguf.name}"])
     assert packaged.config.model.gguf_file == gguf.name
-    quantized = find_subject("owner/model", overrides=["--quantization=nf4", "--dtype=float16"]).config.model
+    quantized = find_subject("owner/model", overrides=["quantization=nf4", "model.dtype=float16"]).config.model
     mapped = find_subject("owner/model", overrides={"quantization": "nf4", "model.dtype": "float16"}).config.model
     assert mapped == quantized
     assert (quantized.quantization, quantized.dtype, quantized.gguf_file) == ("nf4", "float16", None)

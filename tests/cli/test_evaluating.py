@@ -78,11 +78,22 @@ def test_everything_is_passed_on(folders: Path, calls: Calls) -> None:
         "rule",
     ]
     words += ["--attack=prefill", "--limit", "5", "--max-new-tokens=9", "--batch_size", "3", "--seed", "0"]
-    words += ["--quantization", "nf4", "model.attention=eager", "--with", "qlora", "--out", "o", "--adapter", "a"]
+    words += [
+        "--quantization",
+        "nf4",
+        "--dtype=float16",
+        "model.attention=eager",
+        "--with",
+        "qlora",
+        "--out",
+        "o",
+        "--adapter",
+        "a",
+    ]
     assert main(["eval", *words[:3], target, *words[3:]]) == 0
     [(_, given_target, overrides, given)] = calls
     assert given_target == target
-    assert overrides == ["--quantization=nf4", "model.attention=eager"]
+    assert overrides == ["model.quantization=nf4", "model.dtype=float16", "model.attention=eager"]
     assert given.pop("say") is not None
     assert given == {
         "adapter": "a",
