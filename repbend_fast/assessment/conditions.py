@@ -26,12 +26,12 @@ def settings_of(subject: Subject, suites: Sequence[Suite], tokens: Sequence[int]
         "adapter": subject.adapter,
         "adapter_sha256": fingerprint(subject.adapter) if subject.adapter else None,
         "model": subject.config.model.model_dump(mode="json"),
+        **others,
         "chat_template_kwargs": subject.config.data.chat_template_kwargs,
         "suites": {
             suite.name: {"prompts": len(suite.prompts), "sha256": digest(suite), "max_new_tokens": budget}
             for suite, budget in zip(suites, tokens, strict=True)
         },
-        **others,
     }
 
 

@@ -11,7 +11,6 @@ from repbend_fast.assessment.session import Session
 from repbend_fast.console import CountLine
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.evaluation.judges.protocol import Judge
-from repbend_fast.evaluation.options import Named
 
 ROWS = 32
 """Rows that a judge is given at once."""
@@ -20,20 +19,17 @@ LONGEST_REASON = 500
 Prompts = dict[tuple[str, int], Prompt]
 
 
-def judge_everything(session: Session, judges: Sequence[Named]) -> list[str]:
+def judge_everything(session: Session, judges: Sequence[Judge]) -> list[str]:
     """Each judge's opinions of all answers that have none of its own yet; returns the judges' own names."""
     prompts = {(cell.suite.name, index): cell.suite.prompts[index] for cell in session.cells for index in cell.indices}
     rows = [session.rows[key] for key in session.asked()]
-    names = []
-    for named in judges:
-        judge: Judge = named.make()
-        names.append(judge.name)
+    for judge in judges:
         todo = [row for row in rows if judge.name not in row["opinions"]]
         with CountLine(f"judged by {judge.name}", len(rows), len(rows) - len(todo)) as progress:
             for start in range(0, len(todo), ROWS):
                 for row in _judge_rows(session, judge, todo[start : start + ROWS], prompts):
                     progress.advance(f"{row['side']} {row['suite']} {row['attack']}")
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(judge.name for judge in judges))
 
 
 def _judge_rows(

@@ -23,6 +23,7 @@ from repbend_fast.environment import environment
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.direct import DirectAttack
 from repbend_fast.evaluation.judges.known import JUDGES
+from repbend_fast.evaluation.judges.protocol import Judge
 from repbend_fast.evaluation.options import Named
 from repbend_fast.runs.folder import RunFolder, only_training, saving, write_json
 
@@ -67,7 +68,10 @@ def assess(request: Request) -> Assessment:
             that were given stay.
     """
     attacks = [ATTACKS.find(text) for text in _expanded(request.attacks or DEFAULT_ATTACKS)]
-    judges = [JUDGES.find(text) for text in request.judges or DEFAULT_JUDGES]
+    named = [JUDGES.find(text) for text in request.judges or DEFAULT_JUDGES]
+    for attack in attacks:
+        attack.make()  # what it refuses is said before hours of answers to other ones
+    judges: list[Judge] = [judge.make() for judge in named]
     suites = different_names([load_suite(text, request.limit) for text in request.suites or DEFAULT_SUITES])
     subject = find_subject(request.target, request.adapter, request.overrides, overlays=request.overlays)
     folder = request.out or subject.home
@@ -80,7 +84,7 @@ def assess(request: Request) -> Assessment:
         seed=request.seed,
         batch_size=request.batch_size,
         attacks=[attack.label for attack in attacks],
-        judges=[judge.label for judge in judges],
+        judges=[judge.name for judge in judges],
     )
     cells = [
         Cell(suite, attack, _indices(suite, attack), budget)

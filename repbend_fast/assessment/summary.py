@@ -153,12 +153,12 @@ def _table(summary: Mapping[str, Any], judge: str, attacks: bool) -> Table:
         if name != "p" or p_values:
             out.add_column(name, justify="right", no_wrap=True)
     for group, members in groups.items():
-        name = Text(" ".join(map(shown, group[:2] if attacks else group)))
+        cell = Text(" ".join(map(shown, group[:2] if attacks else group)))
         for number, member in enumerate(members):
             shares = member["judges"][judge]
             p_value = [_p(p_values.get(group)) if member["side"] == SIDES[1] else ""] if p_values else []
             out.add_row(
-                name if number == 0 else "",
+                cell if number == 0 else "",
                 Text(member["side"]),
                 str(member["count"]),
                 *(_percent(shares[label]) for label in (first, "refuse", "degenerate")),

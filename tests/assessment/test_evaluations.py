@@ -184,7 +184,7 @@ def test_killed_in_the_middle_it_comes_to_the_same_rows(
             "was begun with suites.own.max_new_tokens=5, now it is 6; give the same, or another --out",
         ),
         ({"seed": 1}, "was begun with seed=0, now it is 1"),
-        ({"limit": 1}, "was begun with suites.own.prompts=5, now it is 3"),
+        ({"limit": 1}, "was begun with limit=null, now it is 1"),
         ({"overrides": {"model.dtype": "bfloat16"}}, 'was begun with model.dtype="float32", now it is "bfloat16"'),
     ],
 )
