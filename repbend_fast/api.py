@@ -8,6 +8,7 @@ line that names it and the remedy.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +17,15 @@ from repbend_fast.console import Say, hushed, saying
 from repbend_fast.errors import UserError
 
 if TYPE_CHECKING:
+    from repbend_fast.assessment.run import Assessment
     from repbend_fast.config import Config
     from repbend_fast.config.overrides import Overlays, Overrides
     from repbend_fast.evaluation.sides import Evaluation
     from repbend_fast.planning.planned import PlannedRun
 
 PathLike = str | os.PathLike[str]
+BATCH_SIZE = 32
+"""Prompts at once in :func:`assess`."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,79 @@ def evaluate(
             from repbend_fast.evaluation.sides import evaluate_target
 
             return evaluate_target(config, folder, None if out is None else Path(out).expanduser())
+
+
+def assess(
+    target: PathLike,
+    overrides: Overrides = (),
+    *,
+    overlays: Overlays = (),
+    adapter: PathLike | None = None,
+    suites: Sequence[str] | str = (),
+    attacks: Sequence[str] | str = (),
+    judges: Sequence[str] | str = (),
+    out: PathLike | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    say: Say | None = None,
+) -> Assessment:
+    """Attack any model that loads, judge its answers, and count: with a run or an adapter base and bent on the same
+    prompts.
+
+    Every answer is a row of ``answers.jsonl`` as it comes. Called again with the same settings it goes on where it was
+    interrupted, and asks nothing when all is answered.
+
+    Args:
+        target: the folder of a run or of one of its checkpoints, a folder with a model or an adapter, a GGUF file, a
+            hub name, ``package:NAME``, or a recipe, whose model is meant.
+        overrides, overlays: as in :func:`load_config`; those of ``model``, ``data.chat_template_kwargs`` and
+            ``memory.budget`` count: ``{"model.quantization": "nf4"}``.
+        adapter: a PEFT adapter (folder or hub name) that makes the bent side.
+        suites: names of published sets, ``demo``, files, ``NAME:FILE``, or ``owner/name``; ``demo`` where there are
+            none.
+        attacks: ``NAME`` or ``NAME:key=value,…``; ``all``, or ``direct``, ``prefill`` and ``template`` where there are
+            none.
+        judges: ``NAME`` or ``NAME:key=value,…``; ``rule`` where there are none.
+        out: the folder of ``settings.json``, ``answers.jsonl`` and ``eval.json``; by default ``eval`` in a run's, else
+            ``runs/eval/NAME``.
+        limit: at most that many prompts of each kind and suite, spread evenly.
+        max_new_tokens: an answer's length; by default 64 for the demo's prompts and 512 for others.
+        batch_size, seed: prompts at once, and what attacks draw from.
+        say: receives progress, the tables and the file's name.
+
+    Returns:
+        ``folder``, and ``summary``: what ``eval.json`` holds.
+
+    Raises:
+        UserError: an unknown name or setting, prompts that cannot be read, a model that cannot be loaded, or an ``out``
+            that was begun with other settings.
+    """
+    with saying(say), hushed():
+        from repbend_fast.assessment.run import Request
+        from repbend_fast.assessment.run import assess as run_assessment
+
+        return run_assessment(
+            Request(
+                target=os.fspath(target),
+                adapter=None if adapter is None else os.fspath(adapter),
+                suites=_several(suites),
+                attacks=_several(attacks),
+                judges=_several(judges),
+                out=None if out is None else Path(out).expanduser(),
+                limit=limit,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                seed=seed,
+                overrides=overrides,
+                overlays=overlays,
+            )
+        )
+
+
+def _several(names: Sequence[str] | str) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def export(run: PathLike, out: PathLike | None = None, *, say: Say | None = None) -> Path:

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,25 +88,8 @@ class ProgressLine:
 
     def __init__(self, steps: int, done: int) -> None:
         self.steps = steps
-        self._bar: Progress | None = None
-        if _listener.get() is terminal and terminal_console().is_terminal:
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, TextColumn("{task.fields[values]}"), console=terminal_console())
+        self._bar = _live_bar("values")
+        if self._bar:
             self._task = self._bar.add_task("bending", total=steps, completed=done, values="")
 
     def __enter__(self) -> ProgressLine:
@@ -128,6 +112,81 @@ class ProgressLine:
             self._bar.update(self._task, completed=step, values=values)
         else:
             say(f"step {step}/{self.steps}  {values}")
+
+
+class CountLine:
+    """How many of many things are done and how long the rest will take: a live bar on a terminal, else a line
+    every ``seconds`` and at the end of a part.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0, seconds: float = 15.0) -> None:
+        self.what, self.total, self.done = what, total, done
+        self._seconds, self._begun, self._begun_at = seconds, time.monotonic(), done
+        self._said_at, self._said = self._begun, done
+        self._bar = _live_bar("part")
+        if self._bar:
+            self._task = self._bar.add_task(what, total=total, completed=done, part="")
+
+    def __enter__(self) -> CountLine:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def expect(self, more: int) -> None:
+        """Add to the total what nobody knew of before."""
+        self.total += more
+        if self._bar:
+            self._bar.update(self._task, total=self.total)
+
+    def advance(self, part: str, count: int = 1) -> None:
+        """Count ``count`` things of ``part`` as done."""
+        self.done += count
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, part=part)
+        elif time.monotonic() - self._said_at >= self._seconds:
+            self.end_part(part)
+
+    def end_part(self, part: str) -> None:
+        """Say how far it is, if anything is done since that was last said."""
+        if self._bar or self._said == self.done:
+            return
+        self._said, self._said_at = self.done, time.monotonic()
+        say(f"{self.what} {self.done}/{self.total}  {part}{self._left()}")
+
+    def _left(self) -> str:
+        rate = (self.done - self._begun_at) / max(time.monotonic() - self._begun, 1e-9)
+        if self.done >= self.total or rate <= 0:
+            return ""
+        seconds = (self.total - self.done) / rate
+        return f"  {seconds / 60:.0f} min left" if seconds >= 90 else f"  {seconds:.0f} s left"
+
+
+def _live_bar(field: str) -> Progress | None:
+    """A bar with count, time and time left, and the task's ``field`` behind them; None where no terminal is."""
+    if _listener.get() is not terminal or not terminal_console().is_terminal:
+        return None
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn(f"{{task.fields[{field}]}}", markup=False),
+    )
+    return Progress(*columns, console=terminal_console())
 
 
 def hush() -> None:

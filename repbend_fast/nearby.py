@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+MODEL_FILES = ("config.json", "adapter_config.json", "state.json")
 _MOST_NAMES = 10_000
 LIKENESS = 0.7
 
@@ -27,6 +28,23 @@ def is_path(name: str) -> bool:
 def is_hub_name(name: str) -> bool:
     """Whether a name is one of a data set with its owner, as in ``owner/name``; a bare word may as well be a file."""
     return "/" in name and not is_path(name) and not looks_like_file(name)
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has a model, an adapter, or the state of a checkpoint in it."""
+    return any((folder / name).is_file() for name in MODEL_FILES) or any(folder.glob("*.gguf"))
+
+
+def names_model(name: str) -> bool:
+    """Whether a name is a model's: a folder that holds one and is no run, a GGUF file, ``package:NAME``, or a hub name
+    whose first part is no folder here.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return not (path / "config.yaml").is_file() and holds_model(path)
+    suffix = path.suffix.lower()
+    hub = is_hub_name(name) and suffix not in (".yaml", ".yml") and not path.parent.is_dir()
+    return suffix == ".gguf" or name.startswith("package:") or hub
 
 
 def nearest(name: str) -> str:

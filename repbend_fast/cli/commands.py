@@ -46,7 +46,11 @@ def _dry_run(arguments: Namespace, resume: bool | str) -> int:
 
 
 def evaluate(arguments: Namespace) -> int:
-    """``eval``: a run's folder, or a recipe."""
+    """``eval``: a run's folder or a recipe as it says itself, or any model with suites, attacks and judges."""
+    from repbend_fast.cli.evaluating import assess, is_assessment
+
+    if is_assessment(arguments):
+        return assess(arguments)
     api.evaluate(arguments.target, arguments.overrides, overlays=arguments.overlays, out=arguments.out, say=terminal)
     return 0
 

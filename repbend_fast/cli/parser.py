@@ -22,6 +22,15 @@ overrides
   data.sources.ultrachat.limit=500  one item of a list, by its format or its number
 """
 
+_EVAL_SETTINGS = """\
+settings of an evaluation with suites, attacks or judges
+  --limit N            at most so many prompts of each kind and suite
+  --max-new-tokens N   length of an answer (default: 64 for the demo's prompts, else 512)
+  --batch-size N       prompts at once (default: 32);  --seed N of attacks that draw (default: 0)
+  --quantization nf4, --dtype float32 and other settings of the model
+                       as everywhere (default: the run's; else none, float32 on a CPU, bfloat16)
+"""
+
 _EXIT_CODES = """\
 exit codes
   0 done   1 a check failed   2 input to mend, named in one line (REPBEND_DEBUG=1: with traceback)
@@ -178,21 +187,6 @@ def _train_command(groups: Commands) -> None:
     )
 
 
-def _eval_command(groups: Commands) -> None:
-    evaluate = _command(
-        groups, "eval", commands.evaluate, "measure a run's adapter, or a recipe's model as it is", overrides=True
-    )
-    evaluate.add_argument("target", metavar="RUN_OR_RECIPE", help="folder of a run, a shipped recipe, or a YAML file")
-    evaluate.add_argument(
-        "--out",
-        metavar="FILE",
-        help="where the JSON goes (default: the run's evaluation.json; with prompts or settings other than the run's "
-        "both sides are "
-        "measured and go to evaluation-PROMPTS.json beside it; a run without prompts is asked the demo's; for a recipe "
-        "no file)",
-    )
-
-
 def _plan_command(groups: Commands) -> None:
     plan = _command(
         groups,
@@ -250,6 +244,41 @@ def _data_command(groups: Commands) -> None:
 def _env_command(groups: Commands) -> None:
     env = _command(groups, "env", commands.env, "versions, devices, memory and implementations on this machine")
     env.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _eval_command(groups: Commands) -> None:
+    evaluate = _command(
+        groups,
+        "eval",
+        commands.evaluate,
+        "measure a run's adapter or a recipe's model; with --suite, --attack, --judge or --adapter any model that "
+        "loads",
+        overrides=True,
+    )
+    evaluate.add_argument(
+        "target",
+        metavar="MODEL_OR_RUN",
+        help="folder of a run or a checkpoint, a model or an adapter (folder, GGUF file, hub name, package:NAME), or a "
+        "recipe",
+    )
+    evaluate.add_argument("--adapter", metavar="A", help="PEFT adapter, folder or hub name, of the bent side")
+    for name, metavar, text in (
+        ("suite", "NAME|FILE", "prompts: demo, harmbench, advbench, …, a file, NAME:FILE, or owner/name"),
+        ("attack", "NAME[:k=v,…]", "direct, prefill, template, …, or all"),
+        ("judge", "NAME[:k=v,…]", "rule, classifier, endpoint"),
+    ):
+        evaluate.add_argument(
+            f"--{name}", action="append", default=[], metavar=metavar, help=f"{text}; repeatable (docs/evaluating.md)"
+        )
+    evaluate.add_argument(
+        "--out",
+        metavar="PATH",
+        help="with one of the four options above, or for a model: the folder of the evaluation, which goes on where it "
+        "stopped (default: RUN/eval, else runs/eval/NAME). Otherwise the JSON file (default: the run's "
+        "evaluation.json; with prompts or settings other than the run's both sides are measured and go to "
+        "evaluation-PROMPTS.json beside it; a run without prompts is asked the demo's; for a recipe no file)",
+    )
+    evaluate.epilog = f"{_EVAL_SETTINGS}\n{evaluate.epilog}"
 
 
 def _compare_command(groups: Commands) -> None:
@@ -326,7 +355,9 @@ def _command(
 
 _USAGE = {
     "train": "train RECIPE [--with OVERLAY] [key=value …] [--name value …] [--dry-run[=full]] [--resume [FOLDER]]",
-    "eval": "eval RUN_OR_RECIPE [--with OVERLAY] [key=value …] [--out FILE]",
+    "eval": "eval MODEL_OR_RUN [--adapter A] [--suite NAME|FILE]… [--attack NAME[:k=v,…]]… [--judge NAME[:k=v,…]]…\n"
+    "                         [--out PATH] [--limit N] [--max-new-tokens N] [--batch-size N] [--seed N]\n"
+    "                         [--quantization nf4] [--dtype D] [--with OVERLAY] [key=value …]",
     "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--with OVERLAY] [key=value "
     "…]",
     "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",

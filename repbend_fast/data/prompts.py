@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ class Prompt:
     ``expected``: lower-case keywords (each begins a word) of which a helpful answer has at least ``min_expected``;
     empty = not checked. ``item``: what an attack asks for, as the judge should find it named. ``source_id``: where the
     prompt comes from. ``messages``: the whole conversation where it is more than the one user turn ``text``.
-    ``target``: how a complying answer begins, where the set says so.
+    ``target``: how a complying answer begins, where the set says so; ``answer``: a whole one, where it holds one.
     """
 
     kind: Kind
@@ -36,6 +36,7 @@ class Prompt:
     messages: tuple[Message, ...] | None = None
     min_expected: int = 1
     target: str = ""
+    answer: str = ""
 
     def conversation(self) -> tuple[Message, ...]:
         """The turns up to and including the request."""
@@ -43,22 +44,24 @@ class Prompt:
 
 
 Row = Mapping[str, Any]
-Reader = Callable[[Row, str], Prompt]
+Reader = Callable[[Row, str], Prompt | None]
+"""A row's prompt, by its fields and where it stands; None where the set is measured without it."""
 
 
-def load_prompts(config: PromptsConfig) -> list[Prompt]:
+def load_prompts(config: PromptsConfig, *, of_set: str | None = None, subset: str | None = None) -> list[Prompt]:
     """Prompts of ``config.path``: ``demo``, or a file, a folder or a hub data set whose columns tell their format.
 
     Files are CSV, TSV, JSON or JSONL, all of them also with ``.gz``, or parquet. ``config.split`` is the hub's and the
-    demo's. ``config.limit`` takes that many of each kind, spread evenly over the file. Raises ``UserError`` naming file
-    and line.
+    demo's. ``config.limit`` takes that many of each kind, spread evenly over the file. ``of_set``: the published set
+    (a key of ``SETS``) that it has to be; columns alone do not tell all of them apart. ``subset``: the hub's. Raises
+    ``UserError`` naming file and line.
     """
     if config.path == "demo":
         from repbend_fast.data import demo
 
         prompts = demo.prompts("test" if config.split is None else config.split)
     else:
-        prompts = _read(config)
+        prompts = _read(config, of_set, subset)
     return limit_per_kind(prompts, config.limit)
 
 
@@ -74,7 +77,7 @@ def limit_per_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     return kept
 
 
-def _read(config: PromptsConfig) -> list[Prompt]:
+def _read(config: PromptsConfig, of_set: str | None, subset: str | None) -> list[Prompt]:
     """All prompts of a file, a folder or a data set. One without prompts, an unknown set of columns or a bad row is a
     ``UserError``.
     """
@@ -86,14 +89,21 @@ def _read(config: PromptsConfig) -> list[Prompt]:
     endings = [suffix.lower() for suffix in path.suffixes]
     has_types = not path.is_file() or ".parquet" in endings
     found = []
-    for row in read_rows(SourceConfig(path=config.path, split=None if path.is_file() else config.split)):
+    source = (
+        SourceConfig(path=config.path)
+        if path.is_file()
+        else SourceConfig(path=config.path, subset=subset, split=config.split)
+    )
+    for row in read_rows(source):
         where = f"{config.path}: entry {row.entry}" if row.entry else row.origin
         if isinstance(row, Unreadable):
             raise UserError(_problem(row, where, path))
         if path.is_file() and ".json" in endings and not row.entry:
             raise UserError(f"{config.path}: expected a list of prompts, or an object whose `data` is one")
         fields = {name: str(value) if has_types and type(value) is int else value for name, value in row.fields.items()}
-        found.append(_reader(fields, where)(fields, where))
+        reader = _reader(fields, where) if of_set is None else _reader_of(of_set, fields, where)
+        prompt = reader(fields, where)
+        found += [] if prompt is None else [prompt]
     if not found:
         raise UserError(f"{config.path}: no prompts in this file")
     return found
@@ -129,7 +139,35 @@ def _reader(row: Row, where: str) -> Reader:
         if needed <= columns:
             return reader
     known = "; ".join(", ".join(sorted(needed)) for needed, _ in READERS)
-    raise UserError(f"{where}: unknown columns {', '.join(sorted(map(str, columns)))}; known sets of columns: {known}")
+    raise UserError(f"{where}: unknown columns {_listed(columns)}; known sets of columns: {known}{_nearly(columns)}")
+
+
+def _nearly(columns: set[Any]) -> str:
+    """Which columns are missing for the set that lacks the fewest; nothing where none of them is near."""
+    forms = [form for forms in SETS.values() for form, _ in forms if len(form & columns) * 2 >= len(form)]
+    missing = min((form - columns for form in forms), key=len, default=frozenset())
+    if missing:
+        return f"; {_listed(missing)} missing?"
+    names = [name for name, forms in SETS.items() if any(form <= columns for form, _ in forms)]
+    return f"; give it as {' or '.join(f'{name}:FILE' for name in names)} (eval --suite)" if names else ""
+
+
+def _reader_of(name: str, row: Row, where: str) -> Reader:
+    """The reader of the published set ``name`` for the form that the row has; sets come in more than one."""
+    columns = set(row)
+    for needed, reader in SETS[name]:
+        if needed <= columns:
+            return reader
+    needed = max((needed for needed, _ in SETS[name]), key=lambda form: (len(form & columns), -len(form)))
+    missing = needed - columns
+    raise UserError(
+        f"{where}: {name} needs the column{'s' if len(missing) > 1 else ''} {_listed(missing)}; "
+        f"found are {_listed(columns)}"
+    )
+
+
+def _listed(columns: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(str, columns)))
 
 
 def _field(row: Row, name: str, where: str, *, optional: bool = False) -> str:
@@ -154,22 +192,41 @@ def _with_context(behavior: str, context: str) -> str:
     return f"{context}{CONTEXT_JOINT}{behavior}" if context else behavior
 
 
+def _target(row: Row, name: str, where: str) -> str:
+    """How a complying answer begins or reads, where the row says so."""
+    return _field(row, name, where, optional=True) if name in row else ""
+
+
 def _harmbench(row: Row, where: str) -> Prompt:
     text = _with_context(_field(row, "Behavior", where), _field(row, "ContextString", where, optional=True))
-    return Prompt("attack", text, source_id=_field(row, "BehaviorID", where))
+    return Prompt("attack", text, source_id=_field(row, "BehaviorID", where), target=_target(row, "target", where))
+
+
+def _harmbench_without_copyright(row: Row, where: str) -> Prompt | None:
+    """The behaviours that words can be judged for: those on copyright need hashes of the works."""
+    return None if row.get("FunctionalCategory") == "copyright" else _harmbench(row, where)
 
 
 def _repbend_json(row: Row, where: str) -> Prompt:
     text = _with_context(_field(row, "behavior", where), _field(row, "context", where, optional=True))
-    return Prompt("attack", text, source_id=where)
+    return Prompt("attack", text, source_id=where, target=_target(row, "default_target", where))
 
 
 def _advbench(row: Row, where: str) -> Prompt:
-    return Prompt("attack", _field(row, "goal", where), source_id=where)
+    return Prompt("attack", _field(row, "goal", where), source_id=where, target=_target(row, "target", where))
 
 
 def _jailbreakbench(row: Row, where: str) -> Prompt:
-    return Prompt("attack", _field(row, "Goal", where), source_id=_field(row, "Behavior", where))
+    return Prompt(
+        "attack",
+        _field(row, "Goal", where),
+        source_id=_field(row, "Behavior", where),
+        target=_target(row, "Target", where),
+    )
+
+
+def _jailbreakbench_benign(row: Row, where: str) -> Prompt:
+    return Prompt("borderline", _field(row, "Goal", where), source_id=_field(row, "Behavior", where))
 
 
 def _strongreject(row: Row, where: str) -> Prompt:
@@ -190,6 +247,26 @@ def _xstest(row: Row, where: str) -> Prompt:
     )
 
 
+def _wildjailbreak(row: Row, where: str) -> Prompt:
+    kind = _one_of(row, "data_type", ("adversarial_harmful", "adversarial_benign"), where)
+    return Prompt(
+        "attack" if kind == "adversarial_harmful" else "borderline",
+        _field(row, "adversarial", where),
+        source_id=where,
+    )
+
+
+def _prompt_column(kind: Kind) -> Reader:
+    """The form that copies on the hub and OR-Bench share: a request in ``prompt``, and nothing that tells its kind."""
+
+    def read(row: Row, where: str) -> Prompt:
+        text = _field(row, "prompt", where)
+        context = _field(row, "context", where, optional=True) if "context" in row else ""
+        return Prompt(kind, _with_context(text, context), source_id=where, target=_target(row, "target", where))
+
+    return read
+
+
 def _own(row: Row, where: str) -> Prompt:
     expected, at_least = row.get("expected", []), row.get("min_expected", 1)
     if isinstance(expected, str):
@@ -205,15 +282,48 @@ def _own(row: Row, where: str) -> Prompt:
         _field(row, "item", where, optional=True),
         where,
         min_expected=int(at_least),
+        target=_target(row, "target", where),
+        answer=_target(row, "answer", where),
     )
 
 
-READERS: tuple[tuple[frozenset[str], Reader], ...] = (
+Form = tuple[frozenset[str], Reader]
+"""Columns that a set needs, and its reader."""
+
+_HARMBENCH = frozenset({"Behavior", "ContextString", "BehaviorID"})
+_JAILBREAKBENCH = frozenset({"Goal", "Target", "Behavior", "Category"})
+_STRONGREJECT = frozenset({"forbidden_prompt", "category"})
+_XSTEST = frozenset({"id", "prompt", "type"})
+_ADVBENCH = frozenset({"goal", "target"})
+_WILDJAILBREAK = frozenset({"adversarial", "data_type"})
+_REPBEND = frozenset({"behavior", "default_target"})
+_PROMPTS = frozenset({"prompt", "category"})
+
+READERS: tuple[Form, ...] = (
     (frozenset({"kind", "text"}), _own),
-    (frozenset({"Behavior", "ContextString", "BehaviorID"}), _harmbench),
-    (frozenset({"Goal", "Target", "Behavior", "Category"}), _jailbreakbench),
-    (frozenset({"forbidden_prompt", "category"}), _strongreject),
-    (frozenset({"id", "prompt", "type"}), _xstest),
-    (frozenset({"goal", "target"}), _advbench),
-    (frozenset({"behavior", "default_target"}), _repbend_json),
+    (_HARMBENCH, _harmbench),
+    (_JAILBREAKBENCH, _jailbreakbench),
+    (_STRONGREJECT, _strongreject),
+    (_XSTEST, _xstest),
+    (_ADVBENCH, _advbench),
+    (_REPBEND, _repbend_json),
+    (_WILDJAILBREAK, _wildjailbreak),
 )
+"""By columns alone; every set is known by some that no other one has."""
+
+SETS: Mapping[str, tuple[Form, ...]] = {
+    "harmbench": (
+        (_HARMBENCH, _harmbench_without_copyright),
+        (_REPBEND, _repbend_json),
+        (_PROMPTS, _prompt_column("attack")),
+    ),
+    "advbench": ((_ADVBENCH, _advbench), (frozenset({"prompt", "target"}), _prompt_column("attack"))),
+    "jailbreakbench": ((_JAILBREAKBENCH, _jailbreakbench),),
+    "jailbreakbench-benign": ((_JAILBREAKBENCH, _jailbreakbench_benign),),
+    "strongreject": ((_STRONGREJECT, _strongreject), (_PROMPTS, _prompt_column("attack"))),
+    "xstest": ((_XSTEST, _xstest),),
+    "wildjailbreak": ((_WILDJAILBREAK, _wildjailbreak),),
+    "or-bench": ((_PROMPTS, _prompt_column("borderline")),),
+    "or-bench-toxic": ((_PROMPTS, _prompt_column("attack")),),
+}
+"""The forms that each published set comes in: the authors' own, and copies of it."""

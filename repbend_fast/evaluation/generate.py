@@ -6,11 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-<<<<<<< HEAD
-from dataclasses import dataclass
-=======
 from contextlib import contextmanager
->>>>>>> w-white
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -70,7 +67,7 @@ def generate_answers(
 
 
 def generate_measured(
-    model: Any,
+    model: CausalLM,
     encoder: PromptEncoder,
     prompts: Seq[Prompt],
     *,
@@ -165,15 +162,12 @@ def _generate_batch(model: CausalLM, tokenizer: Tokenizer, encoded: list[list[in
 
 def _until_end(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> Answer:
     stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-<<<<<<< HEAD
     text = str(tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
     return Answer(text, stop, stop < len(ids))
-=======
-    return str(tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
 
 
 @contextmanager
-def greedy_generation(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+def greedy_generation(model: CausalLM, tokenizer: Tokenizer, max_new_tokens: int) -> Iterator[None]:
     """While entered, ``model.generate`` is greedy with a KV cache, in evaluation mode, and keeps no graph.
 
     ``model`` is a causal LM without a PEFT wrapper. Afterwards mode and generation settings are as before.
@@ -183,8 +177,7 @@ def greedy_generation(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterat
         yield
 
 
-def answer_texts(model: Any, tokenizer: Any, generated: Tensor) -> list[str]:
+def answer_texts(model: CausalLM, tokenizer: Tokenizer, generated: Tensor) -> list[str]:
     """The texts of newly generated ids [B, n], each up to its end, by the settings that ``model`` generates with."""
     ends = model.generation_config.eos_token_id or []
-    return [_until_end(tokenizer, row, ends) for row in generated.tolist()]
->>>>>>> w-white
+    return [_until_end(tokenizer, row, ends).text for row in generated.tolist()]

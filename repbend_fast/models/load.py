@@ -207,7 +207,7 @@ def load_sequence_classifier(config: ModelConfig) -> nn.Module:
 
     device = resolve_device(config.device)
     settle_device(device)
-    arguments: dict[str, Any] = _hub_arguments(config) | {"dtype": DTYPES[config.dtype], "use_safetensors": True}
+    arguments: dict[str, object] = _hub_arguments(config) | {"dtype": DTYPES[config.dtype], "use_safetensors": True}
     if config.quantization == "nf4":
         arguments |= {"quantization_config": _nf4_config(config), "device_map": {"": device}}
     try:

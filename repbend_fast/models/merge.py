@@ -18,7 +18,7 @@ from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.causal import CausalLM
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 NO_MERGE = (
     "only adapters that change weights (LoRA, DoRA, IA3, modules_to_save, trainable tokens …) can be merged; "
@@ -61,6 +61,42 @@ def merge_adapter(model: CausalLM, adapter: str, setting: str, revision: str | N
     Raises:
         UserError: not safetensors, of a kind that no weights can hold, or not made for this model.
     """
+    with _applying(adapter, setting):
+        adapted, tied = _put(model, adapter, setting, revision, part_ends=True)
+        try:
+            merged = adapted.merge_and_unload()
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            kind = _name(adapted.peft_config[adapted.active_adapter])
+            raise UserError(
+                f"{setting}={adapter}: an adapter of kind {kind} has no merge ({one_line(error)}); {NO_MERGE}"
+            ) from error
+    if tied:
+        _join_ends(merged)
+    return merged
+
+
+def put_adapter(model: CausalLM, adapter: str, setting: str, revision: str | None = None) -> CausalLM:
+    """``model`` in a peft model with the adapter on it, frozen and unmerged: NF4 weights stay what they are.
+
+    Args and errors are those of :func:`merge_adapter`, but an adapter needs no merge.
+    """
+    with _applying(adapter, setting):
+        adapted, _ = _put(model, adapter, setting, revision, part_ends=False)
+    return cast(CausalLM, adapted.requires_grad_(False).eval())
+
+
+@contextmanager
+def _applying(adapter: str, setting: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{setting}={adapter}: cannot be applied to this model ({one_line(error)})") from error
+
+
+def _put(
+    model: CausalLM, adapter: str, setting: str, revision: str | None, *, part_ends: bool
+) -> tuple[PeftModel, bool]:
+    """The peft model, and whether a head that was tied to the embedding got a weight of its own."""
     from peft import PeftConfig, PeftModel
 
     folder = Path(adapter).expanduser()
@@ -69,28 +105,17 @@ def merge_adapter(model: CausalLM, adapter: str, setting: str, revision: str | N
         raise UserError(
             f"{setting}={adapter}: no adapter_model.safetensors in this folder; only safetensors adapters are read"
         )
-    try:
-        kind = PeftConfig.from_pretrained(source, revision=revision)
-        if kind.is_prompt_learning:
-            raise UserError(
-                f"{setting}={adapter}: an adapter of kind {_name(kind)} adds virtual tokens, no weights; {NO_MERGE}"
-            )
-        weights = _weights(source, revision)
-        _make_room(model, weights)
-        tied = _part_ends(model)
-        adapted = PeftModel.from_pretrained(cast(nn.Module, model), source, config=kind, revision=revision)
-        _check_places(adapted, weights)
-        try:
-            merged = adapted.merge_and_unload()
-        except (AttributeError, NotImplementedError, ValueError) as error:
-            raise UserError(
-                f"{setting}={adapter}: an adapter of kind {_name(kind)} has no merge ({one_line(error)}); {NO_MERGE}"
-            ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{setting}={adapter}: cannot be applied to this model ({one_line(error)})") from error
-    if tied:
-        _join_ends(merged)
-    return merged
+    kind = PeftConfig.from_pretrained(source, revision=revision)
+    if kind.is_prompt_learning:
+        raise UserError(
+            f"{setting}={adapter}: an adapter of kind {_name(kind)} adds virtual tokens, no weights; {NO_MERGE}"
+        )
+    weights = _weights(source, revision)
+    _make_room(model, weights)
+    tied = part_ends and _part_ends(model)
+    adapted = PeftModel.from_pretrained(cast(nn.Module, model), source, config=kind, revision=revision)
+    _check_places(adapted, weights)
+    return adapted, tied
 
 
 def _name(kind: PeftConfig) -> str:

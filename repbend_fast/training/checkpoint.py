@@ -155,6 +155,19 @@ def load_checkpoint(path: Path, config: Config, model: CausalLM) -> TrainingStat
     return TrainingState(plain["step"], plain, tensors)
 
 
+def adapter_from_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The adapter alone, by parameter name.
+
+    Raises:
+        UserError: not a checkpoint, or a damaged one.
+    """
+    with _reading(path):
+        tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not isinstance(tensors.get("adapter"), dict):
+        raise UserError(_damaged(path, "state.pt is incomplete"))
+    return tensors["adapter"]
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:

@@ -76,21 +76,27 @@ def output_through(module: nn.Module | None, change: Callable[[Tensor], Tensor])
 
 
 @contextmanager
-<<<<<<< HEAD
 def input_through(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """What ``module`` takes as its first argument, or as ``hidden_states``, goes through ``change``."""
 
-    def changed(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def changed(
+        _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         if inputs:
             return (change(inputs[0]), *inputs[1:]), named
         return inputs, named | {"hidden_states": change(named["hidden_states"])}
 
     handle = module.register_forward_pre_hook(changed, with_kwargs=True)
-=======
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def added_to(module: nn.Module, part: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """``part`` of what ``module`` is given is added to what it gives, whatever kind of layer it is."""
     handle = module.register_forward_hook(lambda _, inputs, output: output + part(inputs[0]))
->>>>>>> w-relearn
     try:
         yield
     finally:

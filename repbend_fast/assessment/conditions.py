@@ -1,0 +1,89 @@
+"""``settings.json`` of an evaluation's folder: what its answers depend on. An evaluation goes on with the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from repbend_fast.assessment.suites import Suite
+from repbend_fast.assessment.target import Subject, fingerprint
+from repbend_fast.errors import UserError
+from repbend_fast.runs.folder import write_json
+
+FORMAT = 1
+FREE = ("attacks", "judges", "batch_size")
+"""What may differ when an evaluation goes on: answers do not depend on it."""
+
+
+def settings_of(subject: Subject, suites: Sequence[Suite], tokens: Sequence[int], **others: Any) -> dict[str, Any]:
+    """Everything that decides an answer, in plain values. ``tokens``: each suite's answer budget."""
+    return {
+        "format": FORMAT,
+        "target": subject.name,
+        "adapter": subject.adapter,
+        "adapter_sha256": fingerprint(subject.adapter) if subject.adapter else None,
+        "model": subject.config.model.model_dump(mode="json"),
+        **others,
+        "chat_template_kwargs": subject.config.data.chat_template_kwargs,
+        "suites": {
+            suite.name: {"prompts": len(suite.prompts), "sha256": digest(suite), "max_new_tokens": budget}
+            for suite, budget in zip(suites, tokens, strict=True)
+        },
+    }
+
+
+def digest(suite: Suite) -> str:
+    """SHA-256 over all that a suite's prompts hold."""
+    content = [
+        [p.kind, p.text, p.item, p.target, p.answer, [m.content for m in p.messages or ()]] for p in suite.prompts
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def go_on(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Write ``wanted``, or see that the folder's answers were given under the same; more suites and settings may come
+    in. Returns all that the file holds then.
+
+    Raises:
+        UserError: a setting differs, or the file is none of ours. It names the setting and both values.
+    """
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not the settings of an evaluation; give another --out") from error
+        for key, old, new in _differences(stored, wanted):
+            raise UserError(
+                f"{path.parent}: was begun with {key}={_brief(old)}, now it is {_brief(new)}; give the same, or "
+                "another --out"
+            )
+        wanted = stored | wanted | {"suites": stored["suites"] | wanted.get("suites", {})}
+    write_json(path, wanted)
+    return wanted
+
+
+def _differences(stored: Any, wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that both have, by their whole name, with the value of each."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("suites"), dict):
+        yield "format", None, FORMAT
+        return
+    for key, new in wanted.items():
+        if key in stored and key not in FREE:
+            yield from _differing(key, stored[key], new)
+
+
+def _differing(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new:
+            if key in old:
+                yield from _differing(f"{name}.{key}", old[key], new[key])
+    elif old != new:
+        yield name, old, new
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,12 @@
+"""All attacks by name, those that change the model included."""
+
+from __future__ import annotations
+
+from repbend_fast.evaluation.attacks import known
+from repbend_fast.evaluation.options import Catalog
+
+CHANGES = {
+    "relearning": "repbend_fast.assessment.relearning:Relearning",
+    "rounding": "repbend_fast.assessment.rounding:Rounding",
+}
+ATTACKS = Catalog("attack", known.PLACES | CHANGES)

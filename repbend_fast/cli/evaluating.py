@@ -1,0 +1,62 @@
+"""``eval`` with suites, attacks and judges."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from repbend_fast import api
+from repbend_fast.config.overrides import parse_overrides
+from repbend_fast.console import terminal
+from repbend_fast.errors import UserError
+from repbend_fast.nearby import names_model
+
+COUNTS = {"limit": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
+"""The evaluation's own settings among the overrides, and the least that each may be."""
+
+OF_MODEL = {"dtype": "model.dtype", "quantization": "model.quantization"}
+"""Settings that would otherwise have to name their section: the adapter of a recipe has a dtype too."""
+
+
+def is_assessment(arguments: Namespace) -> bool:
+    """Whether a suite, an attack, a judge or an adapter is named, or the target is a model: else ``eval`` measures a
+    run or a recipe by its own ``evaluation`` settings, into ``evaluation.json``.
+    """
+    if arguments.suite or arguments.attack or arguments.judge or arguments.adapter:
+        return True
+    return names_model(arguments.target)
+
+
+def assess(arguments: Namespace) -> int:
+    """Run the evaluation, or go on with it."""
+    own, others = _own_settings(arguments.overrides)
+    api.assess(
+        arguments.target,
+        others,
+        overlays=arguments.overlays,
+        adapter=arguments.adapter,
+        suites=arguments.suite,
+        attacks=arguments.attack,
+        judges=arguments.judge,
+        out=arguments.out,
+        say=terminal,
+        limit=own.get("limit"),
+        max_new_tokens=own.get("max_new_tokens"),
+        batch_size=own.get("batch_size", api.BATCH_SIZE),
+        seed=own.get("seed", 0),
+    )
+    return 0
+
+
+def _own_settings(words: list[str]) -> tuple[dict[str, int], list[str]]:
+    """The evaluation's own settings, and the words of the others."""
+    own: dict[str, int] = {}
+    others: list[str] = []
+    for override in parse_overrides(words):
+        least = COUNTS.get(override.name)
+        if least is None:
+            others.append(f"{OF_MODEL.get(override.name, override.spelled)}={override.text}")
+            continue
+        if type(override.value) is not int or override.value < least:
+            raise UserError(f"{override.spelled}={override.text}: give a whole number from {least} on")
+        own[override.name] = override.value
+    return own, others

@@ -1,0 +1,52 @@
+"""The prompts as they are: through the chat template, or without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+from repbend_fast.data.prompts import Prompt
+from repbend_fast.data.records import Message
+from repbend_fast.data.tokenize import ChatEncoder
+from repbend_fast.evaluation.attacks.protocol import Attacked, Target
+from repbend_fast.evaluation.generate import generate_answers
+
+
+class DirectAttack:
+    """Ask each prompt once.
+
+    Args:
+        template: through the chat template. Without it the model continues the bare text: safety training that hangs
+            on the template's tokens does not see it coming.
+    """
+
+    name: ClassVar[str] = "direct"
+    white_box: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = False
+
+    def __init__(self, template: bool = True) -> None:
+        self.template = template
+
+    def run(self, target: Target, prompts: Sequence[Prompt], *, seed: int = 0) -> Iterator[Attacked]:
+        """Greedy answers; ``seed`` has no part in them."""
+        encoder: Any = target.encoder if self.template else BareEncoder(target.encoder)
+        answers = generate_answers(
+            target.model, encoder, prompts, max_new_tokens=target.max_new_tokens, batch_size=target.batch_size
+        )
+        yield from (Attacked(index, (answer,)) for index, answer in enumerate(answers))
+
+
+class BareEncoder:
+    """Prompts without a chat template: the text of their turns, BOS first where the tokenizer has one."""
+
+    def __init__(self, encoder: ChatEncoder) -> None:
+        self.tokenizer = encoder.tokenizer
+        self._limit = encoder.max_prompt_tokens
+
+    def prompt_ids(self, messages: Iterable[Message], prefill: str = "") -> list[int]:
+        """Ids of the turns' texts with a line between them; a longer text keeps its end."""
+        text = "\n".join(message.content for message in messages)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)[-self._limit :]
+        bos = self.tokenizer.bos_token_id
+        start = [] if bos is None or ids[:1] == [bos] else [bos]
+        return start + ids + (self.tokenizer.encode(prefill, add_special_tokens=False) if prefill else [])
