@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from repbend_fast.config.schema import LoraSection
+from repbend_fast.config.schema import LoraConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.coverage import linear_names, parameter_names
 from repbend_fast.models.decoder import causal_model, find_decoder
@@ -16,7 +16,7 @@ from repbend_fast.models.load import DTYPES
 ADAPTER = "default"
 
 
-def adapted_blocks(lora: LoraSection, last_state: int, num_blocks: int) -> list[int]:
+def adapted_blocks(lora: LoraConfig, last_state: int, num_blocks: int) -> list[int]:
     """The blocks that get LoRA: with ``to_window`` 0 … ``last_state``, capped at the last block (published
     ``transform_layers: -1``).
     """
@@ -27,7 +27,7 @@ def adapted_blocks(lora: LoraSection, last_state: int, num_blocks: int) -> list[
     return list(range(min(last_state + 1, num_blocks)))
 
 
-def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
+def attach_lora(model: Any, lora: LoraConfig, window: tuple[int, ...]) -> Any:
     """Wrap ``model`` in a PEFT model with one trainable LoRA adapter (B = 0, so nothing changes yet), on PEFT's own
     layers.
 
@@ -37,7 +37,8 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
     Raises:
         UserError: a block or a target module that the model does not have, or a head among the targets.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
 
     blocks = find_decoder(model).num_blocks
     wanted = adapted_blocks(lora, max(window), blocks)
@@ -49,7 +50,7 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
         )
     targets = _target_modules(model, lora)
     alpha: Any = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
-    settings = LoraConfig(
+    settings = PeftLoraConfig(
         r=lora.r,
         lora_alpha=alpha,
         lora_dropout=lora.dropout,
@@ -70,7 +71,7 @@ def attach_lora(model: Any, lora: LoraSection, window: tuple[int, ...]) -> Any:
     return adapted
 
 
-def check_targets(model: nn.Module, lora: LoraSection) -> None:
+def check_targets(model: nn.Module, lora: LoraConfig) -> None:
     """Refuse target modules that the model lacks or that cannot be adapted; its weights are not looked at, so it may be
     on ``meta``.
 
@@ -80,7 +81,7 @@ def check_targets(model: nn.Module, lora: LoraSection) -> None:
     _target_modules(model, lora)
 
 
-def _target_modules(model: nn.Module, lora: LoraSection) -> list[str]:
+def _target_modules(model: nn.Module, lora: LoraConfig) -> list[str]:
     """The wanted linear layers, in the family's own spelling: Phi-3 fuses q, k, v and gate, up. Blocks may differ: any
     may have them.
     """
@@ -129,7 +130,7 @@ def _read_as_experts(model: nn.Module, targets: list[str]) -> list[str]:
     """Those targets that peft would turn into parameters: families whose experts were linear layers before transformers
     fused them.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig as PeftLoraConfig
 
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -140,7 +141,7 @@ def _read_as_experts(model: nn.Module, targets: list[str]) -> list[str]:
     conversions = get_model_conversion_mapping(causal)
 
     def stays(name: str) -> bool:
-        settings = LoraConfig(target_modules=[name])
+        settings = PeftLoraConfig(target_modules=[name])
         try:
             convert_peft_config_for_transformers(settings, model=causal, conversions=conversions)
         except ValueError:  # one of the names that make up a fused expert
