@@ -188,7 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compared(blocks)
     from repbend_fast.environment import environment
 
-    found = {levers: summary([b for b in blocks if b["levers"] == levers]) for levers in LEVERS}
+    found = {
+        levers: summary([b for b in blocks if b["levers"] == levers])
+        for levers in LEVERS
+        if any(b["levers"] == levers for b in blocks)
+    }
     head = {
         **environment(),
         "old_commit": _commit(options.old),

@@ -12,17 +12,22 @@ import torch
 from torch import Tensor, nn
 
 
-@contextmanager
-def reference_model(model: Any) -> Iterator[None]:
-    """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits.
-
-    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's
-    ``requires_grad`` twice (docs/log.md has what that costs).
-    """
+def adapter_switches(model: Any) -> list[Any]:
+    """The layers that ``reference_model`` switches."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    switches = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+@contextmanager
+def reference_model(model: Any, switches: list[Any] | None = None) -> Iterator[None]:
+    """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits.
+
+    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's
+    ``requires_grad`` twice (docs/log.md has what that costs). ``switches``: the model's, where they are known.
+    """
+    switches = adapter_switches(model) if switches is None else switches
     earlier = [module._disable_adapters for module in switches]
     for module in switches:
         module._disable_adapters = True
