@@ -69,15 +69,17 @@ def note(text: str) -> None:
         say(f"note: {text}")
 
 
-def show(renderable: RenderableType) -> None:
-    """Show a table or another thing that ``rich`` draws; a listener gets it as text."""
+def show(renderable: RenderableType, width: int | None = None) -> None:
+    """Show a table or another thing that ``rich`` draws; a listener gets it as text. ``width``: what it takes where
+    there is no terminal that has one.
+    """
     listener = _listener.get()
-    if listener is terminal:
+    if listener is terminal and (width is None or terminal_console().is_terminal):
         terminal_console().print(renderable)
     elif listener is not None:
         from rich.console import Console
 
-        drawn = Console(file=io.StringIO(), width=_TABLE_WIDTH, highlight=False)
+        drawn = Console(file=io.StringIO(), width=width or _TABLE_WIDTH, highlight=False)
         with drawn.capture() as text:
             drawn.print(renderable)
         listener(text.get().rstrip("\n"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from repbend_fast.config import Config
-from repbend_fast.config.schema import LoraSection, ModelConfig, TrainingConfig
+from repbend_fast.config.schema import LoraConfig, ModelConfig, TrainingConfig
 from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.models import find_decoder, load_model, trainable_parameters
@@ -32,7 +32,7 @@ from repbend_fast.step.levers import Levers
 WIDTH = 1024
 """Tokens that the published step pads to: 512 for the prompt and 512 for the answer."""
 DRAWS = 101
-LORA = LoraSection()
+LORA = LoraConfig()
 B_STD = 0.02
 """Spread of LoRA's B in the benchmark: every term and its gradient are well away from zero."""
 

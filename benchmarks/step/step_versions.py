@@ -39,6 +39,7 @@ SHAPE = {
 WINDOW, WIDTH, EXAMPLES = (4, 4), 192, 2
 LEVERS: dict[str, dict[str, Any]] = {"default": {}, "small": {"piece_tokens": 512, "checkpoint_blocks": 4}}
 BAR = 1.02
+SIDES = ("old", "new")
 
 
 def order(pairs: int) -> list[int]:
@@ -49,8 +50,15 @@ def order(pairs: int) -> list[int]:
 def summary(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians and ratios (this checkout over the other) of one lever setting's blocks."""
     found: dict[str, Any] = {}
+    by_round = {}
+    for number in sorted({block["round"] for block in blocks}):
+        old, new = (
+            [s for b in blocks if (b["side"], b["round"]) == (side, number) for s in b["cpu"]] for side in SIDES
+        )
+        by_round[number] = round(statistics.median(new) / statistics.median(old), 4)
+    found["cpu_ratio_by_round"] = by_round
     for clock in ("cpu", "wall"):
-        old, new = ([s for b in blocks if b["side"] == side for s in b[clock]] for side in ("old", "new"))
+        old, new = ([s for b in blocks if b["side"] == side for s in b[clock]] for side in SIDES)
         found[f"{clock}_seconds_median"] = {
             "old": round(statistics.median(old), 5),
             "new": round(statistics.median(new), 5),
@@ -89,7 +97,10 @@ class Worker:
         """Ends it."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        try:
+            self.process.wait(timeout=300)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 def work() -> None:
@@ -128,26 +139,24 @@ def _block(step: Callable[[], Any], clear: Callable[[], None], steps: int) -> di
     return {"cpu": cpu, "wall": wall, "terms": {name: float(value) for name, value in terms.items()}}
 
 
-def round_of(trees: Sequence[Path], pairs: int, steps: int) -> Iterator[dict[str, Any]]:
+def round_of(trees: Sequence[Path], pairs: int, steps: int, settings: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Blocks of one pair of processes; each says its levers and its side."""
     with ExitStack() as left:
         workers = [Worker(tree) for tree in trees]
         for worker in workers:
             left.callback(worker.close)
-        for levers in LEVERS:
+        for levers in settings:
             for worker in workers:
                 worker.ask(levers, 0)
-        for levers in LEVERS:
+        for levers in settings:
             for side in order(pairs):
-                yield {"levers": levers, "side": ("old", "new")[side], **workers[side].ask(levers, steps)}
+                yield {"levers": levers, "side": SIDES[side], **workers[side].ask(levers, steps)}
 
 
 def compared(blocks: Sequence[dict[str, Any]]) -> None:
     """Raises ``AssertionError`` where the sides do not compute the same: then their times say nothing."""
-    for levers in LEVERS:
-        old, new = (
-            next(b["terms"] for b in blocks if (b["side"], b["levers"]) == (side, levers)) for side in ("old", "new")
-        )
+    for levers in {block["levers"]: None for block in blocks}:
+        old, new = (next(b["terms"] for b in blocks if (b["side"], b["levers"]) == (side, levers)) for side in SIDES)
         assert old.keys() == new.keys(), (old, new)
         for name in old:
             assert math.isclose(old[name], new[name], rel_tol=1e-4, abs_tol=1e-6), (levers, name, old[name], new[name])
@@ -160,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=4, help="of blocks, per round and lever setting")
     parser.add_argument("--steps", type=int, default=2, help="counted, per block")
+    parser.add_argument("--levers", nargs="+", choices=tuple(LEVERS), default=list(LEVERS))
+    parser.add_argument("--more", action="store_true", help="add these rounds to those of the record")
     parser.add_argument("--out", type=Path, default=RECORD)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -168,15 +179,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.old is None:
         parser.error("which checkout to compare with?")
-    blocks = []
-    for number in range(options.rounds):
-        for block in round_of((options.old.resolve(), ROOT), options.pairs, options.steps):
+    blocks = json.loads(options.out.read_text(encoding="utf-8"))["blocks"] if options.more else []
+    first = 1 + max((block["round"] for block in blocks), default=-1)
+    for number in range(first, first + options.rounds):
+        for block in round_of((options.old.resolve(), ROOT), options.pairs, options.steps, options.levers):
             blocks.append({"round": number, **block})
             print(number, block["levers"], block["side"], *(f"{s:.3f}" for s in block["cpu"]), flush=True)
     compared(blocks)
     from repbend_fast.environment import environment
 
-    found = {levers: summary([b for b in blocks if b["levers"] == levers]) for levers in LEVERS}
+    found = {
+        levers: summary([b for b in blocks if b["levers"] == levers])
+        for levers in LEVERS
+        if any(b["levers"] == levers for b in blocks)
+    }
     head = {
         **environment(),
         "old_commit": _commit(options.old),

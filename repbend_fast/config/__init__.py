@@ -5,7 +5,7 @@ from repbend_fast.config.resolve import load_config, resolved_yaml
 from repbend_fast.config.schema import (
     Config,
     EvaluationConfig,
-    LoraSection,
+    LoraConfig,
     MemoryConfig,
     ModelConfig,
     OutputConfig,
@@ -19,7 +19,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
-    "LoraSection",
+    "LoraConfig",
     "MemoryConfig",
     "ModelConfig",
     "OutputConfig",

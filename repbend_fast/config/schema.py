@@ -65,7 +65,7 @@ class ModelConfig(Section):
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template.")
 
 
-class LoraSection(Section):
+class LoraConfig(Section):
     """LoRA through peft. Defaults are the published ones."""
 
     r: Positive = Field(16, description="Rank.")
@@ -226,7 +226,7 @@ class Config(Section):
     """Everything a run needs, resolved and validated before any weight is loaded."""
 
     model: ModelConfig
-    lora: LoraSection = LoraSection()
+    lora: LoraConfig = LoraConfig()
     objective: AnyObjective = default_settings()
     data: DataConfig
     training: TrainingConfig = TrainingConfig()

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from repbend_fast.console import say, show
 from repbend_fast.data.duplicates import duplicate_lines
 from repbend_fast.data.records import ROLES, BadRecord, Record, Role
 from repbend_fast.data.settings import DataConfig, SourceConfig
@@ -87,26 +88,26 @@ def check_data(
     return DataReport(records, "tokens" if encoder else "characters", lengths, notes)
 
 
-def print_report(report: DataReport, console: Console) -> None:
-    """Counts per source and role, lengths, truncation, duplicates and bad records."""
-    console.print(_source_table(report.records))
+def print_report(report: DataReport) -> None:
+    """Shows counts per source and role, lengths, truncation, duplicates and bad records."""
+    show(_source_table(report.records))
     used = [role for role in ROLES if report.lengths[role].whole]
     if used:
-        console.print(_length_table(report, used))
+        show(_length_table(report, used))
     for role in used:
-        console.print(f"[bold]{role}[/bold]: length in {report.unit}")
+        show(Text.assemble((role, "bold"), f": length in {report.unit}"))
         for low, high, count in histogram(report.lengths[role].whole):
             bar = "█" * max(1, round(_BAR * count / len(report.lengths[role].whole))) if count else ""
-            console.print(f"  {low:>7} – {high:<7} {count:>8} {bar}")
+            say(f"  {low:>7} – {high:<7} {count:>8} {bar}")
     for note in report.notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
+        say(f"note: {note}")
     if not report.bad:
-        console.print("no bad records")
+        say("no bad records")
         return
     total = "1 bad record" if len(report.bad) == 1 else f"{len(report.bad)} bad records"
-    console.print(f"[bold]{total}[/bold]" + (f", the first {SHOWN_BAD}:" if len(report.bad) > SHOWN_BAD else ":"))
+    show(Text.assemble((total, "bold"), f", the first {SHOWN_BAD}:" if len(report.bad) > SHOWN_BAD else ":"))
     for bad in report.bad[:SHOWN_BAD]:
-        console.print(f"  {escape(bad.origin)}: {escape(bad.reason)}", soft_wrap=True, highlight=False)
+        say(f"  {bad.origin}: {bad.reason}")
 
 
 def percentile(values: Seq[int], percent: float) -> int:

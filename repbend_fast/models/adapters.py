@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
-from repbend_fast.config.schema import LoraSection
+from repbend_fast.config.schema import LoraConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.causal import AdaptedLM, CausalLM
 from repbend_fast.models.coverage import linear_names, parameter_names
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 
 
-def adapted_blocks(lora: LoraSection, last_state: int, num_blocks: int) -> list[int]:
+def adapted_blocks(lora: LoraConfig, last_state: int, num_blocks: int) -> list[int]:
     """The blocks that get LoRA: with ``to_window`` 0 … ``last_state``, capped at the last block (published
     ``transform_layers: -1``).
     """
@@ -31,7 +31,7 @@ def adapted_blocks(lora: LoraSection, last_state: int, num_blocks: int) -> list[
     return list(range(min(last_state + 1, num_blocks)))
 
 
-def attach_lora(model: CausalLM, lora: LoraSection, window: tuple[int, ...]) -> AdaptedLM:
+def attach_lora(model: CausalLM, lora: LoraConfig, window: tuple[int, ...]) -> AdaptedLM:
     """Wrap ``model`` in a PEFT model with one trainable LoRA adapter (B = 0, so nothing changes yet), on PEFT's own
     layers.
 
@@ -41,7 +41,8 @@ def attach_lora(model: CausalLM, lora: LoraSection, window: tuple[int, ...]) -> 
     Raises:
         UserError: a block or a target module that the model does not have, or a head among the targets.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
 
     blocks = find_decoder(model).num_blocks
     wanted = adapted_blocks(lora, max(window), blocks)
@@ -53,7 +54,7 @@ def attach_lora(model: CausalLM, lora: LoraSection, window: tuple[int, ...]) -> 
         )
     targets = _target_modules(model, lora)
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
-    settings = LoraConfig(
+    settings = PeftLoraConfig(
         r=lora.r,
         lora_alpha=cast(int, alpha),  # peft takes any number
         lora_dropout=lora.dropout,
@@ -76,7 +77,7 @@ def attach_lora(model: CausalLM, lora: LoraSection, window: tuple[int, ...]) -> 
     return adapted
 
 
-def check_targets(model: CausalLM, lora: LoraSection) -> None:
+def check_targets(model: CausalLM, lora: LoraConfig) -> None:
     """Refuse target modules that the model lacks or that cannot be adapted; its weights are not looked at, so it may be
     on ``meta``.
 
@@ -86,7 +87,7 @@ def check_targets(model: CausalLM, lora: LoraSection) -> None:
     _target_modules(model, lora)
 
 
-def _target_modules(model: CausalLM, lora: LoraSection) -> list[str]:
+def _target_modules(model: CausalLM, lora: LoraConfig) -> list[str]:
     """The wanted linear layers, in the family's own spelling: Phi-3 fuses q, k, v and gate, up. Blocks may differ: any
     may have them.
     """
@@ -135,7 +136,7 @@ def _read_as_experts(model: CausalLM, targets: list[str]) -> list[str]:
     """Those targets that peft would turn into parameters: families whose experts were linear layers before transformers
     fused them.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig as PeftLoraConfig
 
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -146,7 +147,7 @@ def _read_as_experts(model: CausalLM, targets: list[str]) -> list[str]:
     conversions = get_model_conversion_mapping(cast("PreTrainedModel", causal))
 
     def stays(name: str) -> bool:
-        settings = LoraConfig(target_modules=[name])
+        settings = PeftLoraConfig(target_modules=[name])
         try:
             convert_peft_config_for_transformers(settings, model=cast(nn.Module, causal), conversions=conversions)
         except ValueError:  # one of the names that make up a fused expert

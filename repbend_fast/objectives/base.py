@@ -42,3 +42,15 @@ class Objective(Protocol):
     def streams(self, batch: Batch, step: int) -> list[Stream]: ...
 
     def probes(self, batch: Batch) -> Probes: ...
+
+
+def earlier_probes(names: list[str]) -> tuple[str | None, str | None]:
+    """What a row that does not say it has bent and kept: known names by what they are, an objective's own by their
+    order.
+    """
+    known = [
+        next((name for name in names if name in side), None) for side in (("unsafe", "forget"), ("safe", "retain"))
+    ]
+    if known == [None, None]:
+        return names[0] if names else None, names[1] if len(names) > 1 else None
+    return known[0], known[1]

@@ -6,6 +6,7 @@ The maths is in docs/objectives.md.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -81,9 +82,9 @@ class MethodConfig(Section):
     name: str
 
     @property
+    @abstractmethod
     def roles(self) -> tuple[Role, ...]:
-        """The roles whose records the terms with a weight read."""
-        raise NotImplementedError
+        """The roles whose records the terms with a weight read. A class without them cannot be made."""
 
     @classmethod
     def wanted_lora(cls, written: dict[str, object]) -> dict[str, object]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from repbend_fast.config.schema import LoraSection, ModelConfig
+from repbend_fast.config.schema import LoraConfig, ModelConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import attach_lora
 from repbend_fast.models.causal import AdaptedLM, CausalLM, Shape
@@ -83,9 +83,7 @@ def _model_shape(
     return shape, f"{name} is not on this machine: planned with its published shape"
 
 
-def shape_model(
-    config: ModelConfig, lora: LoraSection, window: tuple[int, ...], blocks: int | None = None
-) -> AdaptedLM:
+def shape_model(config: ModelConfig, lora: LoraConfig, window: tuple[int, ...], blocks: int | None = None) -> AdaptedLM:
     """The recipe's PEFT model on fake tensors.
 
     Args:

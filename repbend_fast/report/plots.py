@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
+from repbend_fast.objectives.base import earlier_probes
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of, titles_of
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.report.run_record import Row, RunRecord
@@ -110,21 +111,53 @@ def losses(run: RunRecord) -> Figure | None:
     return figure
 
 
-def distance_grid(rows: list[Row], stream: str) -> tuple[list[int], list[int], np.ndarray]:
-    """Steps, layers and distances ``[layers, steps]`` of one stream; NaN where a step did not measure a layer."""
-    kept = [row for row in rows if isinstance((row.get("distance_per_layer") or {}).get(stream), Mapping)]
-    layers = sorted({int(layer) for row in kept for layer in row["distance_per_layer"][stream]})
+Grid = tuple[list[int], list[int], np.ndarray]
+
+
+def distance_grid(rows: list[Row], name: str, key: str = "distance_per_layer") -> Grid:
+    """Steps, layers and distances ``[layers, steps]`` of one term or probe; NaN where a step did not measure a
+    layer.
+    """
+    kept = [row for row in rows if isinstance((row.get(key) or {}).get(name), Mapping)]
+    layers = sorted({int(layer) for row in kept for layer in row[key][name]})
     grid = np.full((len(layers), len(kept)), np.nan)
     for column, row in enumerate(kept):
-        for layer, value in row["distance_per_layer"][stream].items():
+        for layer, value in row[key][name].items():
             grid[layers.index(int(layer)), column] = np.nan if value is None else value
     return [row["step"] for row in kept], layers, grid
 
 
+def _probes(run: RunRecord) -> tuple[str | None, str | None]:
+    """What the objective says is bent and kept, as its validations recorded it; by the terms' names where none did."""
+    for row in reversed(run.validations):
+        if isinstance(found := row.get("probes"), list) and len(found) == 2:
+            return found[0], found[1]
+    logged = {name: None for row in run.steps for name in row.get("distance_per_layer") or {}}
+    return earlier_probes(list(logged))
+
+
+def _distance_grids(run: RunRecord) -> tuple[dict[str, Grid], str]:
+    """Grids by name, what is kept first, and what their values are: of every step where it has terms of the probes'
+    names, else of the validations.
+    """
+    bent, kept = _probes(run)
+    names = [name for name in (kept, bent) if name is not None]
+    value = (section_of(_objective(run)) or MethodConfig).layers_title
+    found: dict[str, Grid] = {}
+    for rows, key, title in (
+        (run.steps, "distance_per_layer", value),
+        (run.validations, "distance", "distance to the reference, validated"),
+    ):
+        grids = {name: distance_grid(rows, name, key) for name in names}
+        grids = {name: grid for name, grid in grids.items() if grid[1] and np.isfinite(grid[2]).any()}
+        if len(grids) > len(found):
+            found, value = grids, title
+    return found, value
+
+
 def distances(run: RunRecord) -> Figure | None:
-    """Heat maps of the distance to the reference, layer by layer and step by step, both streams on one colour scale."""
-    grids = {stream: distance_grid(run.steps, stream) for stream in ("safe", "unsafe")}
-    grids = {stream: grid for stream, grid in grids.items() if grid[1] and np.isfinite(grid[2]).any()}
+    """Heat maps of what is kept and what is bent, layer by layer and step by step, on one colour scale."""
+    grids, title = _distance_grids(run)
     if not grids:
         return None
     top = max(float(np.nanmax(grid[2])) for grid in grids.values()) or 1.0
@@ -137,7 +170,7 @@ def distances(run: RunRecord) -> Figure | None:
         image = axes.imshow(
             grid, aspect="auto", origin="lower", extent=extent, cmap="magma", vmin=0, vmax=top, interpolation="nearest"
         )
-        style(axes, f"{stream} stream: {(section_of(_objective(run)) or MethodConfig).layers_title}")
+        style(axes, f"{stream} stream: {title}")
         axes.set_ylabel("hidden state", fontsize=8, color=MUTED)
         axes.grid(False)
         if run.best_step is not None and extent[0] <= run.best_step <= extent[1]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich.rule import Rule
 
 from repbend_fast.config.schema import Config
+from repbend_fast.console import show
 from repbend_fast.data.check import check_data, print_report
 from repbend_fast.data.tokenizer import Tokenizer
 
 
-def run_check(config: Config, tokenizer: Tokenizer | None, console: Console | None = None) -> int:
-    """Checks ``data.sources`` and ``validation.sources``, prints a report of each, returns the exit code.
+def run_check(config: Config, tokenizer: Tokenizer | None) -> int:
+    """Checks ``data.sources`` and ``validation.sources``, shows a report of each, returns the exit code.
 
     2 with bad records that are not to be skipped, else 0.
     """
-    console = console or Console()
     vocabulary = None
     if tokenizer is not None:
         from repbend_fast.runs.token_ids import check_special_tokens, vocabulary_of
@@ -30,8 +30,8 @@ def run_check(config: Config, tokenizer: Tokenizer | None, console: Console | No
     bad = 0
     for name, data in parts:
         if len(parts) > 1:
-            console.rule(f"{name}.sources")
+            show(Rule(f"{name}.sources"))
         report = check_data(data, tokenizer, seed=config.training.seed, vocabulary=vocabulary)
-        print_report(report, console)
+        print_report(report)
         bad += len(report.bad)
     return 2 if bad and not config.data.skip_bad_records else 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import Decoder, Head
+from repbend_fast.models.layers.switches import AdapterSwitch, adapter_switches
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,13 @@ class ModelParts:
     device: torch.device
     autocast: torch.dtype | None
     units: dict[int, float] = field(default_factory=dict)
+
+    @cached_property
+    def switches(self) -> list[AdapterSwitch]:
+        """Layers that the reference pass switches: looked for once, since every piece has such a pass and a prepared
+        model keeps its modules.
+        """
+        return adapter_switches(self.model)
 
     def unit(self, layer: int, power: int) -> float:
         """The unit of hidden state ``layer`` to the ``power`` that a term is divided by; 1 for the power 0."""

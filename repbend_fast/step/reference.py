@@ -27,7 +27,7 @@ def reference_pass(place: Place, executions: Sequence[Execution[Term]]) -> None:
             execution.keep(layer, hidden)
         return hidden
 
-    with reference_model(parts.model), parts.autocasting():
+    with reference_model(parts.model, parts.switches), parts.autocasting():
         run_decoder(parts.decoder, place.piece.input_ids, position_ids=place.piece.position_ids, stop=stop, visit=visit)
         for execution in executions:
             execution.compare()

@@ -10,7 +10,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,81 @@ from repbend_fast.runs.folder import RunFolder, write_folder
 FORMAT = 1
 
 
-@dataclass
-class TrainingState:
-    """What a run needs besides the adapter's weights. ``plain`` is JSON; ``tensors`` goes through ``torch.save``."""
+@dataclass(kw_only=True)
+class SavedState:
+    """What of a run's state is JSON: it is read before any model is.
+
+    ``sampler``, ``guard``: their own. ``settings``: those that shape a checkpoint, and what validation was measured on.
+    ``limits``: the guard's. ``units``: lengths that count as 1, by hidden state. ``kl_weight``: None without a limit.
+    ``first_levers``, ``last_levers``: those of the run's start and those in force; empty in checkpoints before they
+    were kept.
+    """
 
     step: int
-    plain: dict[str, Any]
-    tensors: dict[str, Any]
+    sampler: dict[str, Any]
+    guard: dict[str, Any]
+    stopped: str | None
+    settings: dict[str, Any]
+    limits: dict[str, Any]
+    units: dict[int, float] = field(default_factory=dict)
+    kl_weight: float | None = None
+    first_levers: dict[str, Any] = field(default_factory=dict)
+    last_levers: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of ``state.json``."""
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "sampler": self.sampler,
+            "guard": self.guard,
+            "stopped": self.stopped,
+            "settings": self.settings,
+            "limits": self.limits,
+            "units": {str(layer): unit for layer, unit in self.units.items()},
+            "kl_weight": self.kl_weight,
+            "levers": {"first": self.first_levers, "last": self.last_levers},
+        }
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> SavedState:
+        """The state that was written.
+
+        Raises:
+            ValueError: something that every checkpoint has is not there.
+        """
+        needed = {each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING}
+        if missing := needed - found.keys():
+            raise ValueError(f"state.json has no {', '.join(sorted(missing))}")
+        levers = found.get("levers") or {}
+        return cls(
+            **{name: found[name] for name in needed},
+            units={int(layer): unit for layer, unit in found.get("units", {}).items()},
+            kl_weight=found.get("kl_weight"),
+            first_levers=levers.get("first", {}),
+            last_levers=levers.get("last", {}),
+        )
+
+
+@dataclass(kw_only=True)
+class TrainingState(SavedState):
+    """What a run needs besides the adapter's weights. ``best``: the best adapter's, None where none was best yet."""
+
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    best: dict[str, Tensor] | None
+
+    def tensors(self) -> dict[str, Any]:
+        """The content of ``state.pt`` besides the adapter and the random state."""
+        return {name: getattr(self, name) for name in IN_TENSORS}
+
+    @classmethod
+    def of(cls, saved: SavedState, tensors: dict[str, Any]) -> TrainingState:
+        """Both parts together."""
+        return cls(**vars(saved), **{name: tensors[name] for name in IN_TENSORS})
+
+
+IN_TENSORS = ("optimizer", "scaler", "best")
 
 
 def adapter_weights(model: CausalLM) -> dict[str, Tensor]:
@@ -77,9 +145,8 @@ def save_checkpoint(run: RunFolder, state: TrainingState, model: CausalLM, keep:
     def fill(folder: Path) -> None:
         # Through Python's file, a full disk is an OSError; torch's own writer hides the reason.
         with open(folder / "state.pt", "wb") as file:
-            torch.save(state.tensors | {"adapter": adapter_weights(model), "random": random_state()}, file)
-        text = json.dumps({"format": FORMAT, "step": state.step} | state.plain)
-        (folder / "state.json").write_text(text, encoding="utf-8")
+            torch.save(state.tensors() | {"adapter": adapter_weights(model), "random": random_state()}, file)
+        (folder / "state.json").write_text(json.dumps(state.as_json()), encoding="utf-8")
 
     write_folder(path, fill)
     for old in run.all_checkpoints()[:-keep]:
@@ -113,7 +180,7 @@ def fixed_settings(config: Config) -> dict[str, object]:
     return fixed
 
 
-def read_state(path: Path, config: Config) -> dict[str, Any]:
+def read_state(path: Path, config: Config) -> SavedState:
     """The JSON part of a checkpoint, read before any weight is, so that a run that cannot go on says so at once.
 
     Raises:
@@ -126,17 +193,19 @@ def read_state(path: Path, config: Config) -> dict[str, Any]:
             f"{path}: written by another version of repbend-fast (format {FORMAT} is read); start a new run in another "
             "folder"
         )
-    if missing := {"step", "sampler", "guard", "stopped", "settings", "limits"} - plain.keys():
-        raise UserError(_damaged(path, f"state.json has no {', '.join(sorted(missing))}"))
+    try:
+        saved = SavedState.from_json(plain)
+    except (ValueError, AttributeError) as error:
+        raise UserError(_damaged(path, one_line(error))) from error
     for key, own in fixed_settings(config).items():
         # One of a run without validation has no settings of it.
-        written = plain["settings"].get(key, BEFORE_A_CHOICE.get(key, own))
+        written = saved.settings.get(key, BEFORE_A_CHOICE.get(key, own))
         if written != own:
             # Without sources the held-out records would become training data, with which the sampler cannot go on.
             off = key.startswith(YARDSTICK) and config.validation.sources
             remedy = "set it back, or validation.every=0" if off else "set it back"
             raise UserError(f"cannot resume: {key}={own}, but the checkpoint was written with {written}; {remedy}")
-    return plain
+    return saved
 
 
 def load_checkpoint(path: Path, config: Config, model: CausalLM) -> TrainingState:
@@ -145,14 +214,14 @@ def load_checkpoint(path: Path, config: Config, model: CausalLM) -> TrainingStat
     Raises:
         UserError: as ``read_state``, or the adapter is of another shape.
     """
-    plain = read_state(path, config)
+    saved = read_state(path, config)
     with _reading(path):
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not {"adapter", "random", "optimizer", "scaler", "best"} <= tensors.keys():
+    if not isinstance(tensors, dict) or not {"adapter", "random", *IN_TENSORS} <= tensors.keys():
         raise UserError(_damaged(path, "state.pt is incomplete"))
     load_adapter_weights(model, tensors.pop("adapter"))
     set_random_state(tensors.pop("random"))
-    return TrainingState(plain["step"], plain, tensors)
+    return TrainingState.of(saved, tensors)
 
 
 def adapter_from_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
     check_depth(config)
     data = prepare_data(config, load_tokenizer(config.model), roles_of(config.objective))
     if state is not None:
-        data.sampler.load_state_dict(state["sampler"])
+        data.sampler.load_state_dict(state.sampler)
     if config.validation.every and not prompts and not data.held.get("retain"):
         data.notes.append("validation has neither retain records nor prompts: it cannot see what ordinary answers lose")
     if config.validation.every and not prompts and _sees_no_bending(config, data):

@@ -17,6 +17,7 @@ from repbend_fast.evaluation.measure import measure_answers
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, RATE_KEYS
 from repbend_fast.models import lora_dropout
 from repbend_fast.objectives import Objective
+from repbend_fast.objectives.base import earlier_probes
 from repbend_fast.step import StreamRunner
 
 # Enough for a mean over thousands of rows; all held-out examples would cost as much as several training steps.
@@ -83,7 +84,7 @@ class Validation:
     def bending(self) -> float:
         """Mean distance of what is to be bent minus mean distance of what is to be kept, over hidden states."""
         means = {name: sum(v.values()) / len(v) for name, v in self.distance.items() if v}
-        bent, kept = self.probes or _earlier_probes(list(means))
+        bent, kept = self.probes or earlier_probes(list(means))
         return (means.get(bent, 0.0) if bent else 0.0) - (means.get(kept, 0.0) if kept else 0.0)
 
     def row(self) -> dict[str, Any]:
@@ -164,15 +165,3 @@ class Validator:
             means[name] = {str(layer): round(float(value), 6) for layer, value in sorted(layers.items())}
         bent, kept = (None if stream is None else stream.terms[0].name for stream in (probes.bent, probes.kept))
         return means, (bent, kept)
-
-
-def _earlier_probes(names: list[str]) -> tuple[str | None, str | None]:
-    """What a row that does not say it has bent and kept: known names by what they are, an objective's own by their
-    order.
-    """
-    known = [
-        next((name for name in names if name in side), None) for side in (("unsafe", "forget"), ("safe", "retain"))
-    ]
-    if known == [None, None]:
-        return names[0] if names else None, names[1] if len(names) > 1 else None
-    return known[0], known[1]

@@ -7,7 +7,6 @@ adapter come from the folder; everything is computed by the product's own object
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from repbend_fast.config.schema import MemoryConfig, ModelConfig
+from repbend_fast.console import say, show
 from repbend_fast.errors import UserError
 from repbend_fast.models import find_decoder, load_model, prepared, trainable_parameters
 from repbend_fast.models.causal import AdaptedLM, CausalLM
@@ -29,6 +29,7 @@ from repbend_fast.verify.golden import FORM, READERS, Case, form_of, objective_o
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
+_TABLE_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,8 @@ def run_verify(folder: Path, objectives: list[str] | None = None) -> int:
     Cases of objectives that are not supported are listed. An objective in ``objectives`` of which no case was checked
     fails.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
     verification = verify_folder(folder)
     table = Table("case", "expected", "got", "loss error", "gradient error", "")
     for check in verification.checks:
@@ -113,21 +112,19 @@ def run_verify(folder: Path, objectives: list[str] | None = None) -> int:
         gradient = f"{check.gradient_error:.1e}{'' if check.whole_gradient else ' (norm)'}"
         table.add_row(check.key, f"{check.expected:.6f}", f"{check.got:.6f}", f"{check.loss_error:.1e}", gradient, mark)
     if verification.checks:
-        console.print(table)
+        show(table, width=_TABLE_WIDTH)
         good = sum(c.passed for c in verification.checks)
-        console.print(
+        say(
             f"{good} of {len(verification.checks)} within {LOSS_TOLERANCE:g} (loss) and {GRADIENT_TOLERANCE:g} "
             "(gradient)"
         )
     for key in (key for keys in verification.unsupported.values() for key in keys):
-        console.print(f"not supported: {key}")
+        say(f"not supported: {key}")
     absent = [name for name in objectives or () if name not in verification.objectives]
     for name in absent:
-        console.print(f"no case was checked for objective {name}")
+        say(f"no case was checked for objective {name}")
     if not verification.checks:
-        console.print(
-            f"nothing was checked: {folder} has no case of an objective that exists here ({', '.join(READERS)})"
-        )
+        say(f"nothing was checked: {folder} has no case of an objective that exists here ({', '.join(READERS)})")
     return 0 if verification.passed and not absent else 1
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from repbend_fast.config import load_config, resolved_yaml
-from repbend_fast.config.schema import LoraSection, at_depth
+from repbend_fast.config.schema import LoraConfig, at_depth
 from repbend_fast.errors import UserError
 from repbend_fast.models.adapters import adapted_blocks
 from repbend_fast.objectives import build_objective
@@ -79,7 +79,7 @@ def test_rmu_s_blocks_follow_its_layer(tmp_path) -> None:
     lora = load_config(str(recipe)).lora
     assert (lora.blocks, lora.target_modules) == ("last_three", ["down_proj"])
     assert [adapted_blocks(lora, *n) for n in ((8, 32), (2, 4), (4, 4))] == [[5, 6, 7], [0, 1], [1, 2, 3]]
-    assert adapted_blocks(LoraSection(), 3, 4) == adapted_blocks(LoraSection(), 4, 4) == [0, 1, 2, 3]
+    assert adapted_blocks(LoraConfig(), 3, 4) == adapted_blocks(LoraConfig(), 4, 4) == [0, 1, 2, 3]
 
 
 def test_the_recipe_for_any_model_asks_for_model_and_data_and_nothing_else() -> None:

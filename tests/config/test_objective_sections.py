@@ -93,7 +93,7 @@ def test_settings_survive_being_written_and_read_back(tmp_path: Path) -> None:
     [
         (
             ["objective.name=circuit_braker"],
-            "objective.name=circuit_braker: must be one of repbend, circuit_breaker, rmu, npo, crl, simnpo, wga, sat_imp, or",
+            "must be one of repbend, circuit_breaker, rmu, npo, crl, simnpo, wga, sat_imp, or module:Class of your own",
         ),
         (["objective.name=circuit_braker"], "; did you mean circuit_breaker?"),
         (["objective.name=3"], "objective.name=3: must be one of repbend"),

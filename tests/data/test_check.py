@@ -8,9 +8,9 @@ import json
 import pytest
 from chat_tokenizers import INST
 from record_files import OWN, write_lines
-from rich.console import Console
 
 from repbend_fast.config.schema import Config, ModelConfig
+from repbend_fast.console import saying
 from repbend_fast.data.check import check_data, histogram, percentile, print_report
 from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.data.tokenize import ChatEncoder
@@ -22,9 +22,10 @@ def config(path, **data):
 
 
 def run(settings, tokenizer=None):
-    out = io.StringIO()
-    code = run_check(settings, tokenizer, Console(file=out, width=400))
-    return code, out.getvalue()
+    said = []
+    with saying(said.append):
+        code = run_check(settings, tokenizer)
+    return code, "\n".join(said)
 
 
 def test_percentile_is_the_nearest_rank():
@@ -78,7 +79,8 @@ def test_lengths_and_truncation_in_tokens(tmp_path, make_tokenizer):
     assert pair.whole == [len(encoder.encode(r).safe) for r in report.records.records["pair"]]
     assert retain.whole == [len(encoder.encode(r)) for r in report.records.records["retain"]]
     out = io.StringIO()
-    print_report(report, Console(file=out, width=200))
+    with saying(out.write):
+        print_report(report)
     assert "lengths in tokens" in out.getvalue()
     assert "truncated" in out.getvalue()
 
@@ -89,7 +91,8 @@ def test_counts_show_limits_and_sources(tmp_path):
     report = check_data([SourceConfig(path=str(a), limit=4), SourceConfig(path=str(b), roles=["retain"])], None)
     assert report.records.counts() == {"safe": 4, "unsafe": 0, "pair": 0, "retain": 2}
     out = io.StringIO()
-    print_report(report, Console(file=out, width=400))
+    with saying(out.write):
+        print_report(report)
     assert "4/9" in out.getvalue()
     assert report.records.unused == 3
 
@@ -131,3 +134,14 @@ def test_nothing_but_bad_records_is_still_reported(tmp_path, skip):
     code, text = run(config(path, skip_bad_records=skip))
     assert code == (0 if skip else 2)
     assert "2 bad records" in text
+
+
+def test_who_listens_gets_the_whole_report_and_the_terminal_nothing(tmp_path, capsys):
+    path = write_lines(tmp_path / "own.jsonl", [*OWN, {"role": "odd"}])
+    _, text = run(config(path))
+    assert "records" in text
+    assert f"{path}:6: unknown role 'odd'" in text
+    assert capsys.readouterr().out == ""
+    with saying(None):
+        assert run_check(config(path), None) == 2
+    assert capsys.readouterr().out == ""

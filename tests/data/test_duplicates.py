@@ -6,9 +6,9 @@ import io
 
 import pytest
 from record_files import load, write_lines
-from rich.console import Console
 from test_check import config, run
 
+from repbend_fast.console import saying
 from repbend_fast.data.check import check_data, print_report
 from repbend_fast.data.duplicates import duplicate_lines
 
@@ -68,7 +68,8 @@ def test_dropped_reasoning_is_named(tmp_path, make_tokenizer):
     source = config(path).data
     report = check_data(source, make_tokenizer(template=REBUILDING))
     out = io.StringIO()
-    print_report(report, Console(file=out, width=300))
+    with saying(out.write):
+        print_report(report)
     assert (
         "note: the chat template leaves out the reasoning of earlier turns, as it does when the model talks: in 1 "
         f"record, {path}:1" in (out.getvalue())

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from repbend_kernels.keyed_dropout import row_hashes
 from tiny_models import BLOCKS, FAMILIES, VOCABULARY, objective_config, run_step, tiny_model, wrap
 
-from repbend_fast.config.schema import LoraSection
+from repbend_fast.config.schema import LoraConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models import (
     attach_lora,
@@ -47,7 +48,7 @@ def _places(model: Any) -> dict[int, set[str]]:
     ],
 )
 def test_blocks(window, blocks, expected) -> None:
-    places = _places(attach_lora(tiny_model(), LoraSection(r=2, blocks=blocks), window))
+    places = _places(attach_lora(tiny_model(), LoraConfig(r=2, blocks=blocks), window))
     assert set(places) == expected
     for names in places.values():
         assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -55,7 +56,7 @@ def test_blocks(window, blocks, expected) -> None:
 
 def test_rank_scale_dropout_and_dtype() -> None:
     for dtype in ("float32", "bfloat16"):
-        lora = LoraSection(r=3, alpha=6, dropout=0.25, dtype=dtype)
+        lora = LoraConfig(r=3, alpha=6, dropout=0.25, dtype=dtype)
         model = attach_lora(tiny_model(dtype=torch.bfloat16), lora, (1,))
         layer = model.get_base_model().model.layers[0].mlp.down_proj
         assert layer.scaling == {"default": 2.0}
@@ -67,9 +68,9 @@ def test_rank_scale_dropout_and_dtype() -> None:
 
 
 def test_phi3_fuses_projections() -> None:
-    places = _places(attach_lora(tiny_model("phi3"), LoraSection(r=2), (1,)))
+    places = _places(attach_lora(tiny_model("phi3"), LoraConfig(r=2), (1,)))
     assert places[0] == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    places = _places(attach_lora(tiny_model("phi3"), LoraSection(r=2, target_modules=["v_proj", "qkv_proj"]), (1,)))
+    places = _places(attach_lora(tiny_model("phi3"), LoraConfig(r=2, target_modules=["v_proj", "qkv_proj"]), (1,)))
     assert places[0] == {"qkv_proj"}
 
 
@@ -99,11 +100,11 @@ def test_a_vision_tower_is_left_alone() -> None:
 
 def test_wrong_targets_are_refused() -> None:
     for lora, expected in (
-        (LoraSection(target_modules=["q_proj", "c_attn"]), "no layer named c_attn"),
-        (LoraSection(target_modules=["lm_head", "q_proj"]), "lm_head cannot be adapted"),
-        (LoraSection(blocks=[0, BLOCKS]), f"the model has blocks 0 … {BLOCKS - 1}"),
-        (LoraSection(target_modules=["input_layernorm"]), "lora.target_modules"),
-        (LoraSection(target_modules=["mlp"]), "lora.target_modules"),
+        (LoraConfig(target_modules=["q_proj", "c_attn"]), "no layer named c_attn"),
+        (LoraConfig(target_modules=["lm_head", "q_proj"]), "lm_head cannot be adapted"),
+        (LoraConfig(blocks=[0, BLOCKS]), f"the model has blocks 0 … {BLOCKS - 1}"),
+        (LoraConfig(target_modules=["input_layernorm"]), "lora.target_modules"),
+        (LoraConfig(target_modules=["mlp"]), "lora.target_modules"),
     ):
         with pytest.raises(UserError) as caught:
             attach_lora(tiny_model(), lora, (2,))
@@ -142,7 +143,9 @@ def test_the_reference_is_what_peft_s_own_switch_gives() -> None:
     """Also with trained copies of whole modules, with a layer that was off before, and with a part of the adapter
     frozen.
     """
-    config = LoraConfig(target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    config = PeftLoraConfig(
+        target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
     model = get_peft_model(tiny_model(), config).eval()
     with torch.no_grad():
         model.get_output_embeddings().modules_to_save["default"].weight.add_(1.0)
@@ -164,7 +167,7 @@ def test_the_reference_is_what_peft_s_own_switch_gives() -> None:
 
 
 def test_dropout_is_restored() -> None:
-    model = attach_lora(tiny_model(), LoraSection(r=2, dropout=0.5), (1,))
+    model = attach_lora(tiny_model(), LoraConfig(r=2, dropout=0.5), (1,))
     use_low_rank_forward(model)
     shared = model.get_base_model().model.layers[0].mlp.down_proj.dropout_keys
     keys = torch.arange(22).view(2, 11)

@@ -7,7 +7,7 @@ import torch
 from other_families import other_model
 from tiny_models import tiny_model
 
-from repbend_fast.config.schema import LoraSection
+from repbend_fast.config.schema import LoraConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models import attach_lora, quantize_nf4
 from repbend_fast.models.coverage import coverage_of
@@ -16,7 +16,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def test_every_weight_of_a_plain_block_is_adapted() -> None:
-    kinds = coverage_of(attach_lora(tiny_model(), LoraSection(r=2), (2,)))
+    kinds = coverage_of(attach_lora(tiny_model(), LoraConfig(r=2), (2,)))
     assert [(kind.blocks, kind.wanted) for kind in kinds] == [((0, 1, 2), True), ((3,), False)]
     assert kinds[0].weights == kinds[0].adapted == 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     assert kinds[1].adapted == 0
@@ -24,7 +24,7 @@ def test_every_weight_of_a_plain_block_is_adapted() -> None:
 
 
 def test_experts_are_left_out_by_name() -> None:
-    (kind,) = coverage_of(attach_lora(other_model("qwen2_moe"), LoraSection(r=2), (2,)))
+    (kind,) = coverage_of(attach_lora(other_model("qwen2_moe"), LoraConfig(r=2), (2,)))
     experts = {"mlp.experts.gate_up_proj": 4 * 128 * 64, "mlp.experts.down_proj": 4 * 64 * 64}
     assert kind.left_out == experts | {"mlp.gate": 4 * 64, "mlp.shared_expert_gate": 64}
     assert kind.weights == kind.adapted + sum(kind.left_out.values())
@@ -34,7 +34,7 @@ def test_experts_are_left_out_by_name() -> None:
 
 
 def test_blocks_of_a_hybrid_model_are_told_apart() -> None:
-    model = attach_lora(other_model("bamba"), LoraSection(r=2, target_modules=ATTENTION), (2,))
+    model = attach_lora(other_model("bamba"), LoraConfig(r=2, target_modules=ATTENTION), (2,))
     mamba, attention = coverage_of(model)
     assert (mamba.blocks, mamba.adapted) == ((0,), 0)
     assert attention.adapted == 2 * 64 * 64 + 2 * 64 * 32
@@ -45,7 +45,7 @@ def test_blocks_of_a_hybrid_model_are_told_apart() -> None:
 def test_experts_that_nf4_leaves_as_they_are_are_named() -> None:
     model = other_model("qwen3_moe")
     quantize_nf4(model, torch.float32, True, torch.device("cpu"))
-    (kind,) = coverage_of(attach_lora(model, LoraSection(r=2, target_modules=ATTENTION), (2,)))
+    (kind,) = coverage_of(attach_lora(model, LoraConfig(r=2, target_modules=ATTENTION), (2,)))
     assert kind.weights == coverage_of(other_model("qwen3_moe"))[0].weights
     assert kind.adapted == 2 * 64 * 64 + 2 * 64 * 32
     assert sum(count for name, count in kind.unquantized.items() if "experts" in name) == 4 * 128 * 64 + 4 * 64 * 64
@@ -54,7 +54,7 @@ def test_experts_that_nf4_leaves_as_they_are_are_named() -> None:
 
 def test_target_names_are_looked_up_in_all_blocks() -> None:
     first, second = coverage_of(
-        attach_lora(other_model("lfm2"), LoraSection(r=2, target_modules=["q_proj", "w1"]), (2,))
+        attach_lora(other_model("lfm2"), LoraConfig(r=2, target_modules=["q_proj", "w1"]), (2,))
     )
     assert first.adapted == 16384
     assert second.adapted == 16384 + 64 * 64
@@ -76,12 +76,12 @@ def test_target_names_are_looked_up_in_all_blocks() -> None:
 )
 def test_an_error_helps_to_the_right_names(family, targets, expected) -> None:
     with pytest.raises(UserError) as caught:
-        attach_lora(other_model(family), LoraSection(target_modules=targets), (2,))
+        attach_lora(other_model(family), LoraConfig(target_modules=targets), (2,))
     assert expected in str(caught.value)
     assert "ParamWrapper" not in str(caught.value)
 
 
 def test_what_the_error_offers_can_be_adapted() -> None:
     offered = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]
-    kinds = coverage_of(attach_lora(other_model("deepseek_v2"), LoraSection(r=2, target_modules=offered), (2,)))
+    kinds = coverage_of(attach_lora(other_model("deepseek_v2"), LoraConfig(r=2, target_modules=offered), (2,)))
     assert all(kind.adapted for kind in kinds)

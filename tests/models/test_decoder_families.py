@@ -8,7 +8,7 @@ from kernel_compare import assert_matches
 from tiny_models import BLOCKS, FAMILIES, VOCABULARY, adapted_model, flat, objective_config, run_step, tiny_model
 from torch import Tensor, nn
 
-from repbend_fast.config.schema import LoraSection, MemoryConfig
+from repbend_fast.config.schema import LoraConfig, MemoryConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models import find_decoder, find_head, run_decoder
 from repbend_fast.models.layers.lora import use_low_rank_forward
@@ -208,7 +208,7 @@ def test_only_lora_drops_out() -> None:
     }
     config = transformers.Phi3Config(**settings, pad_token_id=0, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5)
     base = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    model = attach_lora(base, LoraSection(r=2, dropout=0.5), (1,))
+    model = attach_lora(base, LoraConfig(r=2, dropout=0.5), (1,))
     use_low_rank_forward(model)
     ids, keys = torch.arange(3, 12)[None], torch.arange(9)
     with torch.no_grad():

@@ -28,7 +28,7 @@ from tiny_models import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from repbend_fast.config.schema import LoraSection, MemoryConfig
+from repbend_fast.config.schema import LoraConfig, MemoryConfig
 from repbend_fast.models import find_decoder, surgery
 from repbend_fast.models.layers import liger, recompute
 from repbend_fast.models.layers.changes import Changes
@@ -41,7 +41,7 @@ from repbend_fast.step.levers import Levers
 D, INNER, TOKENS = 64, 128, 12
 # One rounding to bfloat16 of the result, and of what is rounded on the way.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
-DROPOUT = LoraSection(r=3, alpha=6, dropout=0.2)
+DROPOUT = LoraConfig(r=3, alpha=6, dropout=0.2)
 CONFIG = objective_config(alpha_mode="all", loss_mode="prompt_response")
 
 

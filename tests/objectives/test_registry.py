@@ -61,6 +61,15 @@ def toy() -> Iterator[None]:
     del SETTINGS["toy"], OBJECTIVES["toy"]
 
 
+def test_settings_that_do_not_say_their_roles_cannot_be_made() -> None:
+    class Roleless(MethodConfig):
+        name: Literal["roleless"] = "roleless"
+
+    for make in (Roleless, lambda: TypeAdapter(Roleless).validate_python({"name": "roleless"})):
+        with pytest.raises(TypeError, match=r"abstract.*roles"):
+            make()
+
+
 def test_the_section_of_a_configuration_takes_it(toy: None) -> None:
     section = TypeAdapter[Any](any_settings()).validate_python({"name": "toy", "length": 5})
     assert section == ToyConfig(length=5)

@@ -408,6 +408,30 @@ def test_distance_grid_leaves_gaps_where_nothing_was_measured():
     np.testing.assert_array_equal(grid, [[2.0, np.nan], [1.0, 3.0]])
 
 
+def test_the_heat_map_shows_what_the_objective_says_is_bent_and_kept(tmp_path: Path):
+    """Its steps log terms by other names; the validations have the probes."""
+    steps = [
+        step_row(n) | {"distance_per_layer": {"reroute": {"3": 1.0 / n}, "retain": {"0": 0.1, "3": 0.2}}}
+        for n in (1, 2)
+    ]
+    found = {"forget": {"3": 2.0}, "retain": {"0": 0.0, "3": 0.5}}
+    checks = [validation_row(n, False) | {"distance": found, "probes": ["forget", "retain"]} for n in (0, 2)]
+    figure = FIGURES["distances"](read_run(write_run(tmp_path / "run", steps + checks)))
+    kept, bent = figure.axes[:2]
+    assert (kept.get_title("left").split(" ")[0], bent.get_title("left").split(" ")[0]) == ("retain", "forget")
+    np.testing.assert_array_equal(bent.images[0].get_array(), [[2.0, 2.0]])
+    np.testing.assert_array_equal(kept.images[0].get_array(), [[0.0, 0.0], [0.5, 0.5]])
+
+
+def test_the_heat_map_of_an_own_objective_has_its_names(tmp_path: Path):
+    rows = [step_row(n) | {"distance_per_layer": {"moved": {"3": float(n)}}} for n in (1, 2)]
+    checks = [validation_row(2, False) | {"distance": {"moved": {"3": 9.0}}, "probes": ["moved", None]}]
+    for folder, each in (("validated", rows + checks), ("not validated", rows)):
+        axes = FIGURES["distances"](read_run(write_run(tmp_path / folder, each))).axes[0]
+        assert axes.get_title("left").startswith("moved stream")
+        np.testing.assert_array_equal(axes.images[0].get_array(), [[1.0, 2.0]])
+
+
 def test_best_step_comes_from_the_evaluation_else_from_the_last_best_validation(complete: Path):
     assert read_run(complete).best_step == 5
     (complete / "evaluation.json").unlink()

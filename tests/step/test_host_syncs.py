@@ -11,7 +11,7 @@ import torch
 from host_syncs import HostSyncs
 from tiny_models import FAMILIES, LAYOUTS, adapted_model, objective_config, ragged_batch, runner_on
 
-from repbend_fast.config.schema import LoraSection, MemoryConfig
+from repbend_fast.config.schema import LoraConfig, MemoryConfig
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
 from repbend_fast.step.levers import levers_of
@@ -24,7 +24,7 @@ MEMORY: dict[str, dict[str, Any]] = {
 
 
 def syncs_of(family: str, memory: MemoryConfig, **objective: Any) -> list[str]:
-    model = adapted_model(family, lora=LoraSection(r=3, alpha=6, dropout=0.1))
+    model = adapted_model(family, lora=LoraConfig(r=3, alpha=6, dropout=0.1))
     config = objective_config(pair=0.1, **objective)
     runner = runner_on(model, levers_of(memory, model), uses_head=True)
     streams = build_objective(config, find_decoder(model).num_blocks).streams(ragged_batch(), 0)
@@ -77,7 +77,7 @@ def test_the_recorder_sees_every_kind_of_wait(wait: Any, name: str) -> None:
 @pytest.mark.parametrize("packing", LAYOUTS)
 def test_cuda_itself_sees_no_wait(packing: str) -> None:
     """CUDA's own debug mode also sees copies from memory that is not pinned."""
-    model = adapted_model("llama", lora=LoraSection(r=3, alpha=6, dropout=0.1)).to("cuda")
+    model = adapted_model("llama", lora=LoraConfig(r=3, alpha=6, dropout=0.1)).to("cuda")
     runner = runner_on(model, levers_of(MemoryConfig(packing=packing), model), uses_head=True)
     streams = build_objective(objective_config(pair=0.1), find_decoder(model).num_blocks).streams(ragged_batch(), 0)
     for stream in streams:

@@ -22,12 +22,12 @@ from tiny_models import (
     wrap,
 )
 
-from repbend_fast.config.schema import LoraSection, MemoryConfig, ModelConfig
+from repbend_fast.config.schema import LoraConfig, MemoryConfig, ModelConfig
 from repbend_fast.data.records import Batch
 from repbend_fast.models import load_model, quantize_nf4
 from repbend_fast.step.levers import Levers
 
-DROPOUT = LoraSection(r=4, alpha=8, dropout=0.05)
+DROPOUT = LoraConfig(r=4, alpha=8, dropout=0.05)
 KINDS = ("float32", "bfloat16", "nf4 in place", "nf4 loaded", "nf4 float32")
 CONFIG = objective_config(alpha_mode="all", loss_mode="prompt_response")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from repbend_fast.config.schema import LoraSection, ModelConfig
+from repbend_fast.config.schema import LoraConfig, ModelConfig
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.evaluation.attacks.protocol import Target
@@ -18,7 +18,7 @@ ASKED = [Prompt("attack", f"How do I mix {item}?", item=item) for item in ("dusk
 
 def bent(folder: Path, scale: float = 0.3) -> Any:
     """The tiny model with an adapter of random weights on its first two blocks, frozen."""
-    model = attach_lora(load_model(_config(folder)), LoraSection(r=4, alpha=4, dropout=0.2), (2,))
+    model = attach_lora(load_model(_config(folder)), LoraConfig(r=4, alpha=4, dropout=0.2), (2,))
     torch.manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from repbend_fast.config.schema import LoraSection, MemoryConfig
+from repbend_fast.config.schema import LoraConfig, MemoryConfig
 from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.models import attach_lora, find_decoder, prepared
 from repbend_fast.objectives import build_objective
@@ -21,7 +21,7 @@ BLOCKS = 4
 VOCABULARY = 89
 WINDOW = (2, 3)
 LAYOUTS = ("off", "on")
-WITHOUT_DROPOUT = LoraSection(r=3, alpha=6, dropout=0.0)
+WITHOUT_DROPOUT = LoraConfig(r=3, alpha=6, dropout=0.0)
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -76,7 +76,7 @@ def adapted_model(
     family: str = "llama",
     dtype: torch.dtype = torch.float32,
     *,
-    lora: LoraSection = WITHOUT_DROPOUT,
+    lora: LoraConfig = WITHOUT_DROPOUT,
     window: tuple[int, ...] = WINDOW,
     trained: bool = True,
 ) -> Any:
@@ -87,7 +87,7 @@ def adapted_model(
 
 
 def wrap(
-    base: Any, *, lora: LoraSection = WITHOUT_DROPOUT, window: tuple[int, ...] = WINDOW, trained: bool = True
+    base: Any, *, lora: LoraConfig = WITHOUT_DROPOUT, window: tuple[int, ...] = WINDOW, trained: bool = True
 ) -> Any:
     """LoRA around ``base``."""
     torch.manual_seed(7)

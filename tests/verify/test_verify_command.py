@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from repbend_fast.config.schema import MemoryConfig
+from repbend_fast.console import saying
 from repbend_fast.errors import UserError
 from repbend_fast.verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Check, Verification, run_verify, verify_folder
 from repbend_fast.verify.golden import load_batch
@@ -78,6 +79,15 @@ def test_the_copy_passes(small, capsys) -> None:
     out = capsys.readouterr().out
     assert COMBINED in out
     assert "1 of 1 within 1e-05 (loss) and 0.0001 (gradient)" in out
+
+
+def test_who_listens_gets_the_table_and_the_terminal_nothing(small, capsys) -> None:
+    said: list[str] = []
+    with saying(said.append):
+        assert run_verify(small) == 0
+    assert COMBINED in said[0]
+    assert said[1] == "1 of 1 within 1e-05 (loss) and 0.0001 (gradient)"
+    assert capsys.readouterr().out == ""
 
 
 def test_a_wrong_loss_fails(small, capsys) -> None:

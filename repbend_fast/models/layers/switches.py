@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,28 @@ if TYPE_CHECKING:
 from repbend_fast.models.causal import CausalLM
 
 
-@contextmanager
-def reference_model(model: CausalLM) -> Iterator[None]:
-    """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits.
+class AdapterSwitch(Protocol):
+    """What is read and written of a layer of PEFT's."""
 
-    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's
-    ``requires_grad`` twice (docs/log.md has what that costs).
-    """
+    _disable_adapters: bool
+
+
+def adapter_switches(model: CausalLM) -> list[AdapterSwitch]:
+    """The layers that ``reference_model`` switches."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    switches = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+@contextmanager
+def reference_model(model: CausalLM, switches: list[AdapterSwitch] | None = None) -> Iterator[None]:
+    """The model as the user loaded it: trained adapter off, no gradient. Same kernels, so B = 0 gives equal bits.
+
+    The switches alone: PEFT's ``disable_adapter`` also reads every layer's state and sets every parameter's
+    ``requires_grad`` twice (docs/log.md has what that costs). ``switches``: the model's, where they are known.
+    """
+    switches = adapter_switches(model) if switches is None else switches
     earlier = [module._disable_adapters for module in switches]
     for module in switches:
         module._disable_adapters = True
