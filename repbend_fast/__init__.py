@@ -13,7 +13,8 @@ Importing this package is quick and imports no torch; a function imports what it
 ``docs/python.md`` has the rest.
 """
 
-from repbend_fast.api import assess, evaluate, export, load_config, plan, train
+from repbend_fast.api import assess as assess
+from repbend_fast.api import evaluate, export, load_config, plan, train
 
 __version__ = "0.1.0"
-__all__ = ["assess", "evaluate", "export", "load_config", "plan", "train"]
+__all__ = ["evaluate", "export", "load_config", "plan", "train"]

@@ -19,6 +19,7 @@ from torch import Tensor
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models import load_model, quantize_nf4, reference_model
+from repbend_fast.models.merge import put_adapter
 
 IDS = torch.arange(3, VOCABULARY).view(1, -1)
 LINEAR = ["q_proj", "down_proj"]
@@ -229,3 +230,18 @@ def test_an_untied_head_is_exported_untied(tmp_path, monkeypatch) -> None:
     expected = _adapter(base, tmp_path / "adapter", KINDS["saved head"]())
     _load(base, adapter=str(tmp_path / "adapter")).save_pretrained(tmp_path / "merged")
     assert relative_l2(_logits(_load(tmp_path / "merged")), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "saved embedding and norm", "lora and tokens", "ia3"])
+def test_unmerged_it_is_applied_as_peft_does_and_frozen(base: Path, kind: str, tmp_path: Path) -> None:
+    expected = _adapter(base, tmp_path / "adapter", KINDS[kind]())
+    model = _load(base)
+    adapted = put_adapter(model, str(tmp_path / "adapter"), "--adapter")
+    assert torch.equal(_logits(adapted), expected)
+    assert not any(parameter.requires_grad for parameter in adapted.parameters())
+    assert not adapted.training
+
+
+def test_unmerged_it_is_refused_as_a_merged_one_is(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--adapter=.*none: cannot be applied to this model"):
+        put_adapter(_load(base), str(tmp_path / "none"), "--adapter")
