@@ -9,15 +9,17 @@ from typing import Any
 from markupsafe import Markup
 
 from repbend_fast.errors import one_line
+from repbend_fast.report.bending_picture import bending_svg
 from repbend_fast.report.eval_record import json_mapping
+from repbend_fast.report.lens_picture import lens_svg
 from repbend_fast.report.run_record import RunRecord
 
-PICTURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {}
-"""By the name of a JSON file, at any place down to two folders deep in a run's: a title, and what makes an ``<svg>`` of
-the file's content. Here the pictures of ``repbend-fast lens`` plug in:
-
+PICTURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "lens.json": ("Logit lens: the top word at each layer and token", lens_svg),
     "bending.json": ("Safe and unsafe rows, layer by layer", bending_svg),
+}
+"""By the name of a JSON file, at any place down to two folders deep in a run's: a title, and what makes an ``<svg>`` of
+the file's content. ``repbend-fast lens`` writes these files.
 
 The ``<svg>`` goes into the page as it is: its maker escapes all text from models, and may use the page's colours
 (``var(--ink)``, ``var(--muted)``, ``var(--line)``; ``page.css``).
