@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import repbend_fast
-from repbend_fast.cli import commands, recipes
+from repbend_fast.cli import commands, inspect, recipes
 from repbend_fast.cli import plan as planning
 from repbend_fast.config.overrides import is_assignment, takes_value
 from repbend_fast.errors import UserError
@@ -112,7 +112,9 @@ def _split(command: _Parser, argv: Sequence[str]) -> tuple[list[str], list[str]]
         token = argv[i]
         name, equals, _ = token.partition("=")
         own = command.options.get(name)
-        follows = not equals and takes_value(argv, i)
+        # What follows an option of this command that takes one value is that value, though it read as key=value.
+        single = own is not None and own.nargs is None and i + 1 < len(argv) and is_assignment(argv[i + 1])
+        follows = not equals and (single or takes_value(argv, i))
         if own is not None and own.nargs == "+":
             numbers = _numbers(argv, i + 1)
             if not equals and not numbers:
@@ -224,6 +226,7 @@ def _build() -> _Parser:
         "target", metavar="RECIPE|FILE", help="a recipe, or a data file (model.name=… adds token counts)"
     )
 
+    _inspecting_commands(groups)
     _recipe_commands(groups)
     env = _command(groups, "env", commands.env, "versions, devices, memory and implementations on this machine")
     env.add_argument("--json", action="store_true", help="as JSON")
@@ -263,6 +266,21 @@ def _eval_command(groups: Any) -> None:
         "evaluation-PROMPTS.json beside it; a run without prompts is asked the demo's; for a recipe no file)",
     )
     evaluate.epilog = f"{_EVAL_SETTINGS}\n{evaluate.epilog}"
+
+
+def _inspecting_commands(groups: Any) -> None:
+    """Commands on a loaded model, which take the model's settings as overrides."""
+    for name, (handler, summary, add_options) in inspect.COMMANDS.items():
+        command = _command(groups, name, handler, summary, overrides=True)
+        command.add_argument(
+            "target",
+            metavar="MODEL_OR_RUN",
+            help="folder of a run or a checkpoint, a model or an adapter (folder, GGUF file, hub name, package:NAME), "
+            "or a recipe",
+        )
+        command.add_argument("--adapter", metavar="A", help="PEFT adapter, folder or hub name, of the bent side")
+        add_options(command)
+        command.epilog = inspect.SETTINGS
 
 
 def _compare_command(groups: Any) -> None:
@@ -336,6 +354,7 @@ _USAGE = {
     "eval": "eval MODEL_OR_RUN [--adapter A] [--suite NAME|FILE]… [--attack NAME[:k=v,…]]… [--judge NAME[:k=v,…]]…\n"
     "                         [--out PATH] [--limit N] [--max-new-tokens N] [--batch-size N] [--seed N]\n"
     "                         [--quantization nf4] [--dtype D] [--with OVERLAY] [key=value …]",
+    **inspect.USAGE,
     "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--with OVERLAY] [key=value "
     "…]",
     "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",

@@ -14,11 +14,11 @@ from repbend_fast.report.ugly_text import clean, name, short
 
 LONGEST = 4000
 """Characters of a prompt or a forced answer on the page."""
-_SVG_STYLE = Markup(
-    "<style>svg {{ color-scheme: light dark; background: {paper}; "
-    "--ink: #212529; --muted: #5c656d; --line: #d5dbe1; --paper: #ffffff }} @media (prefers-color-scheme: dark) "
-    "{{ svg {{ --ink: #e6eaee; --muted: #a3adb7; --line: #39424b; --paper: #1b2127 }} }}</style>"
-).format(paper="var(--paper)")
+_SVG_STYLE = (
+    "<style>svg { color-scheme: light dark; background: var(--paper); "
+    "--ink: #212529; --muted: #5c656d; --line: #d5dbe1; --paper: #ffffff } @media (prefers-color-scheme: dark) "
+    "{ svg { --ink: #e6eaee; --muted: #a3adb7; --line: #39424b; --paper: #1b2127 } }</style>"
+)
 _PAGE = Markup(
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

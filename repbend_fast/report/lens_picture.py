@@ -39,8 +39,7 @@ def lens_svg(data: Mapping[str, Any]) -> str:
     y = 0
     for forced in (False, True):
         row = [panel for panel in panels if panel["forced"] is forced]
-        for panel in row:
-            parts.append(_panel(panel, sides.index(panel["side"]) * (width + GAP), y, most))
+        parts += [_panel(panel, sides.index(panel["side"]) * (width + GAP), y, most) for panel in row]
         y += max((_height(panel) for panel in row), default=0)
     whole = len(sides) * (width + GAP) - GAP
     body = Markup("").join([*parts, _legend(y + 8)])

@@ -40,12 +40,14 @@ def test_distance_and_cosine_are_those_of_the_rows() -> None:
                 yield model
 
     data = measure_bending(on, SEQUENCES)
-    assert len(data["layers"]) == BLOCKS + 1 and data["counts"] == {"safe": 3, "unsafe": 2}
+    assert len(data["layers"]) == BLOCKS + 1
+    assert data["counts"] == {"safe": 3, "unsafe": 2}
     assert data["layers"][0]["distance"] == {"safe": 0.0, "unsafe": 0.0}
     base, bent = last_rows(tiny_model("llama"), SEQUENCES["unsafe"])[-1], last_rows(model, SEQUENCES["unsafe"])[-1]
     last = data["layers"][-1]
     expected = ((bent - base).norm(dim=1) / base.norm(dim=1)).mean()
-    assert last["distance"]["unsafe"] == pytest.approx(float(expected)) and expected > 0.01
+    assert last["distance"]["unsafe"] == pytest.approx(float(expected))
+    assert expected > 0.01
     assert last["cosine"]["unsafe"] == pytest.approx(float(torch.cosine_similarity(base, bent).mean()))
     points = last["points"]
     assert [len(points[side][kind]) for side in ("base", "bent") for kind in ("safe", "unsafe")] == [3, 2, 3, 2]
@@ -70,4 +72,6 @@ def test_the_plane_keeps_what_lies_in_it_and_its_sign() -> None:
 @pytest.mark.parametrize(("rows", "share"), [(torch.ones(3, 4), 1.0), (torch.ones(1, 4), 1.0), (torch.eye(2), 1.0)])
 def test_rows_without_two_directions_have_points(rows: torch.Tensor, share: float) -> None:
     points, found = plane(rows.double())
-    assert points.shape == (len(rows), 2) and points.isfinite().all() and found == pytest.approx(share)
+    assert points.shape == (len(rows), 2)
+    assert points.isfinite().all()
+    assert found == pytest.approx(share)

@@ -67,7 +67,8 @@ def test_no_chunk_of_logits_is_larger_than_asked(monkeypatch: pytest.MonkeyPatch
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.numel()))
     read_layers(model, IDS)
-    assert max(seen) <= 5 * 89 and sum(seen) == 5 * len(IDS) * 89  # 4 blocks and the embedding
+    assert max(seen) <= 5 * 89
+    assert sum(seen) == 5 * len(IDS) * 89
 
 
 def test_an_adapter_counts_and_switched_off_does_not() -> None:
@@ -76,8 +77,10 @@ def test_an_adapter_counts_and_switched_off_does_not() -> None:
     with reference_model(model):
         base = read_layers(model, IDS)
     plain = read_layers(tiny_model("llama"), IDS)
-    assert base.ids == plain.ids and base.entropies == plain.entropies
-    assert bent.entropies != base.entropies and bent.entropies[0] == base.entropies[0]
+    assert base.ids == plain.ids
+    assert base.entropies == plain.entropies
+    assert bent.entropies != base.entropies
+    assert bent.entropies[0] == base.entropies[0]
 
 
 def test_entropy_of_a_sure_and_of_a_clueless_head() -> None:
