@@ -14,11 +14,12 @@ from repbend_fast.errors import UserError
 if TYPE_CHECKING:
     from repbend_fast.serving.loaded import Sides
 
-SETTINGS = """\
-settings of the model
-  --quantization nf4, --dtype float32, --revision R, --device D and others, as everywhere
-                       (default: the run's; else none, float32 on a CPU, bfloat16)
-"""
+MODEL_OPTIONS = {
+    "quantization": ("nf4", "the base in 4 bits"),
+    "dtype": ("D", "float32, bfloat16 or float16 (default: the run's; else float32 on a CPU, bfloat16)"),
+    "device": ("D", "cpu, cuda or cuda:N (default: the run's; else the best there is)"),
+    "revision": ("R", "of a model from the hub"),
+}
 USAGE = {
     "lens": "lens MODEL_OR_RUN --prompt TEXT [--prefill TEXT] [--adapter A] [--tokens N] [--bending [demo|FILE]]\n"
     "                         [--rows N] [--out FILE] [--with OVERLAY] [key=value …]",
@@ -94,23 +95,41 @@ def _load(arguments: Namespace, answer_tokens: int) -> Sides:
     return load_sides(
         arguments.target,
         arguments.adapter,
-        arguments.overrides,
+        _overrides(arguments),
         overlays=arguments.overlays,
         answer_tokens=answer_tokens,
     )
+
+
+def _overrides(arguments: Namespace) -> list[str]:
+    own = {name: getattr(arguments, name) for name in MODEL_OPTIONS}
+    return [*arguments.overrides, *(f"model.{name}={value}" for name, value in own.items() if value is not None)]
 
 
 def _home(arguments: Namespace) -> Path:
     """``lens`` in a run's folder, where ``report`` finds it; else where evaluations go."""
     from repbend_fast.assessment.target import find_subject
 
-    subject = find_subject(arguments.target, arguments.adapter, arguments.overrides, overlays=arguments.overlays)
+    subject = find_subject(arguments.target, arguments.adapter, _overrides(arguments), overlays=arguments.overlays)
     return subject.home.with_name("lens") if subject.home.name == "eval" else subject.home
 
 
 def _at_least(value: int, name: str, least: int) -> None:
     if value < least:
         raise UserError(f"{name}={value}: give a whole number from {least} on")
+
+
+def add_target(command: ArgumentParser) -> None:
+    """Add what names the model, and the settings that it is loaded with."""
+    command.add_argument(
+        "target",
+        metavar="MODEL_OR_RUN",
+        help="folder of a run or a checkpoint, a model or an adapter (folder, GGUF file, hub name, package:NAME), or a "
+        "recipe",
+    )
+    command.add_argument("--adapter", metavar="A", help="PEFT adapter, folder or hub name, of the bent side")
+    for name, (metavar, text) in MODEL_OPTIONS.items():
+        command.add_argument(f"--{name}", metavar=metavar, help=text)
 
 
 def _lens_options(lens: ArgumentParser) -> None:

@@ -272,15 +272,8 @@ def _inspecting_commands(groups: Any) -> None:
     """Commands on a loaded model, which take the model's settings as overrides."""
     for name, (handler, summary, add_options) in inspect.COMMANDS.items():
         command = _command(groups, name, handler, summary, overrides=True)
-        command.add_argument(
-            "target",
-            metavar="MODEL_OR_RUN",
-            help="folder of a run or a checkpoint, a model or an adapter (folder, GGUF file, hub name, package:NAME), "
-            "or a recipe",
-        )
-        command.add_argument("--adapter", metavar="A", help="PEFT adapter, folder or hub name, of the bent side")
+        inspect.add_target(command)
         add_options(command)
-        command.epilog = inspect.SETTINGS
 
 
 def _compare_command(groups: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.columns import Columns
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -153,7 +153,7 @@ def beside(prefill: str, answers: Mapping[str, str], width: int) -> Any:
         for side, answer in answers.items()
     ]
     if len(panels) < 2 or width < NARROW:
-        return Columns(panels, width=width)
+        return Group(*panels)
     table = Table.grid(expand=True)
     for _ in panels:
         table.add_column(ratio=1)
