@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,58 +20,50 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return row["side"], row["suite"], row["attack"], row["index"]
 
 
-@dataclass(frozen=True)
-class Opinions:
-    """What one judge said of one row's answers, as ``opinions.jsonl`` keeps it until all of a judge's are there."""
-
-    key: Key
-    judge: str
-    opinions: list[dict[str, Any]]
+ANSWER_FIELDS = ("side", "suite", "attack", "index", "kind", "answers", "opinions")
+OPINION_FIELDS = ("key", "judge", "opinions")
 
 
 class RowFile:
-    """A file of JSON rows that is only ever appended to.
-
-    Opening it reads what is there. A last line that a kill has torn is dropped, from the file too.
-
-    Raises:
-        UserError: any other line is no row; it names file and line.
-    """
+    """A file of JSON rows that is only ever appended to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.is_file():
-            self._read()
 
-    def _read(self) -> None:
+    def read(self, fields: Sequence[str]) -> list[dict[str, Any]]:
+        """What is there. A last line that a kill has torn is dropped, from the file too.
+
+        Raises:
+            UserError: any other line is no row with ``fields``; it names file and line.
+        """
+        if not self.path.is_file():
+            return []
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(
-                    f"{self.path}:{number}: not a row of an evaluation; remove the line, or give another --out"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{self.path}:{number}: not a row of an evaluation; give another --out")
-            self.rows.append(row)
+        rows = [self._row(number, line, fields) for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1)]
         if whole < len(data):
             with saving(self.path.name, self.path):
                 os.truncate(self.path, whole)
+        return rows
+
+    def _row(self, number: int, line: bytes, fields: Sequence[str]) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not set(fields) <= row.keys():
+            raise UserError(f"{self.path}:{number}: not a row of an evaluation; remove the line, or give another --out")
+        return row
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; it is with the operating system when this returns, and survives the process."""
         line = encoded(row)
         with saving(self.path.name, self.path), open(self.path, "ab") as file:
             file.write(line)
-        self.rows.append(dict(row))
 
     def rewrite(self, rows: list[dict[str, Any]]) -> None:
         """Replace all rows at once, atomically."""
         write_bytes(self.path, b"".join(map(encoded, rows)))
-        self.rows = rows
 
 
 def encoded(row: Mapping[str, Any]) -> bytes:

@@ -103,7 +103,7 @@ def _paired(groups: Mapping[tuple[str, Group], Sequence[Row]], judge: str) -> It
 
 
 def _agreement(rows: Sequence[Row], first: str, second: str) -> dict[str, Any]:
-    """``kappa`` over the prompts that both judges could read; the table and the disagreements have all of them."""
+    """``kappa`` and disagreements of the prompts that both judges could read; the table has all of them."""
     labels = [[label_of(row["opinions"].get(judge, [])) for row in rows] for judge in (first, second)]
     read = [pair for pair in zip(*labels) if "unparsed" not in pair]
     table = {a: dict.fromkeys(JUDGED, 0) for a in JUDGED}
@@ -116,7 +116,7 @@ def _agreement(rows: Sequence[Row], first: str, second: str) -> dict[str, Any]:
         "disagreements": [
             {key: row[key] for key in ("side", "suite", "attack", "index")}
             for row, a, b in zip(rows, *labels)
-            if a != b
+            if a != b and "unparsed" not in (a, b)
         ],
     }
 

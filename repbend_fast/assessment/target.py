@@ -138,13 +138,13 @@ def _model_settings(target: str, path: Path, overrides: Overrides) -> dict[str, 
             f"{target}: no run, model, recipe or hub name; give a folder, a GGUF file or owner/name{nearest(target)}"
         )
     device = resolve_device(str(given.get("device", "auto")))
-    return {
+    found: dict[str, Any] = {
         "model.name": name,
         "model.gguf_file": file,
         "model.dtype": "float32" if device.type == "cpu" else "bfloat16",
         "data.max_answer_tokens": 512,
-        "evaluation.prompts": None,
     }
+    return {key: value for key, value in found.items() if key.rpartition(".")[2] not in given}
 
 
 def _with_model(model: dict[str, Any], overrides: Overrides) -> Overrides:

@@ -132,4 +132,6 @@ def _label(name: str, kind: type[Any], settings: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return ",".join(map(_shown, value)) if isinstance(value, tuple | list) else str(value)

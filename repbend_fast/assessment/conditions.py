@@ -66,21 +66,22 @@ def go_on(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(stored: Any, wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that both have, by their whole name, with the value of each."""
     if not isinstance(stored, dict) or not isinstance(stored.get("suites"), dict):
         yield "format", None, FORMAT
         return
     for key, new in wanted.items():
-        old = stored.get(key)
-        if key not in stored or key in FREE or old == new:
-            continue
-        if isinstance(new, dict) and isinstance(old, dict):
-            for name in new:
-                if name not in old and key == "suites":
-                    continue
-                if old.get(name) != new[name]:
-                    yield f"{key}.{name}", old.get(name), new[name]
-        else:
-            yield key, old, new
+        if key in stored and key not in FREE:
+            yield from _differing(key, stored[key], new)
+
+
+def _differing(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new:
+            if key in old:
+                yield from _differing(f"{name}.{key}", old[key], new[key])
+    elif old != new:
+        yield name, old, new
 
 
 def _brief(value: Any) -> str:

@@ -1,0 +1,50 @@
+"""What the judges say of an evaluation's answers, kept as they say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from repbend_fast.assessment.answers import key_of
+from repbend_fast.assessment.session import Session
+from repbend_fast.console import CountLine
+from repbend_fast.data.prompts import Prompt
+from repbend_fast.evaluation.judges.protocol import Judge
+from repbend_fast.evaluation.options import Named
+
+ROWS = 32
+"""Rows that a judge is given at once."""
+LONGEST_REASON = 500
+
+Prompts = dict[tuple[str, int], Prompt]
+
+
+def judge_everything(session: Session, judges: Sequence[Named]) -> list[str]:
+    """Each judge's opinions of all answers that have none of its own yet; returns the judges' own names."""
+    prompts = {(cell.suite.name, index): cell.suite.prompts[index] for cell in session.cells for index in cell.indices}
+    rows = [session.rows[key] for key in session.asked()]
+    names = []
+    for named in judges:
+        judge: Judge = named.make()
+        names.append(judge.name)
+        todo = [row for row in rows if judge.name not in row["opinions"]]
+        with CountLine(f"judged by {judge.name}", len(rows), len(rows) - len(todo)) as progress:
+            for start in range(0, len(todo), ROWS):
+                for row in _judge_rows(session, judge, todo[start : start + ROWS], prompts):
+                    progress.advance(f"{row['side']} {row['suite']} {row['attack']}")
+    return list(dict.fromkeys(names))
+
+
+def _judge_rows(
+    session: Session, judge: Judge, rows: list[dict[str, Any]], prompts: Prompts
+) -> Iterator[dict[str, Any]]:
+    asked = [prompts[row["suite"], row["index"]] for row in rows for _ in row["answers"]]
+    said = iter(judge.judge(asked, [answer for row in rows for answer in row["answers"]]))
+    for row in rows:
+        opinions = [asdict(next(said)) for _ in row["answers"]]
+        for opinion in opinions:
+            opinion["reason"] = opinion["reason"][:LONGEST_REASON]
+        session.opinions.append({"key": key_of(row), "judge": judge.name, "opinions": opinions})
+        row["opinions"][judge.name] = opinions
+        yield row
