@@ -38,7 +38,7 @@ def columns_of(found: Iterable[Division], hostile: bool) -> list[tuple[str, ...]
 
 
 def bar(division: Division, names: Sequence[str]) -> Markup:
-    """The shares ``names`` of one division on a track of 100 %, from the left; a whisker for the first one's interval."""
+    """The shares ``names`` of one division from the left on a track of 100 %; a whisker for the first interval."""
     parts, left = [Markup('<rect class="track" width="100%" height="{}"/>').format(HEIGHT)], 0.0
     for outcome in names:
         width = 100 * division.rate(outcome)
@@ -60,7 +60,8 @@ def bar(division: Division, names: Sequence[str]) -> Markup:
 def _whisker(low: float, high: float) -> list[Markup]:
     """A line from end to end and a stroke at each, inside of the track even at 0 and 100 %."""
     line = Markup('<line class="whisker" x1="{:.3f}%" x2="{:.3f}%" y1="{}" y2="{}"/>')
-    ends = [line.format(x, x, _MIDDLE - 4, _MIDDLE + 4) for x in (min(max(low, 0.15), 99.85), min(max(high, 0.15), 99.85))]
+    inside = (min(max(end, 0.15), 99.85) for end in (low, high))
+    ends = [line.format(x, x, _MIDDLE - 4, _MIDDLE + 4) for x in inside]
     return [line.format(low, high, _MIDDLE, _MIDDLE), *ends]
 
 

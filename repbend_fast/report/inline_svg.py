@@ -62,7 +62,8 @@ def inlined(svg: str, prefix: str, label: str) -> Markup:
     head, rest = text.split(">", 1)
     width = re.search(r'width="([\d.]+)pt"', head)
     box = re.search(r'viewBox="[^"]+"', head)
-    assert width is not None and box is not None, head
+    assert width is not None, head
+    assert box is not None, head
     most = float(width[1]) * _PIXELS_PER_POINT
     head = Markup('<svg {} style="max-width: {:.0f}px" role="img" aria-label="{}">').format(Markup(box[0]), most, label)
     return head + Markup(rest)

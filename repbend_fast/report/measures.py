@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repbend_fast.evaluation.rates import GROUP_KEYS, GROUP_NAMES, KEYS, LOWER_IS_BETTER, RATE_KEYS, TITLES, format_value
+from repbend_fast.evaluation.rates import (
+    GROUP_KEYS,
+    GROUP_NAMES,
+    KEYS,
+    LOWER_IS_BETTER,
+    RATE_KEYS,
+    TITLES,
+    format_value,
+)
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE
 from repbend_fast.report.bars import percent
 from repbend_fast.report.run_record import Row, RunRecord

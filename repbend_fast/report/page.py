@@ -9,8 +9,6 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from repbend_fast.report.inline_svg import drawn
-from repbend_fast.report.plots import FIGURES
 from repbend_fast.report.run_record import RunRecord, read_run
 from repbend_fast.report.sections import SECTIONS, Look
 from repbend_fast.report.ugly_text import clean
@@ -44,8 +42,9 @@ def write_report(folder: Path, *others: Path, out: Path | None = None) -> Path:
     text = environment.get_template("page.html.j2").render(
         title=", ".join(run.label for run in runs), runs=runs, sections=sections
     )
-    if len(runs) == 1:
-        _write_figures(runs[0])
+    if not look.several:
+        for name, svg in look.files.items():
+            write_text(runs[0].folder / "plots" / f"{name}.svg", svg)
     target = out or (runs[0].folder if len(runs) == 1 else runs[0].folder.resolve().parent) / PAGE
     write_text(target, text)
     return target
@@ -59,10 +58,3 @@ def _tell_apart(runs: Sequence[RunRecord]) -> None:
         while length < len(path.parts) and sum(p.parts[-length:] == path.parts[-length:] for p in set(paths)) > 1:
             length += 1
         run.label = "/".join(path.parts[-length:])
-
-
-def _write_figures(run: RunRecord) -> None:
-    for name, draw in FIGURES.items():
-        svg = drawn(name, draw, run)
-        if svg is not None:
-            write_text(run.folder / "plots" / f"{name}.svg", svg)

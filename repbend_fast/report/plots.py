@@ -228,6 +228,7 @@ def tradeoff(run: RunRecord, *others: RunRecord, narrow: bool = False) -> Figure
         return None
     figure = Figure(figsize=(NARROW, 3.4) if narrow else (6.6, 3.9), layout="constrained")
     axes = figure.add_subplot()
+    named: list[tuple[str, Point]] = []
     for (each, points), color in zip(found, cycle(RUN_COLORS)):
         for (_, (x, y)), old in points.values():
             if old is not None:
@@ -235,14 +236,9 @@ def tradeoff(run: RunRecord, *others: RunRecord, narrow: bool = False) -> Figure
                 axes.plot(*old, "o", markersize=6, markerfacecolor="none", markeredgecolor=color)
             axes.plot(x, y, "o", markersize=6, color=color)
         axes.plot([], [], "o", color=color, label=short(each.label, 40))
-        named = sorted((point for point, _ in points.values()), key=lambda point: point[1][1])
-        named = named if len(found) == 1 else named[-1:]
-        for (attack, (x, y)), height in zip(named, spread([point[1][1] for point in named], 6.5, 0, 100), strict=True):
-            left = x > 60
-            axes.annotate(
-                short(attack, 24), (x, y), xytext=(x - 3 if left else x + 3, height),
-                fontsize=8, color=INK, ha="right" if left else "left", va="center",
-            )
+        own = sorted((point for point, _ in points.values()), key=lambda point: point[1][1])
+        named += own if len(found) == 1 else own[-1:]
+    _name_points(axes, sorted(named, key=lambda point: point[1][1]))
     if len(found) > 1:
         axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), labelcolor=INK)
     axes.set_xlim(-3, 103)
@@ -255,29 +251,49 @@ def tradeoff(run: RunRecord, *others: RunRecord, narrow: bool = False) -> Figure
 Point = tuple[float, float]
 
 
+def _name_points(axes: Axes, named: list[tuple[str, Point]]) -> None:
+    """Labels beside points that are sorted by height, each with a line to its point."""
+    heights = spread([y for _, (_, y) in named], min(6.5, 100 / len(named)), 0, 100)
+    for (label, (x, y)), height in zip(named, heights, strict=True):
+        left = x > 50
+        axes.annotate(
+            short(label, 24),
+            (x, y),
+            xytext=(x - 5 if left else x + 5, height),
+            fontsize=8,
+            color=INK,
+            ha="right" if left else "left",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4},
+        )
+
+
 def costs(run: RunRecord) -> dict[tuple[str, ...], tuple[tuple[str, Point], Point | None]]:
-    """For each attack by each judge its name, where the bent model stands, in per cent of usefulness and of attacks that
-    succeed, and where the base stands; empty where either was not measured. Base alone stands for itself.
+    """For each attack its name, where the bent model stands, in per cent of usefulness and of attacks that succeed, and
+    where the base stands; empty where either was not measured. Base alone stands for itself. Of several judges the one
+    counts that finds the most attacks to succeed.
     """
     found = divisions(run)
-    questions = decisive([each for each in found if each.kind == "ordinary"])
     useful = {
-        side: 100 * pair[side].rate("helpful", "answered") for pair in reversed(questions) for side in SIDES if side in pair
+        side: 100 * pair[side].rate("helpful", "answered")
+        for pair in reversed(decisive([each for each in found if each.kind == "ordinary"]))
+        for side in SIDES
+        if side in pair
     }
-    out = {}
+    out: dict[tuple[str, ...], tuple[tuple[str, Point], Point | None]] = {}
     for pair in decisive([each for each in found if each.hostile]):
         places = {side: (useful[side], 100 * pair[side].rate("complied")) for side in pair if side in useful}
         if places:
             last = next(side for side in reversed(SIDES) if side in places)
-            key = next(iter(pair.values()))
-            old = places.get(BASE) if last != BASE else None
-            out[key.source, key.suite, key.attack, key.judge] = ((key.attack, places[last]), old)
+            key = pair[last].source, pair[last].suite, pair[last].attack
+            if key not in out or out[key][0][1][1] < places[last][1]:
+                out[key] = ((pair[last].attack, places[last]), places.get(BASE) if last != BASE else None)
     return out
 
 
 def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights for labels of ascending ``values``, near them, at least ``gap`` apart and inside of ``low`` to ``high`` as
-    far as they fit.
+    """Heights for labels of ascending ``values``, near them, at least ``gap`` apart, inside of ``low`` to ``high`` as far
+    as they fit.
     """
     out: list[float] = []
     for value in values:
@@ -298,7 +314,8 @@ def relearning(run: RunRecord, narrow: bool = False) -> Figure | None:
     figure = Figure(figsize=(NARROW, 2.6 + 0.2 * rows) if narrow else (6.6, 3.2 + 0.2 * rows), layout="constrained")
     axes = figure.add_subplot()
     for (label, points), color, marker in zip(curves[:MOST_CURVES], cycle(RUN_COLORS), cycle("os^Dv")):
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, linewidth=1.6, label=short(label))
+        steps, rates = zip(*points, strict=True)
+        axes.plot(steps, rates, color=color, marker=marker, markersize=4, linewidth=1.6, label=short(label))
     axes.set_ylim(-4, 104)
     style(axes, "attack success after relearning", xlabel="the attacker's steps")
     axes.set_ylabel("%", fontsize=8, color=MUTED)
@@ -330,7 +347,12 @@ def _legend(axes: Axes, narrow: bool) -> None:
     """Below the axes, so that it hides no line."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
-            fontsize=7, frameon=False, ncols=1 if narrow else 2, loc="upper center", bbox_to_anchor=(0.5, -0.2),
+            fontsize=8,
+            handlelength=2.8,
+            frameon=False,
+            ncols=1 if narrow else 2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
             labelcolor=INK,
         )
 

@@ -13,13 +13,14 @@ from repbend_fast.errors import UserError
 from repbend_fast.report.eval_record import SUMMARY, EvalRecord, Row, json_mapping, read_evals
 from repbend_fast.runs.folder import RunFolder
 
+
 @dataclass(slots=True)
 class RunRecord:
     """The rows of ``metrics.jsonl`` by type, the evaluation's two sides, and the configuration as text and as a
     mapping.
 
-    ``label``: what the run is called on a page. ``evals``: what ``repbend-fast eval`` left in the folder. ``unreadable``: why there is no evaluation though its file
-    is there, one line each.
+    ``label``: what the run is called on a page. ``evals``: what ``repbend-fast eval`` left in the folder.
+    ``unreadable``: a line for each file that is there and cannot be read.
     """
 
     folder: Path

@@ -10,6 +10,7 @@ from typing import Any
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, is_evasive
 from repbend_fast.report.run_record import Row, RunRecord
 from repbend_fast.report.shares import BASE, rows_of
+from repbend_fast.report.ugly_text import short
 
 GROUP_TITLES = {
     "attack_direct": "Attack requests, asked directly",
@@ -139,7 +140,8 @@ def _asked(run: RunRecord) -> Iterator[_Found]:
         for row in record.answers:
             suite, attack, kind = (str(row.get(name) or "?") for name in ("suite", "attack", "kind"))
             where = ("", record.name, suite, attack, kind)
-            title = f"{suite}: {kind} prompts, attack “{attack}”" + (f" ({record.name})" if record.name != "eval" else "")
+            asked = f"attack “{short(attack, 40)}”, " if kind == "attack" or attack != "direct" else ""
+            title = f"{short(kind, 20).capitalize()} prompts of {short(suite, 60)}, {asked}from {short(record.name)}"
             key = (str(row.get("index")), str(row.get("prompt", "")))
             yield where, title, kind == "attack", row["side"], key, _of_row(row, kind == "attack")
 

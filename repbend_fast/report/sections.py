@@ -5,7 +5,7 @@ says what is missing, or None where the page needs no word about it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
@@ -45,18 +45,21 @@ class Section:
 @dataclass(frozen=True, slots=True)
 class Look:
     """How sections are put into words: ``parts`` are the macros of ``parts.html.j2``; ``several``: there is more than
-    one run, so each is named.
+    one run, so each is named. ``files`` collects the figures as files, where there is one run.
     """
 
     parts: Any
     several: bool
+    files: dict[str, str] = field(default_factory=dict)
 
     def figure(self, name: str, runs: Sequence[RunRecord], *others: RunRecord) -> Markup | None:
-        """A figure of each run, beside each other; None where no run has data for it. ``others`` are drawn into each."""
+        """A figure of each run beside each other, with ``others`` drawn into it; None where no run has data for it."""
         shown = []
         for number, run in enumerate(runs):
             wide = None if self.several and not others else drawn(name, FIGURES[name], run, *others)
             narrow = drawn(name, FIGURES[name], run, *others, narrow=True)
+            if wide is not None and not self.several:
+                self.files[name] = wide
             if narrow is not None:
                 pictures = {
                     size: inlined(svg, f"{name}-{number}-{size}", CAPTIONS[name])
@@ -113,7 +116,8 @@ def relearning(runs: Sequence[RunRecord], look: Look) -> Section:
     figure = look.figure("relearning", runs)
     if figure is None:
         return Section("relearning", "Relearning", look.missing("No relearning attack was measured."))
-    rows = [(run.label if look.several else "", words, _end(entry)) for run in runs for words, _, entry in relearned(run)]
+    found = [(run, words, entry) for run in runs for words, _, entry in relearned(run)]
+    rows = [(run.label if look.several else "", words, _end(entry)) for run, words, entry in found]
     return Section("relearning", "Relearning", figure + look.parts.relearning(rows))
 
 
@@ -202,17 +206,15 @@ SECTIONS: tuple[Callable[[Sequence[RunRecord], Look], Section | None], ...] = (
 
 
 def share_tables(runs: Sequence[RunRecord], hostile: bool) -> list[Row]:
-    """Tables of bars: one for each suite and judge, in it a block for each attack (of questions, each kind), in it a row
-    for each side of each run. A base that is the same in several runs stands once.
+    """Tables of bars: one for each suite and judge, in it a block for each attack (of questions, each kind), in it a
+    row for each side of each run.
     """
     blocks: dict[tuple[str, ...], dict[tuple[str, str], list[tuple[str, Division]]]] = {}
     for run in runs:
         for each in divisions(run):
             if each.hostile == hostile:
                 table = blocks.setdefault((each.source, each.suite, each.judge), {})
-                rows = table.setdefault((each.attack, each.kind), [])
-                if each.side != BASE or all(each != old for _, old in rows):
-                    rows.append((run.label if len(runs) > 1 else "", each))
+                table.setdefault((each.attack, each.kind), []).append((run.label if len(runs) > 1 else "", each))
     paired = [row for run in runs for record in run.evals for row in rows_of(record.summary.get("paired"))]
     out = []
     for (source, suite, judge), table in blocks.items():
@@ -221,7 +223,7 @@ def share_tables(runs: Sequence[RunRecord], hostile: bool) -> list[Row]:
             {
                 "name": attack if hostile else _question_name(attack, kind),
                 "note": _paired_note(paired, suite, attack, kind, judge) if len(runs) == 1 else "",
-                "rows": [_bar_row(label, each, columns) for label, each in _base_first(rows)],
+                "rows": [_bar_row(label, each, columns) for label, each in _base_once(rows)],
             }
             for (attack, kind), rows in table.items()
         ]
@@ -229,8 +231,12 @@ def share_tables(runs: Sequence[RunRecord], hostile: bool) -> list[Row]:
     return out
 
 
-def _base_first(rows: list[tuple[str, Division]]) -> list[tuple[str, Division]]:
-    return sorted(rows, key=lambda row: SIDES.index(row[1].side))
+def _base_once(rows: list[tuple[str, Division]]) -> list[tuple[str, Division]]:
+    """The rows of the base first; one without a run's name where it is the same in every run."""
+    bases = [row for row in rows if row[1].side == BASE]
+    if len(bases) > 1 and all(each == bases[0][1] for _, each in bases):
+        bases = [("", bases[0][1])]
+    return bases + [row for row in rows if row[1].side != BASE]
 
 
 def _question_name(attack: str, kind: str) -> str:
@@ -241,7 +247,8 @@ def _bar_row(label: str, division: Division, columns: list[tuple[str, ...]]) -> 
     cells = []
     for names in columns:
         there = [(name, division.shares[name]) for name in names if name in division.shares]
-        texts = [(percent(share.rate), interval_text(share), name) for name, share in there]
+        # A judge that can always be read needs no word about it.
+        texts = [(percent(s.rate), interval_text(s), name) for i, (name, s) in enumerate(there) if not i or s.rate]
         cells.append({"bar": bar(division, names), "texts": texts, "title": " or ".join(names)})
     return {"side": division.side, "run": label, "count": division.count, "cells": cells}
 

@@ -98,9 +98,7 @@ def divisions(run: RunRecord) -> list[Division]:
             found = outcomes(result, group)
             counts = result.get("counts")
             count = whole(counts.get(group)) if isinstance(counts, Mapping) else None
-            shares = {
-                name: Share(rate, wilson(rate * count, count) if count else None) for name, rate in found.items()
-            }
+            shares = {name: Share(rate, wilson(rate * count, count) if count else None) for name, rate in found.items()}
             if shares:
                 out.append(Division(EVALUATION, suite, attack, kind, RULE, side, count, shares))
     for record in run.evals:
