@@ -87,13 +87,13 @@ def _read(model: Any, body: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Te
 def _standing_aside(body: nn.Module, states: Tensor) -> Iterator[None]:
     """While entered, the decoder computes nothing and gives ``states`` [B, T, D] as its result."""
     earlier = body.__dict__.get("forward")
-    body.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=states)  # type: ignore[method-assign]
+    body.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=states)
     try:
         yield
     finally:
         del body.forward
         if earlier is not None:
-            body.forward = earlier  # type: ignore[method-assign]
+            body.forward = earlier
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,11 @@ class Engine:
         """Give up what is being generated, and take nothing more."""
         self._closed.set()
 
+    def wait(self, seconds: float) -> None:
+        """Until nothing is generated any more, or so many seconds: a process must not end under a running kernel."""
+        if self._turn.acquire(timeout=seconds):
+            self._turn.release()
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for the model.
@@ -84,7 +89,7 @@ class Engine:
         finally:
             self._places.release()
 
-    def pieces(self, side: str, ids: Sequence[int], sampling: Sampling, answer: Answer) -> Iterator[str]:
+    def pieces(self, side: str, ids: Sequence[int], sampling: Sampling, answer: Answer) -> Generator[str, None, None]:
         """The text as it comes, inside of :meth:`turn`; ``answer`` has the whole at the end. Closing the iterator ends
         the generation at its next token.
 
@@ -145,7 +150,7 @@ class Engine:
             streamer.end()
 
 
-class _Watch(StoppingCriteria):  # type: ignore[misc]
+class _Watch(StoppingCriteria):
     """Counts tokens, sees whether the answer ended by itself, and ends it when nobody wants the rest."""
 
     def __init__(self, closed: threading.Event, prompt: int) -> None:

@@ -39,6 +39,7 @@ MOST_BYTES = 4 << 20
 MOST_DISCARDED = 64 << 20
 IDLE_SECONDS = 120.0
 """That a connection may be silent."""
+ENDING_SECONDS = 10.0
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -115,6 +116,7 @@ def serve(sides: Sides, host: str, port: int, *, allow_remote: bool) -> None:
     finally:
         server.engine.close()
         server.server_close()
+        server.engine.wait(ENDING_SECONDS)
 
 
 class _Handler(BaseHTTPRequestHandler):
