@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-PANEL, HEAD, FOOT, GAP, PAD, COLUMNS, TOP = 168, 20, 34, 14, 12, 6, 30
+PANEL, HEAD, FOOT, GAP, PAD, COLUMNS, TOP = 166, 20, 34, 16, 12, 6, 30
 MOST_PANELS = 12
 _COLORS = {"safe": "#0072b2", "unsafe": "#d55e00"}
 _INK, _MUTED, _RULE = "var(--ink, #212529)", "var(--muted, #5c656d)", "var(--line, #d5dbe1)"
@@ -34,7 +34,7 @@ def bending_svg(data: Mapping[str, Any]) -> str:
         parts.append(_panel(layers[layer], layer, x, y))
     return str(
         Markup(
-            '<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" font-size="11" '
+            '<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" font-size="10" '
             'font-family="system-ui, sans-serif" aria-label="{label}">{body}</svg>'
         ).format(
             w=width,

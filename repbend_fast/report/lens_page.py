@@ -23,7 +23,8 @@ _PAGE = Markup(
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     '<meta name="color-scheme" content="light dark">\n<title>Logit lens of {title} · repbend-fast</title>\n'
-    "<style>\n{style}\n.scrolled svg {{ display: block; max-width: none; }}\n</style>\n</head>\n<body>\n<main>\n"
+    "<style>\n{style}\n.scrolled svg {{ display: block; height: auto; width: 100%; min-width: 860px; }}\n"
+    "@media print {{ .scrolled svg {{ min-width: 0; }} }}\n</style>\n</head>\n<body>\n<main>\n"
     "<header><h1>Logit lens of {model}</h1>\n<p>{about}</p></header>\n{body}\n</main>\n</body>\n</html>\n"
 )
 
@@ -42,8 +43,8 @@ def lens_page(data: Mapping[str, Any], bending: Mapping[str, Any] | None = None)
         _figure(
             "The top word at each layer and token",
             lens_svg(data),
-            "Each hidden state through the final norm and the output head. Blue is certain, white is guessing; the "
-            "topmost line is what the model says. Point at a cell for its probability and entropy.",
+            "Each hidden state through the final norm and the output head. Blue is certain, without colour is "
+            "guessing; the topmost line is what the model says. Point at a cell for its probability and entropy.",
         ),
     ]
     if bending is not None:

@@ -1,4 +1,4 @@
-"""``serve`` as a process: it says where it listens and answers; Ctrl-C ends it cleanly, in the middle of an answer too."""
+"""``serve`` as a process: it says where it listens and answers; Ctrl-C ends it cleanly, in the middle of an answer."""
 
 from __future__ import annotations
 
