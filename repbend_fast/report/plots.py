@@ -14,7 +14,8 @@ from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of, titles_of
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.report.run_record import Row, RunRecord
-from repbend_fast.report.shares import BASE, SIDES, divisions, finite_number, fraction, rows_of
+from repbend_fast.report.shares import BASE, SIDES, divisions
+from repbend_fast.report.stored_values import finite_number, fraction, rows_of
 from repbend_fast.report.ugly_text import short
 from repbend_fast.report.verdict import decisive
 
@@ -176,10 +177,10 @@ def validation(run: RunRecord, narrow: bool = False) -> Figure | None:
     if not panels:
         return None
     columns = 1 if narrow else 2 if len(panels) == 4 else len(panels)
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(NARROW if narrow else WIDE, 3.5 * lines), layout="constrained")
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(NARROW if narrow else WIDE, 3.5 * rows), layout="constrained")
     for place, draw in enumerate(panels, 1):
-        axes = figure.add_subplot(lines, columns, place)
+        axes = figure.add_subplot(rows, columns, place)
         draw(axes)
         mark_steps(axes, run)
         _legend(axes, narrow=False)
@@ -292,8 +293,8 @@ def costs(run: RunRecord) -> dict[tuple[str, ...], tuple[tuple[str, Point], Poin
 
 
 def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights for labels of ascending ``values``, near them, at least ``gap`` apart, inside of ``low`` to ``high`` as far
-    as they fit.
+    """Heights for labels of ascending ``values``: near them, at least ``gap`` apart, from ``low`` to ``high`` as far as
+    they fit.
     """
     out: list[float] = []
     for value in values:

@@ -9,7 +9,8 @@ from typing import Any
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, is_evasive
 from repbend_fast.report.run_record import Row, RunRecord
-from repbend_fast.report.shares import BASE, rows_of
+from repbend_fast.report.shares import BASE
+from repbend_fast.report.stored_values import mapping_of, rows_of
 from repbend_fast.report.ugly_text import short
 
 GROUP_TITLES = {
@@ -151,15 +152,15 @@ def _of_row(row: Row, hostile: bool) -> Row:
     any is, else the first counts. The answer that decides is shown first.
     """
     answers = [str(answer) for answer in row["answers"]]
-    opinions = row.get("opinions") if isinstance(row.get("opinions"), Mapping) else {}
     verdicts = []
-    for judge, found in opinions.items():
+    for judge, found in mapping_of(row.get("opinions")).items():
         labelled = [_sample("", opinion, hostile) for opinion in rows_of(found)[: len(answers)]]
         if labelled:
             place = _deciding([sample["label"] for sample in labelled])
             verdicts.append((str(judge), place, labelled[place]))
     place, first = (verdicts[0][1], verdicts[0][2]) if verdicts else (0, _sample("", {}, hostile))
-    prefills = row.get("prefills") if isinstance(row.get("prefills"), list) else []
+    stored = row.get("prefills")
+    prefills = stored if isinstance(stored, list) else []
     return first | {
         "answer": answers[place] if answers else "",
         "prefill": str(prefills[place]) if place < len(prefills) else "",

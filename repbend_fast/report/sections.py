@@ -17,7 +17,8 @@ from repbend_fast.report.pictures import pictures_of
 from repbend_fast.report.plots import FIGURES, relearned
 from repbend_fast.report.run_record import Row, RunRecord
 from repbend_fast.report.samples import sample_groups
-from repbend_fast.report.shares import BASE, SIDES, Division, divisions, finite_number, rows_of
+from repbend_fast.report.shares import BASE, SIDES, Division, divisions
+from repbend_fast.report.stored_values import finite_number, mapping_of, rows_of
 from repbend_fast.report.verdict import verdict
 
 CAPTIONS = {
@@ -269,10 +270,9 @@ def usefulness_rows(runs: Sequence[RunRecord], several: bool) -> tuple[list[str]
     found: dict[str, dict[str, str]] = {}
     for run in runs:
         for record in run.evals:
-            sides = record.summary.get("usefulness")
-            for side in SIDES if isinstance(sides, Mapping) else ():
-                values = sides.get(side)
-                for key, value in values.items() if isinstance(values, Mapping) else ():
+            sides = mapping_of(record.summary.get("usefulness"))
+            for side in SIDES:
+                for key, value in mapping_of(sides.get(side)).items():
                     number = finite_number(value)
                     if number is not None:
                         column = f"{run.label}, {side}" if several else side
@@ -301,12 +301,10 @@ def _end(entry: Mapping[str, Any]) -> list[str]:
 
 def _cells(table: Any) -> list[tuple[str, str, int]]:
     """Labels of both judges and how many answers have them, from the table of an agreement."""
-    rows = table.items() if isinstance(table, Mapping) else ()
     return [
         (str(first), str(second), count)
-        for first, row in rows
-        if isinstance(row, Mapping)
-        for second, count in row.items()
+        for first, row in mapping_of(table).items()
+        for second, count in mapping_of(row).items()
         if isinstance(count, int)
     ]
 
