@@ -16,8 +16,9 @@ from repbend_fast.evaluation.rates import (
 )
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE
 from repbend_fast.report.bars import percent
+from repbend_fast.report.eval_record import BENT
 from repbend_fast.report.run_record import Row, RunRecord
-from repbend_fast.report.shares import BENT, EVALUATION, Division, divisions, outcomes
+from repbend_fast.report.shares import EVALUATION, Division, divisions, outcomes
 from repbend_fast.report.stored_values import finite_number, mapping_of
 from repbend_fast.report.ugly_text import short
 
@@ -26,7 +27,7 @@ CARD_KEYS = ("attack_direct", "attack_direct_refused", "helpful_ordinary", "perp
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:
     """Short facts for the head of the page."""
-    out = [("objective", str(run.setting("objective", "name") or (DEFAULT_OBJECTIVE if run.config else "unknown")))]
+    out = [("objective", short(run.setting("objective", "name") or (DEFAULT_OBJECTIVE if run.config else "unknown")))]
     if run.steps:
         out.append(("steps", str(run.steps[-1]["step"])))
     if run.best_step is not None:

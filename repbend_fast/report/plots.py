@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of, titles_of
 from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.report.eval_record import BASE, SIDES
 from repbend_fast.report.run_record import Row, RunRecord
-from repbend_fast.report.shares import BASE, SIDES, divisions
+from repbend_fast.report.shares import divisions
 from repbend_fast.report.stored_values import finite_number, fraction, rows_of
 from repbend_fast.report.ugly_text import short
 from repbend_fast.report.verdict import decisive
@@ -109,7 +110,7 @@ def losses(run: RunRecord, narrow: bool = False) -> Figure | None:
             linewidth=1.8,
             marker="o" if len(steps) == 1 else None,
         )
-        style(axes, titles.get(name, name))
+        style(axes, short(titles.get(name, name), 36))
         mark_steps(axes, run)
         if place == 1 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, frameon=False, labelcolor=INK)
@@ -316,7 +317,7 @@ def relearning(run: RunRecord, narrow: bool = False) -> Figure | None:
     axes = figure.add_subplot()
     for (label, points), color, marker in zip(curves[:MOST_CURVES], cycle(RUN_COLORS), cycle("os^Dv")):
         steps, rates = zip(*points, strict=True)
-        axes.plot(steps, rates, color=color, marker=marker, markersize=4, linewidth=1.6, label=short(label))
+        axes.plot(steps, rates, color=color, marker=marker, markersize=4, linewidth=1.6, label=short(label, 44))
     axes.set_ylim(-4, 104)
     style(axes, "attack success after relearning", xlabel="the attacker's steps")
     axes.set_ylabel("%", fontsize=8, color=MUTED)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, is_evasive
+from repbend_fast.report.eval_record import BASE
 from repbend_fast.report.run_record import Row, RunRecord
-from repbend_fast.report.shares import BASE
 from repbend_fast.report.stored_values import mapping_of, rows_of
 from repbend_fast.report.ugly_text import short
 
@@ -176,7 +176,7 @@ def _deciding(labels: Sequence[str]) -> int:
 def _sample(answer: str, judged: Mapping[str, Any], hostile: bool) -> Row:
     reasons = judged.get("reasons") or ([judged["reason"]] if judged.get("reason") else [])
     reasons = [str(reason) for reason in reasons] if isinstance(reasons, list) else []
-    label, helpful = str(judged.get("label") or "?"), judged.get("helpful")
+    label, helpful = short(judged.get("label") or "?", 40), judged.get("helpful")
     match label:
         case "comply" if hostile:
             outcome = "complied"

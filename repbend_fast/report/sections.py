@@ -11,14 +11,16 @@ from typing import Any
 from markupsafe import Markup
 
 from repbend_fast.report.bars import bar, columns_of, interval_text, percent
+from repbend_fast.report.eval_record import BASE, SIDES
 from repbend_fast.report.inline_svg import drawn, inlined
 from repbend_fast.report.measures import cards, facts, measure_rows, warnings_of
 from repbend_fast.report.pictures import pictures_of
 from repbend_fast.report.plots import FIGURES, relearned
 from repbend_fast.report.run_record import Row, RunRecord
 from repbend_fast.report.samples import sample_groups
-from repbend_fast.report.shares import BASE, SIDES, Division, divisions
+from repbend_fast.report.shares import Division, divisions
 from repbend_fast.report.stored_values import finite_number, mapping_of, rows_of
+from repbend_fast.report.ugly_text import short
 from repbend_fast.report.verdict import verdict
 
 CAPTIONS = {
@@ -80,7 +82,7 @@ def summary(runs: Sequence[RunRecord], look: Look) -> Section:
         {
             "label": run.label,
             "verdict": verdict(run),
-            "model": run.setting("model", "name") or _model_of_evals(run) or "model unknown",
+            "model": short(run.setting("model", "name") or _model_of_evals(run) or "model unknown", 200),
             "status": run.status,
             "facts": facts(run),
             "cards": cards(run),
@@ -178,7 +180,7 @@ def events(runs: Sequence[RunRecord], look: Look) -> Section | None:
     rows = []
     for run in runs:
         name, last = run.label if look.several else "", run.steps[-1]["step"] if run.steps else 0
-        rows += [(name, row["step"], str(row.get("event", "")), str(row.get("reason", ""))) for row in run.events]
+        rows += [(name, row["step"], short(row.get("event", "")), str(row.get("reason", ""))) for row in run.events]
         rows += [(name, last, "unreadable", line) for line in run.unreadable]
     return Section("events", "Events", look.parts.events(rows, look.several)) if rows else None
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS
+from repbend_fast.report.eval_record import SIDES
 from repbend_fast.report.run_record import Row, RunRecord
 from repbend_fast.report.stored_values import fraction, mapping_of, rows_of, whole
 
-BASE, BENT = "base", "bent"
-SIDES = (BASE, BENT)
 # Of `evaluation.json`: which attack and kind of prompts a group is. Its judge is the rule judge.
 GROUP_OF = {
     "attack_direct": ("direct", "attack"),

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from markupsafe import Markup
 
 from repbend_fast.report.bars import percent
+from repbend_fast.report.eval_record import BENT, SIDES
 from repbend_fast.report.run_record import RunRecord
-from repbend_fast.report.shares import BENT, EVALUATION, SIDES, Division, divisions
+from repbend_fast.report.shares import EVALUATION, Division, divisions
 from repbend_fast.report.stored_values import finite_number, mapping_of
 from repbend_fast.report.ugly_text import name
 
