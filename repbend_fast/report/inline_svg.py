@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from repbend_fast.report.plots import COLORS, INK, LINE, MUTED, OUTCOME_COLORS
+from repbend_fast.report.plots import COLORS, INK, LINE, MUTED, OUTCOME_COLORS, PAPER
 
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay text, to be selected and searched
@@ -25,6 +25,7 @@ _PAGE_COLORS = {
     COLORS["loss"]: "var(--ink)",
     MUTED: "var(--muted)",
     LINE: "var(--line)",
+    PAPER: "var(--paper)",
     **{color: f"var(--{outcome})" for outcome, color in OUTCOME_COLORS.items()},
 }
 _PIXELS_PER_POINT = 100 / 72

@@ -42,7 +42,8 @@ RATE_COLORS = {
 # Okabe and Ito's palette: the eight colours that readers with any kind of colour blindness tell apart.
 OUTCOME_COLORS = {"complied": "#d55e00", "helpful": "#009e73", "refused": "#0072b2", "degenerate": "#e69f00"}
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-BEST_COLOR, STOP_COLOR, MUTED, INK, LINE = "#2f9e44", "#c92a2a", "#6c757d", "#212529", "#ced4da"
+BEST_COLOR, STOP_COLOR = "#2f9e44", "#c92a2a"
+MUTED, INK, LINE, PAPER = "#6c757d", "#212529", "#ced4da", "#ffffff"
 WIDE, NARROW = 10.0, 3.4
 """Inches of a figure, of which a page shows about a hundred pixels each."""
 MOST_CURVES = 12
@@ -266,6 +267,7 @@ def _name_points(axes: Axes, named: list[tuple[str, Point]]) -> None:
             color=INK,
             ha="right" if left else "left",
             va="center",
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1},
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4},
         )
 
@@ -340,7 +342,7 @@ def relearned(run: RunRecord) -> list[tuple[str, list[Point], Mapping[str, Any]]
             ]
             words = [f"{entry[key]} {word}" for key, word in (("records", "records"),) if entry.get(key) is not None]
             words += [f"{word} {entry[key]}" for key, word in RELEARNING_WORDS.items() if entry.get(key) is not None]
-            words += ["without template"] if entry.get("template") is False else []
+            words += ["no template"] if entry.get("template") is False else []
             out.append((", ".join(words) or "unnamed settings", sorted(points), entry))
     return sorted(out, key=lambda each: -max((y for _, y in each[1]), default=-1.0))
 
