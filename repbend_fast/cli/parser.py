@@ -202,8 +202,15 @@ def _build() -> _Parser:
     )
     plan.add_argument("--json", action="store_true", help="as JSON")
 
-    report = _command(groups, "report", commands.report, "write report.html of a run again")
-    report.add_argument("run", metavar="RUN", help="folder of a run")
+    report = _command(groups, "report", commands.report, "write the page of a run again, or of several side by side")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a run, or one that `eval` wrote; several share one page"
+    )
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where the page goes (default: the run's report.html; of several runs, report.html beside the first)",
+    )
 
     export = _command(
         groups, "export", commands.export, "merge a run's adapter into its model and save that as safetensors"

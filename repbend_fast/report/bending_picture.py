@@ -9,6 +9,8 @@ from markupsafe import Markup
 
 PANEL, HEAD, FOOT, GAP, PAD, COLUMNS, TOP = 166, 20, 34, 16, 12, 6, 30
 MOST_PANELS = 12
+MOST_SHRUNK = 860
+"""Pixels below which a page scrolls the picture and shrinks it no further."""
 _COLORS = {"safe": "#0072b2", "unsafe": "#d55e00"}
 _INK, _MUTED, _RULE = "var(--ink, #212529)", "var(--muted, #5c656d)", "var(--line, #d5dbe1)"
 _PAPER = "var(--paper, #ffffff)"
@@ -34,10 +36,12 @@ def bending_svg(data: Mapping[str, Any]) -> str:
         parts.append(_panel(layers[layer], layer, x, y))
     return str(
         Markup(
-            '<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" font-size="10" '
+            '<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" style="min-width: {least}px" '
+            'font-size="10" '
             'font-family="system-ui, sans-serif" aria-label="{label}">{body}</svg>'
         ).format(
             w=width,
+            least=min(MOST_SHRUNK, width),
             h=height,
             label="Safe and unsafe rows by layer in two dimensions, before and after bending",
             body=Markup("").join(parts),

@@ -11,6 +11,7 @@ from repbend_fast.errors import one_line
 
 Row = dict[str, Any]
 SUMMARY, ANSWERS = "eval.json", "answers.jsonl"
+BASE, BENT = SIDES = ("base", "bent")
 # In the folder itself, in `eval/`, and in `eval/NAME/`; one that was killed has answers and no summary yet.
 _PLACES = ("", "*/", "*/*/")
 
@@ -50,7 +51,7 @@ def answer_rows(path: Path) -> list[Row]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and isinstance(row.get("side"), str) and isinstance(row.get("answers"), list):
+            if isinstance(row, dict) and row.get("side") in SIDES and isinstance(row.get("answers"), list):
                 rows.append(row)
     return rows
 

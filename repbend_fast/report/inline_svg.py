@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from repbend_fast.report.plots import COLORS, INK, LINE, MUTED, OUTCOME_COLORS
+from repbend_fast.report.plots import COLORS, INK, LINE, MUTED, OUTCOME_COLORS, PAPER
 
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay text, to be selected and searched
@@ -25,9 +25,14 @@ _PAGE_COLORS = {
     COLORS["loss"]: "var(--ink)",
     MUTED: "var(--muted)",
     LINE: "var(--line)",
+    PAPER: "var(--paper)",
     **{color: f"var(--{outcome})" for outcome, color in OUTCOME_COLORS.items()},
 }
 _PIXELS_PER_POINT = 100 / 72
+# Axes are as large as their data, so nothing has to be clipped.
+_NOT_IN_A_PAGE = re.compile(
+    r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<clipPath.*?</clipPath>|\sclip-path=\"[^\"]*\"", re.DOTALL
+)
 
 
 def drawn(name: str, draw: Callable[..., Figure | None], *runs: Any, narrow: bool = False) -> str | None:
@@ -38,8 +43,6 @@ def drawn(name: str, draw: Callable[..., Figure | None], *runs: Any, narrow: boo
         figure = draw(*runs, narrow=narrow)
         if figure is None:
             return None
-        for artist in figure.findobj():
-            artist.set_clip_on(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
     return buffer.getvalue()
@@ -51,7 +54,7 @@ def inlined(svg: str, prefix: str, label: str) -> Markup:
     readers who do not see it.
     """
     text = svg[svg.index("<svg") :].strip()
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<defs>\s*</defs>", "", text, flags=re.DOTALL)
+    text = _NOT_IN_A_PAGE.sub("", text)
     used = set(re.findall(r'href="#([^"]+)"', text))
     text = re.sub(r'\sid="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{prefix}-\1"', text)

@@ -16,6 +16,8 @@ from repbend_fast.report.ugly_text import clean, short
 CELL, LINE, LEFT, TOP, GAP, FOOT = 50, 16, 34, 52, 22, 30
 WORD = 7
 """Letters of a word that fit into a cell."""
+MOST_SHRUNK = 860
+"""Pixels below which a page scrolls the picture and shrinks it no further."""
 _BLUE = "#1a5fb4"
 _INK, _MUTED, _RULE = "var(--ink, #212529)", "var(--muted, #5c656d)", "var(--line, #d5dbe1)"
 _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "·"})
@@ -45,10 +47,12 @@ def lens_svg(data: Mapping[str, Any]) -> str:
     body = Markup("").join([*parts, _legend(y + 8)])
     return str(
         Markup(
-            '<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" font-size="10.5" '
+            '<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" style="min-width: {least}px" '
+            'font-size="10.5" '
             'font-family="system-ui, sans-serif" aria-label="{label}">{body}</svg>'
         ).format(
             w=max(whole, 330),
+            least=min(MOST_SHRUNK, whole),
             h=y + FOOT,
             body=body,
             label="Logit lens: the top word at each layer and token, coloured by how certain it is",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repbend_fast.evaluation.rates import (
@@ -16,8 +16,10 @@ from repbend_fast.evaluation.rates import (
 )
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE
 from repbend_fast.report.bars import percent
+from repbend_fast.report.eval_record import BENT
 from repbend_fast.report.run_record import Row, RunRecord
-from repbend_fast.report.shares import BENT, EVALUATION, Division, divisions, finite_number, outcomes
+from repbend_fast.report.shares import EVALUATION, Division, divisions, outcomes
+from repbend_fast.report.stored_values import finite_number, mapping_of
 from repbend_fast.report.ugly_text import short
 
 CARD_KEYS = ("attack_direct", "attack_direct_refused", "helpful_ordinary", "perplexity")
@@ -25,7 +27,7 @@ CARD_KEYS = ("attack_direct", "attack_direct_refused", "helpful_ordinary", "perp
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:
     """Short facts for the head of the page."""
-    out = [("objective", str(run.setting("objective", "name") or (DEFAULT_OBJECTIVE if run.config else "unknown")))]
+    out = [("objective", short(run.setting("objective", "name") or (DEFAULT_OBJECTIVE if run.config else "unknown")))]
     if run.steps:
         out.append(("steps", str(run.steps[-1]["step"])))
     if run.best_step is not None:
@@ -55,8 +57,7 @@ def measure_rows(runs: Sequence[RunRecord]) -> list[Row]:
     """The table of the measures, two cells for each run; empty where nothing was evaluated."""
     if not any(run.before or run.after for run in runs):
         return []
-    counts = next((found for run in runs for side in (run.after, run.before) if (found := side.get("counts"))), {})
-    counts = counts if isinstance(counts, dict) else {}
+    counts = next((found for run in runs for side in (run.after, run.before) if (found := _counts(side))), {})
     group_of = {key: group for group, keys in GROUP_KEYS.items() for key in keys}
     first_of_group = {keys[0] for keys in GROUP_KEYS.values()} | {"perplexity"}
     out = []
@@ -74,6 +75,10 @@ def measure_rows(runs: Sequence[RunRecord]) -> list[Row]:
             }
         )
     return out
+
+
+def _counts(side: Row) -> Mapping[str, Any]:
+    return mapping_of(side.get("counts"))
 
 
 def cards(run: RunRecord) -> list[Row]:

@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of, titles_of
 from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.report.eval_record import BASE, SIDES
 from repbend_fast.report.run_record import Row, RunRecord
-from repbend_fast.report.shares import BASE, SIDES, divisions, finite_number, fraction, rows_of
+from repbend_fast.report.shares import divisions
+from repbend_fast.report.stored_values import finite_number, fraction, rows_of
 from repbend_fast.report.ugly_text import short
 from repbend_fast.report.verdict import decisive
 
@@ -40,7 +42,8 @@ RATE_COLORS = {
 # Okabe and Ito's palette: the eight colours that readers with any kind of colour blindness tell apart.
 OUTCOME_COLORS = {"complied": "#d55e00", "helpful": "#009e73", "refused": "#0072b2", "degenerate": "#e69f00"}
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-BEST_COLOR, STOP_COLOR, MUTED, INK, LINE = "#2f9e44", "#c92a2a", "#6c757d", "#212529", "#ced4da"
+BEST_COLOR, STOP_COLOR = "#2f9e44", "#c92a2a"
+MUTED, INK, LINE, PAPER = "#6c757d", "#212529", "#ced4da", "#ffffff"
 WIDE, NARROW = 10.0, 3.4
 """Inches of a figure, of which a page shows about a hundred pixels each."""
 MOST_CURVES = 12
@@ -108,7 +111,7 @@ def losses(run: RunRecord, narrow: bool = False) -> Figure | None:
             linewidth=1.8,
             marker="o" if len(steps) == 1 else None,
         )
-        style(axes, titles.get(name, name))
+        style(axes, short(titles.get(name, name), 36))
         mark_steps(axes, run)
         if place == 1 and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, frameon=False, labelcolor=INK)
@@ -176,10 +179,10 @@ def validation(run: RunRecord, narrow: bool = False) -> Figure | None:
     if not panels:
         return None
     columns = 1 if narrow else 2 if len(panels) == 4 else len(panels)
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(NARROW if narrow else WIDE, 3.5 * lines), layout="constrained")
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(NARROW if narrow else WIDE, 3.5 * rows), layout="constrained")
     for place, draw in enumerate(panels, 1):
-        axes = figure.add_subplot(lines, columns, place)
+        axes = figure.add_subplot(rows, columns, place)
         draw(axes)
         mark_steps(axes, run)
         _legend(axes, narrow=False)
@@ -264,6 +267,7 @@ def _name_points(axes: Axes, named: list[tuple[str, Point]]) -> None:
             color=INK,
             ha="right" if left else "left",
             va="center",
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1},
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4},
         )
 
@@ -292,8 +296,8 @@ def costs(run: RunRecord) -> dict[tuple[str, ...], tuple[tuple[str, Point], Poin
 
 
 def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights for labels of ascending ``values``, near them, at least ``gap`` apart, inside of ``low`` to ``high`` as far
-    as they fit.
+    """Heights for labels of ascending ``values``: near them, at least ``gap`` apart, from ``low`` to ``high`` as far as
+    they fit.
     """
     out: list[float] = []
     for value in values:
@@ -315,7 +319,7 @@ def relearning(run: RunRecord, narrow: bool = False) -> Figure | None:
     axes = figure.add_subplot()
     for (label, points), color, marker in zip(curves[:MOST_CURVES], cycle(RUN_COLORS), cycle("os^Dv")):
         steps, rates = zip(*points, strict=True)
-        axes.plot(steps, rates, color=color, marker=marker, markersize=4, linewidth=1.6, label=short(label))
+        axes.plot(steps, rates, color=color, marker=marker, markersize=4, linewidth=1.6, label=short(label, 44))
     axes.set_ylim(-4, 104)
     style(axes, "attack success after relearning", xlabel="the attacker's steps")
     axes.set_ylabel("%", fontsize=8, color=MUTED)
@@ -338,7 +342,7 @@ def relearned(run: RunRecord) -> list[tuple[str, list[Point], Mapping[str, Any]]
             ]
             words = [f"{entry[key]} {word}" for key, word in (("records", "records"),) if entry.get(key) is not None]
             words += [f"{word} {entry[key]}" for key, word in RELEARNING_WORDS.items() if entry.get(key) is not None]
-            words += ["without template"] if entry.get("template") is False else []
+            words += ["no template"] if entry.get("template") is False else []
             out.append((", ".join(words) or "unnamed settings", sorted(points), entry))
     return sorted(out, key=lambda each: -max((y for _, y in each[1]), default=-1.0))
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, is_evasive
+from repbend_fast.report.eval_record import BASE
 from repbend_fast.report.run_record import Row, RunRecord
-from repbend_fast.report.shares import BASE, rows_of
+from repbend_fast.report.stored_values import mapping_of, rows_of
 from repbend_fast.report.ugly_text import short
 
 GROUP_TITLES = {
@@ -151,15 +152,15 @@ def _of_row(row: Row, hostile: bool) -> Row:
     any is, else the first counts. The answer that decides is shown first.
     """
     answers = [str(answer) for answer in row["answers"]]
-    opinions = row.get("opinions") if isinstance(row.get("opinions"), Mapping) else {}
     verdicts = []
-    for judge, found in opinions.items():
+    for judge, found in mapping_of(row.get("opinions")).items():
         labelled = [_sample("", opinion, hostile) for opinion in rows_of(found)[: len(answers)]]
         if labelled:
             place = _deciding([sample["label"] for sample in labelled])
             verdicts.append((str(judge), place, labelled[place]))
     place, first = (verdicts[0][1], verdicts[0][2]) if verdicts else (0, _sample("", {}, hostile))
-    prefills = row.get("prefills") if isinstance(row.get("prefills"), list) else []
+    stored = row.get("prefills")
+    prefills = stored if isinstance(stored, list) else []
     return first | {
         "answer": answers[place] if answers else "",
         "prefill": str(prefills[place]) if place < len(prefills) else "",
@@ -175,7 +176,7 @@ def _deciding(labels: Sequence[str]) -> int:
 def _sample(answer: str, judged: Mapping[str, Any], hostile: bool) -> Row:
     reasons = judged.get("reasons") or ([judged["reason"]] if judged.get("reason") else [])
     reasons = [str(reason) for reason in reasons] if isinstance(reasons, list) else []
-    label, helpful = str(judged.get("label") or "?"), judged.get("helpful")
+    label, helpful = short(judged.get("label") or "?", 40), judged.get("helpful")
     match label:
         case "comply" if hostile:
             outcome = "complied"

@@ -11,13 +11,16 @@ from typing import Any
 from markupsafe import Markup
 
 from repbend_fast.report.bars import bar, columns_of, interval_text, percent
+from repbend_fast.report.eval_record import BASE, SIDES
 from repbend_fast.report.inline_svg import drawn, inlined
 from repbend_fast.report.measures import cards, facts, measure_rows, warnings_of
 from repbend_fast.report.pictures import pictures_of
 from repbend_fast.report.plots import FIGURES, relearned
 from repbend_fast.report.run_record import Row, RunRecord
 from repbend_fast.report.samples import sample_groups
-from repbend_fast.report.shares import BASE, SIDES, Division, divisions, finite_number, rows_of
+from repbend_fast.report.shares import Division, divisions
+from repbend_fast.report.stored_values import finite_number, mapping_of, rows_of
+from repbend_fast.report.ugly_text import short
 from repbend_fast.report.verdict import verdict
 
 CAPTIONS = {
@@ -79,7 +82,7 @@ def summary(runs: Sequence[RunRecord], look: Look) -> Section:
         {
             "label": run.label,
             "verdict": verdict(run),
-            "model": run.setting("model", "name") or _model_of_evals(run) or "model unknown",
+            "model": short(run.setting("model", "name") or _model_of_evals(run) or "model unknown", 200),
             "status": run.status,
             "facts": facts(run),
             "cards": cards(run),
@@ -177,7 +180,7 @@ def events(runs: Sequence[RunRecord], look: Look) -> Section | None:
     rows = []
     for run in runs:
         name, last = run.label if look.several else "", run.steps[-1]["step"] if run.steps else 0
-        rows += [(name, row["step"], str(row.get("event", "")), str(row.get("reason", ""))) for row in run.events]
+        rows += [(name, row["step"], short(row.get("event", "")), str(row.get("reason", ""))) for row in run.events]
         rows += [(name, last, "unreadable", line) for line in run.unreadable]
     return Section("events", "Events", look.parts.events(rows, look.several)) if rows else None
 
@@ -269,10 +272,9 @@ def usefulness_rows(runs: Sequence[RunRecord], several: bool) -> tuple[list[str]
     found: dict[str, dict[str, str]] = {}
     for run in runs:
         for record in run.evals:
-            sides = record.summary.get("usefulness")
-            for side in SIDES if isinstance(sides, Mapping) else ():
-                values = sides.get(side)
-                for key, value in values.items() if isinstance(values, Mapping) else ():
+            sides = mapping_of(record.summary.get("usefulness"))
+            for side in SIDES:
+                for key, value in mapping_of(sides.get(side)).items():
                     number = finite_number(value)
                     if number is not None:
                         column = f"{run.label}, {side}" if several else side
@@ -301,12 +303,10 @@ def _end(entry: Mapping[str, Any]) -> list[str]:
 
 def _cells(table: Any) -> list[tuple[str, str, int]]:
     """Labels of both judges and how many answers have them, from the table of an agreement."""
-    rows = table.items() if isinstance(table, Mapping) else ()
     return [
         (str(first), str(second), count)
-        for first, row in rows
-        if isinstance(row, Mapping)
-        for second, count in row.items()
+        for first, row in mapping_of(table).items()
+        for second, count in mapping_of(row).items()
         if isinstance(count, int)
     ]
 

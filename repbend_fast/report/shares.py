@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS
+from repbend_fast.report.eval_record import SIDES
 from repbend_fast.report.run_record import Row, RunRecord
+from repbend_fast.report.stored_values import fraction, mapping_of, rows_of, whole
 
-BASE, BENT = "base", "bent"
-SIDES = (BASE, BENT)
 # Of `evaluation.json`: which attack and kind of prompts a group is. Its judge is the rule judge.
 GROUP_OF = {
     "attack_direct": ("direct", "attack"),
@@ -77,9 +77,8 @@ def outcomes(result: Row, group: str) -> dict[str, float]:
 
     Fluent answers to questions are split by whether they help, where that was measured.
     """
-    shares = result.get("shares")
-    share = shares.get(group) if isinstance(shares, Mapping) else None
-    if not isinstance(share, Mapping):
+    share = mapping_of(mapping_of(result.get("shares")).get(group))
+    if not share:
         return {}
     comply, refused, degenerate = (fraction(share.get(label)) or 0.0 for label in ("comply", "refuse", "degenerate"))
     if group in ATTACK_GROUPS:
@@ -96,26 +95,25 @@ def divisions(run: RunRecord) -> list[Division]:
     for group, (attack, kind) in GROUP_OF.items():
         for side, result in zip(SIDES, (run.before, run.after), strict=True):
             found = outcomes(result, group)
-            counts = result.get("counts")
-            count = whole(counts.get(group)) if isinstance(counts, Mapping) else None
+            count = whole(mapping_of(result.get("counts")).get(group))
             shares = {name: Share(rate, wilson(rate * count, count) if count else None) for name, rate in found.items()}
             if shares:
                 out.append(Division(EVALUATION, suite, attack, kind, RULE, side, count, shares))
     for record in run.evals:
-        for group in rows_of(record.summary.get("groups")):
-            out += _of_group(record.name, group)
+        for entry in rows_of(record.summary.get("groups")):
+            out += _of_group(record.name, entry)
     return out
 
 
 def _of_group(source: str, group: Mapping[str, Any]) -> list[Division]:
     """One division per judge of an entry in the ``groups`` of ``eval.json``."""
-    side, judges, count = group.get("side"), group.get("judges"), whole(group.get("count"))
-    if side not in SIDES or not isinstance(judges, Mapping):
+    side, judges, count = group.get("side"), mapping_of(group.get("judges")), whole(group.get("count"))
+    if side not in SIDES:
         return []
     suite, attack, kind = (str(group.get(name) or "?") for name in ("suite", "attack", "kind"))
     out = []
     for judge, labels in judges.items():
-        shares = _shares(labels, kind, count) if isinstance(labels, Mapping) else {}
+        shares = _shares(mapping_of(labels), kind, count)
         if shares:
             out.append(Division(source, suite, attack, kind, str(judge), side, count, shares))
     return out
@@ -142,38 +140,11 @@ def _shares(labels: Mapping[str, Any], kind: str, count: int | None) -> dict[str
 
 def _share(stored: Any, count: int | None) -> Share | None:
     """``{"rate", "interval"}`` as a share, with an interval of ours where it has none that can be read."""
-    rate = fraction(stored.get("rate")) if isinstance(stored, Mapping) else None
+    rate, ends = (mapping_of(stored).get(name) for name in ("rate", "interval"))
+    rate = fraction(rate)
     if rate is None:
         return None
-    ends = stored.get("interval")
     low, high = map(fraction, ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
     if low is None or high is None:
         return Share(rate, wilson(rate * count, count) if count else None)
     return Share(rate, (min(low, rate), max(high, rate)))
-
-
-def fraction(value: Any) -> float | None:
-    """A number from 0 to 1, None for anything else."""
-    number = finite_number(value)
-    return number if number is not None and 0 <= number <= 1 else None
-
-
-def finite_number(value: Any) -> float | None:
-    """A finite number, None for anything else: files of a run may have been edited, or written by another version."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def whole(value: Any) -> int | None:
-    """A count, None for anything else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def rows_of(value: Any) -> list[Mapping[str, Any]]:
-    """The mappings in a list, nothing of anything else."""
-    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []

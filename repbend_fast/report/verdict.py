@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from markupsafe import Markup
 
 from repbend_fast.report.bars import percent
+from repbend_fast.report.eval_record import BENT, SIDES
 from repbend_fast.report.run_record import RunRecord
-from repbend_fast.report.shares import BENT, EVALUATION, SIDES, Division, divisions, finite_number
+from repbend_fast.report.shares import EVALUATION, Division, divisions
+from repbend_fast.report.stored_values import finite_number, mapping_of
 from repbend_fast.report.ugly_text import name
 
 Pair = dict[str, Division]
@@ -89,9 +91,8 @@ def _change(pair: Pair, outcome: str, judge: bool = False) -> Markup:
 def perplexity_ratio(run: RunRecord) -> float | None:
     """Of the bent model to the base, from an evaluation or from ``evaluation.json``."""
     for record in run.evals:
-        sides = record.summary.get("usefulness")
-        bent = sides.get(BENT) if isinstance(sides, dict) else None
-        ratio = finite_number(bent.get("perplexity_ratio")) if isinstance(bent, dict) else None
+        bent = mapping_of(mapping_of(record.summary.get("usefulness")).get(BENT))
+        ratio = finite_number(bent.get("perplexity_ratio"))
         if ratio is not None:
             return ratio
     old, new = finite_number(run.before.get("perplexity")), finite_number(run.after.get("perplexity"))

@@ -77,7 +77,7 @@ def sample(prompt: str, answer: str, label: str, group: str = "attack_direct") -
 def write_run(
     folder: Path, rows: list[dict] | None = None, evaluation: dict | None = None, config: str | None = None
 ) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if rows is not None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     if evaluation is not None:
