@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import repbend_fast
-from repbend_fast.cli import commands, inspect, recipes
+from repbend_fast.cli import commands, inspecting, recipes
 from repbend_fast.cli import plan as planning
 from repbend_fast.config.overrides import is_assignment, takes_value
 from repbend_fast.errors import UserError
@@ -277,9 +277,9 @@ def _eval_command(groups: Any) -> None:
 
 def _inspecting_commands(groups: Any) -> None:
     """Commands on a loaded model, which take the model's settings as overrides."""
-    for name, (handler, summary, add_options) in inspect.COMMANDS.items():
+    for name, (handler, summary, add_options) in inspecting.COMMANDS.items():
         command = _command(groups, name, handler, summary, overrides=True)
-        inspect.add_target(command)
+        inspecting.add_target(command)
         add_options(command)
 
 
@@ -354,7 +354,7 @@ _USAGE = {
     "eval": "eval MODEL_OR_RUN [--adapter A] [--suite NAME|FILE]… [--attack NAME[:k=v,…]]… [--judge NAME[:k=v,…]]…\n"
     "                         [--out PATH] [--limit N] [--max-new-tokens N] [--batch-size N] [--seed N]\n"
     "                         [--quantization nf4] [--dtype D] [--with OVERLAY] [key=value …]",
-    **inspect.USAGE,
+    **inspecting.USAGE,
     "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--with OVERLAY] [key=value "
     "…]",
     "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",

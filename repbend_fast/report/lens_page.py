@@ -23,7 +23,8 @@ _PAGE = Markup(
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     '<meta name="color-scheme" content="light dark">\n<title>Logit lens of {title} · repbend-fast</title>\n'
-    "<style>\n{style}\n.scrolled svg {{ display: block; height: auto; width: 100%; }}\n</style>\n</head>\n<body>\n<main>\n"
+    "<style>\n{style}\n.scrolled svg {{ display: block; height: auto; width: 100%; }}\n</style>\n"
+    "</head>\n<body>\n<main>\n"
     "<header><h1>Logit lens of {model}</h1>\n<p>{about}</p></header>\n{body}\n</main>\n</body>\n</html>\n"
 )
 

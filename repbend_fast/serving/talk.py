@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +108,8 @@ def ask_once(talk: Talk, prompt: str, as_json: bool) -> None:
 
 def chat(talk: Talk, read: Callable[[str], str] = input) -> None:
     """Ask what is typed until /quit, Ctrl-D or Ctrl-C; what goes wrong with one prompt ends nothing."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  gives `input` its arrow keys and its history
     say(f"{' and '.join(talk.sides.names)} of {talk.sides.name}; {HELP}")
     while True:
         try:
