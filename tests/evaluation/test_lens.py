@@ -25,7 +25,10 @@ FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "qwen3_moe
 
 def made(family: str) -> Any:
     if family in ("gpt_neox", "qwen3_moe", "granite"):
-        return other_model(family, **({"logits_scaling": SCALE} if family == "granite" else {}))
+        model = other_model(family, **({"logits_scaling": SCALE} if family == "granite" else {}))
+        norm = getattr(find_decoder(model).body, str(find_decoder(model).norm_name))
+        torch.nn.init.normal_(norm.weight, mean=1.0, std=0.5)  # normed once too often then shows
+        return model
     return tiny_model(family)
 
 
