@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from repbend_fast.report.page_sections import SECTIONS, Look
 from repbend_fast.report.run_record import RunRecord, read_run
-from repbend_fast.report.sections import SECTIONS, Look
 from repbend_fast.report.ugly_text import clean
 from repbend_fast.runs.folder import write_text
 

@@ -11,7 +11,7 @@ import pytest
 from eval_folders import SHARES, answer, summary, write_eval
 from test_report import checked, event, sample, side, step_row, write_run
 
-from repbend_fast.report import pictures, sections, write_report
+from repbend_fast.report import page_sections, pictures, write_report
 from repbend_fast.report.bars import bar, columns_of
 from repbend_fast.report.plots import FIGURES, costs, spread
 from repbend_fast.report.run_record import read_run
@@ -266,6 +266,6 @@ def test_pictures_plug_in_by_the_name_of_their_file(tmp_path: Path, monkeypatch:
 def test_sections_are_named_once_and_reached_by_their_address(run: Path, no_figures: None):
     text, checker = checked(write_report(run))
     anchors = re.findall(r'<section id="([^"]+)"', text)
-    assert len(anchors) == len(set(anchors)) == len(sections.SECTIONS) - 1  # no settings
+    assert len(anchors) == len(set(anchors)) == len(page_sections.SECTIONS) - 1  # no settings
     assert {a.removeprefix("#") for a in checker.addresses} == set(anchors)
     assert EVALUATION not in plain(text)

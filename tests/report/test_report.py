@@ -15,10 +15,10 @@ from repbend_fast.evaluation.judge import EVASION
 from repbend_fast.report import write_report
 from repbend_fast.report.bars import bar, columns_of
 from repbend_fast.report.inline_svg import inlined
+from repbend_fast.report.page_sections import CAPTIONS
 from repbend_fast.report.plots import FIGURES, distance_grid
 from repbend_fast.report.run_record import read_run
 from repbend_fast.report.samples import sample_groups
-from repbend_fast.report.sections import CAPTIONS
 from repbend_fast.report.shares import divisions, outcomes
 
 
@@ -167,6 +167,7 @@ def test_embedded_images_are_the_files_beside_the_report(complete: Path):
     assert {path.stem for path in (complete / "plots").iterdir()} == set(FIGURES)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_page_names_numbers_status_and_settings(complete: Path):
     text, _ = checked(write_report(complete))
     for expected in (
@@ -184,12 +185,14 @@ def test_page_names_numbers_status_and_settings(complete: Path):
     assert "5 more" in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_only_rates_are_judged_by_colour(complete: Path):
     text, _ = checked(write_report(complete))
     assert re.search(r'class="good">2.1 %', text)
     assert re.search(r'class="same">6.25', text)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_answers_are_escaped_and_empty_ones_are_named(complete: Path):
     text, _ = checked(write_report(complete))
     assert "<script>" not in text
@@ -222,6 +225,7 @@ def outcomes_run(folder: Path, after: list[tuple[str, str, str]]) -> Path:
     return write_run(folder, [validation_row(0, True)], evaluation)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_attacks_that_fail_on_gibberish_are_not_shown_as_a_success(tmp_path: Path):
     babble = [(",,,,", "degenerate", "empty")] * 5 + [(REFUSAL, "refuse", "refusal phrase")]
     text, _ = checked(write_report(outcomes_run(tmp_path / "babble", babble)))
@@ -237,6 +241,7 @@ def test_attacks_that_fail_on_gibberish_are_not_shown_as_a_success(tmp_path: Pat
     assert re.search(r'attack success, direct</div><div class="value good">0.0 %', text)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_answers_are_grouped_by_outcome_the_worst_first(tmp_path: Path):
     after = [
         (REFUSAL, "refuse", "refusal phrase: sorry"),
@@ -277,6 +282,7 @@ def test_a_refused_question_is_no_good_outcome(tmp_path: Path):
     assert [(c["outcome"], c["tone"]) for c in group["counts"][0][1]] == [("refused", "bad"), ("helpful", "good")]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_evaluation_of_before_the_three_shares_shows_dashes(complete: Path):
     text, _ = checked(write_report(complete))
     row = re.search(r"refused, direct attacks</td>.*", text)
@@ -352,6 +358,7 @@ def test_partial_runs(tmp_path: Path, parts: dict, present: list[str], absent: l
     assert [a for a in absent if a in text] == []
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("rows", "status"),
     [
@@ -384,6 +391,7 @@ def test_torn_last_line_foreign_rows_and_missing_values_are_left_out(tmp_path: P
     checked(write_report(folder))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_evaluation_that_cannot_be_read_is_named(complete: Path):
     intact, _ = checked(write_report(complete))
     assert "cannot be read" not in intact
