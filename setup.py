@@ -30,7 +30,7 @@ setup(
     package_data={
         "repbend_fast.recipes": ["*.yaml", "overlays/*.yaml"],
         "repbend_fast.data.demo": ["*.json", "*.jsonl"],
-        "repbend_fast.report": ["*.html.j2"],
+        "repbend_fast.report": ["*.html.j2", "*.css", "*.js"],
     },
     install_requires=[
         KERNELS_REQUIREMENT,

@@ -78,11 +78,15 @@ def compare(arguments: Namespace) -> int:
 
 
 def report(arguments: Namespace) -> int:
-    """``report``: writes ``report.html`` and prints its path."""
-    folder = api.run_config(arguments.run).parent
+    """``report``: writes a page and prints its path. What ``eval`` leaves of a model that was not trained here holds no
+    configuration.
+    """
+    places = [Path(run).expanduser() for run in arguments.runs]
+    folders = [place if (place / "eval.json").is_file() else api.run_config(place).parent for place in places]
+    options = {} if arguments.out is None else {"out": Path(arguments.out).expanduser()}
     from repbend_fast.report import write_report
 
-    print(write_report(folder))
+    print(write_report(*folders, **options))
     return 0
 
 

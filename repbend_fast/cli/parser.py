@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import repbend_fast
-from repbend_fast.cli import commands, recipes
+from repbend_fast.cli import commands, inspecting, recipes
 from repbend_fast.cli import plan as planning
 from repbend_fast.config.overrides import is_assignment, takes_value
 from repbend_fast.errors import UserError
@@ -115,7 +115,9 @@ def _split(command: _Parser, argv: Sequence[str]) -> tuple[list[str], list[str]]
         token = argv[i]
         name, equals, _ = token.partition("=")
         own = command.options.get(name)
-        follows = not equals and takes_value(argv, i)
+        # What follows an option of this command that takes one value is that value, though it read as key=value.
+        single = own is not None and own.nargs is None and i + 1 < len(argv) and is_assignment(argv[i + 1])
+        follows = not equals and (single or takes_value(argv, i))
         if own is not None and own.nargs == "+":
             numbers = _numbers(argv, i + 1)
             if not equals and not numbers:
@@ -210,8 +212,15 @@ def _plan_command(groups: Commands) -> None:
 
 
 def _report_command(groups: Commands) -> None:
-    report = _command(groups, "report", commands.report, "write report.html of a run again")
-    report.add_argument("run", metavar="RUN", help="folder of a run")
+    report = _command(groups, "report", commands.report, "write the page of a run again, or of several side by side")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a run, or one that `eval` wrote; several share one page"
+    )
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where the page goes (default: the run's report.html; of several runs, report.html beside the first)",
+    )
 
 
 def _export_command(groups: Commands) -> None:
@@ -279,6 +288,14 @@ def _eval_command(groups: Commands) -> None:
         "evaluation-PROMPTS.json beside it; a run without prompts is asked the demo's; for a recipe no file)",
     )
     evaluate.epilog = f"{_EVAL_SETTINGS}\n{evaluate.epilog}"
+
+
+def _inspecting_commands(groups: Commands) -> None:
+    """Commands on a loaded model, which take the model's settings as overrides."""
+    for name, (handler, summary, add_options) in inspecting.COMMANDS.items():
+        command = _command(groups, name, handler, summary, overrides=True)
+        inspecting.add_target(command)
+        add_options(command)
 
 
 def _compare_command(groups: Commands) -> None:
@@ -358,6 +375,7 @@ _USAGE = {
     "eval": "eval MODEL_OR_RUN [--adapter A] [--suite NAME|FILE]… [--attack NAME[:k=v,…]]… [--judge NAME[:k=v,…]]…\n"
     "                         [--out PATH] [--limit N] [--max-new-tokens N] [--batch-size N] [--seed N]\n"
     "                         [--quantization nf4] [--dtype D] [--with OVERLAY] [key=value …]",
+    **inspecting.USAGE,
     "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--with OVERLAY] [key=value "
     "…]",
     "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",
@@ -374,6 +392,7 @@ _COMMANDS = (
     _export_command,
     _verify_command,
     _data_command,
+    _inspecting_commands,
     _recipes_command,
     _env_command,
 )

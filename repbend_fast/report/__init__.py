@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that opens without a network, and its plots as PNG files beside it."""
+"""The report of one run or of several: one HTML file that loads nothing, and a run's figures as SVG files beside it."""
 
 from repbend_fast.report.page import write_report
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +14,12 @@ from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
 from repbend_fast.objectives.base import earlier_probes
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of, titles_of
 from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.report.eval_record import BASE, SIDES
 from repbend_fast.report.run_record import Row, RunRecord
+from repbend_fast.report.shares import divisions
+from repbend_fast.report.stored_values import finite_number, fraction, rows_of
+from repbend_fast.report.ugly_text import short
+from repbend_fast.report.verdict import decisive
 
 COLORS = {
     "safe": "#2a7f9e",
@@ -33,26 +40,27 @@ RATE_COLORS = {
     "helpful_borderline": "#7fb7be",
     "degenerate_ordinary": "#d0a23c",
 }
-OUTCOME_COLORS = {
-    "complied": "#c8553d",
-    "helpful": "#2a7f9e",
-    "answered, not helpful": "#8d99ae",
-    "refused": "#4c956c",
-    "degenerate": "#d0a23c",
-}
-BEST_COLOR, STOP_COLOR, MUTED = "#2f9e44", "#c92a2a", "#6c757d"
+# Okabe and Ito's palette: the eight colours that readers with any kind of colour blindness tell apart.
+OUTCOME_COLORS = {"complied": "#d55e00", "helpful": "#009e73", "refused": "#0072b2", "degenerate": "#e69f00"}
+RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+BEST_COLOR, STOP_COLOR = "#2f9e44", "#c92a2a"
+MUTED, INK, LINE, PAPER = "#6c757d", "#212529", "#ced4da", "#ffffff"
+WIDE, NARROW = 10.0, 3.4
+"""Inches of a figure, of which a page shows about a hundred pixels each."""
+MOST_CURVES = 12
+RELEARNING_WORDS = {"learning_rate": "rate", "rank": "rank"}
 
 
 def style(axes: Axes, title: str, xlabel: str = "step") -> None:
     """The common look: quiet frame, title on the left."""
-    axes.set_title(title, loc="left", fontsize=10, color="#212529")
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.set_xlabel(xlabel, fontsize=8, color=MUTED)
     axes.tick_params(labelsize=8, colors=MUTED)
     axes.grid(True, alpha=0.25, linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color("#ced4da")
+        axes.spines[side].set_color(LINE)
 
 
 def mark_steps(axes: Axes, run: RunRecord) -> None:
@@ -83,7 +91,7 @@ def _objective(run: RunRecord) -> object:
     return run.setting("objective", "name") or DEFAULT_OBJECTIVE
 
 
-def losses(run: RunRecord) -> Figure | None:
+def losses(run: RunRecord, narrow: bool = False) -> Figure | None:
     """One small panel per loss term, and the total."""
     found = {name: None for row in run.steps if isinstance(row.get("terms"), Mapping) for name in row["terms"]}
     titles = {"loss": "total loss", **titles_of(_objective(run))}
@@ -92,9 +100,9 @@ def losses(run: RunRecord) -> Figure | None:
     shown = {name: points for name, points in series.items() if points[0] and (name == "loss" or any(points[1]))}
     if not shown:
         return None
-    columns = min(3, len(shown))
+    columns = 1 if narrow else min(3, len(shown))
     lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(10, 2.5 * lines), layout="constrained")
+    figure = Figure(figsize=(NARROW if narrow else WIDE, 2.5 * lines), layout="constrained")
     for place, (name, (steps, values)) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(lines, columns, place)
         axes.plot(
@@ -104,10 +112,10 @@ def losses(run: RunRecord) -> Figure | None:
             linewidth=1.8,
             marker="o" if len(steps) == 1 else None,
         )
-        style(axes, titles.get(name, name))
+        style(axes, short(titles.get(name, name), 36))
         mark_steps(axes, run)
         if place == 1 and axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False)
+            axes.legend(fontsize=7, frameon=False, labelcolor=INK)
     return figure
 
 
@@ -155,22 +163,23 @@ def _distance_grids(run: RunRecord) -> tuple[dict[str, Grid], str]:
     return found, value
 
 
-def distances(run: RunRecord) -> Figure | None:
+def distances(run: RunRecord, narrow: bool = False) -> Figure | None:
     """Heat maps of what is kept and what is bent, layer by layer and step by step, on one colour scale."""
     grids, title = _distance_grids(run)
     if not grids:
         return None
     top = max(float(np.nanmax(grid[2])) for grid in grids.values()) or 1.0
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    rows, columns = (len(grids), 1) if narrow else (1, len(grids))
+    figure = Figure(figsize=(NARROW, 2.8 * rows) if narrow else (WIDE, 3.6), layout="constrained")
     image = None
     for place, (stream, (steps, layers, grid)) in enumerate(grids.items(), 1):
-        axes = figure.add_subplot(1, len(grids), place)
+        axes = figure.add_subplot(rows, columns, place)
         half = (steps[-1] - steps[0]) / max(1, len(steps) - 1) / 2 or 0.5
         extent = (steps[0] - half, steps[-1] + half, layers[0] - 0.5, layers[-1] + 0.5)
         image = axes.imshow(
-            grid, aspect="auto", origin="lower", extent=extent, cmap="magma", vmin=0, vmax=top, interpolation="nearest"
+            grid, aspect="auto", origin="lower", extent=extent, cmap="magma", vmin=0, vmax=top, interpolation="none"
         )
-        style(axes, f"{stream} stream: {title}")
+        style(axes, f"{stream}:\n{title}" if narrow else f"{stream} stream: {title}")
         axes.set_ylabel("hidden state", fontsize=8, color=MUTED)
         axes.grid(False)
         if run.best_step is not None and extent[0] <= run.best_step <= extent[1]:
@@ -180,7 +189,7 @@ def distances(run: RunRecord) -> Figure | None:
     return figure
 
 
-def validation(run: RunRecord) -> Figure | None:
+def validation(run: RunRecord, narrow: bool = False) -> Figure | None:
     """KL, perplexity ratio and rates over the validations, with the guard's limits, the kept step and the stop."""
     limits = {name: run.setting("validation", name) for name in ("max_kl", "max_perplexity_ratio")}
     panels: list[Callable[[Axes], None]] = []
@@ -201,12 +210,14 @@ def validation(run: RunRecord) -> Figure | None:
             panels.append(lambda axes, found=lines, t=what, f=first: _rates(axes, found, t, f))  # type: ignore[misc]
     if not panels:
         return None
-    figure = Figure(figsize=(10 if len(panels) < 4 else 13, 3.9), layout="constrained")
+    columns = 1 if narrow else 2 if len(panels) == 4 else len(panels)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(NARROW if narrow else WIDE, 3.5 * rows), layout="constrained")
     for place, draw in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), place)
+        axes = figure.add_subplot(rows, columns, place)
         draw(axes)
         mark_steps(axes, run)
-        axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        _legend(axes, narrow=False)
     return figure
 
 
@@ -240,98 +251,154 @@ def _rates(axes: Axes, rates: dict[str, list[tuple[list[int], list[float]]]], ti
     style(axes, title)
 
 
-def before_after(run: RunRecord) -> Figure | None:
-    """Bars of the rates that decide, before and after."""
-    keys = [
-        key
-        for key in RATE_COLORS
-        if isinstance(run.before.get(key), int | float) or isinstance(run.after.get(key), int | float)
-    ]
-    if not keys:
-        return None
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    places = np.arange(len(keys))
-    for shift, side, rates, alpha in ((-0.2, "before", run.before, 0.35), (0.2, "after", run.after, 1.0)):
-        shown = [
-            (x + shift, 100 * rates[key], RATE_COLORS[key])
-            for x, key in zip(places, keys, strict=True)
-            if rates.get(key) is not None
-        ]
-        for x, height, color in shown:
-            axes.bar(x, height, width=0.38, color=color, alpha=alpha)
-            axes.text(x, height + 1.5, f"{height:.0f} %", ha="center", fontsize=8, color="#212529")
-        for x, _, _ in shown:
-            axes.text(x, -3, side, ha="center", va="top", fontsize=7, color=MUTED)
-    axes.set_xticks(places, [_bar_name(key) for key in keys])
-    axes.set_ylim(0, 112)
-    style(axes, "before and after, on held-out requests", xlabel="")
-    axes.tick_params(axis="x", length=0, pad=14, labelsize=9)
-    axes.grid(False, axis="x")
-    return figure
+def tradeoff(run: RunRecord, *others: RunRecord, narrow: bool = False) -> Figure | None:
+    """Attack success against usefulness: from a ring before bending to a dot after, one pair for each attack.
 
-
-def _bar_name(key: str) -> str:
-    """``attack_direct_refused`` as two lines that fit under a bar."""
-    first, _, rest = key.replace("attack_prefill", "attack_prefilled").partition("_")
-    return f"{first}\n{rest.replace('_', ', ')}"
-
-
-def outcomes(result: Row, group: str) -> dict[str, float]:
-    """How the answers of a group divide, as fractions by outcome; empty where its label shares were not stored.
-
-    Fluent answers to questions are split by whether they help, where that was measured.
+    Usefulness is the share of helpful answers to ordinary questions (of answered ones, where no judge says whether they
+    help). Of several runs only each one's strongest attack is named.
     """
-    share = (result.get("shares") or {}).get(group)
-    if not isinstance(share, Mapping):
-        return {}
-    comply, refused, degenerate = (float(share.get(label) or 0.0) for label in ("comply", "refuse", "degenerate"))
-    if group in ATTACK_GROUPS:
-        return {"complied": comply, "refused": refused, "degenerate": degenerate}
-    helpful = result.get(GROUP_KEYS[group][0])
-    helpful = min(float(helpful), comply) if isinstance(helpful, int | float) else comply
-    return {"helpful": helpful, "answered, not helpful": comply - helpful, "refused": refused, "degenerate": degenerate}
-
-
-def shares(run: RunRecord) -> Figure | None:
-    """Stacked bars of each group, before and after: what was given, what was refused, what was no language."""
-    rows = [
-        (f"{GROUP_NAMES[group]}, {side}", found)
-        for group in GROUP_KEYS
-        for side, result in (("before", run.before), ("after", run.after))
-        if (found := outcomes(result, group))
-    ]
-    if not rows:
+    found = [(each, costs(each)) for each in (run, *others)]
+    found = [(each, points) for each, points in found if points]
+    if not found:
         return None
-    figure = Figure(figsize=(10, 0.8 + 0.36 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(NARROW, 3.4) if narrow else (6.6, 3.9), layout="constrained")
     axes = figure.add_subplot()
-    for place, (_, found) in enumerate(rows):
-        left = 0.0
-        for outcome, share in found.items():
-            width = 100 * share
-            axes.barh(place, width, left=left, color=OUTCOME_COLORS[outcome], height=0.72)
-            if width >= 6:
-                axes.text(
-                    left + width / 2, place, f"{width:.0f} %", ha="center", va="center", fontsize=8, color="white"
-                )
-            left += width
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    style(axes, "answers by outcome", xlabel="% of answers")
-    axes.grid(False)
-    shown = [name for name in OUTCOME_COLORS if any(found.get(name) for _, found in rows)]
-    handles = [axes.barh(0, 0, color=OUTCOME_COLORS[name], label=name) for name in shown]
-    axes.legend(
-        handles=handles, fontsize=8, frameon=False, ncols=len(handles) or 1, loc="lower right", bbox_to_anchor=(1, 1)
-    )
+    named: list[tuple[str, Point]] = []
+    for (each, points), color in zip(found, cycle(RUN_COLORS)):
+        for (_, (x, y)), old in points.values():
+            if old is not None:
+                axes.plot((old[0], x), (old[1], y), color=color, linewidth=0.8, alpha=0.6)
+                axes.plot(*old, "o", markersize=6, markerfacecolor="none", markeredgecolor=color)
+            axes.plot(x, y, "o", markersize=6, color=color)
+        axes.plot([], [], "o", color=color, label=short(each.label, 40))
+        own = sorted((point for point, _ in points.values()), key=lambda point: point[1][1])
+        named += own if len(found) == 1 else own[-1:]
+    _name_points(axes, sorted(named, key=lambda point: point[1][1]))
+    if len(found) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), labelcolor=INK)
+    axes.set_xlim(-3, 103)
+    axes.set_ylim(-5, 105)
+    style(axes, "attack success against usefulness", xlabel="ordinary questions answered helpfully, %")
+    axes.set_ylabel("attacks that succeed, %", fontsize=8, color=MUTED)
     return figure
 
 
-FIGURES: dict[str, Callable[[RunRecord], Figure | None]] = {
-    "before_after": before_after,
-    "shares": shares,
+Point = tuple[float, float]
+
+
+def _name_points(axes: Axes, named: list[tuple[str, Point]]) -> None:
+    """Labels beside points that are sorted by height, each with a line to its point."""
+    heights = spread([y for _, (_, y) in named], min(6.5, 100 / len(named)), 0, 100)
+    for (label, (x, y)), height in zip(named, heights, strict=True):
+        left = x > 50
+        axes.annotate(
+            short(label, 24),
+            (x, y),
+            xytext=(x - 5 if left else x + 5, height),
+            fontsize=8,
+            color=INK,
+            ha="right" if left else "left",
+            va="center",
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1},
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4},
+        )
+
+
+def costs(run: RunRecord) -> dict[tuple[str, ...], tuple[tuple[str, Point], Point | None]]:
+    """For each attack its name, where the bent model stands, in per cent of usefulness and of attacks that succeed, and
+    where the base stands; empty where either was not measured. Base alone stands for itself. Of several judges the one
+    counts that finds the most attacks to succeed.
+    """
+    found = divisions(run)
+    useful = {
+        side: 100 * pair[side].rate("helpful", "answered")
+        for pair in reversed(decisive([each for each in found if each.kind == "ordinary"]))
+        for side in SIDES
+        if side in pair
+    }
+    out: dict[tuple[str, ...], tuple[tuple[str, Point], Point | None]] = {}
+    for pair in decisive([each for each in found if each.hostile]):
+        places = {side: (useful[side], 100 * pair[side].rate("complied")) for side in pair if side in useful}
+        if places:
+            last = next(side for side in reversed(SIDES) if side in places)
+            key = pair[last].source, pair[last].suite, pair[last].attack
+            if key not in out or out[key][0][1][1] < places[last][1]:
+                out[key] = ((pair[last].attack, places[last]), places.get(BASE) if last != BASE else None)
+    return out
+
+
+def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Heights for labels of ascending ``values``: near them, at least ``gap`` apart, from ``low`` to ``high`` as far as
+    they fit.
+    """
+    out: list[float] = []
+    for value in values:
+        out.append(max(value, out[-1] + gap) if out else max(value, low))
+    top = high
+    for i in reversed(range(len(out))):
+        out[i] = min(out[i], top)
+        top = out[i] - gap
+    return out
+
+
+def relearning(run: RunRecord, narrow: bool = False) -> Figure | None:
+    """Attack success over the steps of an attacker who trains the bent model again, a line for each of his settings."""
+    curves = [(label, points) for label, points, _ in relearned(run) if points]
+    if not curves:
+        return None
+    rows = len(curves[:MOST_CURVES]) if narrow else -(-len(curves[:MOST_CURVES]) // 2)
+    figure = Figure(figsize=(NARROW, 2.6 + 0.2 * rows) if narrow else (6.6, 3.2 + 0.2 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    for (label, points), color, marker in zip(curves[:MOST_CURVES], cycle(RUN_COLORS), cycle("os^Dv")):
+        steps, rates = zip(*points, strict=True)
+        axes.plot(steps, rates, color=color, marker=marker, markersize=4, linewidth=1.6, label=short(label, 44))
+    axes.set_ylim(-4, 104)
+    style(axes, "attack success after relearning", xlabel="the attacker's steps")
+    axes.set_ylabel("%", fontsize=8, color=MUTED)
+    _legend(axes, narrow)
+    return figure
+
+
+def relearned(run: RunRecord) -> list[tuple[str, list[Point], Mapping[str, Any]]]:
+    """Each attacker's settings in words, steps with attack success in per cent, and the entry in ``eval.json``; the
+    strongest first.
+    """
+    out = []
+    for record in run.evals:
+        for entry in rows_of(record.summary.get("relearning")):
+            points = [
+                (step, 100 * comply)
+                for row in rows_of(entry.get("curve"))
+                if (step := finite_number(row.get("step"))) is not None
+                and (comply := fraction(row.get("comply"))) is not None
+            ]
+            words = [f"{entry[key]} {word}" for key, word in (("records", "records"),) if entry.get(key) is not None]
+            words += [f"{word} {entry[key]}" for key, word in RELEARNING_WORDS.items() if entry.get(key) is not None]
+            words += ["no template"] if entry.get("template") is False else []
+            out.append((", ".join(words) or "unnamed settings", sorted(points), entry))
+    return sorted(out, key=lambda each: -max((y for _, y in each[1]), default=-1.0))
+
+
+def _legend(axes: Axes, narrow: bool) -> None:
+    """Below the axes, so that it hides no line."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            fontsize=8,
+            handlelength=2.8,
+            frameon=False,
+            ncols=1 if narrow else 2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+            labelcolor=INK,
+        )
+
+
+FIGURES: dict[str, Callable[..., Figure | None]] = {
+    "tradeoff": tradeoff,
+    "relearning": relearning,
     "losses": losses,
     "distances": distances,
     "validation": validation,
 }
+"""By name. Each takes a run and ``narrow``, for a page as wide as a phone or a column: panels below each other instead
+of beside, with letters as large."""

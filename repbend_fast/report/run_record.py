@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 
-from repbend_fast.errors import UserError, one_line
+from repbend_fast.errors import UserError
+from repbend_fast.report.eval_record import SUMMARY, EvalRecord, Row, json_mapping, read_evals
 from repbend_fast.runs.folder import RunFolder
-
-Row = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -20,17 +19,20 @@ class RunRecord:
     """The rows of ``metrics.jsonl`` by type, the evaluation's two sides, and the configuration as text and as a
     mapping.
 
-    ``unreadable``: why there is no evaluation though its file is there.
+    ``label``: what the run is called on a page. ``evals``: what ``repbend-fast eval`` left in the folder.
+    ``unreadable``: a line for each file that is there and cannot be read.
     """
 
     folder: Path
+    label: str = ""
     steps: list[Row] = field(default_factory=list)
     validations: list[Row] = field(default_factory=list)
     events: list[Row] = field(default_factory=list)
     evaluation: Row = field(default_factory=dict)
     config_text: str = ""
     config: Row = field(default_factory=dict)
-    unreadable: str = ""
+    unreadable: list[str] = field(default_factory=list)
+    evals: list[EvalRecord] = field(default_factory=list)
 
     @property
     def before(self) -> Row:
@@ -88,15 +90,18 @@ def read_run(folder: Path) -> RunRecord:
     run = RunFolder(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a run")
-    if not any(path.is_file() for path in (run.metrics, run.evaluation, run.config)):
+    if not any(path.is_file() for path in (run.metrics, run.evaluation, run.config, folder / SUMMARY)):
         raise UserError(f"{folder}: holds no metrics.jsonl, evaluation.json or config.yaml; give the folder of a run")
-    record = RunRecord(folder)
+    record = RunRecord(folder, folder.resolve().name)
     for row in _metric_rows(run.metrics):
         {"step": record.steps, "validation": record.validations, "event": record.events}.get(row["type"], []).append(
             row
         )
     if run.evaluation.is_file():
-        record.evaluation, record.unreadable = _json_mapping(run.evaluation)
+        record.evaluation, problem = json_mapping(run.evaluation)
+        record.unreadable += [f"{problem}; repbend-fast eval makes it again"] if problem else []
+    record.evals, problems = read_evals(folder)
+    record.unreadable += problems
     if run.config.is_file():
         record.config_text = run.config.read_text(encoding="utf-8", errors="replace")
         record.config = _yaml_mapping(record.config_text)
@@ -114,13 +119,6 @@ def _metric_rows(path: Path) -> list[Row]:
         if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("type"), str):
             rows.append(row)
     return rows
-
-
-def _json_mapping(path: Path) -> tuple[Row, str]:
-    try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8"))), ""
-    except (OSError, ValueError) as error:
-        return {}, f"{path.name} cannot be read ({one_line(error)}); repbend-fast eval makes it again"
 
 
 def _yaml_mapping(text: str) -> Row:

@@ -138,6 +138,20 @@ def test_report_prints_the_page(run_folder: Path, capsys: pytest.CaptureFixture[
     assert "holds no config.yaml" in error_line(capsys, "report", str(run_folder.parent))
 
 
+def test_report_takes_several_runs_another_place_and_a_folder_of_eval(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated = tmp_path / "evaluated"
+    evaluated.mkdir()
+    (evaluated / "eval.json").write_text("{}", encoding="utf-8")
+    assert main(["report", str(evaluated)]) == 0
+    page = tmp_path / "pages" / "both.html"
+    assert main(["report", str(run_folder), str(evaluated), "--out", str(page)]) == 0
+    assert capsys.readouterr().out == f"{evaluated / 'report.html'}\n{page}\n"
+    assert page.read_text(encoding="utf-8").count("<header>") == 2
+    assert not (run_folder / "report.html").exists()
+
+
 def test_export_never_writes_into_a_folder_in_use(
     run_folder: Path, capsys: pytest.CaptureFixture[str], replace: Replace
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -13,12 +12,14 @@ import pytest
 
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.judge import EVASION
-from repbend_fast.report import page, write_report
-from repbend_fast.report.plots import FIGURES, distance_grid, outcomes
+from repbend_fast.report import write_report
+from repbend_fast.report.bars import bar, columns_of
+from repbend_fast.report.inline_svg import inlined
+from repbend_fast.report.page_sections import CAPTIONS
+from repbend_fast.report.plots import FIGURES, distance_grid
 from repbend_fast.report.run_record import read_run
 from repbend_fast.report.samples import sample_groups
-
-PNG = b"\x89PNG\r\n\x1a\n"
+from repbend_fast.report.shares import divisions, outcomes
 
 
 def step_row(step: int) -> dict:
@@ -76,7 +77,7 @@ def sample(prompt: str, answer: str, label: str, group: str = "attack_direct") -
 def write_run(
     folder: Path, rows: list[dict] | None = None, evaluation: dict | None = None, config: str | None = None
 ) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if rows is not None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     if evaluation is not None:
@@ -84,12 +85,6 @@ def write_run(
     if config is not None:
         (folder / "config.yaml").write_text(config, encoding="utf-8")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def small_images(monkeypatch) -> None:
-    """Rendering is most of the time here, and no test looks at the pixels."""
-    monkeypatch.setattr(page, "DPI", 30)
 
 
 @pytest.fixture
@@ -107,7 +102,11 @@ def complete(tmp_path: Path) -> Path:
     after = [sample(f"Make <moon-key> {i}", "", "degenerate") for i in range(9)]
     evaluation = {"before": side(0.9375, before), "after": side(0.0208, after), "best_step": 5}
     config = "model:\n  name: tiny-model\nvalidation:\n  max_kl: 0.1\n  max_perplexity_ratio: 1.1\n"
-    return write_run(tmp_path / "complete run", rows, evaluation, config)
+    folder = write_run(tmp_path / "complete run", rows, evaluation, config)
+    (folder / "eval").mkdir()
+    curve = [{"step": step, "comply": step / 64, "perplexity_ratio": 1.1} for step in (0, 32)]
+    (folder / "eval" / "eval.json").write_text(json.dumps({"relearning": [{"records": 16, "curve": curve}]}))
+    return folder
 
 
 class Checker(HTMLParser):
@@ -143,8 +142,8 @@ def test_complete_run_is_one_self_contained_file(complete: Path):
     page = write_report(complete)
     text, checker = checked(page)
     assert page == complete / "report.html"
-    assert len(checker.addresses) == len(FIGURES) == 5
-    assert all(a.startswith("data:image/png;base64,") for a in checker.addresses)
+    assert len(set(re.findall(r'aria-label="([^"]+)"', text)) & set(CAPTIONS.values())) == len(FIGURES) == 5
+    assert all(a.startswith("#") for a in checker.addresses)
     assert not re.search(r"https?://|url\(|@import", text)
     assert checker.tags.count("script") == 0
 
@@ -161,13 +160,14 @@ def test_the_refusal_has_a_panel_with_its_title(tmp_path: Path):
 
 
 def test_embedded_images_are_the_files_beside_the_report(complete: Path):
-    _, checker = checked(write_report(complete))
-    stored = {path.read_bytes() for path in (complete / "plots").glob("*.png")}
-    assert {base64.b64decode(a.partition(",")[2]) for a in checker.addresses} == stored
-    assert all(data.startswith(PNG) for data in stored)
+    text, _ = checked(write_report(complete))
+    stored = {path.stem: path.read_text(encoding="utf-8") for path in (complete / "plots").glob("*.svg")}
+    assert [n for n, svg in stored.items() if inlined(svg, f"{n}-0-wide", CAPTIONS[n]) not in text] == []
+    assert all(svg.startswith("<?xml") and "<text" in svg for svg in stored.values())
     assert {path.stem for path in (complete / "plots").iterdir()} == set(FIGURES)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_page_names_numbers_status_and_settings(complete: Path):
     text, _ = checked(write_report(complete))
     for expected in (
@@ -185,12 +185,14 @@ def test_page_names_numbers_status_and_settings(complete: Path):
     assert "5 more" in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_only_rates_are_judged_by_colour(complete: Path):
     text, _ = checked(write_report(complete))
     assert re.search(r'class="good">2.1 %', text)
     assert re.search(r'class="same">6.25', text)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_answers_are_escaped_and_empty_ones_are_named(complete: Path):
     text, _ = checked(write_report(complete))
     assert "<script>" not in text
@@ -223,6 +225,7 @@ def outcomes_run(folder: Path, after: list[tuple[str, str, str]]) -> Path:
     return write_run(folder, [validation_row(0, True)], evaluation)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_attacks_that_fail_on_gibberish_are_not_shown_as_a_success(tmp_path: Path):
     babble = [(",,,,", "degenerate", "empty")] * 5 + [(REFUSAL, "refuse", "refusal phrase")]
     text, _ = checked(write_report(outcomes_run(tmp_path / "babble", babble)))
@@ -238,6 +241,7 @@ def test_attacks_that_fail_on_gibberish_are_not_shown_as_a_success(tmp_path: Pat
     assert re.search(r'attack success, direct</div><div class="value good">0.0 %', text)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_answers_are_grouped_by_outcome_the_worst_first(tmp_path: Path):
     after = [
         (REFUSAL, "refuse", "refusal phrase: sorry"),
@@ -278,6 +282,7 @@ def test_a_refused_question_is_no_good_outcome(tmp_path: Path):
     assert [(c["outcome"], c["tone"]) for c in group["counts"][0][1]] == [("refused", "bad"), ("helpful", "good")]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_evaluation_of_before_the_three_shares_shows_dashes(complete: Path):
     text, _ = checked(write_report(complete))
     row = re.search(r"refused, direct attacks</td>.*", text)
@@ -299,11 +304,12 @@ def test_stacked_bars_add_up_and_split_fluent_answers_by_whether_they_help(tmp_p
         "degenerate": 0.0,
     }
     assert outcomes(result, "borderline") == {}
-    figure = FIGURES["shares"](read_run(write_run(tmp_path / "run", evaluation={"after": result})))
-    assert figure is not None
-    bars = [bar for bar in figure.axes[0].patches if bar.get_width() > 0]
-    for place in range(2):
-        assert sum(bar.get_width() for bar in bars if round(bar.get_y() + 0.36) == place) == pytest.approx(100)
+    found = divisions(read_run(write_run(tmp_path / "run", evaluation={"after": result})))
+    assert len(found) == 2
+    for each in found:
+        drawn = "".join(bar(each, names) for names in columns_of([each], each.hostile))
+        bars = re.findall(r'<rect class="(?!track)[^"]+" x="[^"]+" width="([\d.]+)%"', drawn)
+        assert sum(map(float, bars)) == pytest.approx(100)
 
 
 def test_validations_draw_a_line_for_each_outcome_and_group(tmp_path: Path):
@@ -352,6 +358,7 @@ def test_partial_runs(tmp_path: Path, parts: dict, present: list[str], absent: l
     assert [a for a in absent if a in text] == []
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("rows", "status"),
     [
@@ -384,6 +391,7 @@ def test_torn_last_line_foreign_rows_and_missing_values_are_left_out(tmp_path: P
     checked(write_report(folder))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_evaluation_that_cannot_be_read_is_named(complete: Path):
     intact, _ = checked(write_report(complete))
     assert "cannot be read" not in intact

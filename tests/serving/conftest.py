@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from run_fixtures import tiny_model, whole
+
+__all__ = ["tiny_model", "whole"]
