@@ -212,12 +212,12 @@ def validation(run: RunRecord, narrow: bool = False) -> Figure | None:
         return None
     columns = 1 if narrow else 2 if len(panels) == 4 else len(panels)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(NARROW if narrow else WIDE, 3.5 * rows), layout="constrained")
+    figure = Figure(figsize=(NARROW, 4.2 * rows) if narrow else (WIDE, 3.5 * rows), layout="constrained")
     for place, draw in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, place)
         draw(axes)
         mark_steps(axes, run)
-        _legend(axes, narrow=False)
+        _legend(axes, narrow)
     return figure
 
 
