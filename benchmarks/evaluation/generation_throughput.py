@@ -1,6 +1,6 @@
 """How much faster batches of prompts are answered than one prompt after the other, on a small random model.
 
-    python benchmarks/generation_throughput.py [--batch-size 8] [--out FILE]
+    python -m benchmarks.evaluation.generation_throughput [--batch-size 8] [--out FILE]
 
 Both ways generate the same number of tokens, and the same answers in float32: a random model has no end, so every
 answer is as long as the budget.
