@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from repbend_fast.assessment.rows import AnswerRow
+from repbend_fast.assessment.json_rows import AnswerRow
 from repbend_fast.errors import UserError
 from repbend_fast.runs.folder import finite, saving, write_bytes
 

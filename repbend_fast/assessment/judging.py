@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from repbend_fast.assessment.answers import key_of
-from repbend_fast.assessment.rows import AnswerRow, OpinionRow
+from repbend_fast.assessment.json_rows import AnswerRow, OpinionRow
 from repbend_fast.assessment.session import Session
 from repbend_fast.console import CountLine
 from repbend_fast.data.prompts import Prompt

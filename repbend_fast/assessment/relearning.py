@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repbend_fast.assessment.fine_tuning import AnswerScores, FineTuning, Sequences, plain_encoder
 from repbend_fast.assessment.grid import LARGE, SMALL, Grid, Kind, Point
-from repbend_fast.assessment.rows import CurvePoint, Measured, Training, TrainingRow, WorstCase
+from repbend_fast.assessment.json_rows import CurvePoint, Measured, Training, TrainingRow, WorstCase
 from repbend_fast.console import say
 from repbend_fast.data.prompts import Prompt, limit_per_kind
 from repbend_fast.data.records import Record

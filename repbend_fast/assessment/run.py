@@ -11,9 +11,9 @@ from typing import cast
 from repbend_fast.assessment.answers import ordered
 from repbend_fast.assessment.asking import ask_everything
 from repbend_fast.assessment.conditions import go_on, settings_of
+from repbend_fast.assessment.json_rows import Change, Summary
 from repbend_fast.assessment.judging import judge_everything
 from repbend_fast.assessment.known_attacks import ATTACKS
-from repbend_fast.assessment.rows import Change, Summary
 from repbend_fast.assessment.session import Cell, Session
 from repbend_fast.assessment.suites import Suite, different_names, load_suite
 from repbend_fast.assessment.summary import FORMAT, summarize, tables

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from repbend_fast.assessment.answers import ANSWER_FIELDS, OPINION_FIELDS, Key, RowFile, key_of
-from repbend_fast.assessment.rows import AnswerRow, Change, JudgedRow
+from repbend_fast.assessment.json_rows import AnswerRow, Change, JudgedRow
 from repbend_fast.assessment.suites import Suite
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.protocol import Attacked

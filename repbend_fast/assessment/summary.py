@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from repbend_fast.assessment.rows import (
+from repbend_fast.assessment.json_rows import (
     AgreementRow,
     AnswerRow,
     GroupRow,
