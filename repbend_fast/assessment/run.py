@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from repbend_fast.assessment.answers import ordered
 from repbend_fast.assessment.asking import ask_everything
 from repbend_fast.assessment.conditions import go_on, settings_of
+from repbend_fast.assessment.json_rows import Change, Summary
 from repbend_fast.assessment.judging import judge_everything
 from repbend_fast.assessment.known_attacks import ATTACKS
 from repbend_fast.assessment.session import Cell, Session
@@ -57,7 +58,7 @@ class Assessment:
     """A finished evaluation: its folder, and what ``eval.json`` in it holds."""
 
     folder: Path
-    summary: dict[str, Any]
+    summary: Summary
 
 
 def assess(request: Request) -> Assessment:
@@ -110,7 +111,7 @@ def _indices(suite: Suite, attack: Named) -> tuple[int, ...]:
     return tuple(i for i, prompt in enumerate(suite.prompts) if everything or prompt.kind == "attack")
 
 
-def _start(folder: Path, settings: dict[str, Any]) -> None:
+def _start(folder: Path, settings: dict[str, object]) -> None:
     path = folder / SETTINGS
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not path.is_file():
         raise UserError(f"{folder}: exists and holds no evaluation; give another --out")
@@ -119,14 +120,14 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
     go_on(path, settings)
 
 
-def _finish(session: Session, subject: Subject, judges: list[str]) -> dict[str, Any]:
+def _finish(session: Session, subject: Subject, judges: list[str]) -> Summary:
     """Put opinions into the rows, write ``eval.json``, show the tables."""
     session.answers.rewrite(ordered(session.rows, session.asked()))
     session.opinions.path.unlink(missing_ok=True)
     path = session.folder / "eval.json"
     rows = [session.rows[key] for key in session.asked()]
     changes = session.changes()
-    summary = {
+    summary: Summary = {
         "format": FORMAT,
         "model": subject.name,
         "adapter": subject.adapter,
@@ -144,11 +145,11 @@ def _finish(session: Session, subject: Subject, judges: list[str]) -> dict[str, 
     return summary
 
 
-def _relearning(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _relearning(changes: list[Change]) -> list[dict[str, object]]:
     """The curves of all fine-tunings that an attacker tried, each with the side and the suite that it was tried on."""
     return [
         {"side": found["side"], "suite": found["suite"], **row}
         for found in changes
         if found["attack"].partition(":")[0] == "relearning"
-        for row in found["summary"].get("rows", [])
+        for row in cast(list[dict[str, object]], found["summary"].get("rows", []))
     ]

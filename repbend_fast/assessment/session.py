@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from repbend_fast.assessment.answers import ANSWER_FIELDS, OPINION_FIELDS, Key, RowFile, key_of
+from repbend_fast.assessment.json_rows import AnswerRow, Change, JudgedRow
 from repbend_fast.assessment.suites import Suite
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.protocol import Attacked
@@ -42,14 +43,15 @@ class Session:
         self.folder, self.sides, self.cells = folder, sides, cells
         self.answers = RowFile(folder / "answers.jsonl")
         self.opinions = RowFile(folder / "opinions.jsonl")
-        self.rows: dict[Key, dict[str, Any]] = {key_of(row): row for row in self.answers.read(ANSWER_FIELDS)}
-        for said in self.opinions.read(OPINION_FIELDS):
-            if (key := tuple(said["key"])) in self.rows:
+        answered = cast(list[AnswerRow], self.answers.read(ANSWER_FIELDS))
+        self.rows = {key_of(row): row for row in answered}
+        for said in cast(list[JudgedRow], self.opinions.read(OPINION_FIELDS)):
+            if (key := cast(Key, tuple(said["key"]))) in self.rows:
                 self.rows[key]["opinions"][said["judge"]] = said["opinions"]
         self._changes_file = folder / "changes.json"
-        self._changes: dict[str, Any] = self._read_changes()
+        self._changes = self._read_changes()
 
-    def _read_changes(self) -> dict[str, Any]:
+    def _read_changes(self) -> dict[str, Change]:
         try:
             return dict(json.loads(self._changes_file.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -88,7 +90,7 @@ class Session:
     def add(self, side: str, cell: Cell, attack: str, index: int, result: Attacked) -> bool:
         """Write the answers to one prompt, unless it has some; whether it had none."""
         prompt = cell.suite.prompts[index]
-        row = {
+        row: AnswerRow = {
             "side": side,
             "suite": cell.suite.name,
             "attack": attack,
@@ -108,13 +110,18 @@ class Session:
         self.rows[key_of(row)] = row
         return True
 
-    def add_change(self, side: str, cell: Cell, variants: list[str], summary: dict[str, Any]) -> None:
+    def add_change(self, side: str, cell: Cell, variants: list[str], summary: Mapping[str, object]) -> None:
         """Keep which models an attack made, and what it measured on the way."""
-        found = {"side": side, "suite": cell.suite.name, "attack": cell.attack.label, "variants": variants}
-        self._changes[_name(side, cell)] = found | {"summary": summary}
+        self._changes[_name(side, cell)] = {
+            "side": side,
+            "suite": cell.suite.name,
+            "attack": cell.attack.label,
+            "variants": variants,
+            "summary": summary,
+        }
         write_json(self._changes_file, self._changes)
 
-    def changes(self) -> list[dict[str, Any]]:
+    def changes(self) -> list[Change]:
         """What :meth:`add_change` kept of this evaluation's cells."""
         names = [_name(side, cell) for side in self.sides for cell in self.cells if cell.changes_model]
         return [self._changes[name] for name in names if name in self._changes]
