@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder, run_decoder
 
 BATCH = 8
@@ -16,7 +16,7 @@ KINDS = ("safe", "unsafe")
 SIDES = ("base", "bent")
 
 
-def last_rows(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+def last_rows(model: CausalLM, sequences: Sequence[Sequence[int]]) -> Tensor:
     """Every hidden state at the last token of each sequence: float64 [layers, N, D] on the CPU."""
     decoder = find_decoder(model)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -40,8 +40,8 @@ def last_rows(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
 
 
 def measure_bending(
-    on: Callable[[str], AbstractContextManager[Any]], sequences: Mapping[str, Sequence[Sequence[int]]]
-) -> dict[str, Any]:
+    on: Callable[[str], AbstractContextManager[CausalLM]], sequences: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, object]:
     """What ``bending_svg`` draws.
 
     Args:
@@ -62,7 +62,7 @@ def measure_bending(
     return {"format": 1, "counts": {kind: len(sequences[kind]) for kind in KINDS}, "layers": layers}
 
 
-def _layer(rows: Mapping[tuple[str, str], Tensor]) -> dict[str, Any]:
+def _layer(rows: Mapping[tuple[str, str], Tensor]) -> dict[str, object]:
     together = torch.cat(list(rows.values()))
     points, share = plane(together)
     placed = dict(zip(rows, points.split([len(part) for part in rows.values()]), strict=True))

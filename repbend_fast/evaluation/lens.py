@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder, run_decoder
 
 CHUNK_LOGITS = 1 << 24
@@ -31,7 +32,7 @@ class Reading:
     entropies: list[list[float]]
 
 
-def read_layers(model: Any, ids: list[int], *, last: int | None = None) -> Reading:
+def read_layers(model: CausalLM, ids: list[int], *, last: int | None = None) -> Reading:
     """The lens on one sequence, as the model is now (adapter on or off).
 
     Args:
@@ -65,7 +66,7 @@ def read_layers(model: Any, ids: list[int], *, last: int | None = None) -> Readi
     return Reading(*(values.reshape(shape).tolist() for values in (tops, probabilities, entropies)))
 
 
-def _read(model: Any, body: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _read(model: CausalLM, body: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Top token, its probability, and entropy of each of the normed rows [N, D], a chunk of rows at a time."""
     causal = causal_model(model)
     vocabulary = causal.get_output_embeddings().weight.shape[0]
@@ -108,12 +109,12 @@ class Panel:
     probabilities: list[list[float]]
     entropies: list[list[float]]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For a JSON file."""
         return asdict(self)
 
 
-def read_panel(model: Any, tokenizer: Any, ids: list[int], last: int, *, side: str, forced: bool) -> Panel:
+def read_panel(model: CausalLM, tokenizer: Tokenizer, ids: list[int], last: int, *, side: str, forced: bool) -> Panel:
     """The lens on ``ids`` with words in place of token ids."""
     reading = read_layers(model, ids, last=last)
     words = {token: word_of(tokenizer, token) for row in reading.ids for token in row}
@@ -132,7 +133,7 @@ def _rounded(rows: list[list[float]]) -> list[list[float]]:
     return [[round(value, 5) for value in row] for row in rows]
 
 
-def word_of(tokenizer: Any, token: int) -> str:
+def word_of(tokenizer: Tokenizer, token: int) -> str:
     """A token as text. One that is a part of a character, or beyond the vocabulary, gets the tokenizer's own name or
     its number.
     """

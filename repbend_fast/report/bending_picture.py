@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypedDict, cast
 
 from markupsafe import Markup
 
@@ -16,14 +16,23 @@ _INK, _MUTED, _RULE = "var(--ink, #212529)", "var(--muted, #5c656d)", "var(--lin
 _PAPER = "var(--paper, #ffffff)"
 
 
-def bending_svg(data: Mapping[str, Any]) -> str:
+class LayerData(TypedDict):
+    """One panel of the picture: ``points`` by side and kind."""
+
+    distance: dict[str, float]
+    cosine: dict[str, float]
+    share: float
+    points: dict[str, dict[str, list[list[float]]]]
+
+
+def bending_svg(data: Mapping[str, object]) -> str:
     """The picture of what ``repbend_fast.evaluation.bending.measure_bending`` returns: a panel for each layer, or for
     twelve at even distances, the last among them. Rings are the base's rows, dots the bent model's, a line joins them.
 
     Raises:
         KeyError, TypeError, ValueError: data of another form.
     """
-    layers = data["layers"]
+    layers = cast(list[LayerData], data["layers"])
     shown = _spread(len(layers), MOST_PANELS)
     columns = min(COLUMNS, max(1, len(shown)))
     rows = -(-len(shown) // columns)
@@ -56,7 +65,7 @@ def _spread(count: int, most: int) -> list[int]:
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def _panel(layer: Mapping[str, Any], number: int, x: int, y: int) -> Markup:
+def _panel(layer: LayerData, number: int, x: int, y: int) -> Markup:
     points = layer["points"]
     place = _scale([point for side in points.values() for kind in side.values() for point in kind])
     parts = [
@@ -84,7 +93,7 @@ def _panel(layer: Mapping[str, Any], number: int, x: int, y: int) -> Markup:
     return Markup('<g transform="translate({} {})">{}</g>').format(x, y, Markup("").join(parts))
 
 
-def _scale(points: Sequence[Sequence[float]]) -> Any:
+def _scale(points: Sequence[Sequence[float]]) -> Callable[[Sequence[float]], tuple[float, float]]:
     """From a point to its place in the panel; both axes have one scale, so that distances compare."""
     xs, ys = [float(p[0]) for p in points], [float(p[1]) for p in points]
     middle = ((min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2) if points else (0.0, 0.0)

@@ -35,7 +35,7 @@ _NOT_IN_A_PAGE = re.compile(
 )
 
 
-def drawn(name: str, draw: Callable[..., Figure | None], *runs: Any, narrow: bool = False) -> str | None:
+def drawn(name: str, draw: Callable[..., Figure | None], *runs: object, narrow: bool = False) -> str | None:
     """The SVG file of a figure, the same bytes each time; None where there is nothing to draw."""
     with rc_context(_SETTINGS | {"svg.hashsalt": f"{name}{narrow}"}), warnings.catch_warnings():
         # A label's letters come from the reader's fonts, whatever the one that the layout was measured with lacks.

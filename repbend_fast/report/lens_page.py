@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import cast
 
 from markupsafe import Markup
 
@@ -29,17 +29,18 @@ _PAGE = Markup(
 )
 
 
-def lens_page(data: Mapping[str, Any], bending: Mapping[str, Any] | None = None) -> str:
+def lens_page(data: Mapping[str, object], bending: Mapping[str, object] | None = None) -> str:
     """One HTML page that loads nothing: the prompt, the lens, and the bending picture where there is one.
 
     ``data``: as :func:`repbend_fast.report.lens_picture.lens_svg` takes it, with ``model``, ``adapter``, ``prompt``,
     ``prefill`` and ``notes``.
     """
     adapter = Markup(" · bent by {}").format(name(data["adapter"])) if data.get("adapter") else Markup()
+    notes = cast(Sequence[str], data.get("notes", ()))
     body = [
-        _words("Prompt", data["prompt"]),
-        _words("Forced answer", data["prefill"]) if data.get("prefill") else Markup(),
-        *(Markup('<p class="warning">{}</p>').format(clean(line)) for line in data.get("notes", ())),
+        _words("Prompt", str(data["prompt"])),
+        _words("Forced answer", str(data["prefill"])) if data.get("prefill") else Markup(),
+        *(Markup('<p class="warning">{}</p>').format(clean(line)) for line in notes),
         _figure(
             "The top word at each layer and token",
             lens_svg(data),
@@ -48,12 +49,13 @@ def lens_page(data: Mapping[str, Any], bending: Mapping[str, Any] | None = None)
         ),
     ]
     if bending is not None:
+        counts = cast(Mapping[str, int], bending["counts"])
         body.append(
             _figure(
                 "Safe and unsafe rows, layer by layer",
                 bending_svg(bending),
-                f"Hidden states at the last token of {bending['counts']['safe']} safe and "
-                f"{bending['counts']['unsafe']} unsafe prompts, in the plane where each layer's rows spread most. "
+                f"Hidden states at the last token of {counts['safe']} safe and "
+                f"{counts['unsafe']} unsafe prompts, in the plane where each layer's rows spread most. "
                 "Moved: the distance to the base's row as a share of its length. Cosine: with the base's row.",
             )
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict, cast
 
 from markupsafe import Markup
 
@@ -23,7 +23,19 @@ _INK, _MUTED, _RULE = "var(--ink, #212529)", "var(--muted, #5c656d)", "var(--lin
 _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "·"})
 
 
-def lens_svg(data: Mapping[str, Any]) -> str:
+class PanelData(TypedDict):
+    """One panel of the picture."""
+
+    side: str
+    forced: bool
+    total: int
+    tokens: list[str]
+    words: list[list[str]]
+    probabilities: list[list[float]]
+    entropies: list[list[float]]
+
+
+def lens_svg(data: Mapping[str, object]) -> str:
     """The picture of what ``repbend-fast lens`` writes as JSON.
 
     ``data``: ``panels``, each with ``side``, ``forced``, ``total``, ``tokens``, and ``words``, ``probabilities`` and
@@ -33,9 +45,9 @@ def lens_svg(data: Mapping[str, Any]) -> str:
     Raises:
         KeyError, TypeError, ValueError: data of another form.
     """
-    panels = data["panels"]
+    panels = cast(list[PanelData], data["panels"])
     sides = list(dict.fromkeys(panel["side"] for panel in panels))
-    most = math.log(max(2, int(data["vocabulary"])))
+    most = math.log(max(2, int(cast(int, data["vocabulary"]))))
     width = max((len(panel["tokens"]) for panel in panels), default=0) * CELL + LEFT
     parts: list[Markup] = []
     y = 0
@@ -60,11 +72,11 @@ def lens_svg(data: Mapping[str, Any]) -> str:
     )
 
 
-def _height(panel: Mapping[str, Any]) -> int:
+def _height(panel: PanelData) -> int:
     return TOP + len(panel["words"]) * LINE + GAP
 
 
-def _panel(panel: Mapping[str, Any], x: int, y: int, most: float) -> Markup:
+def _panel(panel: PanelData, x: int, y: int, most: float) -> Markup:
     title = f"{panel['side']}, {'answer forced to begin' if panel['forced'] else 'no forced answer'}"
     hidden = int(panel["total"]) - len(panel["tokens"])
     title += f" · the last {len(panel['tokens'])} of {panel['total']} tokens" if hidden > 0 else ""
@@ -119,7 +131,7 @@ def _text(
     )
 
 
-def _visible(word: Any, most: int) -> str:
+def _visible(word: object, most: int) -> str:
     """A token with its white space to be seen, clipped."""
     text = str(clean(str(word))).translate(_VISIBLE)
     text = text[1:] if text.startswith("·") and len(text.strip("·")) > 0 else text

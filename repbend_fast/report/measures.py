@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from repbend_fast.evaluation.rates import (
     GROUP_KEYS,
@@ -44,7 +43,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     return out
 
 
-def tone(key: str, old: Any, new: Any) -> str:
+def tone(key: str, old: float | None, new: float | None) -> str:
     """``good``, ``bad`` or ``same``. Perplexity and KL have to rise a little in any bent model, so they are never
     coloured.
     """
@@ -77,7 +76,7 @@ def measure_rows(runs: Sequence[RunRecord]) -> list[Row]:
     return out
 
 
-def _counts(side: Row) -> Mapping[str, Any]:
+def _counts(side: Row) -> Mapping[str, object]:
     return mapping_of(side.get("counts"))
 
 

@@ -256,7 +256,7 @@ def _bar_row(label: str, division: Division, columns: list[tuple[str, ...]]) -> 
     return {"side": division.side, "run": label, "count": division.count, "cells": cells}
 
 
-def _paired_note(paired: Sequence[Mapping[str, Any]], suite: str, attack: str, kind: str, judge: str) -> str:
+def _paired_note(paired: Sequence[Mapping[str, object]], suite: str, attack: str, kind: str, judge: str) -> str:
     """What a paired test says of the same prompts before and after."""
     for row in paired:
         if (row.get("suite"), row.get("attack"), row.get("kind"), row.get("judge")) == (suite, attack, kind, judge):
@@ -286,22 +286,24 @@ def usefulness_rows(runs: Sequence[RunRecord], several: bool) -> tuple[list[str]
     ]
 
 
-def _end(entry: Mapping[str, Any]) -> list[str]:
+def _end(entry: Mapping[str, object]) -> list[str]:
     """Steps, attack success and perplexity at an attacker's strongest point."""
-    rows = [row for row in rows_of(entry.get("curve")) if finite_number(row.get("comply")) is not None]
-    if not rows:
+    rates = [
+        (rate, row) for row in rows_of(entry.get("curve")) if (rate := finite_number(row.get("comply"))) is not None
+    ]
+    if not rates:
         return ["–", "–", "–"]
-    strongest = max(rows, key=lambda row: float(row["comply"]))
+    highest, strongest = max(rates, key=lambda found: found[0])
     ratio = finite_number(strongest.get("perplexity_ratio"))
     step = finite_number(strongest.get("step"))
     return [
         "–" if step is None else f"{step:g}",
-        percent(float(strongest["comply"])),
+        percent(highest),
         "–" if ratio is None else f"× {ratio:.2f}",
     ]
 
 
-def _cells(table: Any) -> list[tuple[str, str, int]]:
+def _cells(table: object) -> list[tuple[str, str, int]]:
     """Labels of both judges and how many answers have them, from the table of an agreement."""
     return [
         (str(first), str(second), count)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
@@ -14,7 +13,7 @@ from repbend_fast.report.eval_record import json_mapping
 from repbend_fast.report.lens_picture import lens_svg
 from repbend_fast.report.run_record import RunRecord
 
-PICTURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+PICTURES: dict[str, tuple[str, Callable[[Mapping[str, object]], str]]] = {
     "lens.json": ("Logit lens: the top word at each layer and token", lens_svg),
     "bending.json": ("Safe and unsafe rows, layer by layer", bending_svg),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -359,7 +358,7 @@ def relearning(run: RunRecord, narrow: bool = False) -> Figure | None:
     return figure
 
 
-def relearned(run: RunRecord) -> list[tuple[str, list[Point], Mapping[str, Any]]]:
+def relearned(run: RunRecord) -> list[tuple[str, list[Point], Mapping[str, object]]]:
     """Each attacker's settings in words, steps with attack success in per cent, and the entry in ``eval.json``; the
     strongest first.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, is_evasive
 from repbend_fast.report.eval_record import BASE
@@ -115,7 +114,7 @@ def _counts(hostile: bool, samples: list[Row]) -> list[Row]:
     return [{"outcome": name, "count": counts[name], "tone": tones[name]} for name in _order(hostile, counts)]
 
 
-def _order(hostile: bool, found: Mapping[str, Any]) -> list[str]:
+def _order(hostile: bool, found: Mapping[str, object]) -> list[str]:
     known = ATTACK_ORDER if hostile else QUESTION_ORDER
     return [name for name in known if name in found] + [name for name in found if name not in known]
 
@@ -173,7 +172,7 @@ def _deciding(labels: Sequence[str]) -> int:
     return next((labels.index(label) for label in ("comply", "unparsed") if label in labels), 0)
 
 
-def _sample(answer: str, judged: Mapping[str, Any], hostile: bool) -> Row:
+def _sample(answer: str, judged: Mapping[str, object], hostile: bool) -> Row:
     reasons = judged.get("reasons") or ([judged["reason"]] if judged.get("reason") else [])
     reasons = [str(reason) for reason in reasons] if isinstance(reasons, list) else []
     label, helpful = short(judged.get("label") or "?", 40), judged.get("helpful")

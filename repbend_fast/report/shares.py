@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS
 from repbend_fast.report.eval_record import SIDES
@@ -105,7 +104,7 @@ def divisions(run: RunRecord) -> list[Division]:
     return out
 
 
-def _of_group(source: str, group: Mapping[str, Any]) -> list[Division]:
+def _of_group(source: str, group: Mapping[str, object]) -> list[Division]:
     """One division per judge of an entry in the ``groups`` of ``eval.json``."""
     side, judges, count = group.get("side"), mapping_of(group.get("judges")), whole(group.get("count"))
     if side not in SIDES:
@@ -119,7 +118,7 @@ def _of_group(source: str, group: Mapping[str, Any]) -> list[Division]:
     return out
 
 
-def _shares(labels: Mapping[str, Any], kind: str, count: int | None) -> dict[str, Share]:
+def _shares(labels: Mapping[str, object], kind: str, count: int | None) -> dict[str, Share]:
     comply = _share(labels.get("comply"), count)
     if comply is None:
         return {}
@@ -138,7 +137,7 @@ def _shares(labels: Mapping[str, Any], kind: str, count: int | None) -> dict[str
     return out
 
 
-def _share(stored: Any, count: int | None) -> Share | None:
+def _share(stored: object, count: int | None) -> Share | None:
     """``{"rate", "interval"}`` as a share, with an interval of ours where it has none that can be read."""
     rate, ends = (mapping_of(stored).get(name) for name in ("rate", "interval"))
     rate = fraction(rate)

@@ -6,16 +6,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 
-def fraction(value: Any) -> float | None:
+def fraction(value: object) -> float | None:
     """A number from 0 to 1, None for anything else."""
     number = finite_number(value)
     return number if number is not None and 0 <= number <= 1 else None
 
 
-def finite_number(value: Any) -> float | None:
+def finite_number(value: object) -> float | None:
     """A finite number, None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -26,16 +25,16 @@ def finite_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def whole(value: Any) -> int | None:
+def whole(value: object) -> int | None:
     """A count, None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def rows_of(value: Any) -> list[Mapping[str, Any]]:
+def rows_of(value: object) -> list[Mapping[str, object]]:
     """The mappings in a list, nothing of anything else."""
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
 
 
-def mapping_of(value: Any) -> Mapping[str, Any]:
+def mapping_of(value: object) -> Mapping[str, object]:
     """A mapping, an empty one of anything else."""
     return value if isinstance(value, Mapping) else {}

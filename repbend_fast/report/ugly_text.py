@@ -6,7 +6,7 @@ Escaping is the template's; here are the characters that escaping lets through.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import overload
 
 from markupsafe import Markup
 
@@ -16,12 +16,16 @@ _DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 SHORT = 80
 
 
-def clean(value: Any) -> Any:
+@overload
+def clean(value: str) -> str: ...
+@overload
+def clean(value: object) -> object: ...
+def clean(value: object) -> object:
     """A string without characters that a page cannot hold, each shown as �; anything else as it is."""
     return _BROKEN.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def short(text: Any, most: int = SHORT) -> str:
+def short(text: object, most: int = SHORT) -> str:
     """A name on one line, for places that have no elements to isolate it: no marks of direction, at most ``most``
     characters.
     """
@@ -29,6 +33,6 @@ def short(text: Any, most: int = SHORT) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
-def name(text: Any) -> Markup:
+def name(text: object) -> Markup:
     """A name inside of a sentence: clipped, escaped, and isolated, so that its direction ends with it."""
     return Markup("<bdi>{}</bdi>").format(short(text))

@@ -6,15 +6,20 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.evaluation.generate import end_tokens
 from repbend_fast.models.decoder import causal_model
 from repbend_fast.models.layers.switches import generation_settings
 from repbend_fast.serving.loaded import Sides
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_WAITING = 32
 PATIENCE = 600.0
@@ -96,7 +101,9 @@ class Engine:
         Raises:
             Exception: what the generation raised, an out-of-memory for one.
         """
-        streamer = TextIteratorStreamer(self.sides.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(
+            cast("PreTrainedTokenizerBase", self.sides.encoder.tokenizer), skip_prompt=True, skip_special_tokens=True
+        )
         watch = _Watch(self._closed, len(ids))
         failure: list[BaseException] = []
         arguments = (side, ids, sampling, streamer, watch, failure)
@@ -160,14 +167,14 @@ class _Watch(StoppingCriteria):
         self.ends: frozenset[int] = frozenset()
         self._closed, self._prompt = closed, prompt
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         self.generated = input_ids.shape[1] - self._prompt
         self.ended = int(input_ids[0, -1]) in self.ends
         done = self.given_up.is_set() or self._closed.is_set()
         return torch.full((1,), done, dtype=torch.bool, device=input_ids.device)
 
 
-def _settings(own: Any, tokenizer: Any, sampling: Sampling) -> GenerationConfig:
+def _settings(own: GenerationConfig, tokenizer: Tokenizer, sampling: Sampling) -> GenerationConfig:
     """In place of the model's own: ``generate`` would fill what is left open, a repetition penalty say, from those."""
     ends = end_tokens(own.eos_token_id, tokenizer)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}

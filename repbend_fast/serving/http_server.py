@@ -12,7 +12,7 @@ import json
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -99,7 +99,7 @@ class EndpointServer(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
         """A client that went away is no news; anything else is a defect, with its traceback."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     _begun = False
 
-    def log_message(self, format: str, *arguments: Any) -> None:
+    def log_message(self, format: str, *arguments: object) -> None:
         """Nothing: prompts and addresses of clients are not ours to write down."""
 
     def do_GET(self) -> None:
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer(self._post)
 
-    def _answer(self, act: Any) -> None:
+    def _answer(self, act: Callable[[], None]) -> None:
         """Run ``act``; what goes wrong becomes an error of OpenAI's form, or the end of a stream that has begun."""
         self._begun = False
         try:
@@ -212,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
             "/v1/completions",
         )
 
-    def _body(self) -> Mapping[str, Any]:
+    def _body(self) -> Mapping[str, object]:
         length = self.headers.get("Content-Length", "")
         if not length.isdigit():
             self.close_connection = True
@@ -244,7 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
             404, f"The model {model!r:.120} does not exist; there is {names}", param="model", code="model_not_found"
         )
 
-    def _complete(self, body: Mapping[str, Any], *, chat: bool) -> None:
+    def _complete(self, body: Mapping[str, object], *, chat: bool) -> None:
         request = read_request(body)
         side = self._side(request.model)
         with self.server.encoding:
@@ -265,13 +265,17 @@ class _Handler(BaseHTTPRequestHandler):
                 answers.append(answer)
         self._send(200, reply.whole(answers, sum(map(len, prompts))))
 
-    def _chat_ids(self, body: Mapping[str, Any]) -> list[int]:
+    def _chat_ids(self, body: Mapping[str, object]) -> list[int]:
         messages, prefill = read_messages(body)
         return self.server.sides.encoder.prompt_ids(messages, prefill)
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         rows = causal_model(self.server.sides.model).get_input_embeddings().weight.shape[0]
-        ids = self.server.sides.encoder.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        ids = (
+            self.server.sides.encoder.tokenizer(prompt, add_special_tokens=True)["input_ids"]
+            if isinstance(prompt, str)
+            else prompt
+        )
         if not ids or max(ids) >= rows:
             problem = f"token id {max(ids)} is beyond the model's {rows}" if ids else "no tokens in it"
             raise Refused(400, f"prompt: {problem}", param="prompt")
@@ -300,7 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pieces(
         self, pieces: Iterator[str], answer: Answer, prompt_tokens: int, request: Request, reply: Reply
-    ) -> Iterator[Mapping[str, Any]]:
+    ) -> Iterator[Mapping[str, object]]:
         if reply.chat:
             yield reply.piece("", first=True)
         for text in pieces:
@@ -309,7 +313,7 @@ class _Handler(BaseHTTPRequestHandler):
         if request.usage:
             yield reply.counted(prompt_tokens, answer.tokens)
 
-    def _events(self, events: Iterator[Mapping[str, Any]]) -> None:
+    def _events(self, events: Iterator[Mapping[str, object]]) -> None:
         """Server-sent events as they come."""
         self._begun = True
         self.send_response(200)
@@ -339,7 +343,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True
 
-    def _send(self, status: int, content: Mapping[str, Any]) -> None:
+    def _send(self, status: int, content: Mapping[str, object]) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -352,5 +356,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def _model(name: str) -> dict[str, Any]:
+def _model(name: str) -> dict[str, object]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "repbend-fast"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from repbend_fast.assessment.target import find_subject, limit_prompts, load_base
 from repbend_fast.config.overrides import Overlays, Overrides
 from repbend_fast.data.tokenize import ChatEncoder
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.layers.switches import evaluation_mode, reference_model
 
@@ -23,13 +23,13 @@ class Sides:
     """
 
     name: str
-    model: Any
+    model: CausalLM
     encoder: ChatEncoder
     names: tuple[str, ...] = ("base",)
     adapter: str | None = None
 
     @contextmanager
-    def on(self, side: str) -> Iterator[Any]:
+    def on(self, side: str) -> Iterator[CausalLM]:
         """The model as ``side``, in evaluation mode and without gradients."""
         adapter_off = reference_model(self.model) if side == "base" and "bent" in self.names else nullcontext()
         with evaluation_mode(self.model), adapter_off, torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from repbend_fast.data.prompts import Kind, Prompt, load_prompts
 from repbend_fast.data.records import Message
@@ -23,7 +22,7 @@ SUFFIXES = (".html", ".svg", ".json")
 KIND_OF: dict[str, Kind] = {"safe": "ordinary", "unsafe": "attack"}
 
 
-def look(sides: Sides, prompt: str, prefill: str, tokens: int) -> dict[str, Any]:
+def look(sides: Sides, prompt: str, prefill: str, tokens: int) -> dict[str, object]:
     """The lens on the last ``tokens`` tokens of ``prompt``, and of ``prompt`` with the answer made to begin with
     ``prefill``, which may be empty: what :func:`repbend_fast.report.lens_page.lens_page` takes.
     """
@@ -62,7 +61,7 @@ def _check_length(sides: Sides, tokens: int) -> None:
         )
 
 
-def bending_of(sides: Sides, prompts: str, prefill: str, count: int) -> dict[str, Any]:
+def bending_of(sides: Sides, prompts: str, prefill: str, count: int) -> dict[str, object]:
     """The bending picture's data from ``count`` ordinary and ``count`` attack prompts of a set (``demo`` or a file),
     with the answers made to begin with ``prefill``, which may be empty.
 
@@ -93,7 +92,7 @@ def check_out(out: Path, bending: bool) -> None:
         raise UserError(f"--out={out}: bending{out.suffix} is the other picture's file; choose another name")
 
 
-def write_look(out: Path, data: dict[str, Any], bending: dict[str, Any] | None) -> list[Path]:
+def write_look(out: Path, data: dict[str, object], bending: dict[str, object] | None) -> list[Path]:
     """Write ``out`` by its suffix. A page holds both pictures; beside another file the bending has one of its own,
     ``bending`` with the same suffix. Returns what was written.
     """

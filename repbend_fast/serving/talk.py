@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -144,7 +143,7 @@ def show_answers(prefill: str, answers: Mapping[str, str]) -> None:
     show(beside(prefill, answers, console.width))
 
 
-def beside(prefill: str, answers: Mapping[str, str], width: int) -> Any:
+def beside(prefill: str, answers: Mapping[str, str], width: int) -> RenderableType:
     """What ``rich`` draws of the answers in a terminal of this width; the forced beginning is dim."""
     panels = [
         Panel(

@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from repbend_fast.data.records import Message
 from repbend_fast.serving.engine import Answer, Sampling
@@ -42,7 +41,7 @@ class Refused(Exception):
         self.param, self.code = param, code
         self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """What is sent."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
@@ -60,7 +59,7 @@ class Request:
     sampling: Sampling
 
 
-def read_request(body: Mapping[str, Any]) -> Request:
+def read_request(body: Mapping[str, object]) -> Request:
     """Check what both kinds of request share.
 
     Raises:
@@ -91,7 +90,7 @@ def read_request(body: Mapping[str, Any]) -> Request:
     )
 
 
-def read_messages(body: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
+def read_messages(body: Mapping[str, object]) -> tuple[tuple[Message, ...], str]:
     """A chat's messages, and how its answer is made to begin: the last message, where it is the assistant's and
     ``continue_final_message`` is set.
     """
@@ -110,7 +109,7 @@ def read_messages(body: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
     return tuple(messages[:-1]), messages[-1].content
 
 
-def _message(entry: Any, where: str) -> Message:
+def _message(entry: object, where: str) -> Message:
     if not isinstance(entry, dict):
         raise Refused(400, f"{where}: not an object", param=where)
     role = "system" if entry.get("role") == "developer" else entry.get("role")
@@ -125,7 +124,7 @@ def _message(entry: Any, where: str) -> Message:
     return Message(role, content)
 
 
-def read_prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
+def read_prompts(body: Mapping[str, object]) -> list[str | list[int]]:
     """The prompts of a completion: texts, or token ids."""
     prompt = body.get("prompt")
     if isinstance(prompt, str):
@@ -140,35 +139,35 @@ def read_prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
     raise Refused(400, "prompt: give a text, a list of texts, token ids, or a list of these", param="prompt")
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def _string(body: Mapping[str, Any], name: str) -> str | None:
+def _string(body: Mapping[str, object], name: str) -> str | None:
     value = body.get(name)
     if value is not None and not isinstance(value, str):
         raise Refused(400, f"{name}: give a string", param=name)
     return value
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
+def _flag(body: Mapping[str, object], name: str) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise Refused(400, f"{name}: give true or false", param=name)
     return bool(value)
 
 
-def _whole(value: Any, name: str, least: int) -> int:
+def _whole(value: object, name: str, least: int) -> int:
     if type(value) is not int or not least <= value < 2**63:
         raise Refused(400, f"{name}: give a whole number from {least} on", param=name)
     return value
 
 
-def _number(body: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
+def _number(body: Mapping[str, object], name: str, default: float, least: float, most: float) -> float:
     value = body.get(name)
     if value is None:
         return default
@@ -191,9 +190,9 @@ class Reply:
         """With an id of its own."""
         return cls(chat, model, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()))
 
-    def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, object]:
         """The answers at once, one choice each."""
-        choices: list[dict[str, Any]] = []
+        choices: list[dict[str, object]] = []
         for i, answer in enumerate(answers):
             message = {"role": "assistant", "content": answer.text, "refusal": None}
             said = {"message": message} if self.chat else {"text": answer.text}
@@ -201,9 +200,9 @@ class Reply:
         kind = "chat.completion" if self.chat else "text_completion"
         return self._object(kind, choices) | {"usage": usage(prompt_tokens, sum(a.tokens for a in answers))}
 
-    def piece(self, text: str | None, reason: str | None = None, *, first: bool = False) -> dict[str, Any]:
+    def piece(self, text: str | None, reason: str | None = None, *, first: bool = False) -> dict[str, object]:
         """One event of a stream: a piece of text, or with ``reason`` its end."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
+        choice: dict[str, object] = {"index": 0, "finish_reason": reason, "logprobs": None}
         if self.chat:
             delta = {"role": "assistant"} if first else {}
             choice["delta"] = delta if text is None else {**delta, "content": text}
@@ -211,12 +210,12 @@ class Reply:
             choice["text"] = text or ""
         return self._object("chat.completion.chunk" if self.chat else "text_completion", [choice])
 
-    def counted(self, prompt_tokens: int, tokens: int) -> dict[str, Any]:
+    def counted(self, prompt_tokens: int, tokens: int) -> dict[str, object]:
         """The event with the counts, for who asked for it: it has no choice."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return self._object(kind, []) | {"usage": usage(prompt_tokens, tokens)}
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _object(self, kind: str, choices: list[dict[str, object]]) -> dict[str, object]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 

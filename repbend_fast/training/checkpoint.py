@@ -37,17 +37,17 @@ class SavedState:
     """
 
     step: int
-    sampler: dict[str, Any]
-    guard: dict[str, Any]
+    sampler: dict[str, object]
+    guard: dict[str, object]
     stopped: str | None
-    settings: dict[str, Any]
+    settings: dict[str, object]
     limits: dict[str, Any]
     units: dict[int, float] = field(default_factory=dict)
     kl_weight: float | None = None
     first_levers: dict[str, Any] = field(default_factory=dict)
     last_levers: dict[str, Any] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The content of ``state.json``."""
         return {
             "format": FORMAT,
@@ -86,11 +86,11 @@ class SavedState:
 class TrainingState(SavedState):
     """What a run needs besides the adapter's weights. ``best``: the best adapter's, None where none was best yet."""
 
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
+    optimizer: dict[str, object]
+    scaler: dict[str, object]
     best: dict[str, Tensor] | None
 
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, object]:
         """The content of ``state.pt`` besides the adapter and the random state."""
         return {name: getattr(self, name) for name in IN_TENSORS}
 
