@@ -174,6 +174,7 @@ def assess(
     attacks: Sequence[str] | str = (),
     judges: Sequence[str] | str = (),
     out: PathLike | None = None,
+    chat: PathLike | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
@@ -199,6 +200,8 @@ def assess(
         judges: ``NAME`` or ``NAME:key=value,…``; ``rule`` where there are none.
         out: the folder of ``settings.json``, ``answers.jsonl`` and ``eval.json``; by default ``eval`` in a run's, else
             ``runs/eval/NAME``.
+        chat: ordinary conversations that perplexity and KL are measured on: a file of records, ``owner/name``, or
+            ``demo``. By default those that the demo's suite holds out, else the base's own answers.
         limit: at most that many prompts of each kind and suite, spread evenly.
         max_new_tokens: an answer's length; by default 64 for the demo's prompts and 512 for others.
         batch_size, seed: prompts at once, and what attacks draw from.
@@ -223,6 +226,7 @@ def assess(
                 attacks=_several(attacks),
                 judges=_several(judges),
                 out=None if out is None else Path(out).expanduser(),
+                chat=None if chat is None else os.fspath(chat),
                 limit=limit,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,

@@ -53,11 +53,18 @@ def summarize(rows: Sequence[Row], judges: Sequence[str]) -> dict[str, Any]:
                 "count": len(members),
                 "judges": {judge: _shares(members, judge) for judge in judges},
             }
+            | _errors(members)
             for (side, group), members in groups.items()
         ],
         "paired": [found for judge in judges for found in _paired(groups, judge)],
         "agreement": [_agreement(rows, *pair) for pair in itertools.combinations(judges, 2)],
     }
+
+
+def _errors(rows: Sequence[Row]) -> dict[str, int]:
+    """How many prompts could not be asked, where there are any; they are among the unparsed."""
+    count = sum("error" in row.get("details", {}) for row in rows)
+    return {"errors": count} if count else {}
 
 
 def _shares(rows: Sequence[Row], judge: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.evaluation.generate import end_tokens
 from repbend_fast.models import attach_lora, find_decoder, load_model, load_tokenizer, resolve_device
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model
 from repbend_fast.models.load import base_revision, model_parts
 from repbend_fast.models.merge import put_adapter
@@ -189,9 +190,15 @@ def load_base(subject: Subject) -> tuple[Any, ChatEncoder]:
 
 def limit_prompts(model: Any, encoder: ChatEncoder, answer_tokens: int) -> None:
     """Prompts of up to 4096 tokens, or as many as the model's positions leave beside an answer."""
-    positions = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     left = positions - answer_tokens if positions else MOST_PROMPT_TOKENS
     encoder.max_prompt_tokens = max(LEAST_PROMPT_TOKENS, min(MOST_PROMPT_TOKENS, left))
+
+
+def positions_of(model: CausalLM) -> int | None:
+    """How many tokens the model's configuration allows for; None where it does not say."""
+    positions: int | None = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def encoder_of(subject: Subject) -> ChatEncoder:
