@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -40,13 +41,20 @@ def ask_everything(
     if not any(todo.values()) and not any(language.missing(side) for side in session.sides):
         return
     keys = list(session.asked())
-    done = sum(key in session.rows for key in keys)
-    if 0 < done < len(keys):
+    done = sum(map(session.answered, keys))
+    if done and any(todo.values()):
         say(f"{session.folder}: {done} of {len(keys)} prompts are answered; going on with the rest")
     model, encoder = load_base(subject)
     device = find_decoder(model).device
     go_on(settings, {"tokenizer": tokenizer_record(model, encoder)})
-    with CountLine("answers", len(keys), done) as progress:
+    kinds = Counter(
+        cell.attack.label
+        for side, cells in todo.items()
+        for cell in cells
+        for key in session.keys(side, cell) or ()
+        if not session.answered(key)
+    )
+    with CountLine("answers", len(keys), done, kinds=kinds) as progress:
         for side, cells in todo.items():
             if side == "bent" and subject.bend is not None and (cells or language.missing(side)):
                 model = subject.bend(model)
@@ -92,7 +100,7 @@ def _ask_changed(session: Session, cell: Cell, side: str, target: Target, seed: 
         for variant, changed in variants:
             names.append(f"{variant}:{settings}" if settings else variant)
             if len(names) * len(cell.indices) > known:
-                progress.expect(len(cell.indices))
+                progress.expect(len(cell.indices), cell.attack.label)
             _ask(session, cell, side, names[-1], DirectAttack(), changed, seed, progress)
     session.add_change(side, cell, names, change.summary())
 
@@ -112,9 +120,9 @@ def _ask(
         for place, result in _results(attack, target, [cell.suite.prompts[index] for index in block], seed):
             if isinstance(result, UserError):
                 session.add_error(side, cell, name, block[place], result)
-                progress.advance(part)
-            elif session.add(side, cell, name, block[place], result):
-                progress.advance(part)
+            elif not session.add(side, cell, name, block[place], result):
+                continue
+            progress.advance(part, kind=cell.attack.label)
     silent = [i for i in cell.indices if (side, cell.suite.name, name, i) not in session.rows]
     if silent:
         raise RuntimeError(f"{name} gave no answer to {len(silent)} prompts of {cell.suite.name}")

@@ -105,9 +105,9 @@ def assess(request: Request) -> Assessment:
         ask_everything(session, subject, language, folder / SETTINGS, batch_size=request.batch_size, seed=request.seed)
         names = judge_everything(session, [_keeping(judge, folder).make() for judge in named])
         found = Assessment(folder, _finish(session, subject, language, names))
-    if session.failed:
-        side, suite, attack, reason = (session.failed[0][name] for name in ("side", "suite", "attack", "reason"))
-        raise UserError(f"{attack} on {side}, {suite}: {reason} (everything else is in {folder})")
+    for failed in session.failed:
+        where = f"{failed['attack']} on {failed['side']}, {failed['suite']}"
+        raise UserError(f"{where}: {failed['reason']} (everything else is in {folder})")
     return found
 
 

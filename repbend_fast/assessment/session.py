@@ -81,15 +81,15 @@ class Session:
         return [cell for cell in self.cells if cell.indices and self._open(self.keys(side, cell))]
 
     def _open(self, keys: list[Key] | None) -> bool:
-        return keys is None or any(not self._answered(key) for key in keys)
+        return keys is None or any(not self.answered(key) for key in keys)
 
-    def _answered(self, key: Key) -> bool:
+    def answered(self, key: Key) -> bool:
         """Whether there are answers; one that an error was kept of is asked again by a later run."""
         return key in self.rows and ERROR not in self.rows[key].get("details", {})
 
     def missing(self, side: str, cell: Cell, attack: str) -> list[int]:
         """Prompts without an answer under ``attack``, which is the cell's or one of the models that it made."""
-        return [index for index in cell.indices if not self._answered((side, cell.suite.name, attack, index))]
+        return [index for index in cell.indices if not self.answered((side, cell.suite.name, attack, index))]
 
     def asked(self) -> Iterator[Key]:
         """The keys of this evaluation that are known, in the order of its records."""
@@ -114,7 +114,7 @@ class Session:
             "details": result.details,
             "opinions": {},
         }
-        if self._answered(key_of(row)):
+        if self.answered(key_of(row)):
             return False
         self.answers.append(row)
         self.rows[key_of(row)] = row
