@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -218,23 +218,16 @@ def assess(
         from repbend_fast.assessment.run import Request
         from repbend_fast.assessment.run import assess as run_assessment
 
+        asked = Request(os.fspath(target), _text(adapter), _several(suites), _several(attacks), _several(judges))
+        asked = replace(asked, chat=_text(chat), overrides=overrides, overlays=overlays)
+        asked = replace(asked, out=None if out is None else Path(out).expanduser())
         return run_assessment(
-            Request(
-                target=os.fspath(target),
-                adapter=None if adapter is None else os.fspath(adapter),
-                suites=_several(suites),
-                attacks=_several(attacks),
-                judges=_several(judges),
-                out=None if out is None else Path(out).expanduser(),
-                chat=None if chat is None else os.fspath(chat),
-                limit=limit,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                seed=seed,
-                overrides=overrides,
-                overlays=overlays,
-            )
+            replace(asked, limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed)
         )
+
+
+def _text(path: PathLike | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _several(names: Sequence[str] | str) -> tuple[str, ...]:

@@ -105,7 +105,8 @@ def assess(request: Request) -> Assessment:
         ask_everything(session, subject, language, folder / SETTINGS, batch_size=request.batch_size, seed=request.seed)
         names = judge_everything(session, [_keeping(judge, folder).make() for judge in named])
         found = Assessment(folder, _finish(session, subject, language, names))
-    for failed in session.failed:
+    if session.failed:
+        failed = session.failed[0]
         where = f"{failed['attack']} on {failed['side']}, {failed['suite']}"
         raise UserError(f"{where}: {failed['reason']} (everything else is in {folder})")
     return found

@@ -38,7 +38,7 @@ def assess(arguments: Namespace) -> int:
         attacks=arguments.attack,
         judges=arguments.judge,
         out=arguments.out,
-        chat=chat,
+        **({} if chat is None else {"chat": chat}),
         say=terminal,
         limit=own.get("limit"),
         max_new_tokens=own.get("max_new_tokens"),
