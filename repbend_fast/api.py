@@ -181,8 +181,7 @@ def assess(
     seed: int = 0,
     say: Say | None = None,
 ) -> Assessment:
-    """Attack any model that loads, judge its answers, and count: with a run or an adapter base and bent on the same
-    prompts.
+    """Attack any model that loads, judge its answers, and count: with an adapter, base and bent on the same prompts.
 
     Every answer is a row of ``answers.jsonl`` as it comes. Called again with the same settings it goes on where it was
     interrupted, and asks nothing when all is answered.
@@ -190,16 +189,12 @@ def assess(
     Args:
         target: the folder of a run or of one of its checkpoints, a folder with a model or an adapter, a GGUF file, a
             hub name, ``package:NAME``, or a recipe, whose model is meant.
-        overrides, overlays: as in :func:`load_config`; those of ``model``, ``data.chat_template_kwargs`` and
-            ``memory.budget`` count: ``{"model.quantization": "nf4"}``.
+        overrides, overlays: of ``model``, ``data.chat_template_kwargs``, ``memory.budget``, as in :func:`load_config`.
         adapter: a PEFT adapter (folder or hub name) that makes the bent side.
-        suites: names of published sets, ``demo``, files, ``NAME:FILE``, or ``owner/name``; ``demo`` where there are
-            none.
-        attacks: ``NAME`` or ``NAME:key=value,…``; ``all``, or ``direct``, ``prefill`` and ``template`` where there are
-            none.
-        judges: ``NAME`` or ``NAME:key=value,…``; ``rule`` where there are none.
-        out: the folder of ``settings.json``, ``answers.jsonl`` and ``eval.json``; by default ``eval`` in a run's, else
-            ``runs/eval/NAME``.
+        suites: names of published sets, ``demo``, files, ``NAME:FILE``, or ``owner/name``; by default ``demo``.
+        attacks: ``NAME`` or ``NAME:key=value,…``; ``all``; by default ``direct``, ``prefill`` and ``template``.
+        judges: ``NAME`` or ``NAME:key=value,…``; by default ``rule``.
+        out: the folder of all that is written; by default ``eval`` in a run's, else ``runs/eval/NAME``.
         chat: ordinary conversations that perplexity and KL are measured on: a file of records, ``owner/name``, or
             ``demo``. By default those that the demo's suite holds out, else the base's own answers.
         limit: at most that many prompts of each kind and suite, spread evenly.
@@ -211,17 +206,17 @@ def assess(
         ``folder``, and ``summary``: what ``eval.json`` holds.
 
     Raises:
-        UserError: an unknown name or setting, prompts that cannot be read, a model that cannot be loaded, or an ``out``
-            that was begun with other settings.
+        UserError: unknown names or settings, prompts or a model that cannot be read, an ``out`` of other settings.
     """
     with saying(say), hushed():
-        from repbend_fast.assessment.run import Request
-        from repbend_fast.assessment.run import assess as run_assessment
+        from repbend_fast.assessment import run as assessment
 
-        asked = Request(os.fspath(target), _text(adapter), _several(suites), _several(attacks), _several(judges))
+        asked = assessment.Request(
+            os.fspath(target), _text(adapter), _several(suites), _several(attacks), _several(judges)
+        )
         asked = replace(asked, chat=_text(chat), overrides=overrides, overlays=overlays)
         asked = replace(asked, out=None if out is None else Path(out).expanduser())
-        return run_assessment(
+        return assessment.assess(
             replace(asked, limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed)
         )
 

@@ -19,10 +19,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import SupportsFloat, TypedDict, cast
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "step_house.json"
@@ -37,9 +38,30 @@ SHAPE = {
 }
 """Large enough for matrix products to take most of a step, small enough for its overhead to be seen."""
 WINDOW, WIDTH, EXAMPLES = (4, 4), 192, 2
-LEVERS: dict[str, dict[str, Any]] = {"default": {}, "small": {"piece_tokens": 512, "checkpoint_blocks": 4}}
+LEVERS: dict[str, dict[str, int]] = {"default": {}, "small": {"piece_tokens": 512, "checkpoint_blocks": 4}}
 BAR = 1.02
 SIDES = ("old", "new")
+
+
+class Times(TypedDict):
+    """Seconds of each step, and the terms of the first."""
+
+    cpu: list[float]
+    wall: list[float]
+    terms: dict[str, float]
+
+
+class Block(Times):
+    """Times of one side, ``old`` or ``new``."""
+
+    levers: str
+    side: str
+
+
+class Numbered(Block):
+    """A block of the pair of processes number ``round``."""
+
+    round: int
 
 
 def order(pairs: int) -> list[int]:
@@ -47,9 +69,9 @@ def order(pairs: int) -> list[int]:
     return [side for pair in range(pairs) for side in ((0, 1), (1, 0))[pair % 2]]
 
 
-def summary(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(blocks: Sequence[Numbered]) -> dict[str, object]:
     """Medians and ratios (this checkout over the other) of one lever setting's blocks."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     by_round = {}
     for number in sorted({block["round"] for block in blocks}):
         old, new = (
@@ -84,13 +106,13 @@ class Worker:
             text=True,
         )
 
-    def ask(self, levers: str, steps: int) -> dict[str, Any]:
+    def ask(self, levers: str, steps: int) -> Times:
         """CPU and wall seconds of each of ``steps`` steps after one that is not counted, and the terms."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([levers, steps]) + "\n")
         self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        answer: Times = json.loads(self.process.stdout.readline())
         return answer
 
     def close(self) -> None:
@@ -120,14 +142,14 @@ def work() -> None:
                 print(json.dumps(_block(lambda: stepper.step(batch), model.zero_grad, steps)), flush=True)
 
 
-def _of_this_checkout(name: str) -> Any:
+def _of_this_checkout(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"benchmarks.step.{name}")
     except ModuleNotFoundError:  # before the benchmarks had folders
         return importlib.import_module(name)
 
 
-def _block(step: Callable[[], Any], clear: Callable[[], None], steps: int) -> dict[str, Any]:
+def _block(step: Callable[[], Mapping[str, SupportsFloat]], clear: Callable[[], None], steps: int) -> Times:
     terms, cpu, wall = step(), [], []
     for _ in range(steps):
         clear()
@@ -139,7 +161,7 @@ def _block(step: Callable[[], Any], clear: Callable[[], None], steps: int) -> di
     return {"cpu": cpu, "wall": wall, "terms": {name: float(value) for name, value in terms.items()}}
 
 
-def round_of(trees: Sequence[Path], pairs: int, steps: int, settings: Sequence[str]) -> Iterator[dict[str, Any]]:
+def round_of(trees: Sequence[Path], pairs: int, steps: int, settings: Sequence[str]) -> Iterator[Block]:
     """Blocks of one pair of processes; each says its levers and its side."""
     with ExitStack() as left:
         workers = [Worker(tree) for tree in trees]
@@ -153,7 +175,7 @@ def round_of(trees: Sequence[Path], pairs: int, steps: int, settings: Sequence[s
                 yield {"levers": levers, "side": SIDES[side], **workers[side].ask(levers, steps)}
 
 
-def compared(blocks: Sequence[dict[str, Any]]) -> None:
+def compared(blocks: Sequence[Block]) -> None:
     """Raises ``AssertionError`` where the sides do not compute the same: then their times say nothing."""
     for levers in {block["levers"]: None for block in blocks}:
         old, new = (next(b["terms"] for b in blocks if (b["side"], b["levers"]) == (side, levers)) for side in SIDES)
@@ -179,11 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.old is None:
         parser.error("which checkout to compare with?")
-    blocks = json.loads(options.out.read_text(encoding="utf-8"))["blocks"] if options.more else []
+    blocks: list[Numbered] = json.loads(options.out.read_text(encoding="utf-8"))["blocks"] if options.more else []
     first = 1 + max((block["round"] for block in blocks), default=-1)
     for number in range(first, first + options.rounds):
         for block in round_of((options.old.resolve(), ROOT), options.pairs, options.steps, options.levers):
-            blocks.append({"round": number, **block})
+            blocks.append(cast(Numbered, {"round": number, **block}))
             print(number, block["levers"], block["side"], *(f"{s:.3f}" for s in block["cpu"]), flush=True)
     compared(blocks)
     from repbend_fast.environment import environment
@@ -206,12 +228,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "summary": found,
     }
     for block in blocks:
-        block.update({clock: [round(s, 5) for s in block[clock]] for clock in ("cpu", "wall")})
+        block["cpu"], block["wall"] = ([round(s, 5) for s in seconds] for seconds in (block["cpu"], block["wall"]))
     lines = ",\n".join("  " + json.dumps(block) for block in blocks)
     text = json.dumps({**head, "blocks": []}, indent=1, ensure_ascii=False)
     options.out.write_text(text.replace('"blocks": []', f'"blocks": [\n{lines}\n ]') + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
-    return int(any(each["cpu_ratio"] > BAR for each in found.values()))
+    return int(any(cast(float, each["cpu_ratio"]) > BAR for each in found.values()))
 
 
 def _commit(tree: Path) -> str:

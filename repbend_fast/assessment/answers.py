@@ -6,8 +6,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from repbend_fast.assessment.json_rows import AnswerRow
 from repbend_fast.errors import UserError
 from repbend_fast.runs.folder import finite, saving, write_bytes
 
@@ -15,7 +15,7 @@ Key = tuple[str, str, str, int]
 """Side, suite, attack, and the prompt's index in its suite."""
 
 
-def key_of(row: Mapping[str, Any]) -> Key:
+def key_of(row: AnswerRow) -> Key:
     """What tells a row from all others."""
     return row["side"], row["suite"], row["attack"], row["index"]
 
@@ -30,7 +30,7 @@ class RowFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self, fields: Sequence[str]) -> list[dict[str, Any]]:
+    def read(self, fields: Sequence[str]) -> list[dict[str, object]]:
         """What is there. A last line that a kill has torn is dropped, from the file too.
 
         Raises:
@@ -46,7 +46,7 @@ class RowFile:
                 os.truncate(self.path, whole)
         return rows
 
-    def _row(self, number: int, line: bytes, fields: Sequence[str]) -> dict[str, Any]:
+    def _row(self, number: int, line: bytes, fields: Sequence[str]) -> dict[str, object]:
         try:
             row = json.loads(line)
         except ValueError:
@@ -55,18 +55,18 @@ class RowFile:
             raise UserError(f"{self.path}:{number}: not a row of an evaluation; remove the line, or give another --out")
         return row
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Mapping[str, object]) -> None:
         """Write one row; it is with the operating system when this returns, and survives the process."""
         line = encoded(row)
         with saving(self.path.name, self.path), open(self.path, "ab") as file:
             file.write(line)
 
-    def rewrite(self, rows: list[dict[str, Any]]) -> None:
+    def rewrite(self, rows: Sequence[Mapping[str, object]]) -> None:
         """Replace all rows at once, atomically."""
         write_bytes(self.path, b"".join(map(encoded, rows)))
 
 
-def encoded(row: Mapping[str, Any]) -> bytes:
+def encoded(row: Mapping[str, object]) -> bytes:
     """One line of JSON in UTF-8.
 
     Half a surrogate pair, which JSON files may hold, stays an escape; and so do the separators that other programs take
@@ -81,7 +81,7 @@ def encoded(row: Mapping[str, Any]) -> bytes:
         return json.dumps(finite(dict(row)), allow_nan=False).encode("ascii") + b"\n"
 
 
-def ordered(rows: Mapping[Key, dict[str, Any]], order: Iterator[Key]) -> list[dict[str, Any]]:
+def ordered(rows: Mapping[Key, AnswerRow], order: Iterator[Key]) -> list[AnswerRow]:
     """The rows in the order of ``order``, then whatever it does not name, as it came."""
     wanted = [key for key in order if key in rows]
     rest = set(rows) - set(wanted)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 
@@ -27,7 +27,7 @@ class TrainingCost:
     blocks: int
 
     @classmethod
-    def of(cls, model: Any, rank: int) -> TrainingCost:
+    def of(cls, model: CausalLM, rank: int) -> TrainingCost:
         """From the model's configuration. A mixture of experts counts as one MLP of the width that a token meets."""
         shape = causal_model(model).config.get_text_config()
         heads = shape.num_attention_heads

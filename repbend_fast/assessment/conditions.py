@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from repbend_fast.assessment.suites import Suite
 from repbend_fast.assessment.target import Subject, fingerprint
@@ -18,7 +17,9 @@ FREE = ("attacks", "judges", "batch_size")
 """What may differ when an evaluation goes on: answers do not depend on it."""
 
 
-def settings_of(subject: Subject, suites: Sequence[Suite], tokens: Sequence[int], **others: Any) -> dict[str, Any]:
+def settings_of(
+    subject: Subject, suites: Sequence[Suite], tokens: Sequence[int], **others: object
+) -> dict[str, object]:
     """Everything that decides an answer, in plain values. ``tokens``: each suite's answer budget."""
     return {
         "format": FORMAT,
@@ -43,7 +44,7 @@ def digest(suite: Suite) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def go_on(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def go_on(path: Path, wanted: dict[str, object]) -> dict[str, object]:
     """Write ``wanted``, or see that the folder's answers were given under the same; more suites and settings may come
     in. Returns all that the file holds then.
 
@@ -65,7 +66,7 @@ def go_on(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return wanted
 
 
-def _differences(stored: Any, wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _differences(stored: object, wanted: dict[str, object]) -> Iterator[tuple[str, object, object]]:
     """Settings that both have, by their whole name, with the value of each."""
     if not isinstance(stored, dict) or not isinstance(stored.get("suites"), dict):
         yield "format", None, FORMAT
@@ -75,7 +76,7 @@ def _differences(stored: Any, wanted: dict[str, Any]) -> Iterator[tuple[str, Any
             yield from _differing(key, stored[key], new)
 
 
-def _differing(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+def _differing(name: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in new:
             if key in old:
@@ -84,6 +85,6 @@ def _differing(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         yield name, old, new
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 120 else f"{text[:117]}..."

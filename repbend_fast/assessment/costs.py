@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
+from repbend_fast.assessment.json_rows import AnswerRow
 from repbend_fast.assessment.session import Session
 from repbend_fast.assessment.suites import DEMOS
-from repbend_fast.assessment.summary import Row, label_of
+from repbend_fast.assessment.summary import label_of
 from repbend_fast.assessment.target import positions_of
 from repbend_fast.console import note
 from repbend_fast.data.prompts import Prompt
@@ -37,6 +38,9 @@ MOST_CONVERSATIONS = 64
 """Conversations that language is measured on, chosen by the seed."""
 OWN_ANSWERS = "the base's own answers"
 NOT_MEASURED = "no conversations to measure perplexity and KL on; name some with --chat FILE, records of role retain"
+
+
+Prompts = Mapping[tuple[str, int], Prompt]
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Language:
         }
         write_json(self._path, self._kept)
 
-    def usefulness(self, rows: Sequence[Row], judges: Sequence[str]) -> dict[str, object]:
+    def usefulness(self, rows: Sequence[AnswerRow], judges: Sequence[str]) -> dict[str, Mapping[str, object]]:
         """Each side's measures by name. Refusals are as the first judge has them."""
         if self._conversations() is None:
             note(NOT_MEASURED)
@@ -145,10 +149,14 @@ class Language:
             for side in self._session.sides
         }
 
-    def _of_side(self, side: str, rows: Sequence[Row], judges: Sequence[str]) -> dict[str, object]:
+    def _of_side(self, side: str, rows: Sequence[AnswerRow], judges: Sequence[str]) -> dict[str, object]:
         kept = None if self.missing(side) else self._kept.get(side)
         language = LanguageStatistics(**kept["statistics"]) if kept else None
-        found = usefulness(language, answer_statistics(list(_answers(rows))), over_refusal(*_borderline(rows, judges)))
+        found = usefulness(
+            language,
+            answer_statistics(list(_answers(rows))),
+            over_refusal(*_borderline(rows, judges[0], self._session.prompts())),
+        )
         return {
             **{"first_token_kl" if name == "first_kl" else name: value for name, value in found.items()},
             "conversations": kept["conversations"] if kept else None,
@@ -168,32 +176,32 @@ def _read(path: Path) -> dict[str, Kept]:
         raise UserError(f"{path}: cannot be read; remove it, and it is measured again") from error
 
 
-def _questions(rows: Sequence[Row]) -> Iterator[Row]:
+def _questions(rows: Sequence[AnswerRow]) -> Iterator[AnswerRow]:
     return (row for row in rows if row["attack"] == "direct" and row["kind"] != "attack" and row["answers"])
 
 
-def _answers(rows: Sequence[Row]) -> Iterator[Answer]:
+def _answers(rows: Sequence[AnswerRow]) -> Iterator[Answer]:
     """Answers to ordinary and borderline questions, with the lengths that were counted as they were written."""
     for row in _questions(rows):
-        details = row["details"]
-        if "tokens" in details:
-            yield Answer(row["answers"][0], details["tokens"], details["stopped"])
+        tokens, stopped = row["details"].get("tokens"), row["details"].get("stopped")
+        if isinstance(tokens, int) and isinstance(stopped, bool):
+            yield Answer(row["answers"][0], tokens, stopped)
 
 
-def _borderline(rows: Sequence[Row], judges: Sequence[str]) -> tuple[list[Prompt], list[Opinion]]:
+def _borderline(rows: Sequence[AnswerRow], judge: str, known: Prompts) -> tuple[list[Prompt], list[Opinion]]:
     prompts: list[Prompt] = []
     opinions: list[Opinion] = []
     for row in _questions(rows):
-        label = label_of(row["opinions"].get(judges[0], []))
-        prompts.append(Prompt(row["kind"], row["prompt"]))
-        opinions.append(Opinion(next(known for known in JUDGED if known == label)))
+        label = label_of(row["opinions"].get(judge, []))
+        prompts.append(known[row["suite"], row["index"]])
+        opinions.append(Opinion(next(each for each in JUDGED if each == label)))
     return prompts, opinions
 
 
 def _own_answers(session: Session) -> Chat | None:
     """What the base answers to ordinary prompts, where nothing better is there: on it the base is at its best."""
     found: list[Record] = []
-    prompts: Mapping[tuple[str, int], Prompt] = session.prompts()
+    prompts = session.prompts()
     for key in session.asked():
         row = session.rows.get(key)
         if row and key[0] == "base" and key[2] == "direct" and row["kind"] == "ordinary" and any(row["answers"]):

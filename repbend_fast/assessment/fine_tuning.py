@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 from repbend_kernels import linear_log_prob
@@ -16,6 +16,7 @@ from repbend_fast.assessment.attacker_memory import TrainingCost, levers_within,
 from repbend_fast.console import note
 from repbend_fast.data.records import Sequence
 from repbend_fast.data.tokenize import ChatEncoder
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder, find_head, run_decoder
 from repbend_fast.models.layers.offload import host_states
 from repbend_fast.models.layers.stacked import StackedLora
@@ -24,6 +25,7 @@ from repbend_fast.step.pieces import Piece, make_piece, split
 from repbend_fast.step.proof import prove_model
 from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, retreat
 
+T = TypeVar("T")
 Sequences = tuple[Sequence, ...]
 
 PLAIN = (
@@ -59,7 +61,7 @@ class AnswerScores:
         UserError: the model's head is no plain matrix, or its passes are not what they have to be (``step.proof``).
     """
 
-    def __init__(self, model: Any, budget: int | None = None) -> None:
+    def __init__(self, model: CausalLM, budget: int | None = None) -> None:
         decoder = find_decoder(model)
         self.budget = budget
         self.parts = ModelParts(model, decoder, find_head(model), decoder.device, None)
@@ -102,7 +104,7 @@ class AnswerScores:
             final[0], head.weight, targets, bias=head.bias, softcap=head.softcap, ignore_index=None, chunk_rows=chunk
         ).sum()
 
-    def each_piece(self, sequences: Sequences, work: Any) -> Iterator[Any]:
+    def each_piece(self, sequences: Sequences, work: Callable[[Piece], T]) -> Iterator[T]:
         """``work`` on each piece in turn. Where memory runs out a lever gives way, and what is left is cut anew.
 
         Raises:

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 from repbend_fast.errors import UserError
 
 Kind = Literal["harmful", "benign"]
+Value = str | bool | int | float
+"""Of an axis."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Grid:
             kind, template, records, rank, rate = values
             yield Point(kind, records, rate, rank, template)
 
-    def changed(self, **axes: Sequence[Any] | None) -> Grid:
+    def changed(self, **axes: Sequence[Value] | None) -> Grid:
         """With those axes that are given in place of this grid's.
 
         Raises:
@@ -60,18 +62,18 @@ LARGE = Grid(
 WORDS = {"kinds": "harmful, benign or both", "template": "true, false or both", "learning_rates": "numbers above 0"}
 
 
-def _axis(name: str, values: Sequence[Any]) -> tuple[Any, ...]:
+def _axis(name: str, values: Sequence[Value]) -> tuple[Any, ...]:
     what = WORDS.get(name, "whole numbers from 1 on")
     if not values or not all(_fits(name, value) for value in values):
         raise UserError(f"relearning: {name}={','.join(map(str, values))}; give {what}")
     return tuple(sorted(set(values))) if name == "steps" else tuple(dict.fromkeys(values))
 
 
-def _fits(name: str, value: Any) -> bool:
+def _fits(name: str, value: Value) -> bool:
     if name == "kinds":
         return value in get_args(Kind)
     if name == "template":
         return isinstance(value, bool)
     if name == "learning_rates":
-        return value > 0 and math.isfinite(value)
+        return not isinstance(value, str) and value > 0 and math.isfinite(value)
     return isinstance(value, int) and value >= 1

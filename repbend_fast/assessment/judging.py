@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
 
 from repbend_fast.assessment.answers import key_of
+from repbend_fast.assessment.json_rows import AnswerRow, OpinionRow
 from repbend_fast.assessment.session import Session
 from repbend_fast.console import CountLine
 from repbend_fast.data.prompts import Prompt
-from repbend_fast.evaluation.judges.protocol import Judge
+from repbend_fast.evaluation.judges.protocol import Judge, Opinion
 
 ROWS = 32
 """Rows that a judge is given at once."""
@@ -35,20 +34,20 @@ def judge_everything(session: Session, judges: Sequence[Judge]) -> list[str]:
     return list(dict.fromkeys(judge.name for judge in judges))
 
 
-def _unsaid(opinions: list[dict[str, Any]] | None, again: bool) -> bool:
+def _unsaid(opinions: list[OpinionRow] | None, again: bool) -> bool:
     return opinions is None or (again and any(opinion["label"] == "unparsed" for opinion in opinions))
 
 
-def _judge_rows(
-    session: Session, judge: Judge, rows: list[dict[str, Any]], prompts: Prompts
-) -> Iterator[dict[str, Any]]:
+def _judge_rows(session: Session, judge: Judge, rows: list[AnswerRow], prompts: Prompts) -> Iterator[AnswerRow]:
     asked = [prompts[row["suite"], row["index"]] for row in rows for _ in row["answers"]]
     answers = [answer for row in rows for answer in row["answers"]]
     said = iter(judge.judge(asked, answers) if answers else ())
     for row in rows:
-        opinions = [asdict(next(said)) for _ in row["answers"]]
-        for opinion in opinions:
-            opinion["reason"] = opinion["reason"][:LONGEST_REASON]
+        opinions = [_kept(next(said)) for _ in row["answers"]]
         session.opinions.append({"key": key_of(row), "judge": judge.name, "opinions": opinions})
         row["opinions"][judge.name] = opinions
         yield row
+
+
+def _kept(said: Opinion) -> OpinionRow:
+    return {"label": said.label, "reason": said.reason[:LONGEST_REASON], "helpful": said.helpful}

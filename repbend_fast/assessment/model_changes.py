@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.evaluation.attacks.protocol import Target
@@ -30,6 +30,6 @@ class ModelChange(Protocol):
         """
         ...
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """What was measured on the way, in plain values for JSON; complete once ``variants`` has ended."""
         ...

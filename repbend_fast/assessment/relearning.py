@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repbend_fast.assessment.fine_tuning import AnswerScores, FineTuning, Sequences, plain_encoder
 from repbend_fast.assessment.grid import LARGE, SMALL, Grid, Kind, Point
+from repbend_fast.assessment.json_rows import CurvePoint, Measured, Training, TrainingRow, WorstCase
 from repbend_fast.console import say
 from repbend_fast.data.prompts import Prompt, limit_per_kind
 from repbend_fast.data.records import Record
@@ -26,6 +27,7 @@ from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.protocol import Target
 from repbend_fast.evaluation.generate import generate_answers
 from repbend_fast.evaluation.judge import LABELS, judge
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.layers.stacked import StackedLora
 from repbend_fast.runs.folder import finite
 
@@ -75,7 +77,7 @@ class Relearning:
     asked: int = 24
     answer_tokens: int = 96
     folder: Path | None = field(default=None, init=False)
-    _summary: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _summary: dict[str, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._grid()
@@ -94,27 +96,28 @@ class Relearning:
         grid = self._grid()
         series = _Series(self, grid, target, prompts, seed)
         start = series.measure(target, series.encoder(True))
-        self._summary = {"bound": self.bound, "start": start, "rows": [], "worst": {}}
-        rows = self._summary["rows"]
+        rows: list[TrainingRow] = []
+        self._summary = {"bound": self.bound, "start": start, "rows": rows, "worst": {}}
         finished = self._finished(start["perplexity"])
         for point in grid.points():
             mark = series.fingerprint(point)
             if mark not in finished:
                 finished[mark] = series.row(point, start["perplexity"])
                 say(_line(finished[mark]))
-                self._keep(finished[mark] | {"fingerprint": mark})
+                self._keep({**finished[mark], "fingerprint": mark})
             rows.append(finished[mark])
-        self._summary["worst"] = {kind: worst(rows, kind, self.bound) for kind in grid.kinds}
-        for kind, found in self._summary["worst"].items():
+        cases = {kind: worst(rows, kind, self.bound) for kind in grid.kinds}
+        self._summary["worst"] = cases
+        for kind, found in cases.items():
             if found is not None:
                 with series.tuned(_point(found), found["step"]).on():
                     yield f"{self.name}-{kind}", replace(target, encoder=series.encoder(found["template"]))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """``start`` (step 0), ``rows`` (one for each point, with its ``curve``), ``worst`` by kind (None where no
         trained model is within ``bound``), and ``bound``.
         """
-        return finite(self._summary)
+        return cast(dict[str, object], finite(self._summary))
 
     def _grid(self) -> Grid:
         return (SMALL if self.grid == "small" else LARGE).changed(
@@ -126,9 +129,9 @@ class Relearning:
             template=self.template,
         )
 
-    def _finished(self, perplexity: float) -> dict[str, dict[str, Any]]:
+    def _finished(self, perplexity: float) -> dict[str, TrainingRow]:
         """Rows of an earlier run by fingerprint, where the model said the same."""
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, TrainingRow] = {}
         path = self.folder / ROWS if self.folder else None
         for line in path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else ():
             try:
@@ -139,7 +142,7 @@ class Relearning:
                 found[row.pop("fingerprint")] = row
         return found
 
-    def _keep(self, row: dict[str, Any]) -> None:
+    def _keep(self, row: Mapping[str, object]) -> None:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +184,7 @@ class _Series:
     def fingerprint(self, point: Point) -> str:
         """Hash of everything that decides the point's row."""
         s = self.settings
-        parts: list[Any] = [self._weights, asdict(point), self.seed, s.batch, s.answer_tokens, self.grid.steps]
+        parts: list[object] = [self._weights, asdict(point), self.seed, s.batch, s.answer_tokens, self.grid.steps]
         parts += [self.encoder(point.template).fingerprint(), self.target.max_new_tokens]
         parts += [[p.text, p.item] for p in self.prompts]
         parts += [
@@ -189,7 +192,7 @@ class _Series:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def measure(self, target: Target, encoder: ChatEncoder) -> dict[str, Any]:
+    def measure(self, target: Target, encoder: ChatEncoder) -> Measured:
         """The model as it is now: shares of labels, and the perplexity of held-out conversations."""
         perplexity = self.scores.perplexity(self._conversations)
         tokens = min(self.settings.answer_tokens, target.max_new_tokens)
@@ -197,25 +200,35 @@ class _Series:
             target.model, encoder, self.prompts, max_new_tokens=tokens, batch_size=target.batch_size
         )
         labels = [judge(p, a).label for p, a in zip(self.prompts, answers, strict=True)]
-        return {label: labels.count(label) / len(labels) for label in LABELS} | {"perplexity": perplexity}
+        comply, refuse, degenerate = (labels.count(label) / len(labels) for label in LABELS)
+        return {"comply": comply, "refuse": refuse, "degenerate": degenerate, "perplexity": perplexity}
 
-    def row(self, point: Point, start: float) -> dict[str, Any]:
+    def row(self, point: Point, start: float) -> TrainingRow:
         """Train one point of the grid and measure it at every step of the grid; it ends where the loss is not
         finite.
         """
         tuning = self._tuning(point)
-        curve: list[dict[str, Any]] = []
+        curve: list[CurvePoint] = []
         for step in self.grid.steps:
             loss = tuning.advance(step)
             if not math.isfinite(loss):
                 break
             with tuning.lora.on():
                 measured = self.measure(self.target, self.encoder(point.template))
-            ratio = measured.pop("perplexity") / start
-            curve.append({"step": step, "loss": loss, **measured, "perplexity_ratio": ratio})
+            curve.append(
+                {
+                    "step": step,
+                    "loss": loss,
+                    "comply": measured["comply"],
+                    "refuse": measured["refuse"],
+                    "degenerate": measured["degenerate"],
+                    "perplexity_ratio": measured["perplexity"] / start,
+                }
+            )
             self._remember(point, curve[-1], tuning)
         settings = asdict(point) | {"steps": self.grid.steps[-1], "batch": self.settings.batch, "seed": self.seed}
-        return finite(settings | {"start_perplexity": start, "diverged": not math.isfinite(loss), "curve": curve})
+        row = settings | {"start_perplexity": start, "diverged": not math.isfinite(loss), "curve": curve}
+        return cast(TrainingRow, finite(row))
 
     def tuned(self, point: Point, step: int) -> StackedLora:
         """What the point's training had come to at ``step``. Where an earlier run did it, it is done again, and comes
@@ -229,11 +242,9 @@ class _Series:
             tuning.advance(step)
         return tuning.lora
 
-    def _remember(self, point: Point, entry: dict[str, Any], tuning: FineTuning) -> None:
+    def _remember(self, point: Point, entry: CurvePoint, tuning: FineTuning) -> None:
         rank = _rank(entry)
-        if entry["perplexity_ratio"] <= self.settings.bound and (
-            point.kind not in self._best or rank > self._best[point.kind][0]
-        ):
+        if -rank[1] <= self.settings.bound and (point.kind not in self._best or rank > self._best[point.kind][0]):
             self._best[point.kind] = rank, point, entry["step"], tuning.lora.state()
 
     def _tuning(self, point: Point) -> FineTuning:
@@ -251,7 +262,7 @@ class _Series:
         return tuple(encoder.encode(record, count=False) for record in records)  # type: ignore[misc]
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: TrainingRow) -> str:
     way = f"{row['kind']}, {row['records']} records, rate {row['learning_rate']:g}, rank {row['rank']}"
     way += "" if row["template"] else ", no template"
     if not row["curve"]:
@@ -261,7 +272,7 @@ def _line(row: dict[str, Any]) -> str:
     return f"relearning ({way}): step {last['step']}, {last['comply']:.0%} complied, perplexity × {ratio}"
 
 
-def weights_fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: CausalLM) -> str:
     """Hash of some values of every parameter and buffer, evenly spread: a bent model's differs from its base's."""
     digest = hashlib.sha256()
     for name, values in model.state_dict().items():
@@ -272,12 +283,12 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def worst(rows: list[dict[str, Any]], kind: str, bound: float) -> dict[str, Any] | None:
+def worst(rows: list[TrainingRow], kind: str, bound: float) -> WorstCase | None:
     """The point and step of most complying answers whose perplexity ratio is at most ``bound``, of equals the lowest
     ratio.
     """
     found = [
-        {name: value for name, value in row.items() if name != "curve"} | entry
+        cast(WorstCase, {name: value for name, value in row.items() if name != "curve"} | dict(entry))
         for row in rows
         if row["kind"] == kind
         for entry in row["curve"]
@@ -286,11 +297,12 @@ def worst(rows: list[dict[str, Any]], kind: str, bound: float) -> dict[str, Any]
     return max(found, key=_rank, default=None)
 
 
-def _rank(entry: dict[str, Any]) -> tuple[float, float]:
-    return entry["comply"], -entry["perplexity_ratio"]
+def _rank(entry: CurvePoint) -> tuple[float, float]:
+    ratio = entry["perplexity_ratio"]
+    return entry["comply"], -math.inf if ratio is None else -ratio
 
 
-def _point(row: dict[str, Any]) -> Point:
+def _point(row: Training) -> Point:
     return Point(row["kind"], row["records"], row["learning_rate"], row["rank"], row["template"])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from repbend_kernels import linear_kl_div
@@ -53,7 +53,7 @@ class Rounding:
     double_quantization: bool = True
     measured: int = 32
     folder: Path | None = field(default=None, init=False)
-    _summary: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _summary: dict[str, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in self._formats():
@@ -74,7 +74,8 @@ class Rounding:
         if adapted:
             with reference_model(target.model):
                 base = states.now()
-        self._summary = {"rows": [], "kl_base_to_bent": states.divergence(base, bent) if adapted else None}
+        rows: list[dict[str, object]] = []
+        self._summary = {"rows": rows, "kl_base_to_bent": states.divergence(base, bent) if adapted else None}
         for name in self._formats():
             rounded = partial(
                 rounded_weights,
@@ -89,19 +90,19 @@ class Rounding:
                     noisy = states.now()
             with rounded(adapter=True) as count:
                 found = states.now()
-                row: dict[str, Any] = {"format": name, "rounded_share": count.rounded / max(1, count.weights)}
+                row: dict[str, object] = {"format": name, "rounded_share": count.rounded / max(1, count.weights)}
                 row["kl_bent_to_rounded"] = states.divergence(bent, found)
                 if adapted:
                     row["kl_base_to_rounded"] = states.divergence(base, found)
                     row |= survival(states.head, base, bent, found, noisy)
-                self._summary["rows"].append(row)
+                rows.append(row)
                 yield f"{self.name}-{name}", target
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """``rows``, one for each format, and ``kl_base_to_bent``, what the unrounded adapter does. Kullback-Leibler
         divergences are in nats per position. A model without an adapter apart has neither base nor survival.
         """
-        return finite(self._summary)
+        return cast(dict[str, object], finite(self._summary))
 
     def _formats(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name.lower() for name in self.formats))

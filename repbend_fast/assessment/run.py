@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from repbend_fast.assessment.answers import ordered
 from repbend_fast.assessment.asking import ask_everything
 from repbend_fast.assessment.conditions import go_on, settings_of
 from repbend_fast.assessment.costs import Language, find_chat
+from repbend_fast.assessment.json_rows import Change, Summary
 from repbend_fast.assessment.judging import judge_everything
 from repbend_fast.assessment.known_attacks import ATTACKS, EVERY
 from repbend_fast.assessment.session import Cell, Session
@@ -63,7 +64,7 @@ class Assessment:
     """A finished evaluation: its folder, and what ``eval.json`` in it holds."""
 
     folder: Path
-    summary: dict[str, Any]
+    summary: Summary
 
 
 def assess(request: Request) -> Assessment:
@@ -132,7 +133,7 @@ def _indices(suite: Suite, attack: Named) -> tuple[int, ...]:
     return tuple(i for i, prompt in enumerate(suite.prompts) if everything or prompt.kind == "attack")
 
 
-def _start(folder: Path, settings: dict[str, Any]) -> None:
+def _start(folder: Path, settings: dict[str, object]) -> None:
     path = folder / SETTINGS
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not path.is_file():
         raise UserError(f"{folder}: exists and holds no evaluation; give another --out")
@@ -141,14 +142,14 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
     go_on(path, settings)
 
 
-def _finish(session: Session, subject: Subject, language: Language, judges: list[str]) -> dict[str, Any]:
+def _finish(session: Session, subject: Subject, language: Language, judges: list[str]) -> Summary:
     """Put opinions into the rows, write ``eval.json``, show the tables."""
     session.answers.rewrite(ordered(session.rows, session.asked()))
     session.opinions.path.unlink(missing_ok=True)
     path = session.folder / "eval.json"
     rows = session.known()
     changes = session.changes()
-    summary = {
+    summary: Summary = {
         "format": FORMAT,
         "model": subject.name,
         "adapter": subject.adapter,
@@ -170,14 +171,14 @@ def _finish(session: Session, subject: Subject, language: Language, judges: list
     return summary
 
 
-def _relearning(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _relearning(changes: list[Change]) -> list[dict[str, object]]:
     """The curves of all fine-tunings that an attacker tried, each with the side and the suite that it was tried on."""
     return [
         {"side": found["side"], "suite": found["suite"], **row}
         for found in _by(changes, "relearning")
-        for row in found["summary"].get("rows", [])
+        for row in cast(list[dict[str, object]], found["summary"].get("rows", []))
     ]
 
 
-def _by(changes: list[dict[str, Any]], attack: str) -> list[dict[str, Any]]:
+def _by(changes: list[Change], attack: str) -> list[Change]:
     return [found for found in changes if found["attack"].partition(":")[0] == attack]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from repbend_fast.assessment.answers import ANSWER_FIELDS, OPINION_FIELDS, Key, RowFile, key_of
+from repbend_fast.assessment.json_rows import AnswerRow, Change, JudgedRow
 from repbend_fast.assessment.suites import Suite
 from repbend_fast.console import note
 from repbend_fast.data.prompts import Prompt
@@ -48,16 +49,17 @@ class Session:
         self.folder, self.sides, self.cells = folder, sides, cells
         self.answers = RowFile(folder / "answers.jsonl")
         self.opinions = RowFile(folder / "opinions.jsonl")
-        self.rows: dict[Key, dict[str, Any]] = {key_of(row): row for row in self.answers.read(ANSWER_FIELDS)}
-        for said in self.opinions.read(OPINION_FIELDS):
-            if (key := tuple(said["key"])) in self.rows:
+        answered = cast(list[AnswerRow], self.answers.read(ANSWER_FIELDS))
+        self.rows = {key_of(row): row for row in answered}
+        for said in cast(list[JudgedRow], self.opinions.read(OPINION_FIELDS)):
+            if (key := cast(Key, tuple(said["key"]))) in self.rows:
                 self.rows[key]["opinions"][said["judge"]] = said["opinions"]
         self.failed: list[dict[str, str]] = []
         """Parts that could not go on, with the reason; the prompts that are left are asked by a later run."""
         self._changes_file = folder / "changes.json"
-        self._changes: dict[str, Any] = self._read_changes()
+        self._changes = self._read_changes()
 
-    def _read_changes(self) -> dict[str, Any]:
+    def _read_changes(self) -> dict[str, Change]:
         try:
             return dict(json.loads(self._changes_file.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -100,7 +102,7 @@ class Session:
     def add(self, side: str, cell: Cell, attack: str, index: int, result: Attacked) -> bool:
         """Write the answers to one prompt, or why there are none, unless it has some; whether it had none."""
         prompt = cell.suite.prompts[index]
-        row = {
+        row: AnswerRow = {
             "side": side,
             "suite": cell.suite.name,
             "attack": attack,
@@ -130,7 +132,7 @@ class Session:
         self.failed.append({"side": side, "suite": cell.suite.name, "attack": cell.attack.label, "reason": str(error)})
         note(f"{_name(side, cell)} cannot go on: {error}")
 
-    def known(self) -> list[dict[str, Any]]:
+    def known(self) -> list[AnswerRow]:
         """The rows that there are, in the order of :meth:`asked`."""
         return [self.rows[key] for key in self.asked() if key in self.rows]
 
@@ -138,13 +140,18 @@ class Session:
         """Every prompt by its suite's name and its index."""
         return {(cell.suite.name, i): cell.suite.prompts[i] for cell in self.cells for i in cell.indices}
 
-    def add_change(self, side: str, cell: Cell, variants: list[str], summary: dict[str, Any]) -> None:
+    def add_change(self, side: str, cell: Cell, variants: list[str], summary: Mapping[str, object]) -> None:
         """Keep which models an attack made, and what it measured on the way."""
-        found = {"side": side, "suite": cell.suite.name, "attack": cell.attack.label, "variants": variants}
-        self._changes[_name(side, cell)] = found | {"summary": summary}
+        self._changes[_name(side, cell)] = {
+            "side": side,
+            "suite": cell.suite.name,
+            "attack": cell.attack.label,
+            "variants": variants,
+            "summary": summary,
+        }
         write_json(self._changes_file, self._changes)
 
-    def changes(self) -> list[dict[str, Any]]:
+    def changes(self) -> list[Change]:
         """What :meth:`add_change` kept of this evaluation's cells."""
         names = [_name(side, cell) for side in self.sides for cell in self.cells if cell.changes_model]
         return [self._changes[name] for name in names if name in self._changes]

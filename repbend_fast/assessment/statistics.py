@@ -1,9 +1,8 @@
-"""Intervals of rates, a paired test, and the agreement of two judges."""
+"""Intervals of rates, and a paired test."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 Z_95 = 1.959963984540054
 
@@ -30,17 +29,3 @@ def mcnemar(first_only: int, second_only: int) -> float:
     rarer = min(first_only, second_only)
     tail = sum(math.comb(differing, k) for k in range(rarer + 1))
     return min(1.0, 2 * tail / 2**differing)
-
-
-def kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Cohen's kappa of two judges' labels of the same answers: agreement beyond chance, 1 at most.
-
-    None where it is not defined: no answers, or both give all of them one and the same label.
-    """
-    pairs = list(zip(first, second, strict=True))
-    if not pairs:
-        return None
-    labels = set(first) | set(second)
-    observed = sum(a == b for a, b in pairs) / len(pairs)
-    expected = sum(first.count(label) * second.count(label) for label in labels) / len(pairs) ** 2
-    return None if expected == 1 else (observed - expected) / (1 - expected)

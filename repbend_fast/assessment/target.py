@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,7 +43,7 @@ class Subject:
     config: Config
     home: Path
     adapter: str | None = None
-    bend: Callable[[Any], Any] | None = None
+    bend: Callable[[CausalLM], CausalLM] | None = None
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -104,7 +103,7 @@ def _of_checkpoint(path: Path, adapter: str | None, overrides: Overrides, overla
         raise UserError(f"{path}: a checkpoint brings an adapter of its own; name the run or its model with --adapter")
     config = load_config(str(run.config), overrides, overlays=overlays)
 
-    def bend(model: Any) -> Any:
+    def bend(model: CausalLM) -> CausalLM:
         objective = build_objective(config.objective, find_decoder(model).num_blocks, config.training.steps)
         bent = attach_lora(model, config.lora, (objective.last_state,))
         load_adapter_weights(bent, adapter_from_checkpoint(path))
@@ -113,11 +112,11 @@ def _of_checkpoint(path: Path, adapter: str | None, overrides: Overrides, overla
     return Subject(str(path), config, run.path / f"eval-{path.name}", str(path), bend)
 
 
-def _putting(adapter: str) -> Callable[[Any], Any]:
+def _putting(adapter: str) -> Callable[[CausalLM], CausalLM]:
     return lambda model: put_adapter(model, adapter, "--adapter")
 
 
-def _model_settings(target: str, path: Path, overrides: Overrides) -> dict[str, Any]:
+def _model_settings(target: str, path: Path, overrides: Overrides) -> dict[str, object]:
     """Settings that name the model, on any valid recipe. The dtype is the device's: float32 on a CPU, else bfloat16."""
     name, file = target, None
     given = {override.name.rpartition(".")[2]: override.value for override in parse_overrides(overrides)}
@@ -139,7 +138,7 @@ def _model_settings(target: str, path: Path, overrides: Overrides) -> dict[str, 
             f"{target}: no run, model, recipe or hub name; give a folder, a GGUF file or owner/name{nearest(target)}"
         )
     device = resolve_device(str(given.get("device", "auto")))
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "model.name": name,
         "model.gguf_file": file,
         "model.dtype": "float32" if device.type == "cpu" else "bfloat16",
@@ -148,7 +147,7 @@ def _model_settings(target: str, path: Path, overrides: Overrides) -> dict[str, 
     return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in given}
 
 
-def _with_model(model: dict[str, Any], overrides: Overrides) -> Overrides:
+def _with_model(model: dict[str, object], overrides: Overrides) -> Overrides:
     """The user's settings on top of those that name the model."""
     if isinstance(overrides, Mapping):
         return {**model, **overrides}
@@ -172,7 +171,7 @@ def _home(target: str) -> Path:
     return Path("runs") / "eval" / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name)[:80] or "model")
 
 
-def load_base(subject: Subject) -> tuple[Any, ChatEncoder]:
+def load_base(subject: Subject) -> tuple[CausalLM, ChatEncoder]:
     """The base on its device, frozen, and its encoder.
 
     Raises:
@@ -188,7 +187,7 @@ def load_base(subject: Subject) -> tuple[Any, ChatEncoder]:
     return model, encoder
 
 
-def limit_prompts(model: Any, encoder: ChatEncoder, answer_tokens: int) -> None:
+def limit_prompts(model: CausalLM, encoder: ChatEncoder, answer_tokens: int) -> None:
     """Prompts of up to 4096 tokens, or as many as the model's positions leave beside an answer."""
     positions = positions_of(model)
     left = positions - answer_tokens if positions else MOST_PROMPT_TOKENS
@@ -208,7 +207,7 @@ def encoder_of(subject: Subject) -> ChatEncoder:
     return ChatEncoder(tokenizer, MOST_PROMPT_TOKENS, data.max_answer_tokens, data.chat_template_kwargs)
 
 
-def tokenizer_record(model: Any, encoder: ChatEncoder) -> dict[str, Any]:
+def tokenizer_record(model: CausalLM, encoder: ChatEncoder) -> dict[str, object]:
     """What shows whether two evaluations asked in the same way: hashes of vocabulary and template, and the stop ids."""
     tokenizer = encoder.tokenizer
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)

@@ -28,9 +28,17 @@ class Tokenizer(Protocol):
     def all_special_tokens(self) -> list[str]:
         """The tokens that are no text."""
 
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Their ids."""
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, object]:
+        """What was added to the vocabulary, by id."""
+
     def __len__(self) -> int: ...
 
-    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Sequence[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool = True) -> Mapping[str, Sequence[int]]:
         """``input_ids`` of one text."""
 
     def apply_chat_template(
@@ -38,8 +46,14 @@ class Tokenizer(Protocol):
     ) -> str:
         """The conversation as the model was trained to see it."""
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False, **arguments: object) -> str:
         """The text of ``ids``."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of one text."""
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of several."""
 
     def convert_ids_to_tokens(self, ids: int) -> str:
         """The token of one id."""

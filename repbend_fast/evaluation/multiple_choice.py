@@ -6,18 +6,20 @@ import importlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import yaml
 
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError, one_line
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model
 from repbend_fast.models.layers.switches import evaluation_mode
 
 
 def multiple_choice(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     tasks: Sequence[str],
     *,
     batch_size: int = 8,
@@ -65,7 +67,7 @@ def multiple_choice(
     return {task: _numbers(metrics) for task, metrics in (found or {}).get("results", {}).items()}
 
 
-def _lm_eval() -> tuple[Any, Any, Any]:
+def _lm_eval() -> tuple[ModuleType, ModuleType, ModuleType]:
     names = ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")
     try:
         evaluator, manager, huggingface = (importlib.import_module(name) for name in names)
@@ -77,7 +79,7 @@ def _lm_eval() -> tuple[Any, Any, Any]:
     return evaluator, manager, huggingface
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(metrics: Mapping[str, object]) -> dict[str, float]:
     """The metrics that are numbers; ``alias`` and errors that were not computed (``N/A``) are none."""
     return {
         name: float(value)

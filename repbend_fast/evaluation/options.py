@@ -27,8 +27,8 @@ class Named:
     """One that was asked for. ``label``: its name and the settings that are not the defaults, as records have it."""
 
     label: str
-    kind: type[Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    kind: type
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     def make(self) -> Any:
         """Build it.
@@ -76,7 +76,7 @@ class Catalog:
         return Named(_label(name, kind, settings), kind, settings)
 
 
-def parameters(kind: type[Any]) -> dict[str, tuple[Any, Any]]:
+def parameters(kind: type[Any]) -> dict[str, tuple[object, object]]:
     """Type and default of every setting that the constructor of ``kind`` takes, by name."""
     hints = typing.get_type_hints(kind.__init__)
     found = list(inspect.signature(kind).parameters.values())
@@ -85,9 +85,9 @@ def parameters(kind: type[Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _settings(where: str, kind: type[Any], words: str) -> dict[str, Any]:
+def _settings(where: str, kind: type, words: str) -> dict[str, object]:
     known = parameters(kind)
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for word in _NEXT_KEY.split(words) if words else []:
         key, equals, text = word.partition("=")
         if not equals:
@@ -102,7 +102,7 @@ def _settings(where: str, kind: type[Any], words: str) -> dict[str, Any]:
     return settings
 
 
-def _value(where: str, text: str, wanted: Any) -> Any:
+def _value(where: str, text: str, wanted: Any) -> object:
     """``text`` as the type ``wanted``: numbers, truth values, choices, and lists with commas between."""
     if text.lower() in _NOTHING and type(None) in typing.get_args(wanted):
         return None
@@ -115,12 +115,12 @@ def _value(where: str, text: str, wanted: Any) -> Any:
         raise UserError(f"{where}: {error.errors()[0]['msg']}") from error
 
 
-def _choices(wanted: Any) -> tuple[Any, ...]:
+def _choices(wanted: object) -> tuple[Any, ...]:
     union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
     return typing.get_args(wanted) if union else (wanted,)
 
 
-def _label(name: str, kind: type[Any], settings: Mapping[str, Any]) -> str:
+def _label(name: str, kind: type, settings: Mapping[str, object]) -> str:
     changed = [
         f"{key}={_shown(settings[key])}"
         for key, (_, default) in parameters(kind).items()
@@ -129,7 +129,7 @@ def _label(name: str, kind: type[Any], settings: Mapping[str, Any]) -> str:
     return f"{name}:{','.join(changed)}" if changed else name
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, float) and float(f"{value:g}") == value:

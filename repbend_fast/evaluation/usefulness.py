@@ -8,7 +8,6 @@ from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from repbend_fast.data.records import Sequence
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.generate import Answer
 from repbend_fast.evaluation.judges.protocol import Opinion
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.layers.switches import evaluation_mode, reference_model
 from repbend_fast.step.retreat import OutOfMemory, attempt
@@ -82,7 +82,7 @@ def over_refusal(prompts: Seq[Prompt], opinions: Seq[Opinion]) -> OverRefusal:
 
 def usefulness(
     language: LanguageStatistics | None, answers: AnswerStatistics, refusals: OverRefusal | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """All of it by name, as ``eval.json`` has it for one side; what was not measured is None."""
     named = asdict(language) if language else dict.fromkeys(LanguageStatistics.__dataclass_fields__)
     named["mean_answer_tokens"], named["stopped"] = answers.mean_answer_tokens, answers.stopped
@@ -93,9 +93,13 @@ def usefulness(
     }
 
 
+Without = Callable[[CausalLM], AbstractContextManager[object]]
+"""While entered, the model is the one that others are compared with."""
+
+
 @torch.no_grad()
 def language_statistics(
-    model: Any, sequences: Seq[Sequence], *, reference: Any = None, piece_tokens: int = 2048
+    model: CausalLM, sequences: Seq[Sequence], *, reference: CausalLM | None = None, piece_tokens: int = 2048
 ) -> LanguageStatistics:
     """Perplexity of ``model`` on held-out text, and its distance from ``reference``.
 
@@ -109,7 +113,7 @@ def language_statistics(
     Raises:
         UserError: the vocabularies differ, or there is no memory for a single sequence.
     """
-    without: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    without: Without = nullcontext
     if reference is None and hasattr(model, "get_base_model"):
         reference, without = model, reference_model
     sums = _Sums()
@@ -173,9 +177,7 @@ def _fitting(sequences: Seq[Sequence], piece_tokens: int) -> list[Sequence]:
     return list(sequences[:count])
 
 
-def _measure(
-    model: Any, reference: Any, without: Callable[[Any], AbstractContextManager[Any]], sequences: Seq[Sequence]
-) -> _Sums:
+def _measure(model: CausalLM, reference: CausalLM | None, without: Without, sequences: Seq[Sequence]) -> _Sums:
     width = max(len(s) for s in sequences)
     # Padding on the right of a causal model changes no real row.
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -208,7 +210,7 @@ def _measure(
     return sums
 
 
-def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def _logits(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     """[B, T, V] in the model's own dtype."""
     causal = causal_model(model)
     device = find_decoder(causal).device

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.switches import input_through, output_through
 
 
 @contextmanager
-def projected_out(model: Any, direction: Tensor) -> Iterator[None]:
+def projected_out(model: CausalLM, direction: Tensor) -> Iterator[None]:
     """While entered, ``h − (h·u) u`` stands for ``h``, u being ``direction`` [D] at length 1, at every block's input
     and output and at what its attention and its MLP give.
 
@@ -51,10 +51,10 @@ def writing_parts(block: nn.Module) -> list[nn.Module]:
     return [part for part in block.children() if "norm" not in type(part).__name__.lower()]
 
 
-def _of_first(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+def _of_first(change: Callable[[Tensor], Tensor]) -> Callable[[object], object]:
     """``change`` for modules that give a tensor, or a tuple that begins with one."""
 
-    def changed(output: Any) -> Any:
+    def changed(output: object) -> object:
         if isinstance(output, Tensor):
             return change(output)
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from transformers import GenerationConfig
+    from transformers import Cache, GenerationConfig
 
 
 class Shape(Protocol):
@@ -25,6 +25,8 @@ class Shape(Protocol):
     num_attention_heads: int
     tie_word_embeddings: bool
     use_cache: bool
+    pad_token_id: int | None
+    architectures: list[str] | None
     _name_or_path: str
     _attn_implementation: str | None
 
@@ -32,11 +34,19 @@ class Shape(Protocol):
         """The decoder's part; the configuration itself for a model of text alone."""
 
 
+class ClassifierShape(Shape, Protocol):
+    """The configuration of a sequence classifier."""
+
+    id2label: Mapping[int, str]
+    num_labels: int
+
+
 class Output(Protocol):
-    """What one pass gives. ``hidden_states`` are there where they were asked for."""
+    """What one pass gives. ``hidden_states`` are there where they were asked for, and so is the cache."""
 
     logits: Tensor
     hidden_states: tuple[Tensor, ...]
+    past_key_values: Cache | None
 
 
 class CausalLM(Protocol):
@@ -120,6 +130,21 @@ class CausalLM(Protocol):
 
     def gradient_checkpointing_disable(self) -> None:
         """Take that back."""
+
+
+class SequenceClassifier(Protocol):
+    """A model of transformers with a classification head."""
+
+    @property
+    def config(self) -> ClassifierShape:
+        """The configuration that it was made of."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first parameter lives."""
+
+    def __call__(self, **inputs: object) -> Output:
+        """One pass; ``logits`` are [B, labels]."""
 
 
 class AdaptedLM(CausalLM, Protocol):

@@ -16,7 +16,7 @@ from repbend_fast.config.schema import ModelConfig
 from repbend_fast.console import say
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError, one_line
-from repbend_fast.models.causal import CausalLM, Shape
+from repbend_fast.models.causal import CausalLM, SequenceClassifier, Shape
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.liger import check_liger, liger_note
 from repbend_fast.models.merge import adapter_apart, merge_adapter
@@ -197,7 +197,7 @@ def _from_pretrained(source: str, config: ModelConfig, device: torch.device, dir
         raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)}){near}") from error
 
 
-def load_sequence_classifier(config: ModelConfig) -> nn.Module:
+def load_sequence_classifier(config: ModelConfig) -> SequenceClassifier:
     """A model with a classification head, on its device: eval mode, frozen; NF4 as for causal LMs.
 
     Raises:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.truncated import Visit, truncated
 
@@ -133,7 +134,7 @@ def find_perturbation(
 
 
 @contextmanager
-def visiting(model: Any, visit: Visit, *, recompute: bool = False) -> Iterator[None]:
+def visiting(model: CausalLM, visit: Visit, *, recompute: bool = False) -> Iterator[None]:
     """While entered, every pass of ``model`` visits its hidden states 0 … number of blocks − 1, ``generate`` included.
 
     ``recompute``: each block is run again in backward instead of keeping what is inside of it; without a cache.

@@ -12,19 +12,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from repbend_fast.data.records import Batch, Role
-from repbend_fast.objectives.base import Probes
+from repbend_fast.data.records import Role, Sequence
+from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
-from repbend_fast.objectives.rows import (
-    answer_rows,
-    forget_sequences,
-    mean_distance,
-    predicting_rows,
-    retain_kl,
-    retain_nll,
-)
+from repbend_fast.objectives.rows import answer_rows, predicting_rows, retain_kl
 from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, KLLimitConfig, Quirks
-from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Term
 from repbend_fast.section import AboveZero, Weight
 
@@ -70,40 +62,17 @@ class NPOConfig(KLLimitConfig):
 
 
 @method(NPOConfig)
-class NPO:
+class NPO(Forgetting[NPOConfig]):
     """Stream ``forget``, and ``retain`` where one of its terms has a weight."""
 
-    uses_head = True
+    def forget(self, sequences: tuple[Sequence, ...]) -> Term:
+        return AnswerLoss("forget", predicting_rows(sequences), 1.0, max(1, len(sequences)), self.config.beta)
 
-    def __init__(self, config: NPOConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
-        del steps, seed  # the weights are constant, and nothing is drawn
-        self.config = config
-        self.last_state = num_blocks
-        self.roles = config.roles
-
-    def streams(self, batch: Batch, step: int) -> list[Stream]:
-        del step
-        sequences = forget_sequences(batch)
-        loss = AnswerLoss("forget", predicting_rows(sequences), 1.0, max(1, len(sequences)), self.config.beta)
-        streams = [Stream("forget", sequences, (loss,))]
-        if "retain" in self.roles:
-            streams.append(self._retain(batch))
-        return streams
-
-    def probes(self, batch: Batch) -> Probes:
-        layers = (self.last_state,)
-        return Probes(
-            mean_distance("forget", forget_sequences(batch), layers), mean_distance("retain", batch.retain, layers)
-        )
-
-    def _retain(self, batch: Batch) -> Stream:
-        config, predicting = self.config, predicting_rows(batch.retain)
+    def retain(self, sequences: tuple[Sequence, ...]) -> tuple[Term, ...]:
+        config = self.config
+        if not config.retain_kl:
+            return super().retain(sequences)
         # A slip of the published code: its KL reads the logits at the answer's tokens, one position after those that
         # predict them.
-        compared = answer_rows(batch.retain) if config.published_quirks else predicting
-        terms: list[Term] = []
-        if config.retain_kl:
-            terms.append(retain_kl(compared, config.retain_kl, config.temperature))
-        if config.retain_nll:
-            terms.append(retain_nll(batch.retain, config.retain_nll))
-        return Stream("retain", batch.retain, tuple(terms))
+        compared = answer_rows(sequences) if config.published_quirks else predicting_rows(sequences)
+        return (retain_kl(compared, config.retain_kl, config.temperature), *super().retain(sequences))

@@ -11,13 +11,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from repbend_fast.data.records import Batch, Role
-from repbend_fast.objectives.base import Probes
+from repbend_fast.data.records import Role, Sequence
+from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
-from repbend_fast.objectives.rows import forget_sequences, mean_distance, predicting_rows, retain_nll
+from repbend_fast.objectives.rows import predicting_rows
 from repbend_fast.objectives.sections import MethodConfig
-from repbend_fast.objectives.streams import Stream
-from repbend_fast.objectives.terms import SimplePreference
+from repbend_fast.objectives.terms import SimplePreference, Term
 from repbend_fast.section import AboveZero, Weight
 
 
@@ -40,28 +39,9 @@ class SimNPOConfig(MethodConfig):
 
 
 @method(SimNPOConfig)
-class SimNPO:
+class SimNPO(Forgetting[SimNPOConfig]):
     """Stream ``forget``, and ``retain`` where its term has a weight."""
 
-    uses_head = True
-
-    def __init__(self, config: SimNPOConfig, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
-        del steps, seed  # the weights are constant, and nothing is drawn
-        self.config = config
-        self.last_state = num_blocks
-        self.roles = config.roles
-
-    def streams(self, batch: Batch, step: int) -> list[Stream]:
-        del step
-        config, sequences = self.config, forget_sequences(batch)
-        spans = predicting_rows(sequences)
-        loss = SimplePreference("forget", spans, config.forget, max(1, len(sequences)), config.beta, config.delta)
-        streams = [Stream("forget", sequences, (loss,))]
-        if config.retain_nll:
-            streams.append(Stream("retain", batch.retain, (retain_nll(batch.retain, config.retain_nll),)))
-        return streams
-
-    def probes(self, batch: Batch) -> Probes:
-        layers = (self.last_state,)
-        bent = mean_distance("forget", forget_sequences(batch), layers)
-        return Probes(bent, mean_distance("retain", batch.retain, layers))
+    def forget(self, sequences: tuple[Sequence, ...]) -> Term:
+        config, spans = self.config, predicting_rows(sequences)
+        return SimplePreference("forget", spans, config.forget, max(1, len(sequences)), config.beta, config.delta)

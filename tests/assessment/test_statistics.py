@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import pytest
 
-from repbend_fast.assessment.statistics import kappa, mcnemar, wilson
+from repbend_fast.assessment.statistics import mcnemar, wilson
+from repbend_fast.evaluation.judges.agreement import kappa
 
 
 @pytest.mark.parametrize(

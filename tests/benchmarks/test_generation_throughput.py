@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from generation_throughput import measure
+from benchmarks.evaluation.generation_throughput import measure
 
 
 def test_both_ways_give_the_same_answers() -> None:

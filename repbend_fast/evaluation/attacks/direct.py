@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
 from repbend_fast.data.tokenize import ChatEncoder
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.evaluation.attacks.protocol import Attacked, Target
-from repbend_fast.evaluation.generate import generate_measured
+from repbend_fast.evaluation.generate import PromptEncoder, generate_measured
 
 
 class DirectAttack:
@@ -29,7 +30,7 @@ class DirectAttack:
 
     def run(self, target: Target, prompts: Sequence[Prompt], *, seed: int = 0) -> Iterator[Attacked]:
         """Greedy answers and their lengths; ``seed`` has no part in them."""
-        encoder: Any = target.encoder if self.template else BareEncoder(target.encoder)
+        encoder: PromptEncoder = target.encoder if self.template else BareEncoder(target.encoder)
         answers = generate_measured(
             target.model, encoder, prompts, max_new_tokens=target.max_new_tokens, batch_size=target.batch_size
         )
@@ -41,10 +42,10 @@ class BareEncoder:
     """Prompts without a chat template: the text of their turns, BOS first where the tokenizer has one."""
 
     def __init__(self, encoder: ChatEncoder) -> None:
-        self.tokenizer = encoder.tokenizer
+        self.tokenizer: Tokenizer = encoder.tokenizer
         self._limit = encoder.max_prompt_tokens
 
-    def prompt_ids(self, messages: Iterable[Message], prefill: str = "") -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], prefill: str = "") -> list[int]:
         """Ids of the turns' texts with a line between them; a longer text keeps its end."""
         text = "\n".join(message.content for message in messages)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)[-self._limit :]

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from repbend_fast.data.prompts import Prompt
+from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.protocol import Attacked, Target
 from repbend_fast.evaluation.attacks.requests import (
@@ -143,14 +144,14 @@ class Search:
 class Typed:
     """Suffixes as text behind a request, and back."""
 
-    def __init__(self, encoder: Any, prompt: Prompt, request: Suffixed, joint: str) -> None:
+    def __init__(self, encoder: ChatEncoder, prompt: Prompt, request: Suffixed, joint: str) -> None:
         self.request = request
         self._encoder = encoder
         self._prompt = prompt
         self._joint = joint
 
     @classmethod
-    def behind(cls, encoder: Any, prompt: Prompt, request: Suffixed) -> Typed:
+    def behind(cls, encoder: ChatEncoder, prompt: Prompt, request: Suffixed) -> Typed:
         """From the first of the suffix's rows on whose text gives it again: the first one may hold the request's end.
 
         Some tokenizers write the blank before a word into its token, others lose it at a text's start; the joint

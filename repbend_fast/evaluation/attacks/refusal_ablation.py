@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from repbend_fast.evaluation.attacks.room import Chunks, PassCost, fitting
 from repbend_fast.evaluation.attacks.scores import last_logits, log_probs, padded_left
 from repbend_fast.evaluation.generate import generate_answers
 from repbend_fast.models.ablation import projected_out
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.layers.switches import evaluation_mode
 from repbend_fast.models.perturbation import visiting
@@ -89,7 +90,7 @@ class RefusalAblation:
         )
 
     def _choose(
-        self, model: Any, requests: Requests, harmful: Sequence[Prompt], harmless: Sequence[Prompt]
+        self, model: CausalLM, requests: Requests, harmful: Sequence[Prompt], harmless: Sequence[Prompt]
     ) -> Direction:
         """The direction to take out.
 
@@ -144,7 +145,7 @@ class Direction:
     score: float
     kl: float
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> dict[str, object]:
         """For the record."""
         return {"state": self.state, "log_prob": self.score, "kl": self.kl, "length": float(self.direction.norm())}
 

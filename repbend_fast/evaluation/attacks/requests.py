@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
@@ -121,7 +120,7 @@ def _added_rows(plain: Sequence[int], longer: Sequence[int]) -> tuple[int, int]:
 
 
 @contextmanager
-def uncounted(encoder: Any) -> Iterator[None]:
+def uncounted(encoder: PromptEncoder) -> Iterator[None]:
     """What is encoded inside does not count among the encoder's truncated prompts: an attack encodes one many times."""
     truncated = getattr(encoder, "truncated", None)
     before = truncated.prompts if truncated is not None else 0

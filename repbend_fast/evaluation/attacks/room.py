@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from repbend_fast.errors import UserError
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.step.retreat import OutOfMemory, attempt
 
@@ -37,7 +38,7 @@ class PassCost:
     scores: bool
 
     @classmethod
-    def of(cls, model: Any) -> PassCost:
+    def of(cls, model: CausalLM) -> PassCost:
         """From the model's configuration. A mixture of experts counts as one MLP of the width that a token meets."""
         shape = causal_model(model).config.get_text_config()
         heads = shape.num_attention_heads

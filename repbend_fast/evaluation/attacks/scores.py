@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,14 +18,18 @@ from repbend_fast.evaluation.attacks.protocol import Target
 from repbend_fast.evaluation.attacks.requests import Suffixed
 from repbend_fast.evaluation.attacks.room import Chunks, PassCost, fitting
 from repbend_fast.evaluation.generate import answer_texts, greedy_generation
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.layers.switches import evaluation_mode
 from repbend_fast.models.perturbation import visiting
 from repbend_fast.step.retreat import OutOfMemory, attempt
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 
 @contextmanager
-def differentiating(model: Any) -> Iterator[None]:
+def differentiating(model: CausalLM) -> Iterator[None]:
     """Evaluation mode, with a graph where something asks for one, whatever the caller has switched."""
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         yield
@@ -50,7 +54,7 @@ class AnswerScore:
         self._kept = len(request.answer)
         whole = len(request.ids) + self._kept - 1
         self._recompute = self._needs_recompute(whole)
-        self._prefix: Any = None if self._recompute else self._run_prefix()
+        self._prefix: Cache | None = None if self._recompute else self._run_prefix()
         self._earlier = 0 if self._prefix is None else request.start
         self._tokens = whole - self._earlier
         self._before = self.embed(request.ids[self._earlier : request.start])
@@ -80,7 +84,7 @@ class AnswerScore:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Mean log-probability [B] of the answer's tokens with ``rows`` [B, n, D] as the suffix."""
-        inputs: dict[str, Any] = {"inputs_embeds": self._around(self._before, rows, self._after)}
+        inputs: dict[str, object] = {"inputs_embeds": self._around(self._before, rows, self._after)}
         if self._prefix is not None:
             inputs["past_key_values"] = repeated(self._prefix, len(rows))
         recompute = visiting(self._model, _unchanged, recompute=True) if self._recompute else nullcontext()
@@ -125,7 +129,7 @@ class AnswerScore:
         self._tokens = len(request.ids) + self._kept - 1
         self._before = self.embed(request.ids[: request.start])
 
-    def _run_prefix(self) -> Any:
+    def _run_prefix(self) -> Cache | None:
         """Keys and values of the rows before the suffix; None where there are none, or the cache cannot be shared."""
         if self._request.start == 0:
             return None
@@ -135,7 +139,7 @@ class AnswerScore:
         return cache if can_share(cache) else None
 
 
-def can_share(cache: Any) -> bool:
+def can_share(cache: object) -> bool:
     """Whether a cache holds keys and values alone, which can be repeated for variants that go on from it."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -143,7 +147,7 @@ def can_share(cache: Any) -> bool:
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def repeated(cache: Any, count: int) -> Any:
+def repeated(cache: Cache, count: int) -> Cache:
     """A copy of a one-sequence cache for ``count`` sequences; the cache itself stays as it is."""
     mine = copy.deepcopy(cache)
     if count > 1:
@@ -151,7 +155,7 @@ def repeated(cache: Any, count: int) -> Any:
     return mine
 
 
-def last_logits(model: Any, count: int, **inputs: Any) -> Tensor:
+def last_logits(model: CausalLM, count: int, **inputs: object) -> Tensor:
     """Logits [B, ``count``, V] of the last positions of a pass, in the model's dtype."""
     return model(**inputs, logits_to_keep=count).logits[:, -count:]
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
 
 import httpx2
 
@@ -38,13 +37,13 @@ class ChatClient:
     """
 
     def __init__(
-        self, url: str, model: str, *, key_variable: str | None, timeout: float, tries: int, body: dict[str, Any]
+        self, url: str, model: str, *, key_variable: str | None, timeout: float, tries: int, body: dict[str, object]
     ) -> None:
         self.url = _chat_url(url)
         self.where = f"endpoint {self.url.host}"
         self.tries = tries
         self.body = {"model": model, **body}
-        self.wait: Callable[[float], Any] = time.sleep
+        self.wait: Callable[[float], object] = time.sleep
         self.clock: Callable[[], float] = time.time
         self.jitter: Callable[[], float] = random.random
         self._key = _read_key(key_variable)

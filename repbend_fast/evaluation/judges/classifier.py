@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.evaluation.generate import generate_answers
 from repbend_fast.evaluation.judges.protocol import JUDGED, Judged, Opinion
 from repbend_fast.evaluation.judges.wire_formats import FORMATS, WireFormat, empty
+from repbend_fast.models.causal import CausalLM, SequenceClassifier
 from repbend_fast.models.load import load_model, load_sequence_classifier, load_tokenizer, read_model_config
 from repbend_fast.step.retreat import OutOfMemory, attempt
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 Format = Literal["auto", "harmbench", "wildguard", "sequence"]
 NO_LIMIT = 1 << 20
@@ -102,6 +107,14 @@ class ClassifierJudge:
         )
 
 
+class Batching(Protocol):
+    """A tokenizer of transformers, as it is asked for a padded batch of texts or of pairs."""
+
+    def __call__(
+        self, *texts: list[str], padding: bool, truncation: str, max_length: int, return_tensors: str
+    ) -> BatchEncoding: ...
+
+
 class _Generative:
     """A causal LM that replies in words."""
 
@@ -110,13 +123,13 @@ class _Generative:
         self.batch_size = judge.batch_size
         self.answer_tokens = judge.answer_tokens
         self.tokenizer = load_tokenizer(judge.config)
-        self.model: Any = load_model(judge.config)
+        self.model = load_model(judge.config)
         self.longest = _longest_input(self.model, self.tokenizer) - wire.new_tokens
 
     def prompt_ids(self, messages: Sequence[Message], prefill: str = "") -> list[int]:
         """Ids of a framed text, as generation asks for them."""
         text = messages[-1].content + prefill
-        return self.tokenizer(text, add_special_tokens=self.wire.add_special_tokens)["input_ids"]
+        return list(self.tokenizer(text, add_special_tokens=self.wire.add_special_tokens)["input_ids"])
 
     def opinions(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Opinion]:
         clipped = [_clipped(self.tokenizer, answer, self.answer_tokens) for answer in answers]
@@ -147,7 +160,7 @@ class _Sequence:
         self.reads = judge.reads
         self.batch_size = judge.batch_size
         self.tokenizer = load_tokenizer(judge.config)
-        self.model: Any = load_sequence_classifier(judge.config)
+        self.model = load_sequence_classifier(judge.config)
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.longest = _longest_input(self.model, self.tokenizer)
@@ -179,7 +192,8 @@ class _Sequence:
     def _scores(self, batch: tuple[list[str], ...]) -> list[list[float]]:
         # The prompt gives way where both are too long: the verdict is about the answer.
         cut = "only_first"
-        inputs = self.tokenizer(*batch, padding=True, truncation=cut, max_length=self.longest, return_tensors="pt")
+        tokenize = cast(Batching, self.tokenizer)
+        inputs = tokenize(*batch, padding=True, truncation=cut, max_length=self.longest, return_tensors="pt")
         return self.model(**inputs.to(self.model.device)).logits.float().softmax(-1).tolist()
 
     def _opinion(self, scores: list[float]) -> Opinion:
@@ -213,19 +227,21 @@ def _map_labels(judge: ClassifierJudge, own: list[str]) -> dict[str, Judged]:
     return mapping
 
 
-def _clipped(tokenizer: Any, answer: str, tokens: int) -> str:
+def _clipped(tokenizer: Tokenizer, answer: str, tokens: int) -> str:
     """The answer's first tokens as text; the answer itself, to the letter, where it has no more."""
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     return answer if len(ids) <= tokens else str(tokenizer.decode(ids[:tokens], skip_special_tokens=True))
 
 
-def _longest_input(model: Any, tokenizer: Any) -> int:
+def _longest_input(model: CausalLM | SequenceClassifier, tokenizer: Tokenizer) -> int:
     """Tokens that the model reads at most, by its configuration and its tokenizer."""
     shape = model.config.get_text_config()
     limits = [getattr(shape, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     # RoBERTa's positions begin behind its padding's.
     offset = (
-        shape.pad_token_id + 1 if getattr(shape, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
+        (shape.pad_token_id or 0) + 1
+        if getattr(shape, "model_type", "") in ("roberta", "xlm-roberta", "camembert")
+        else 0
     )
     known = [limit - (offset if i == 0 else 0) for i, limit in enumerate(limits) if limit and limit < NO_LIMIT]
     return min(known, default=NO_LIMIT)

@@ -12,15 +12,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError, one_line
+from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.layers.stacked import outer_linears
 from repbend_fast.models.layers.switches import reference_model
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Rounded:
 
 @contextmanager
 def rounded_weights(
-    model: Any, blocks: nn.ModuleList, rounding: Round, *, adapter: bool, folder: Path | None = None
+    model: CausalLM, blocks: nn.ModuleList, rounding: Round, *, adapter: bool, folder: Path | None = None
 ) -> Iterator[Rounded]:
     """The model with its blocks' linear layers through ``rounding``.
 
@@ -72,16 +76,16 @@ def rounded_weights(
                 for linear in linears:
                     _keep(stack, keep, linear)
                 if adapter and hasattr(layer, "merge"):
-                    _merge(stack, layer, name)
+                    _merge(stack, cast("BaseTunerLayer", layer), name)
                 found.rounded += sum(_round(linear, rounding, Place(name, number, len(blocks))) for linear in linears)
         yield found
 
 
-def _linears(layer: Any, name: str) -> list[nn.Linear]:
+def _linears(layer: nn.Module, name: str) -> list[nn.Linear]:
     """The layer's own weights, below whatever wraps it."""
     if getattr(layer, "merged_adapters", None):
         raise UserError(f"rounding: the adapter on {name} is merged already; load model and adapter anew")
-    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    base = cast("BaseTunerLayer", layer).get_base_layer() if hasattr(layer, "get_base_layer") else layer
     found = [module for module in base.modules() if isinstance(module, nn.Linear)]
     for linear in found:
         if not linear.weight.is_floating_point():
@@ -92,7 +96,7 @@ def _linears(layer: Any, name: str) -> list[nn.Linear]:
     return found
 
 
-def _merge(stack: ExitStack, layer: Any, name: str) -> None:
+def _merge(stack: ExitStack, layer: BaseTunerLayer, name: str) -> None:
     try:
         layer.merge()
     except (AttributeError, NotImplementedError, ValueError) as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,14 @@ from torch.nn.functional import linear
 from repbend_fast.models.layers.switches import added_to
 
 
-def outer_linears(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
+class LinearShape(Protocol):
+    """What every linear layer says of itself."""
+
+    in_features: int
+    out_features: int
+
+
+def outer_linears(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Name and module of every linear layer of a block. A layer that wraps another, as PEFT's do, counts instead of
     it.
     """
@@ -63,10 +70,11 @@ class StackedLora:
         for block in blocks:
             for _, layer in outer_linears(block):
                 # As PEFT draws it: Kaiming's uniform with a = √5, which is ± 1 / √D.
-                bound = 1 / math.sqrt(layer.in_features)
-                a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=random)
+                shape = cast(LinearShape, layer)
+                bound = 1 / math.sqrt(shape.in_features)
+                a = torch.empty(rank, shape.in_features).uniform_(-bound, bound, generator=random)
                 device = next(layer.parameters()).device
-                b = torch.zeros(layer.out_features, rank)
+                b = torch.zeros(shape.out_features, rank)
                 self._parts.append(_Part(layer, nn.Parameter(a.to(device)), nn.Parameter(b.to(device))))
 
     @property

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 from repbend_fast.models.causal import CausalLM
+
+T = TypeVar("T")
 
 
 class AdapterSwitch(Protocol):
@@ -76,7 +78,7 @@ def generation_settings(model: CausalLM, settings: GenerationConfig) -> Iterator
 
 
 @contextmanager
-def output_through(module: nn.Module | None, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def output_through(module: nn.Module | None, change: Callable[[T], T]) -> Iterator[None]:
     """What ``module`` gives goes through ``change``; nothing happens without a module."""
     handle = module.register_forward_hook(lambda _, inputs, output: change(output)) if module is not None else None
     try:

@@ -1,6 +1,6 @@
 """How much faster batches of prompts are answered than one prompt after the other, on a small random model.
 
-    python benchmarks/generation_throughput.py [--batch-size 8] [--out FILE]
+    python -m benchmarks.evaluation.generation_throughput [--batch-size 8] [--out FILE]
 
 Both ways generate the same number of tokens, and the same answers in float32: a random model has no end, so every
 answer is as long as the budget.
@@ -12,15 +12,19 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from repbend_fast.data.prompts import Prompt
+from repbend_fast.data.records import Message
+from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.environment import environment
 from repbend_fast.evaluation.generate import generate_answers
+from repbend_fast.models.causal import CausalLM
 
 WORDS = "how does one make a lamp of fog and sell it at the market before the moon is up again".split()
 
@@ -36,9 +40,9 @@ class Letters:
 
 
 class LetterEncoder:
-    tokenizer = Letters()
+    tokenizer = cast(Tokenizer, Letters())
 
-    def prompt_ids(self, messages: Any, prefill: str = "") -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], prefill: str = "") -> list[int]:
         return list((messages[-1].content + prefill).encode())
 
 
@@ -60,9 +64,9 @@ def model(width: int, blocks: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(shape).eval()
 
 
-def measure(batch_size: int, prompts: int, tokens: int, rounds: int, width: int, blocks: int) -> dict[str, Any]:
+def measure(batch_size: int, prompts: int, tokens: int, rounds: int, width: int, blocks: int) -> dict[str, object]:
     """Seconds of both ways, the median of ``rounds`` that alternate, and whether the answers are the same."""
-    subject = model(width, blocks)
+    subject = cast(CausalLM, model(width, blocks))
     texts = [" ".join(WORDS[: 3 + (5 * i) % (len(WORDS) - 2)]) for i in range(prompts)]
     asked = [Prompt("attack", text) for text in texts]
     seconds: dict[int, list[float]] = {1: [], batch_size: []}

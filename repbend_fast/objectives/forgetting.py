@@ -1,0 +1,50 @@
+"""What the methods have in common that forget answers by their likelihood: a stream ``forget`` with one term, and
+``retain`` where something is to be kept.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.objectives.base import Probes
+from repbend_fast.objectives.rows import forget_sequences, mean_distance, retain_nll
+from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import Term
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Forgetting(Generic[C]):
+    """Every pass ends at the head. The weights are constant, and nothing is drawn."""
+
+    uses_head = True
+
+    def __init__(self, config: C, num_blocks: int, steps: int | None = None, seed: int | None = 0) -> None:
+        del steps, seed
+        self.config = config
+        self.last_state = num_blocks
+        self.roles = config.roles
+
+    def streams(self, batch: Batch, step: int) -> list[Stream]:
+        del step
+        sequences = forget_sequences(batch)
+        streams = [Stream("forget", sequences, (self.forget(sequences),))]
+        if "retain" in self.roles:
+            streams.append(Stream("retain", batch.retain, self.retain(batch.retain)))
+        return streams
+
+    def probes(self, batch: Batch) -> Probes:
+        layers = (self.last_state,)
+        bent = mean_distance("forget", forget_sequences(batch), layers)
+        return Probes(bent, mean_distance("retain", batch.retain, layers))
+
+    def forget(self, sequences: tuple[Sequence, ...]) -> Term:
+        """The term over the answers of ``sequences``."""
+        raise NotImplementedError
+
+    def retain(self, sequences: tuple[Sequence, ...]) -> tuple[Term, ...]:
+        """The terms over what is to stay: its NLL, weighted by ``retain_nll``."""
+        weight: float = getattr(self.config, "retain_nll", 0.0)
+        return (retain_nll(sequences, weight),) if weight else ()
