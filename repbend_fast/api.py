@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,6 +174,7 @@ def assess(
     attacks: Sequence[str] | str = (),
     judges: Sequence[str] | str = (),
     out: PathLike | None = None,
+    chat: PathLike | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
@@ -194,6 +195,8 @@ def assess(
         attacks: ``NAME`` or ``NAME:key=value,…``; ``all``; by default ``direct``, ``prefill`` and ``template``.
         judges: ``NAME`` or ``NAME:key=value,…``; by default ``rule``.
         out: the folder of all that is written; by default ``eval`` in a run's, else ``runs/eval/NAME``.
+        chat: ordinary conversations that perplexity and KL are measured on: a file of records, ``owner/name``, or
+            ``demo``. By default those that the demo's suite holds out, else the base's own answers.
         limit: at most that many prompts of each kind and suite, spread evenly.
         max_new_tokens: an answer's length; by default 64 for the demo's prompts and 512 for others.
         batch_size, seed: prompts at once, and what attacks draw from.
@@ -208,22 +211,18 @@ def assess(
     with saying(say), hushed():
         from repbend_fast.assessment import run as assessment
 
-        return assessment.assess(
-            assessment.Request(
-                target=os.fspath(target),
-                adapter=None if adapter is None else os.fspath(adapter),
-                suites=_several(suites),
-                attacks=_several(attacks),
-                judges=_several(judges),
-                out=None if out is None else Path(out).expanduser(),
-                limit=limit,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                seed=seed,
-                overrides=overrides,
-                overlays=overlays,
-            )
+        asked = assessment.Request(
+            os.fspath(target), _text(adapter), _several(suites), _several(attacks), _several(judges)
         )
+        asked = replace(asked, chat=_text(chat), overrides=overrides, overlays=overlays)
+        asked = replace(asked, out=None if out is None else Path(out).expanduser())
+        return assessment.assess(
+            replace(asked, limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed)
+        )
+
+
+def _text(path: PathLike | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _several(names: Sequence[str] | str) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -118,13 +119,17 @@ class ProgressLine:
 
 class CountLine:
     """How many of many things are done and how long the rest will take: a live bar on a terminal, else a line
-    every ``seconds`` and at the end of a part.
+    every ``seconds`` and at the end of a part. ``kinds``: how many of each are to be done, where some take longer.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0, seconds: float = 15.0) -> None:
+    def __init__(
+        self, what: str, total: int, done: int = 0, seconds: float = 15.0, kinds: Mapping[str, int] | None = None
+    ) -> None:
         self.what, self.total, self.done = what, total, done
-        self._seconds, self._begun, self._begun_at = seconds, time.monotonic(), done
-        self._said_at, self._said = self._begun, done
+        self._seconds, self._last = seconds, time.monotonic()
+        self._said_at, self._said = self._last, done
+        self._open = Counter({"": total - done} if kinds is None else kinds)
+        self._spent: dict[str, tuple[float, int]] = {}
         self._bar = _live_bar("part")
         if self._bar:
             self._task = self._bar.add_task(what, total=total, completed=done, part="")
@@ -138,15 +143,21 @@ class CountLine:
         if self._bar:
             self._bar.stop()
 
-    def expect(self, more: int) -> None:
+    def expect(self, more: int, kind: str = "") -> None:
         """Add to the total what nobody knew of before."""
         self.total += more
+        self._open[kind] += more
         if self._bar:
             self._bar.update(self._task, total=self.total)
 
-    def advance(self, part: str, count: int = 1) -> None:
+    def advance(self, part: str, count: int = 1, kind: str = "") -> None:
         """Count ``count`` things of ``part`` as done."""
         self.done += count
+        now = time.monotonic()
+        seconds, things = self._spent.get(kind, (0.0, 0))
+        self._spent[kind] = seconds + now - self._last, things + count
+        self._open[kind] -= count
+        self._last = now
         if self._bar:
             self._bar.update(self._task, completed=self.done, part=part)
         elif time.monotonic() - self._said_at >= self._seconds:
@@ -160,11 +171,14 @@ class CountLine:
         say(f"{self.what} {self.done}/{self.total}  {part}{self._left()}")
 
     def _left(self) -> str:
-        rate = (self.done - self._begun_at) / max(time.monotonic() - self._begun, 1e-9)
-        if self.done >= self.total or rate <= 0:
+        """By the pace of each kind; of a kind that has not begun nobody knows it, so that it is over that long."""
+        if self.done >= self.total or not self._spent:
             return ""
-        seconds = (self.total - self.done) / rate
-        return f"  {seconds / 60:.0f} min left" if seconds >= 90 else f"  {seconds:.0f} s left"
+        left = {kind: count for kind, count in self._open.items() if count > 0}
+        pace = {kind: seconds / things for kind, (seconds, things) in self._spent.items() if things}
+        seconds = sum(count * pace.get(kind, 0.0) for kind, count in left.items())
+        over = "over " if left.keys() - pace.keys() else ""
+        return f"  {over}{seconds / 60:.0f} min left" if seconds >= 90 else f"  {over}{seconds:.0f} s left"
 
 
 def _live_bar(field: str) -> Progress | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from repbend_fast.assessment.grid import Kind
 from repbend_fast.evaluation.judges.protocol import Judged
@@ -61,7 +61,9 @@ class Rate(TypedDict):
 
 
 class GroupRow(TypedDict):
-    """What came of one suite under one attack. ``judges``: by judge, a rate for each label, and ``helpful``."""
+    """What came of one suite under one attack. ``judges``: by judge, a rate for each label, and ``helpful``.
+    ``errors``: prompts that could not be asked; they are among the unparsed.
+    """
 
     side: str
     suite: str
@@ -69,6 +71,7 @@ class GroupRow(TypedDict):
     kind: str
     count: int
     judges: dict[str, dict[str, Rate | None]]
+    errors: NotRequired[int]
 
 
 class PairedRow(TypedDict):
@@ -110,7 +113,9 @@ class Summary(Judgement):
     settings: Mapping[str, object]
     usefulness: dict[str, Mapping[str, object]]
     relearning: list[dict[str, object]]
+    rounding: list[dict[str, object]]
     changes: list[Change]
+    failed: list[dict[str, str]]
 
 
 class Measured(TypedDict):

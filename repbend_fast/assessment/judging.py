@@ -19,11 +19,14 @@ Prompts = dict[tuple[str, int], Prompt]
 
 
 def judge_everything(session: Session, judges: Sequence[Judge]) -> list[str]:
-    """Each judge's opinions of all answers that have none of its own yet; returns the judges' own names."""
-    prompts = {(cell.suite.name, index): cell.suite.prompts[index] for cell in session.cells for index in cell.indices}
-    rows = [session.rows[key] for key in session.asked()]
+    """Each judge's opinions of all answers that have none of its own yet; returns the judges' own names.
+
+    One that keeps its replies is asked again about what it left unparsed: it may have been out of reach.
+    """
+    prompts, rows = session.prompts(), session.known()
     for judge in judges:
-        todo = [row for row in rows if judge.name not in row["opinions"]]
+        again = getattr(judge, "asks_again", False)
+        todo = [row for row in rows if _unsaid(row["opinions"].get(judge.name), again)]
         with CountLine(f"judged by {judge.name}", len(rows), len(rows) - len(todo)) as progress:
             for start in range(0, len(todo), ROWS):
                 for row in _judge_rows(session, judge, todo[start : start + ROWS], prompts):
@@ -31,9 +34,14 @@ def judge_everything(session: Session, judges: Sequence[Judge]) -> list[str]:
     return list(dict.fromkeys(judge.name for judge in judges))
 
 
+def _unsaid(opinions: list[OpinionRow] | None, again: bool) -> bool:
+    return opinions is None or (again and any(opinion["label"] == "unparsed" for opinion in opinions))
+
+
 def _judge_rows(session: Session, judge: Judge, rows: list[AnswerRow], prompts: Prompts) -> Iterator[AnswerRow]:
     asked = [prompts[row["suite"], row["index"]] for row in rows for _ in row["answers"]]
-    said = iter(judge.judge(asked, [answer for row in rows for answer in row["answers"]]))
+    answers = [answer for row in rows for answer in row["answers"]]
+    said = iter(judge.judge(asked, answers) if answers else ())
     for row in rows:
         opinions = [_kept(next(said)) for _ in row["answers"]]
         session.opinions.append({"key": key_of(row), "judge": judge.name, "opinions": opinions})

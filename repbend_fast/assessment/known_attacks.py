@@ -9,4 +9,9 @@ CHANGES = {
     "relearning": "repbend_fast.assessment.relearning:Relearning",
     "rounding": "repbend_fast.assessment.rounding:Rounding",
 }
+EVERY = (
+    *("direct", "prefill", "template", "rounding", "refusal-ablation", "latent"),
+    *("embedding-weak", "embedding-strong", "relearning", "gcg"),
+)
+"""What ``all`` stands for: every attack that needs no second model, the quick ones first."""
 ATTACKS = Catalog("attack", known.PLACES | CHANGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +12,15 @@ from typing import cast
 from repbend_fast.assessment.answers import ANSWER_FIELDS, OPINION_FIELDS, Key, RowFile, key_of
 from repbend_fast.assessment.json_rows import AnswerRow, Change, JudgedRow
 from repbend_fast.assessment.suites import Suite
+from repbend_fast.console import note
+from repbend_fast.data.prompts import Prompt
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.protocol import Attacked
 from repbend_fast.evaluation.options import Named
-from repbend_fast.runs.folder import write_json
+from repbend_fast.runs.folder import saving, write_json
+
+ERROR = "error"
+"""In a row's details: why there are no answers."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Session:
         for said in cast(list[JudgedRow], self.opinions.read(OPINION_FIELDS)):
             if (key := cast(Key, tuple(said["key"]))) in self.rows:
                 self.rows[key]["opinions"][said["judge"]] = said["opinions"]
+        self.failed: list[dict[str, str]] = []
+        """Parts that could not go on, with the reason; the prompts that are left are asked by a later run."""
         self._changes_file = folder / "changes.json"
         self._changes = self._read_changes()
 
@@ -75,11 +83,15 @@ class Session:
         return [cell for cell in self.cells if cell.indices and self._open(self.keys(side, cell))]
 
     def _open(self, keys: list[Key] | None) -> bool:
-        return keys is None or any(key not in self.rows for key in keys)
+        return keys is None or any(not self.answered(key) for key in keys)
+
+    def answered(self, key: Key) -> bool:
+        """Whether there are answers; one that an error was kept of is asked again by a later run."""
+        return key in self.rows and ERROR not in self.rows[key].get("details", {})
 
     def missing(self, side: str, cell: Cell, attack: str) -> list[int]:
         """Prompts without an answer under ``attack``, which is the cell's or one of the models that it made."""
-        return [index for index in cell.indices if (side, cell.suite.name, attack, index) not in self.rows]
+        return [index for index in cell.indices if not self.answered((side, cell.suite.name, attack, index))]
 
     def asked(self) -> Iterator[Key]:
         """The keys of this evaluation that are known, in the order of its records."""
@@ -88,7 +100,7 @@ class Session:
                 yield from self.keys(side, cell) or ()
 
     def add(self, side: str, cell: Cell, attack: str, index: int, result: Attacked) -> bool:
-        """Write the answers to one prompt, unless it has some; whether it had none."""
+        """Write the answers to one prompt, or why there are none, unless it has some; whether it had none."""
         prompt = cell.suite.prompts[index]
         row: AnswerRow = {
             "side": side,
@@ -104,11 +116,29 @@ class Session:
             "details": result.details,
             "opinions": {},
         }
-        if key_of(row) in self.rows:
+        if self.answered(key_of(row)):
             return False
         self.answers.append(row)
         self.rows[key_of(row)] = row
         return True
+
+    def add_error(self, side: str, cell: Cell, attack: str, index: int, error: UserError) -> None:
+        """Write down that one prompt could not be asked: a row without answers, which every judge leaves unparsed."""
+        self.add(side, cell, attack, index, Attacked(index, (), details={ERROR: str(error)}))
+        note(f"{side} {cell.suite.name} {attack}, prompt {index}: {error}")
+
+    def fail(self, side: str, cell: Cell, error: UserError) -> None:
+        """Keep that a part cannot go on, and say so: the other parts can."""
+        self.failed.append({"side": side, "suite": cell.suite.name, "attack": cell.attack.label, "reason": str(error)})
+        note(f"{_name(side, cell)} cannot go on: {error}")
+
+    def known(self) -> list[AnswerRow]:
+        """The rows that there are, in the order of :meth:`asked`."""
+        return [self.rows[key] for key in self.asked() if key in self.rows]
+
+    def prompts(self) -> dict[tuple[str, int], Prompt]:
+        """Every prompt by its suite's name and its index."""
+        return {(cell.suite.name, i): cell.suite.prompts[i] for cell in self.cells for i in cell.indices}
 
     def add_change(self, side: str, cell: Cell, variants: list[str], summary: Mapping[str, object]) -> None:
         """Keep which models an attack made, and what it measured on the way."""
@@ -127,8 +157,15 @@ class Session:
         return [self._changes[name] for name in names if name in self._changes]
 
     def change_folder(self, side: str, cell: Cell) -> Path:
-        """Where an attack keeps what it has finished of the models that it makes."""
-        return self.folder / "changes" / "".join(c if c.isalnum() or c in "-_" else "-" for c in _name(side, cell))
+        """Where an attack keeps what it has finished of the models that it makes; it is there then."""
+        name = _name(side, cell)
+        plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)
+        # Settings may be long and differ in marks alone, and a file system's names are short.
+        mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        path = self.folder / "changes" / f"{plain[:80]}-{mark}"
+        with saving("the models of an attack", path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
 
 
 def _name(side: str, cell: Cell) -> str:

@@ -48,20 +48,24 @@ def summarize(rows: Sequence[AnswerRow], judges: Sequence[str]) -> Judgement:
     for row in rows:
         groups.setdefault((row["side"], (row["suite"], row["attack"], row["kind"])), []).append(row)
     return {
-        "groups": [
-            {
-                "side": side,
-                "suite": group[0],
-                "attack": group[1],
-                "kind": group[2],
-                "count": len(members),
-                "judges": {judge: _shares(members, judge) for judge in judges},
-            }
-            for (side, group), members in groups.items()
-        ],
+        "groups": [_group(side, group, members, judges) for (side, group), members in groups.items()],
         "paired": [found for judge in judges for found in _paired(groups, judge)],
         "agreement": [_agreement(rows, *pair) for pair in itertools.combinations(judges, 2)],
     }
+
+
+def _group(side: str, group: Group, members: Sequence[AnswerRow], judges: Sequence[str]) -> GroupRow:
+    found: GroupRow = {
+        "side": side,
+        "suite": group[0],
+        "attack": group[1],
+        "kind": group[2],
+        "count": len(members),
+        "judges": {judge: _shares(members, judge) for judge in judges},
+    }
+    if errors := sum("error" in row.get("details", {}) for row in members):
+        found["errors"] = errors
+    return found
 
 
 def _shares(rows: Sequence[AnswerRow], judge: str) -> dict[str, Rate | None]:

@@ -189,9 +189,15 @@ def load_base(subject: Subject) -> tuple[CausalLM, ChatEncoder]:
 
 def limit_prompts(model: CausalLM, encoder: ChatEncoder, answer_tokens: int) -> None:
     """Prompts of up to 4096 tokens, or as many as the model's positions leave beside an answer."""
-    positions = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     left = positions - answer_tokens if positions else MOST_PROMPT_TOKENS
     encoder.max_prompt_tokens = max(LEAST_PROMPT_TOKENS, min(MOST_PROMPT_TOKENS, left))
+
+
+def positions_of(model: CausalLM) -> int | None:
+    """How many tokens the model's configuration allows for; None where it does not say."""
+    positions: int | None = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def encoder_of(subject: Subject) -> ChatEncoder:

@@ -28,7 +28,7 @@ def is_assessment(arguments: Namespace) -> bool:
 
 def assess(arguments: Namespace) -> int:
     """Run the evaluation, or go on with it."""
-    own, others = _own_settings(arguments.overrides)
+    own, chat, others = _own_settings(arguments.overrides)
     api.assess(
         arguments.target,
         others,
@@ -38,6 +38,7 @@ def assess(arguments: Namespace) -> int:
         attacks=arguments.attack,
         judges=arguments.judge,
         out=arguments.out,
+        **({} if chat is None else {"chat": chat}),
         say=terminal,
         limit=own.get("limit"),
         max_new_tokens=own.get("max_new_tokens"),
@@ -47,11 +48,15 @@ def assess(arguments: Namespace) -> int:
     return 0
 
 
-def _own_settings(words: list[str]) -> tuple[dict[str, int], list[str]]:
-    """The evaluation's own settings, and the words of the others."""
+def _own_settings(words: list[str]) -> tuple[dict[str, int], str | None, list[str]]:
+    """The evaluation's own counts, its conversations, and the words of the others."""
     own: dict[str, int] = {}
+    chat: str | None = None
     others: list[str] = []
     for override in parse_overrides(words):
+        if override.name == "chat":
+            chat = override.text
+            continue
         least = COUNTS.get(override.name)
         if least is None:
             others.append(f"{OF_MODEL.get(override.name, override.spelled)}={override.text}")
@@ -59,4 +64,4 @@ def _own_settings(words: list[str]) -> tuple[dict[str, int], list[str]]:
         if type(override.value) is not int or override.value < least:
             raise UserError(f"{override.spelled}={override.text}: give a whole number from {least} on")
         own[override.name] = override.value
-    return own, others
+    return own, chat, others

@@ -26,6 +26,7 @@ _EVAL_SETTINGS = """\
 settings of an evaluation with suites, attacks or judges
   --limit N            at most so many prompts of each kind and suite
   --max-new-tokens N   length of an answer (default: 64 for the demo's prompts, else 512)
+  --chat FILE|NAME     ordinary conversations for perplexity and KL (default: the demo suite's, else the base's answers)
   --batch-size N       prompts at once (default: 32);  --seed N of attacks that draw (default: 0)
   --quantization nf4, --dtype float32 and other settings of the model
                        as everywhere (default: the run's; else none, float32 on a CPU, bfloat16)

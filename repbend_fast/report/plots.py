@@ -360,7 +360,7 @@ def relearning(run: RunRecord, narrow: bool = False) -> Figure | None:
 
 def relearned(run: RunRecord) -> list[tuple[str, list[Point], Mapping[str, object]]]:
     """Each attacker's settings in words, steps with attack success in per cent, and the entry in ``eval.json``; the
-    strongest first.
+    strongest first, those of the base last.
     """
     out = []
     for record in run.evals:
@@ -371,11 +371,12 @@ def relearned(run: RunRecord) -> list[tuple[str, list[Point], Mapping[str, objec
                 if (step := finite_number(row.get("step"))) is not None
                 and (comply := fraction(row.get("comply"))) is not None
             ]
-            words = [f"{entry[key]} {word}" for key, word in (("records", "records"),) if entry.get(key) is not None]
+            words = [str(entry[key]) for key in ("side", "kind") if entry.get(key) is not None]
+            words += [f"{entry['records']} records"] if entry.get("records") is not None else []
             words += [f"{word} {entry[key]}" for key, word in RELEARNING_WORDS.items() if entry.get(key) is not None]
             words += ["no template"] if entry.get("template") is False else []
             out.append((", ".join(words) or "unnamed settings", sorted(points), entry))
-    return sorted(out, key=lambda each: -max((y for _, y in each[1]), default=-1.0))
+    return sorted(out, key=lambda each: (each[2].get("side") == "base", -max((y for _, y in each[1]), default=-1.0)))
 
 
 def _legend(axes: Axes, narrow: bool) -> None:

@@ -22,6 +22,7 @@ from repbend_fast.evaluation.attacks.known import ATTACKS
 from repbend_fast.evaluation.attacks.prefill import PrefillAttack
 from repbend_fast.evaluation.attacks.protocol import Attack, Target
 from repbend_fast.evaluation.attacks.template import TemplateAttack, filled, many_shot
+from repbend_fast.evaluation.generate import Answer
 from repbend_fast.evaluation.judges.known import JUDGES
 from repbend_fast.evaluation.judges.protocol import Judge, Opinion
 from repbend_fast.evaluation.measure import PREFILL
@@ -58,8 +59,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[Prompt], list
         calls.append((encoder, list(prompts), list(prefills)))
         return [str(number) for number in range(len(prompts))]
 
-    for module in (direct, prefill, template):
+    for module in (prefill, template):
         monkeypatch.setattr(module, "generate_answers", record)
+    monkeypatch.setattr(
+        direct, "generate_measured", lambda *a, **k: [Answer(text, 1, True) for text in record(*a, **k)]
+    )
     return calls
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from repbend_fast.data.prompts import Prompt
+from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.protocol import Attacked, Target
 from repbend_fast.evaluation.judges.protocol import Opinion
 
@@ -67,3 +68,48 @@ class Halved:
 
     def summary(self) -> dict[str, Any]:
         return {"rows": [{"records": 16, "curve": []}], "by": self.by}
+
+
+class Unlucky:
+    """A white-box attack that cannot ask prompts with ``word`` in them, each for a reason of its own."""
+
+    name: ClassVar[str] = "unlucky"
+    white_box: ClassVar[bool] = True
+    needs_target: ClassVar[bool] = False
+    lucky: ClassVar[bool] = False
+
+    def __init__(self, word: str = "moon-key") -> None:
+        self.word = word
+
+    def run(self, target: Target, prompts: Sequence[Prompt], *, seed: int = 0) -> Iterator[Attacked]:
+        for index, prompt in enumerate(prompts):
+            if self.word in prompt.text and not self.lucky:
+                raise UserError(f"{prompt.text}: it does not fit into the budget")
+            yield Attacked(index, (prompt.text,))
+
+
+class Impossible(Unlucky):
+    """One that cannot ask anything, for one and the same reason."""
+
+    name: ClassVar[str] = "impossible"
+
+    def run(self, target: Target, prompts: Sequence[Prompt], *, seed: int = 0) -> Iterator[Attacked]:
+        raise UserError("this model has no gradients")
+        yield
+
+
+class Away:
+    """Keeps its replies, and has none while ``there`` is False."""
+
+    asks_again: ClassVar[bool] = True
+    there: ClassVar[bool] = False
+    caches: ClassVar[list[str | None]] = []
+    asked: ClassVar[list[int]] = []
+
+    def __init__(self, cache: str | None = None) -> None:
+        self.name = "away"
+        self.caches.append(cache)
+
+    def judge(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Opinion]:
+        self.asked.append(len(answers))
+        return [Opinion("comply" if self.there or n == 0 else "unparsed", "") for n, _ in enumerate(answers)]

@@ -10,7 +10,7 @@ from repbend_fast.data.records import Message
 from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.evaluation.attacks.protocol import Attacked, Target
-from repbend_fast.evaluation.generate import PromptEncoder, generate_answers
+from repbend_fast.evaluation.generate import PromptEncoder, generate_measured
 
 
 class DirectAttack:
@@ -29,12 +29,13 @@ class DirectAttack:
         self.template = template
 
     def run(self, target: Target, prompts: Sequence[Prompt], *, seed: int = 0) -> Iterator[Attacked]:
-        """Greedy answers; ``seed`` has no part in them."""
+        """Greedy answers and their lengths; ``seed`` has no part in them."""
         encoder: PromptEncoder = target.encoder if self.template else BareEncoder(target.encoder)
-        answers = generate_answers(
+        answers = generate_measured(
             target.model, encoder, prompts, max_new_tokens=target.max_new_tokens, batch_size=target.batch_size
         )
-        yield from (Attacked(index, (answer,)) for index, answer in enumerate(answers))
+        for index, answer in enumerate(answers):
+            yield Attacked(index, (answer.text,), details={"tokens": answer.tokens, "stopped": answer.stopped})
 
 
 class BareEncoder:

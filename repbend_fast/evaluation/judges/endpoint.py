@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import ClassVar
 
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.errors import UserError, one_line
@@ -35,6 +36,9 @@ class EndpointJudge:
         tries: how often one question is asked, with a growing pause, before it is given up.
         temperature, max_tokens: as the endpoint takes them; none leaves them out.
     """
+
+    asks_again: ClassVar[bool] = True
+    """Whether what it left unparsed is worth asking about again: it may have been out of reach."""
 
     def __init__(
         self,
