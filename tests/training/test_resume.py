@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(
             }[damage]
         )
     assert tiny.resume().exit_code == 0
-    (note,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if " is damaged (" in line]
     assert note.startswith(f"note: {file.parent} is damaged ({name} ") or f"({name}: " in note
     assert note.endswith("; the one before it is used")
     assert reproducible(tiny.path) == reproducible(whole.path)
