@@ -25,7 +25,7 @@ from repbend_fast.nearby import holds_model, names_model, nearest
 from repbend_fast.objectives import build_objective
 from repbend_fast.runs.folder import RunFolder
 from repbend_fast.runs.token_ids import check_special_tokens
-from repbend_fast.training.checkpoint import adapter_from_checkpoint, load_adapter_weights
+from repbend_fast.training.checkpoint import load_checkpoint_adapter
 
 MOST_PROMPT_TOKENS = 4096
 LEAST_PROMPT_TOKENS = 64
@@ -106,7 +106,7 @@ def _of_checkpoint(path: Path, adapter: str | None, overrides: Overrides, overla
     def bend(model: CausalLM) -> CausalLM:
         objective = build_objective(config.objective, find_decoder(model).num_blocks, config.training.steps)
         bent = attach_lora(model, config.lora, (objective.last_state,))
-        load_adapter_weights(bent, adapter_from_checkpoint(path))
+        load_checkpoint_adapter(path, bent)
         return bent.requires_grad_(False).eval()
 
     return Subject(str(path), config, run.path / f"eval-{path.name}", str(path), bend)
@@ -222,14 +222,14 @@ def tokenizer_record(model: CausalLM, encoder: ChatEncoder) -> dict[str, object]
 def fingerprint(source: str) -> str | None:
     """SHA-256 of an adapter's or a checkpoint's weights; None of a hub name."""
     folder = Path(source).expanduser()
-    for name in ("adapter_model.safetensors", "state.pt"):
-        if (folder / name).is_file():
-            try:
-                with open(folder / name, "rb") as file:
-                    return hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise UserError(f"{folder / name}: cannot be read ({one_line(error)})") from error
-    return None
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return None
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)})") from error
 
 
 def free_memory_of(device: torch.device) -> None:

@@ -253,10 +253,10 @@ class PairwiseCosine(Term):
         return tuple((p, p + 1) for p in self.positions)
 
     @property
-    def parts(self) -> tuple[Any, ...]:
+    def parts(self) -> tuple[()]:
         return ()
 
-    def with_parts(self, parts: tuple[Any, ...]) -> PairwiseCosine:
+    def with_parts(self, parts: tuple[object, ...]) -> PairwiseCosine:
         return self
 
     def moved(self, shift: int, top: int) -> tuple[PairwiseCosine, int]:
@@ -320,10 +320,10 @@ class Triplets(Term):
         return self.safe, self.unsafe
 
     @property
-    def parts(self) -> tuple[Any, ...]:
+    def parts(self) -> tuple[Triplet, Triplet]:
         return self.halves
 
-    def with_parts(self, parts: tuple[Any, ...]) -> Triplets:
+    def with_parts(self, parts: tuple[Triplet, Triplet]) -> Triplets:
         return replace(self, safe=parts[0], unsafe=parts[1])
 
     @property

@@ -147,6 +147,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            flush_names(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -174,13 +175,17 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     with saving(path.name, path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
+            first = not path.parent.exists()
             temporary.mkdir(parents=True)
             fill(temporary)
-            _flush(temporary)
+            flush(temporary)
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():
                 os.replace(path, old)
             os.replace(temporary, path)
+            flush_names(path.parent)
+            if first:
+                flush_names(path.parent.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             if old.exists() and not path.exists():
@@ -189,7 +194,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             raise
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     """Have the files on the disk before their folder gets its name: a power cut must not leave a named, empty
     checkpoint.
     """
@@ -197,11 +202,36 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+        else:
+            flush_names(path)
+    flush_names(folder)
+
+
+def flush_names(folder: Path) -> None:
+    """Have the names in a folder on the disk: a renaming is only safe with them."""
+    if os.name == "nt":
+        return  # which opens no folders
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that flushes no folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(run: RunFolder) -> None:
-    """Delete what a killed run was writing: half-written checkpoints can be as large as whole ones."""
+    """Delete what a killed run was writing: half-written checkpoints can be as large as whole ones.
+
+    A folder that was moved aside for a new one that never came gets its name back.
+    """
     for folder in (run.path, run.checkpoints):
+        for path in folder.glob(".*.old"):
+            if (named := path.with_name(path.name[1 : -len(".old")])).exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.replace(path, named)
         for path in folder.glob(".*.tmp"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,12 +1,12 @@
 """Resumable checkpoints: adapter, optimizer, schedule, data position, random state and the guard's memory.
 
-Tensors are read back with ``weights_only``; nothing in a checkpoint is executed.
+A checkpoint is the adapter in PEFT format, ``state.safetensors``, ``state.json`` and, written last, ``manifest.json``
+with size and SHA-256 of each. Nothing in it is executed when it is read.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from repbend_fast.config import Config
@@ -22,6 +24,17 @@ from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import ADAPTER
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.runs.folder import RunFolder, write_folder
+from repbend_fast.runs.stored import (
+    Damaged,
+    Stored,
+    apart,
+    checked_manifest,
+    read_plain,
+    together,
+    write_manifest,
+    write_plain,
+    write_tensors,
+)
 
 FORMAT = 1
 
@@ -91,7 +104,7 @@ class TrainingState(SavedState):
     best: dict[str, Tensor] | None
 
     def tensors(self) -> dict[str, object]:
-        """The content of ``state.pt`` besides the adapter and the random state."""
+        """What ``state.safetensors`` holds besides the random state."""
         return {name: getattr(self, name) for name in IN_TENSORS}
 
     @classmethod
@@ -129,27 +142,39 @@ def save_adapter(model: CausalLM, path: Path, weights: dict[str, Tensor] | None 
     if weights is not None:
         load_adapter_weights(model, weights)
     try:
-        write_folder(
-            path,
-            lambda folder: model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False),
-        )
+        write_folder(path, lambda folder: _write_adapter(model, folder))
     finally:
         if current is not None:
             load_adapter_weights(model, current)
 
 
+def _write_adapter(model: CausalLM, folder: Path) -> None:
+    model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False)
+
+
+def _write_state(state: TrainingState, folder: Path) -> dict[str, Stored]:
+    tensors: dict[str, Tensor] = {}
+    values = {name: apart(each, tensors, name) for name, each in (state.tensors() | {"random": random_state()}).items()}
+    return {
+        "state.safetensors": write_tensors(folder / "state.safetensors", tensors),
+        "state.json": write_plain(folder / "state.json", state.as_json() | {"values": values}),
+    }
+
+
 def save_checkpoint(run: RunFolder, state: TrainingState, model: CausalLM, keep: int) -> Path:
-    """Write ``checkpoints/step-NNNNNN`` atomically, then drop all but the ``keep`` newest."""
+    """Write ``checkpoints/step-NNNNNN`` atomically, then drop the oldest of more than ``keep``, never the one just
+    written.
+    """
     path = run.checkpoint(state.step)
 
     def fill(folder: Path) -> None:
-        # Through Python's file, a full disk is an OSError; torch's own writer hides the reason.
-        with open(folder / "state.pt", "wb") as file:
-            torch.save(state.tensors() | {"adapter": adapter_weights(model), "random": random_state()}, file)
-        (folder / "state.json").write_text(json.dumps(state.as_json()), encoding="utf-8")
+        _write_adapter(model, folder)
+        known = _write_state(state, folder)
+        write_manifest(folder, known, made_on(next(model.parameters()).device))
 
     write_folder(path, fill)
-    for old in run.all_checkpoints()[:-keep]:
+    others = [other for other in run.all_checkpoints() if other != path]
+    for old in others[: max(0, len(others) - keep + 1)]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -187,7 +212,7 @@ def read_state(path: Path, config: Config) -> SavedState:
         UserError: not a checkpoint, damaged, of another format, or written with other settings.
     """
     with _reading(path):
-        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        plain = read_plain(path / "state.json")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise UserError(
             f"{path}: written by another version of repbend-fast (format {FORMAT} is read); start a new run in another "
@@ -216,25 +241,84 @@ def load_checkpoint(path: Path, config: Config, model: CausalLM) -> TrainingStat
     """
     saved = read_state(path, config)
     with _reading(path):
-        tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not {"adapter", "random", *IN_TENSORS} <= tensors.keys():
-        raise UserError(_damaged(path, "state.pt is incomplete"))
-    load_adapter_weights(model, tensors.pop("adapter"))
-    set_random_state(tensors.pop("random"))
-    return TrainingState.of(saved, tensors)
+        tensors = load_file(path / "state.safetensors")
+        values = {name: together(each, tensors) for name, each in read_plain(path / "state.json")["values"].items()}
+    if not {"random", *IN_TENSORS} <= values.keys():
+        raise UserError(_damaged(path, "state.json is incomplete"))
+    load_adapter_weights(model, _adapter_in(path, model))
+    set_random_state(values.pop("random"))
+    return TrainingState.of(saved, values)
 
 
-def adapter_from_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The adapter alone, by parameter name.
+def load_checkpoint_adapter(path: Path, model: CausalLM) -> None:
+    """Put the adapter alone into ``model``.
 
     Raises:
-        UserError: not a checkpoint, or a damaged one.
+        UserError: not a checkpoint, a damaged one, or the adapter is of another shape.
     """
     with _reading(path):
-        tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not isinstance(tensors.get("adapter"), dict):
-        raise UserError(_damaged(path, "state.pt is incomplete"))
-    return tensors["adapter"]
+        checked_manifest(path)
+    load_adapter_weights(model, _adapter_in(path, model))
+
+
+def _adapter_in(path: Path, model: CausalLM) -> dict[str, Tensor]:
+    """By parameter name; PEFT leaves the adapter's own name out of its files."""
+    with _reading(path):
+        found = load_file(path / "adapter_model.safetensors")
+    names = {name.replace(f".{ADAPTER}", ""): name for name, p in model.named_parameters() if p.requires_grad}
+    return {names.get(name, name): weight for name, weight in found.items()}
+
+
+def intact_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and a note for each newer one that is not.
+
+    Raises:
+        UserError: there are checkpoints and none is intact, or the newest is of another version.
+    """
+    damage: list[tuple[Path, Damaged]] = []
+    for path in reversed(run.all_checkpoints()):
+        try:
+            checked_manifest(path)
+        except Damaged as error:
+            damage.append((path, error))
+        else:
+            return path, [f"note: {bad} is damaged ({why}); the one before it is used" for bad, why in damage]
+    if damage:
+        found = "; ".join(f"{bad.name}: {why}" for bad, why in damage)
+        raise UserError(
+            f"{run.checkpoints}: no checkpoint is intact ({found}); train again without --resume, which keeps this "
+            "folder under another name"
+        )
+    return None, []
+
+
+def set_aside_newer(run: RunFolder, checkpoint: Path) -> None:
+    """Rename the damaged checkpoints after the one that the run goes on from, so that none counts as the newest."""
+    found = run.all_checkpoints()
+    for path in found[found.index(checkpoint) + 1 :]:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+
+
+def made_on(device: torch.device) -> dict[str, object]:
+    """What a run's numbers depend on besides its settings."""
+    return {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def moved_note(path: Path, device: torch.device) -> str | None:
+    """Where a checkpoint comes from, if from elsewhere."""
+    found = checked_manifest(path).get("made_on")
+    before = found if isinstance(found, dict) else {}
+    changed = [
+        f"{key} {before[key]} there, {here} here"
+        for key, here in made_on(device).items()
+        if before.get(key, here) != here
+    ]
+    if not changed:
+        return None
+    there = "; ".join(changed)
+    return f"note: the checkpoint is from elsewhere ({there}); the run goes on, and may differ in the last bits"
 
 
 @contextmanager
@@ -245,7 +329,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(_damaged(path, f"no {Path(error.filename).name}")) from error
     except PermissionError as error:
         raise UserError(f"{path}: the checkpoint cannot be read ({error.strerror}); make its files readable") from error
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, Damaged) as error:
         raise UserError(_damaged(path, one_line(error))) from error
 
 

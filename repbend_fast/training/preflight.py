@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repbend_fast.config import Config
+from repbend_fast.console import say
 from repbend_fast.data.prompts import Prompt, load_prompts
 from repbend_fast.errors import UserError
 from repbend_fast.models import find_decoder, load_tokenizer
@@ -18,7 +19,7 @@ from repbend_fast.planning.batches import limits_of_sets
 from repbend_fast.planning.planner import Plan, plan_of
 from repbend_fast.runs.folder import RunFolder, check_folder
 from repbend_fast.runs.prepare import RunData, prepare_data
-from repbend_fast.training.checkpoint import read_state
+from repbend_fast.training.checkpoint import intact_checkpoint, read_state
 from repbend_fast.training.optimizer import check_optimizer
 
 
@@ -40,7 +41,9 @@ def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
     Raises:
         UserError: the first thing to mend.
     """
-    checkpoint = run.latest_checkpoint() if resume else None
+    checkpoint, damaged = intact_checkpoint(run) if resume else (None, [])
+    for note in damaged:
+        say(note)
     state = None
     if not resume:
         check_folder(run)

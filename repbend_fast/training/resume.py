@@ -12,7 +12,14 @@ from repbend_fast.evaluation.sides import drop_stale
 from repbend_fast.runs.folder import remove_leftovers, write_text
 from repbend_fast.runs.metrics import MetricsLog
 from repbend_fast.step.levers import Levers
-from repbend_fast.training.checkpoint import YARDSTICK, TrainingState, fixed_settings, load_checkpoint
+from repbend_fast.training.checkpoint import (
+    YARDSTICK,
+    TrainingState,
+    fixed_settings,
+    load_checkpoint,
+    moved_note,
+    set_aside_newer,
+)
 from repbend_fast.training.optimizer import load_moments
 
 if TYPE_CHECKING:
@@ -77,6 +84,9 @@ def resume_training(trainer: Trainer, checkpoint: Path) -> None:
     # What ran out of memory once would do so again, unless the levers were set anew.
     if state.first_levers == trainer.first_levers.as_dict():
         trainer.runner.levers = Levers(**state.last_levers)
+    if note := moved_note(checkpoint, trainer.runner.device):
+        say(note)
+    set_aside_newer(trainer.run, checkpoint)
     remove_leftovers(trainer.run)
     drop_stale(trainer.run, trainer.config)
     # Settings given with --resume belong to the run from here on, also when it is resumed again.

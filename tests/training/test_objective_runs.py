@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_run import TinyRun, reproducible, rows, same_tensors, write_model
 
 from repbend_fast.errors import UserError
@@ -47,7 +48,7 @@ def with_objective(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch):
 
 def last_adapter(run: TinyRun) -> dict[str, torch.Tensor]:
     """The adapter of the last checkpoint; the kept one may be the untrained one of the start."""
-    return torch.load(run.path / "checkpoints" / "step-000004" / "state.pt", weights_only=True)["adapter"]
+    return load_file(run.path / "checkpoints" / "step-000004" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_run import TinyRun, adapter_of, records, reproducible, rows, same_tensors, write_records
 
 from repbend_fast.errors import UserError
@@ -68,7 +69,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def last_adapter(run: TinyRun) -> dict[str, torch.Tensor]:
-    return torch.load(run.path / "checkpoints" / "step-000004" / "state.pt", weights_only=True)["adapter"]
+    return load_file(run.path / "checkpoints" / "step-000004" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -24,6 +24,7 @@ from repbend_fast.cli import main
 from repbend_fast.errors import UserError
 from repbend_fast.runs.folder import RunFolder, start_folder, write_folder, write_json, write_text
 from repbend_fast.runs.metrics import MetricsLog
+from repbend_fast.runs.stored import checked_manifest
 from repbend_fast.training.checkpoint import adapter_weights
 
 Limit = Callable[[str], None]
@@ -59,7 +60,12 @@ def disk_full_at(monkeypatch: pytest.MonkeyPatch) -> Limit:
 
 
 @pytest.mark.parametrize(
-    ("name", "saved"), [("state.pt", "step-000006"), ("adapter_model", "adapter"), ("metrics.jsonl", "metrics.jsonl")]
+    ("name", "saved"),
+    [
+        ("state.safetensors", "step-000006"),
+        (".adapter.tmp/adapter_model", "adapter"),
+        ("metrics.jsonl", "metrics.jsonl"),
+    ],
 )
 def test_a_full_disk_is_one_line_and_leaves_what_was_saved(
     name: str,
@@ -78,9 +84,9 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_saved(
     assert error.count("\n") == 1
     assert not list(tiny.path.rglob(".*"))
     for checkpoint in RunFolder(tiny.path).all_checkpoints():
-        torch.load(checkpoint / "state.pt", weights_only=True)
+        checked_manifest(checkpoint)
     monkeypatch.undo()
-    if name == "state.pt":
+    if name == "state.safetensors":
         assert [p.name for p in RunFolder(tiny.path).all_checkpoints()] == ["step-000002", "step-000004"]
     if name != "metrics.jsonl":
         assert load_file(tiny.path / "adapter" / "adapter_model.safetensors")
