@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 
 from repbend_fast.report.plots import COLORS, INK, LINE, MUTED, OUTCOME_COLORS, PAPER
 
-_SETTINGS: dict[Any, Any] = {
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+_SETTINGS: dict[RcKeyType, object] = {
     "svg.fonttype": "none",  # letters stay text, to be selected and searched
     "text.parse_math": False,  # names of runs and attacks may hold a dollar sign
     "grid.color": LINE,

@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 from urllib.parse import urlsplit
 
 from repbend_fast.console import note, say
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.decoder import causal_model
-from repbend_fast.serving.engine import Answer, Busy, Engine, Sampling
+from repbend_fast.serving.engine import MOST_WAITING, PATIENCE, Answer, Busy, Engine, Sampling
 from repbend_fast.serving.loaded import Sides
 from repbend_fast.serving.wire import (
     DEFAULT_TOKENS,
@@ -67,10 +66,19 @@ class EndpointServer(ThreadingHTTPServer):
 
     daemon_threads = True  # an open connection does not hold the end up
 
-    def __init__(self, sides: Sides, host: str, port: int, *, allow_remote: bool = False, **limits: Any) -> None:
+    def __init__(
+        self,
+        sides: Sides,
+        host: str,
+        port: int,
+        *,
+        allow_remote: bool = False,
+        most_waiting: int = MOST_WAITING,
+        patience: float = PATIENCE,
+    ) -> None:
         check_address(host, port, allow_remote)
         self.sides = sides
-        self.engine = Engine(sides, **limits)
+        self.engine = Engine(sides, most_waiting=most_waiting, patience=patience)
         self.only_local = not allow_remote
         self.host_name = host.lower()
         # A fast tokenizer's encoding is not made for several threads.
