@@ -62,17 +62,19 @@ def hardware_name() -> str:
     return f"{found[1] if found else platform.processor() or platform.machine()} x{os.cpu_count()}"
 
 
-def commit() -> str:
-    """The checkout's commit; without git or a checkout of our own, ``COMMIT`` of the environment, else ``unknown``.
+def commit(checkout: Path | None = None) -> str:
+    """The commit of ``checkout``, by default our own; where there is none, or no git, ``COMMIT`` of the environment,
+    else ``unknown``.
 
     An installed package may lie inside the repository of another project, whose commit says nothing about it.
     """
     command = ["git", "rev-parse", "--show-toplevel", "--short", "HEAD"]
+    where = (checkout or CHECKOUT).resolve()
     try:
-        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.splitlines()
+        found = subprocess.run(command, cwd=where, capture_output=True, text=True).stdout.splitlines()
     except OSError:
         found = []
-    if len(found) == 2 and Path(found[0]).resolve() == CHECKOUT:
+    if len(found) == 2 and Path(found[0]).resolve() == where:
         return found[1]
     return os.environ.get("COMMIT") or "unknown"
 

@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             blocks.append(cast(Numbered, {"round": number, **block}))
             print(number, block["levers"], block["side"], *(f"{s:.3f}" for s in block["cpu"]), flush=True)
     compared(blocks)
-    from repbend_fast.environment import environment
+    from repbend_fast.environment import commit, environment
 
     found = {
         levers: summary([b for b in blocks if b["levers"] == levers])
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     head = {
         **environment(),
-        "old_commit": _commit(options.old),
+        "old_commit": commit(options.old),
         "threads": 1,
         "model": SHAPE,
         "window": WINDOW,
@@ -234,11 +234,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.write_text(text.replace('"blocks": []', f'"blocks": [\n{lines}\n ]') + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
     return int(any(cast(float, each["cpu_ratio"]) > BAR for each in found.values()))
-
-
-def _commit(tree: Path) -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ forward with its decoder standing aside, so a soft-cap, a scale or an adapted he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder, run_decoder
+from repbend_fast.models.layers.switches import standing_aside
 
 CHUNK_LOGITS = 1 << 24
 """Logits at once: 64 MB of float32, as against the gigabytes of all layers and tokens."""
@@ -73,7 +71,7 @@ def _read(model: CausalLM, body: nn.Module, rows: Tensor) -> tuple[Tensor, Tenso
     size = max(1, CHUNK_LOGITS // vocabulary)
     found: list[tuple[Tensor, ...]] = []
     for chunk in rows.split(size):
-        with _standing_aside(body, chunk[None]):
+        with standing_aside(body, chunk[None]):
             logits = causal(inputs_embeds=chunk[None], use_cache=False).logits[0]
         scores = logits.float().log_softmax(-1)
         best, index = scores.max(-1)
@@ -82,19 +80,6 @@ def _read(model: CausalLM, body: nn.Module, rows: Tensor) -> tuple[Tensor, Tenso
         found.append((index.cpu(), best.exp().cpu(), entropy.cpu()))
     tops, probabilities, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
     return tops, probabilities, entropies
-
-
-@contextmanager
-def _standing_aside(body: nn.Module, states: Tensor) -> Iterator[None]:
-    """While entered, the decoder computes nothing and gives ``states`` [B, T, D] as its result."""
-    earlier = body.__dict__.get("forward")
-    body.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=states)
-    try:
-        yield
-    finally:
-        del body.forward
-        if earlier is not None:
-            body.forward = earlier
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,11 @@ BUILDERS = {
     ("planning/shapes.py", "shape_model"),
     ("planning/shapes.py", "_nf4_layers"),
     ("planning/shapes.py", "_make_fake"),
+    ("models/load.py", "load_sequence_classifier"),
+    ("models/merge.py", "put_adapter"),
     ("evaluation/sides.py", "_adapted"),
+    ("assessment/target.py", "bend"),
+    ("serving/loaded.py", "load_sides"),
     ("verify/parity.py", "_load"),
 }
 """Loading, quantising, merging and attaching: the model that surgery finds."""
