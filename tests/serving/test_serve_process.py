@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from interruptible import take_interrupts
 from tiny_run import TinyRun
 
 from repbend_fast.cli import main
@@ -19,7 +20,12 @@ from repbend_fast.cli import main
 def test_ctrl_c_ends_an_answer_and_the_server(whole: TinyRun) -> None:
     command = [sys.executable, "-m", "repbend_fast.cli", "serve", str(whole.path), "--port", "0"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=take_interrupts,
     ) as process:
         try:
             assert process.stdout is not None

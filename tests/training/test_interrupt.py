@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from interruptible import take_interrupts
 from tiny_run import TinyRun, adapter_of, reproducible, rows, same_tensors
 
 from repbend_fast.cli import main
@@ -43,15 +44,8 @@ def start(*argv: str, seconds: float = 0.5, code: str | None = None) -> subproce
         text=True,
         env=environment,
         process_group=0,
-        preexec_fn=_take_interrupts,
+        preexec_fn=take_interrupts,
     )
-
-
-def _take_interrupts() -> None:
-    """A test run in the background of a shell inherits an ignored SIGINT, which Python then never turns into
-    KeyboardInterrupt.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
