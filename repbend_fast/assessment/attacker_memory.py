@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from repbend_fast.errors import UserError
+from repbend_fast.evaluation.attacks.room import Widths
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.step.levers import EVERY_STREAM, Levers
@@ -28,19 +29,14 @@ class TrainingCost:
 
     @classmethod
     def of(cls, model: CausalLM, rank: int) -> TrainingCost:
-        """From the model's configuration. A mixture of experts counts as one MLP of the width that a token meets."""
-        shape = causal_model(model).config.get_text_config()
-        heads = shape.num_attention_heads
-        hidden = max(shape.hidden_size, heads * (getattr(shape, "head_dim", None) or 0))
-        experts = getattr(shape, "num_experts_per_tok", None) or 1
-        inner = max(getattr(shape, "intermediate_size", 0), experts * getattr(shape, "moe_intermediate_size", 0))
-        size = max(4, causal_model(model).get_input_embeddings().weight.element_size())
-        keeps_scores = getattr(shape, "_attn_implementation", None) not in ("sdpa", "flash_attention_2")
+        """From the model's configuration."""
+        causal, widths = causal_model(model), Widths.of(model)
+        size = max(4, causal.get_input_embeddings().weight.element_size())
         return cls(
-            row=(10 * hidden + 4 * inner + 8 * rank) * size,
-            state=hidden * size,
-            squares=(1 + 3 * heads * keeps_scores) * size,
-            logits=3 * shape.vocab_size * size,
+            row=(10 * widths.hidden + 4 * widths.inner + 8 * rank) * size,
+            state=widths.hidden * size,
+            squares=(1 + 3 * widths.heads * widths.scores) * size,
+            logits=3 * causal.config.get_text_config().vocab_size * size,
             blocks=find_decoder(model).num_blocks,
         )
 

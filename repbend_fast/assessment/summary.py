@@ -19,9 +19,9 @@ from repbend_fast.assessment.json_rows import (
     PairedRow,
     Rate,
 )
-from repbend_fast.assessment.statistics import mcnemar, wilson
 from repbend_fast.evaluation.judges import agreement
 from repbend_fast.evaluation.judges.protocol import JUDGED, Judged, Opinion
+from repbend_fast.evaluation.statistics import mcnemar, wilson
 
 FORMAT = 1
 SIDES = ("base", "bent")

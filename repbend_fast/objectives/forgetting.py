@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 from repbend_fast.data.records import Batch, Sequence
@@ -16,7 +17,7 @@ from repbend_fast.objectives.terms import Term
 C = TypeVar("C", bound=MethodConfig)
 
 
-class Forgetting(Generic[C]):
+class Forgetting(ABC, Generic[C]):
     """Every pass ends at the head. The weights are constant, and nothing is drawn."""
 
     uses_head = True
@@ -40,9 +41,9 @@ class Forgetting(Generic[C]):
         bent = mean_distance("forget", forget_sequences(batch), layers)
         return Probes(bent, mean_distance("retain", batch.retain, layers))
 
+    @abstractmethod
     def forget(self, sequences: tuple[Sequence, ...]) -> Term:
         """The term over the answers of ``sequences``."""
-        raise NotImplementedError
 
     def retain(self, sequences: tuple[Sequence, ...]) -> tuple[Term, ...]:
         """The terms over what is to stay: its NLL, weighted by ``retain_nll``."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS
+from repbend_fast.evaluation.statistics import wilson
 from repbend_fast.report.eval_record import SIDES
 from repbend_fast.report.run_record import Row, RunRecord
 from repbend_fast.report.stored_values import fraction, mapping_of, rows_of, whole
@@ -20,8 +20,6 @@ GROUP_OF = {
 }
 RULE = "rule"
 EVALUATION = "evaluation.json"
-Z = 1.959964
-"""Of a 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +57,9 @@ class Division:
         return sum(self.shares[name].rate for name in outcomes if name in self.shares)
 
 
-def wilson(count: float, total: int) -> tuple[float, float] | None:
-    """The 95 % Wilson interval of ``count`` out of ``total``, None of none."""
-    if total <= 0:
-        return None
-    rate, spread = count / total, Z * Z / total
-    middle = (rate + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(rate * (1 - rate) / total + spread / (4 * total)) / (1 + spread)
-    # Rounding must not leave an end beside a rate of exactly none or all.
-    return min(rate, max(0.0, middle - half)), max(rate, min(1.0, middle + half))
+def interval_of(rate: float, count: int | None) -> tuple[float, float] | None:
+    """The interval of a stored rate; None where nothing was counted."""
+    return wilson(rate * count, count) if count and count > 0 else None
 
 
 def outcomes(result: Row, group: str) -> dict[str, float]:
@@ -95,7 +87,7 @@ def divisions(run: RunRecord) -> list[Division]:
         for side, result in zip(SIDES, (run.before, run.after), strict=True):
             found = outcomes(result, group)
             count = whole(mapping_of(result.get("counts")).get(group))
-            shares = {name: Share(rate, wilson(rate * count, count) if count else None) for name, rate in found.items()}
+            shares = {name: Share(rate, interval_of(rate, count)) for name, rate in found.items()}
             if shares:
                 out.append(Division(EVALUATION, suite, attack, kind, RULE, side, count, shares))
     for record in run.evals:
@@ -129,7 +121,7 @@ def _shares(labels: Mapping[str, object], kind: str, count: int | None) -> dict[
         out = {"answered": comply}
     else:
         rest = max(0.0, comply.rate - helpful.rate)
-        out = {"helpful": helpful, "answered, not helpful": Share(rest, wilson(rest * count, count) if count else None)}
+        out = {"helpful": helpful, "answered, not helpful": Share(rest, interval_of(rest, count))}
     for outcome, label in (("refused", "refuse"), ("degenerate", "degenerate"), ("unparsed", "unparsed")):
         share = _share(labels.get(label), count)
         if share is not None:
@@ -145,5 +137,5 @@ def _share(stored: object, count: int | None) -> Share | None:
         return None
     low, high = map(fraction, ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
     if low is None or high is None:
-        return Share(rate, wilson(rate * count, count) if count else None)
+        return Share(rate, interval_of(rate, count))
     return Share(rate, (min(low, rate), max(high, rate)))

@@ -11,12 +11,13 @@ import pytest
 from eval_folders import SHARES, answer, summary, write_eval
 from test_report import checked, event, sample, side, step_row, write_run
 
+from repbend_fast.evaluation.statistics import wilson
 from repbend_fast.report import page_sections, pictures, write_report
 from repbend_fast.report.bars import bar, columns_of
 from repbend_fast.report.plots import FIGURES, costs, spread
 from repbend_fast.report.run_record import read_run
 from repbend_fast.report.samples import MOST_SAMPLES, sample_groups
-from repbend_fast.report.shares import EVALUATION, divisions, wilson
+from repbend_fast.report.shares import EVALUATION, divisions, interval_of
 from repbend_fast.report.verdict import verdict
 
 
@@ -37,7 +38,7 @@ def plain(html: str) -> str:
 )
 def test_wilson_intervals(count: int, total: int, low: float, high: float):
     assert wilson(count, total) == pytest.approx((low, high), abs=1e-4)
-    assert wilson(0, 0) is None
+    assert interval_of(0, 0) is None
 
 
 def test_every_share_of_every_side_attack_and_judge_is_there(run: Path):

@@ -21,6 +21,36 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Widths:
+    """What an estimate reads of a model. ``hidden``: the widest of the stream and of all heads; ``inner``: of the MLP,
+    where a mixture of experts counts as one of the width that a token meets; ``cached``: of a position's keys and
+    values; ``scores``: whether attention keeps its scores.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    cached: int
+    scores: bool
+
+    @classmethod
+    def of(cls, model: CausalLM) -> Widths:
+        """From the model's configuration."""
+        shape = causal_model(model).config.get_text_config()
+        heads = shape.num_attention_heads
+        width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+        groups = getattr(shape, "num_key_value_heads", None) or heads
+        experts = getattr(shape, "num_experts_per_tok", None) or 1
+        return cls(
+            hidden=max(shape.hidden_size, heads * width),
+            inner=max(getattr(shape, "intermediate_size", 0), experts * getattr(shape, "moe_intermediate_size", 0)),
+            heads=heads,
+            cached=2 * groups * width,
+            scores=getattr(shape, "_attn_implementation", None) not in ("sdpa", "flash_attention_2"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PassCost:
     """Bytes of one sequence in a pass of a model.
 
@@ -28,34 +58,20 @@ class PassCost:
     them.
     """
 
-    hidden: int
-    inner: int
-    heads: int
+    widths: Widths
     blocks: int
     vocabulary: int
-    cached_width: int
     element: int
-    scores: bool
 
     @classmethod
     def of(cls, model: CausalLM) -> PassCost:
-        """From the model's configuration. A mixture of experts counts as one MLP of the width that a token meets."""
-        shape = causal_model(model).config.get_text_config()
-        heads = shape.num_attention_heads
-        width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-        groups = getattr(shape, "num_key_value_heads", None) or heads
-        experts = getattr(shape, "num_experts_per_tok", None) or 1
-        inner = max(getattr(shape, "intermediate_size", 0), experts * getattr(shape, "moe_intermediate_size", 0))
-        embedding = causal_model(model).get_input_embeddings().weight
+        """From the model's configuration."""
+        causal = causal_model(model)
         return cls(
-            hidden=max(shape.hidden_size, heads * width),
-            inner=inner,
-            heads=heads,
+            widths=Widths.of(model),
             blocks=find_decoder(model).num_blocks,
-            vocabulary=shape.vocab_size,
-            cached_width=2 * groups * width,
-            element=embedding.element_size(),
-            scores=getattr(shape, "_attn_implementation", None) not in ("sdpa", "flash_attention_2"),
+            vocabulary=causal.config.get_text_config().vocab_size,
+            element=causal.get_input_embeddings().weight.element_size(),
         )
 
     def forward(self, tokens: int, kept: int, earlier: int = 0) -> int:
@@ -65,12 +81,12 @@ class PassCost:
     def backward(self, tokens: int, kept: int, earlier: int = 0, *, recompute: bool = False) -> int:
         """Bytes with a graph: every block's insides, or with ``recompute`` one block's and all blocks' inputs."""
         block = self._block(tokens, earlier, graph=True)
-        inside = self.blocks * tokens * self.hidden * self._size if recompute else (self.blocks - 1) * block
+        inside = self.blocks * tokens * self.widths.hidden * self._size if recompute else (self.blocks - 1) * block
         return inside + 2 * block + self._head(kept) + (0 if recompute else self.cache(tokens + earlier))
 
     def cache(self, tokens: int) -> int:
         """Bytes of keys and values, twice while they grow in one block after the other."""
-        return 2 * self.blocks * tokens * self.cached_width * self._size
+        return 2 * self.blocks * tokens * self.widths.cached * self._size
 
     def generation(self, prompt: int, new: int) -> int:
         """Bytes of one answer of ``new`` tokens."""
@@ -83,8 +99,9 @@ class PassCost:
 
     def _block(self, tokens: int, earlier: int, *, graph: bool = False) -> int:
         """Bytes at a block's fullest, or of all that it keeps for a graph; a mask in any case."""
-        rows = tokens * (14 * self.hidden + 4 * self.inner if graph else 6 * self.hidden + 3 * self.inner)
-        squares = 1 + (3 * self.heads if self.scores else 0)
+        hidden, inner = self.widths.hidden, self.widths.inner
+        rows = tokens * (14 * hidden + 4 * inner if graph else 6 * hidden + 3 * inner)
+        squares = 1 + (3 * self.widths.heads if self.widths.scores else 0)
         return (rows + squares * tokens * (tokens + earlier)) * self._size
 
     def _head(self, kept: int) -> int:

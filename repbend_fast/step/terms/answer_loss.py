@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from repbend_fast.step.terms.execution import Execution, Place, executes
 T = TypeVar("T", bound=HeadTerm, covariant=True)
 
 
-class LikelihoodExecution(Execution[T]):
+class LikelihoodExecution(ABC, Execution[T]):
     """What reads the log-probability of the tokens that follow the term's rows."""
 
     def __init__(self, term: T, place: Place, sums: object = None) -> None:
@@ -47,9 +48,9 @@ class LikelihoodExecution(Execution[T]):
             states, head.weight, targets, bias=head.bias, softcap=head.softcap, lengths=lengths, chunk_rows=chunk_rows
         )
 
+    @abstractmethod
     def _loss(self, log_probs: Tensor) -> Tensor:
         """The piece's share of the unweighted term."""
-        raise NotImplementedError
 
 
 @executes(AnswerLoss)

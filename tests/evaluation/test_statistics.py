@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 
-from repbend_fast.assessment.statistics import mcnemar, wilson
 from repbend_fast.evaluation.judges.agreement import kappa
+from repbend_fast.evaluation.statistics import mcnemar, wilson
 
 
 @pytest.mark.parametrize(
