@@ -26,7 +26,7 @@ def kinds(base: type = Term) -> set[str]:
     below = {
         name
         for kind in base.__subclasses__()
-        if kind.__module__ == terms.__name__
+        if kind.__module__.startswith(f"{terms.__name__}.")
         for name in (kind.__name__, *kinds(kind))
     }
     return below | {terms.Triplet.__name__}

@@ -11,6 +11,7 @@ from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import (
     AnswerLoss,
+    BoundaryCosine,
     Direction,
     Distance,
     HeadKL,
@@ -53,6 +54,7 @@ def roles_of(config: MethodConfig) -> tuple[Role, ...]:
 __all__ = [
     "OBJECTIVES",
     "AnswerLoss",
+    "BoundaryCosine",
     "Direction",
     "Distance",
     "HeadKL",

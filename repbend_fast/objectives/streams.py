@@ -79,4 +79,4 @@ class Stream:
         """Last hidden state that a term compares with the adapter off; 0 where none does, and no reference
         pass runs.
         """
-        return max((state for term in self.terms for state in term.compared_states(num_blocks)), default=0)
+        return max((term.reference_state(num_blocks) for term in self.terms), default=0)

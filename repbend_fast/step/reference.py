@@ -19,7 +19,7 @@ def reference_pass(place: Place, executions: Sequence[Execution[Term]]) -> None:
     parts, last = place.parts, place.parts.decoder.num_blocks
     keeping = by_layer(executions, lambda term: term.compared_states(last))
     stop = max(keeping, default=0)
-    if stop == 0:
+    if stop == 0 and not any(execution.term.compares_pairs for execution in executions):
         return
 
     def visit(layer: int, hidden: Tensor) -> Tensor:
@@ -28,6 +28,8 @@ def reference_pass(place: Place, executions: Sequence[Execution[Term]]) -> None:
         return hidden
 
     with reference_model(parts.model, parts.switches), parts.autocasting():
-        run_decoder(parts.decoder, place.piece.input_ids, position_ids=place.piece.position_ids, stop=stop, visit=visit)
+        if stop:
+            piece = place.piece
+            run_decoder(parts.decoder, piece.input_ids, position_ids=piece.position_ids, stop=stop, visit=visit)
         for execution in executions:
             execution.compare()

@@ -12,6 +12,7 @@ from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.custom import CustomObjectiveConfig
 from repbend_fast.objectives.npo import NPOConfig
+from repbend_fast.objectives.registry import SETTINGS
 from repbend_fast.objectives.rmu import RMUConfig
 
 
@@ -93,7 +94,7 @@ def test_settings_survive_being_written_and_read_back(tmp_path: Path) -> None:
     [
         (
             ["objective.name=circuit_braker"],
-            "must be one of repbend, circuit_breaker, rmu, npo, crl, simnpo, wga, sat_imp, or module:Class of your own",
+            "must be one of " + ", ".join(SETTINGS) + ", or module:Class of your own",
         ),
         (["objective.name=circuit_braker"], "; did you mean circuit_breaker?"),
         (["objective.name=3"], "objective.name=3: must be one of repbend"),

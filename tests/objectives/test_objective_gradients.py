@@ -20,6 +20,7 @@ from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sat_imp import SatImpConfig, WGAConfig
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.objectives.simnpo import SimNPOConfig
+from repbend_fast.objectives.x_boundary import XBoundaryConfig
 
 # The KL op evaluates small differences by a series, to 1e-9.
 TOLERANCE = 1e-8
@@ -56,6 +57,8 @@ CASES = {
     "simnpo alone": SimNPOConfig(beta=0.3, delta=3.0, retain_nll=0.0, forget=2.0),
     "wga as published": WGAConfig(),
     "sat_imp as published": SatImpConfig(forget=1e8),  # p⁵ of a random model is small
+    "x_boundary published": XBoundaryConfig(layers=[2, BLOCKS], published_quirks=True, padded_length=40),
+    "x_boundary answers": XBoundaryConfig(layers=[1, 2], loss_mode="response_all", boundary_mode="response_all"),
     "crl window": CONFIGS["crl"].model_copy(
         update={"alpha_mode": "target", "loss_mode": "prompt_response", "kl_reduction": "token"}
     ),

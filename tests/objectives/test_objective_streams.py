@@ -15,6 +15,7 @@ from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.x_boundary import XBoundaryConfig
 from repbend_fast.step.terms.distance import fixed_row
 
 BLOCKS = 32
@@ -66,6 +67,33 @@ def test_circuit_breakers_coefficients(step, steps, own, progress) -> None:
     streams = _streams(CircuitBreakerConfig(schedule_steps=own), step, steps)
     assert streams["forget"].terms[0].weight == pytest.approx(10 * (1 - progress))
     assert streams["retain"].terms[0].weight == pytest.approx(10 * progress)
+
+
+def test_x_boundary() -> None:
+    streams = _streams(XBoundaryConfig(), step=74)
+    (erase,), (boundary,), (retain,) = (streams[name].terms for name in ("erase", "boundary", "retain"))
+    assert streams["erase"].sequences == BATCH.unsafe
+    assert streams["boundary"].sequences == tuple(p.unsafe for p in BATCH.pairs)
+    assert boundary.against == tuple(p.safe for p in BATCH.pairs)
+    assert streams["retain"].sequences == (*BATCH.retain, *(p.safe for p in BATCH.pairs))
+    assert erase.spans == tuple((0, p + a) for p, a in FORGET[:2])
+    assert boundary.spans == tuple((0, p) for p, _ in FORGET[2:])
+    both = sum(p + a for p, a in FORGET[:2]) + sum(p for p, _ in FORGET[2:])
+    assert erase.denominator == boundary.denominator == 2 * both
+    assert erase.layers == boundary.layers == (10, 20)
+    assert erase.weight == boundary.weight == pytest.approx(10 * (1 - 75 / 150))
+    assert retain.weight == pytest.approx(10 * 75 / 150)
+    assert retain.denominator == 33 * (sum(RETAIN) + sum(p + a for p, a in SAFE[2:]))
+    assert [s.stop(BLOCKS) for s in streams.values()] == [20, 20, 32]
+    assert [s.reference_stop(BLOCKS) for s in streams.values()] == [20, 20, 32]
+    quirky = XBoundaryConfig(published_quirks=True, padded_length=None)
+    assert _streams(quirky)["retain"].terms[0].denominator == 33 * 4 * 14
+    last = _streams(XBoundaryConfig(), step=149)
+    assert last["erase"].terms[0].weight == last["boundary"].terms[0].weight == 0.0
+    assert list(_streams(XBoundaryConfig(), batch=Batch(unsafe=BATCH.unsafe, retain=BATCH.retain))) == [
+        "erase",
+        "retain",
+    ]
 
 
 def test_circuit_breakers_schedule_needs_a_length() -> None:
@@ -136,6 +164,7 @@ def test_crl() -> None:
         (RMUConfig(retain=0.0), {"unsafe", "pair"}),
         (NPOConfig(), {"unsafe", "pair"}),
         (NPOConfig(retain_nll=1.0), {"unsafe", "pair", "retain"}),
+        (XBoundaryConfig(), {"unsafe", "pair", "retain"}),
         (CRLConfig(), {"safe", "unsafe", "pair", "retain"}),
         (CRLConfig(safe=0.0, kl=0.0), {"unsafe", "pair"}),
     ],
@@ -186,7 +215,9 @@ def test_a_term_without_a_reference_runs_no_reference_pass(monkeypatch) -> None:
     assert passes == [4]
 
 
-@pytest.mark.parametrize(("name", "moves"), [("circuit_breaker", False), ("rmu", True), ("npo", True), ("crl", True)])
+@pytest.mark.parametrize(
+    ("name", "moves"), [("circuit_breaker", False), ("rmu", True), ("npo", True), ("crl", True), ("x_boundary", True)]
+)
 def test_what_starts_the_training(name, moves) -> None:
     """At B = 0 Circuit Breakers has no gradient beyond rounding; the others have one."""
     model = adapted_model(lora=WITHOUT_DROPOUT, trained=False)
@@ -199,4 +230,5 @@ def test_what_starts_the_training(name, moves) -> None:
         "rmu": terms.get("retain"),
         "npo": terms.get("kl"),
         "crl": terms.get("kl"),
+        "x_boundary": terms.get("retain"),
     }[name] < 1e-6

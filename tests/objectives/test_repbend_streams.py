@@ -40,7 +40,17 @@ def test_published_weights_signs_and_window() -> None:
     assert [s.stop(32) for s in streams.values()] == [32, 30, 32]
     assert streams["unsafe"].layers == config.window
     assert streams["retain"].layers == ()
-    assert list(OBJECTIVES) == ["repbend", "circuit_breaker", "rmu", "npo", "crl", "simnpo", "wga", "sat_imp"]
+    assert list(OBJECTIVES) == [
+        "repbend",
+        "circuit_breaker",
+        "rmu",
+        "npo",
+        "crl",
+        "simnpo",
+        "wga",
+        "sat_imp",
+        "x_boundary",
+    ]
 
 
 def test_response_rows() -> None:

@@ -17,6 +17,7 @@ from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sat_imp import AscentConfig
 from repbend_fast.objectives.simnpo import SimNPOConfig
+from repbend_fast.objectives.x_boundary import XBoundaryConfig
 
 
 class Passes:
@@ -76,6 +77,36 @@ def circuit_breaker(model: Any, batch: Batch, config: CircuitBreakerConfig, step
     else:
         kept = distance.sum() / (retain.real.sum() * distance.shape[0])
     return {"reroute": config.coefficient * (1 - progress) * reroute, "retain": config.coefficient * progress * kept}
+
+
+def x_boundary(model: Any, batch: Batch, config: XBoundaryConfig, step: int, steps: int) -> dict[str, Tensor]:
+    """Weighted terms at step t = ``step`` + 1 of ``steps``, pair by pair and row by row."""
+    erased = Passes(model, list(batch.unsafe))
+    apart, kept = (Passes(model, [getattr(p, half) for p in batch.pairs]) for half in ("unsafe", "safe"))
+    retain = Passes(model, [*batch.retain, *(p.safe for p in batch.pairs)])
+    share = (step + 1) / steps
+    rows = erased.answers() if config.loss_mode == "response_all" else erased.real
+    prompts = apart.real & ~apart.answers()
+    apart_rows = {"prompt_all": prompts, "response_all": apart.answers(), "prompt_response": apart.real}
+    boundary_rows = apart_rows[config.boundary_mode]
+    erase, boundary = erased.h.new_zeros(()), erased.h.new_zeros(())
+    for layer in config.layers:
+        cosine = torch.cosine_similarity(erased.h[layer], erased.r[layer], dim=-1).relu()
+        erase = erase + (cosine * rows).sum()
+        for i in range(len(batch.pairs)):
+            mean = F.normalize(kept.r[layer, i][kept.real[i]], dim=-1).mean(0)
+            for h in apart.h[layer, i][boundary_rows[i]]:
+                boundary = boundary + (h / h.norm() @ mean).relu()
+    counted = int(rows.sum() + boundary_rows.sum()) * len(config.layers)
+    distance = torch.linalg.vector_norm(retain.h - retain.r, dim=-1) * retain.real
+    width = max(config.padded_length or 0, retain.width)
+    padded = len(retain.sequences) * width if config.published_quirks else retain.real.sum()
+    bent = config.coefficient * (1 - share) / counted
+    return {
+        "erase": bent * erase,
+        "boundary": bent * boundary,
+        "retain": config.coefficient * share * distance.sum() / (padded * distance.shape[0]),
+    }
 
 
 def rmu(model: Any, batch: Batch, config: RMUConfig) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sat_imp import AscentConfig, SatImpConfig, WGAConfig
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.objectives.simnpo import SimNPOConfig
+from repbend_fast.objectives.x_boundary import XBoundaryConfig
 from repbend_fast.step import StreamResult
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 
@@ -35,6 +36,7 @@ CONFIGS: dict[str, MethodConfig] = {
     "simnpo": SimNPOConfig(beta=0.6, delta=4.0),  # at the published ones a random model is past all preference
     "wga": WGAConfig(power=0.5, retain_nll=0.7),
     "sat_imp": SatImpConfig(power=0.8, rest_power=2.0),
+    "x_boundary": XBoundaryConfig(layers=[2, 3]),
 }
 ALL_CONFIGS: dict[str, MethodConfig] = {"repbend": RepBendConfig(window_start=2, window_size=2, pair=0.4), **CONFIGS}
 
@@ -94,6 +96,8 @@ def plain_terms(model: Any, config: MethodConfig, step: int = STEP) -> dict[str,
     """The weighted terms of the plain expression."""
     if isinstance(config, CircuitBreakerConfig):
         return oracles.circuit_breaker(model, BATCH, config, step, STEPS)
+    if isinstance(config, XBoundaryConfig):
+        return oracles.x_boundary(model, BATCH, config, step, STEPS)
     if isinstance(config, RMUConfig):
         terms = oracles.rmu(model, BATCH, config)
         return terms if config.retain else {"forget": terms["forget"]}

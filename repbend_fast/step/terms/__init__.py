@@ -1,6 +1,6 @@
-"""One file per kind of term: how it is computed, behind what ``objectives/terms.py`` declares."""
+"""One file per kind of term: how it is computed, behind what ``objectives/terms`` declares."""
 
-from repbend_fast.step.terms import answer_loss, distance, head_kl, pairwise, triplets
+from repbend_fast.step.terms import answer_loss, boundary, distance, head_kl, pairwise, triplets
 from repbend_fast.step.terms.execution import EXECUTIONS, Execution, FirstPass, Place, by_layer, executes, execution_of
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "FirstPass",
     "Place",
     "answer_loss",
+    "boundary",
     "by_layer",
     "distance",
     "executes",
