@@ -9,6 +9,7 @@ Needs torch; uses Triton where it is installed. Every op is one function:
     pairwise_cosine               how far a batch's states point apart
     linear_kl_div                 KL divergence from hidden states and the head
     linear_log_prob               log-probabilities from hidden states and the head
+    linear_lowered_label          cross-entropy to a distribution with a less likely label
     keyed_dropout                 dropout whose mask follows a key of each row, whatever the batch it lies in
     lora_down, lora_up            the low-rank part of an adapted layer, with that dropout
     rms_norm, gated_product       a norm and a gate that keep only their inputs for backward
@@ -25,6 +26,7 @@ from .gated_product import Activation, gated_product
 from .keyed_dropout import keyed_dropout
 from .linear_kl_div import linear_kl_div
 from .linear_log_prob import linear_log_prob
+from .linear_lowered_label import linear_lowered_label
 from .low_rank import lora_down, lora_up
 from .pairwise_cosine import pairwise_cosine
 from .rms_norm import rms_norm
@@ -47,6 +49,7 @@ __all__ = [
     "keyed_dropout",
     "linear_kl_div",
     "linear_log_prob",
+    "linear_lowered_label",
     "lora_down",
     "lora_up",
     "oracles",

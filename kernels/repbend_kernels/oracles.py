@@ -22,6 +22,7 @@ __all__ = [
     "keyed_dropout_reference",
     "linear_kl_div_reference",
     "linear_log_prob_reference",
+    "linear_lowered_label_reference",
     "lora_down_reference",
     "lora_up_reference",
     "pairwise_cosine_reference",
@@ -168,6 +169,25 @@ def linear_log_prob_reference(
     return torch.where(ignored, 0.0, picked)
 
 
+def linear_lowered_label_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lowered: float,
+    reference: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Cross-entropy of each row, [N], to softmax(z_ref − lowered · 1[label]); z_ref are ``hidden``'s own logits, as a
+    constant, where there is no ``reference``.
+    """
+    logits = head_logits_reference(hidden, weight, bias, softcap, 1.0)
+    known = logits.detach() if reference is None else head_logits_reference(reference, weight, bias, softcap, 1.0)
+    label = torch.zeros_like(known).scatter(-1, labels[:, None], 1.0).bool()
+    target = torch.where(label, known - lowered, known).softmax(dim=-1)
+    return -(target * torch.where(target == 0, 0.0, logits.log_softmax(dim=-1))).sum(dim=-1)
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
     """Rows over the root of their mean square, times the weight (1 + weight for Gemma's), in float32 (float64 for
     float64).
@@ -211,7 +231,7 @@ def triplet_values_reference(
     rows: tuple[Tensor, Tensor],
     center: Tensor,
     margins: tuple[float, float],
-    unit: float = 1.0,
+    unit: float | None = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Values before the ReLU of the safe rows and of the unsafe ones, [R] each, around ``center`` [D] of any length."""
     acc = accumulate_dtype(hidden.dtype)
@@ -219,7 +239,11 @@ def triplet_values_reference(
     safe, unsafe = flat[rows[0]], flat[rows[1]]
     kept, bent = reference.to(acc).split([rows[0].shape[0], rows[1].shape[0]])
     toward = _unit(center)
-    away = torch.linalg.vector_norm(safe - kept, dim=-1) / unit
+    away = (
+        1 - (_unit(safe) * _unit(kept)).sum(dim=-1)
+        if unit is None
+        else torch.linalg.vector_norm(safe - kept, dim=-1) / unit
+    )
     return away - 1 + _unit(safe) @ toward + margins[0], (_unit(unsafe) * _unit(bent)).sum(dim=-1) - _unit(
         unsafe
     ) @ toward + margins[1]
@@ -231,7 +255,7 @@ def triplet_tap_reference(
     rows: tuple[Tensor, Tensor],
     weights: tuple[float, float],
     margins: tuple[float, float],
-    unit: float = 1.0,
+    unit: float | None = 1.0,
     unsafe_rows: int | None = None,
     unsafe_sum: Tensor | None = None,
     active: tuple[Tensor, Tensor] | None = None,
@@ -269,7 +293,7 @@ def triplet_sums_reference(
     reference: Tensor | None = None,
     center: Tensor | None = None,
     margins: tuple[float, float] = (0.0, 0.0),
-    unit: float = 1.0,
+    unit: float | None = 1.0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """``(Σ h of the unsafe rows, Σ ĥ of each half's)``; with references the second counts the rows whose value is above
     0.

@@ -5,6 +5,7 @@ At one hidden state, with m the mean over the N_u unsafe rows, x̂ = x/‖x‖, 
 weights:
 
     safe     v = ‖h − r‖/n − 1 + s(h) + p                ∂v/∂h = (h−r)/(n ‖h−r‖) + (m̂ − s ĥ)/‖h‖
+      cosine v = s(h) − cos(h, r) + p                    ∂v/∂h = (m̂ − s ĥ)/‖h‖ − (r̂ − cos(h, r) ĥ)/‖h‖
     unsafe   v = cos(h, r) − s(h) + q                    ∂v/∂h = (r̂ − cos(h, r) ĥ)/‖h‖ − (m̂ − s ĥ)/‖h‖
     through m, every unsafe row                          (t − m̂ (m̂·t)) / (N_u ‖m‖),   t = a_s Σ ĥ_safe − a_u Σ
     ĥ_unsafe
@@ -80,15 +81,15 @@ class _Rows:
 
 
 def _block(
-    h: Tensor, r: Tensor, center: Tensor, margin: float, safe: bool, length: float
+    h: Tensor, r: Tensor, center: Tensor, margin: float, safe: bool, length: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(relu(v) [n], ∂v/∂h where v > 0 [n, D], Σ ĥ where v > 0 [D])``; ``center`` is m̂, ``length`` what
-    counts as 1.
+    counts as 1 of the safe distance, None where that is a cosine's.
     """
     unit, inverse = _units(h)
     along = (unit @ center)[:, None]
     toward_m = (center - along * unit) * inverse
-    if safe:
+    if safe and length is not None:
         difference = h - r
         norm = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
         value = norm / length - 1 + along + margin
@@ -96,14 +97,15 @@ def _block(
     else:
         unit_r, _ = _units(r)
         across = (unit * unit_r).sum(-1, keepdim=True)
-        value = across - along + margin
-        direction = (unit_r - across * unit) * inverse - toward_m
+        toward_r, sign = (unit_r - across * unit) * inverse, -1.0 if safe else 1.0
+        value = (across - along) * sign + margin
+        direction = (toward_r - toward_m) * sign
     active = value > 0
     return torch.relu(value).squeeze(1), direction * active, (unit * active).sum(0)
 
 
 def _half(
-    rows: _Rows, reference: Tensor, center: Tensor, margin: float, safe: bool, factor: float | None, unit: float
+    rows: _Rows, reference: Tensor, center: Tensor, margin: float, safe: bool, factor: float | None, unit: float | None
 ) -> tuple[Tensor, Tensor]:
     """``(Σ relu(v), Σ ĥ over v > 0)``; with a ``factor``, ``reference`` is overwritten with ``factor`` · ∂v/∂h."""
     total, units = rows.zeros().sum(), rows.zeros()
@@ -123,7 +125,7 @@ def _halves(
     safe_rows: int,
     center: Tensor,
     margins: Sequence[float],
-    unit: float,
+    unit: float | None,
     factors: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor]:
     values, units = [], []
@@ -157,7 +159,13 @@ def _(hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("repbend_kernels::triplet_values", mutates_args=())
 def triplet_values(
-    hidden: Tensor, reference: Tensor, rows: Tensor, safe_rows: int, center: Tensor, margins: list[float], unit: float
+    hidden: Tensor,
+    reference: Tensor,
+    rows: Tensor,
+    safe_rows: int,
+    center: Tensor,
+    margins: list[float],
+    unit: float | None,
 ) -> tuple[Tensor, Tensor]:
     """``(Σ relu(v) [2], Σ ĥ over v > 0 [2, D])`` of both halves; ``center`` is m̂ [D], the first ``safe_rows`` of
     ``rows`` are safe.
@@ -167,7 +175,13 @@ def triplet_values(
 
 @triplet_values.register_fake
 def _(
-    hidden: Tensor, reference: Tensor, rows: Tensor, safe_rows: int, center: Tensor, margins: list[float], unit: float
+    hidden: Tensor,
+    reference: Tensor,
+    rows: Tensor,
+    safe_rows: int,
+    center: Tensor,
+    margins: list[float],
+    unit: float | None,
 ) -> tuple[Tensor, Tensor]:
     acc = checks.accumulate_dtype(hidden.dtype)
     return hidden.new_empty(2, dtype=acc), hidden.new_empty((2, hidden.shape[-1]), dtype=acc)
@@ -181,7 +195,7 @@ def triplet_directions(
     safe_rows: int,
     center: Tensor,
     margins: list[float],
-    unit: float,
+    unit: float | None,
     factors: list[float],
 ) -> tuple[Tensor, Tensor]:
     """As ``triplet_values``, and ``reference`` [R, D] receives each half's factor · ∂v/∂h, but for the way
@@ -198,7 +212,7 @@ def _(
     safe_rows: int,
     center: Tensor,
     margins: list[float],
-    unit: float,
+    unit: float | None,
     factors: list[float],
 ) -> tuple[Tensor, Tensor]:
     acc = checks.accumulate_dtype(hidden.dtype)
@@ -245,7 +259,7 @@ def triplet_tap(
     *,
     weights: tuple[float, float],
     margins: tuple[float, float],
-    unit: float = 1.0,
+    unit: float | None = 1.0,
     unsafe_rows: int | None = None,
     sums: TripletSums | None = None,
     implementation: str | None = None,
@@ -260,7 +274,7 @@ def triplet_tap(
         rows: int64 [R_safe] and [R_unsafe], unique indices into ``hidden.reshape(-1, D)``.
         weights: a_s and a_u.
         margins: p and q.
-        unit: n, above 0.
+        unit: n, above 0; None makes the safe distance 1 − cos(h, r).
         unsafe_rows: N_u of the whole batch; None for these rows'.
         sums: over the whole batch; None where these rows are all of it.
         implementation: overrides the switch for this call; ``triton`` has no kernel of its own and is ``torch``.
@@ -332,7 +346,7 @@ def triplet_sums(
     known: TripletSums | None = None,
     reference: Tensor | None = None,
     margins: tuple[float, float] = (0.0, 0.0),
-    unit: float = 1.0,
+    unit: float | None = 1.0,
     implementation: str | None = None,
 ) -> TripletSums:
     """The sums over a part of a batch, which ``plus`` adds up to those that :func:`triplet_tap` takes.
@@ -366,12 +380,13 @@ def triplet_sums(
     return TripletSums(torch.zeros_like(known.unsafe), units)
 
 
-def _check(hidden: Tensor, reference: Tensor | None, rows: tuple[Tensor, Tensor], unit: float) -> None:
+def _check(hidden: Tensor, reference: Tensor | None, rows: tuple[Tensor, Tensor], unit: float | None) -> None:
     checks.check_states("hidden", hidden)
     for name, part in zip(("rows[0]", "rows[1]"), rows, strict=True):
         checks.check_indices(name, part, count_rows(hidden), "hidden", hidden)
         checks.check_unique(name, part)
-    checks.check_positive("unit", unit)
+    if unit is not None:
+        checks.check_positive("unit", unit)
     if reference is None:
         return
     checks.check_like("reference", reference, "hidden", hidden)

@@ -4,8 +4,8 @@
 
 m, one per hidden state, is the mean adapted state over the unsafe rows of the batch, and is differentiated through, as
 in the published code. The first mean runs over the safe rows and all hidden states (or the window), the second over the
-unsafe rows and the window. K is RepBend's. Safe and unsafe sequences are one stream, because m couples them.
-``objectives.refusal`` may be added.
+unsafe rows and the window. With ``distance: cosine`` ‖h_s − r_s‖ is d(h_s, r_s) instead. K is RepBend's. Safe and
+unsafe sequences are one stream, because m couples them. ``objectives.refusal`` may be added.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ class CRLConfig(RefusalConfig, WindowConfig):
     kl: Weight = Field(0.7, description="Weight of the KL on retain conversations.")
     safe_margin: Weight = Field(2.0, description="Margin of the safe triplets.")
     unsafe_margin: Weight = Field(3.0, description="Margin of the unsafe triplets.")
+    distance: Literal["l2", "cosine"] = Field(
+        "l2", description="Of safe states to their reference: a length, or 1 − cos, which needs margins below 2."
+    )
     loss_mode: AnswerMode = Field("response_all", description="Which tokens' states count.")
 
     def errors(self) -> Iterator[str]:
@@ -116,7 +119,7 @@ class CRL:
             count(unsafe_spans) * len(config.window),
             config.unsafe_margin,
         )
-        return Stream("triplet", (*safe, *unsafe), (Triplets(kept, bent, config.distance_unit),))
+        return Stream("triplet", (*safe, *unsafe), (Triplets(kept, bent, config.distance_unit, config.distance),))
 
     def _retain(self, sequences: tuple[Sequence, ...]) -> Stream:
         config = self.config

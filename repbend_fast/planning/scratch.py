@@ -15,7 +15,9 @@ from repbend_kernels.scratch import scratch_bytes, scratch_rules
 from repbend_fast.models.load import NF4_BLOCK
 from repbend_fast.planning.tracker import Scratch
 
-HEAD_OPS = frozenset({"repbend_kernels::linear_kl_div", "repbend_kernels::linear_log_prob"})
+HEAD_OPS = frozenset(
+    f"repbend_kernels::{name}" for name in ("linear_kl_div", "linear_log_prob", "linear_lowered_label")
+)
 """The ops whose chunk ``memory.kl_chunk_rows`` sets."""
 
 

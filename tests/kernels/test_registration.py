@@ -73,6 +73,7 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
         "add_low_rank_up_": (rows.clone(), down, values(8, 2, seed=2), 1.5),
         "low_rank_up_gradients": (values(6, 8, seed=2), down, values(8, 2, seed=2), 1.5, [True, True]),
         "linear_log_prob": (wide, weight, None, TARGETS, 2.0, None, 4, True, implementation, None, -100),
+        "linear_lowered_label": (wide, values(6, 8), weight, None, TARGETS, 4.0, 3.0, 4, True),
     }
 
 

@@ -79,6 +79,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple]:
         "pairwise_similarity_backward": (hidden[None], values(1, D), torch.ones(1, N), torch.ones(1), "torch"),
         "linear_kl_div": (hidden[:300], other[:300], weight, None, weight, None, 2.0, None, 64, True, "torch", None),
         "linear_log_prob": (hidden[:300], weight, None, torch.arange(300), 1.0, None, 64, True, "torch", None, None),
+        "linear_lowered_label": (hidden[:300], other[:300], weight, None, torch.arange(300), 10.0, None, 64, True),
         "keyed_dropout": ([hidden], torch.arange(N), 3, 2**30, 2.0, "torch"),
         "unit_sums": (hidden, rows),
         "triplet_values": triplets,

@@ -17,6 +17,7 @@ from repbend_kernels import (
     keyed_dropout,
     linear_kl_div,
     linear_log_prob,
+    linear_lowered_label,
     lora_down,
     lora_up,
     pairwise_cosine,
@@ -149,6 +150,17 @@ OPS: dict[str, Callable[[Setup], Call]] = {
     "linear_log_prob": lambda s: (
         lambda h, i: linear_log_prob(
             h.reshape(-1, WIDTH) * 1, s.weight, s.targets, rows=s.rows, bias=s.bias, implementation=i
+        ).sum()
+    ),
+    "linear_lowered_label": lambda s: (
+        lambda h, i: linear_lowered_label(
+            (h.reshape(-1, WIDTH) * 1)[s.rows],
+            s.weight,
+            s.targets.clamp(min=0),
+            lowered=2.0,
+            reference=s.states,
+            bias=s.bias,
+            implementation=i,
         ).sum()
     ),
     "keyed_dropout": lambda s: lambda h, i: keyed_dropout(h * 1, s.keys, 3, 0.4, implementation=i).pow(3).sum(),

@@ -44,7 +44,7 @@ def outcome(hidden: Tensor, reference: Tensor, rows: tuple[Tensor, Tensor], **op
     return loss.detach(), gradient
 
 
-@pytest.mark.parametrize("unit", [1.0, 7.5])
+@pytest.mark.parametrize("unit", [1.0, 7.5, None])
 @pytest.mark.parametrize("margins", MARGINS.values(), ids=MARGINS.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_loss_and_gradient(device, dtype, margins, unit) -> None:

@@ -23,7 +23,7 @@ from repbend_fast.step.levers import EVERY_STREAM, Levers
 from repbend_fast.step.units import measure_units
 
 SETS = {"safe": BATCH.safe, "unsafe": BATCH.unsafe, "pair": BATCH.pairs, "retain": BATCH.retain}
-WITHOUT_UNIT = {"npo", "simnpo", "wga", "sat_imp"}  # nothing in them is a distance
+WITHOUT_UNIT = {"npo", "simnpo", "wga", "sat_imp", "undial", "ce_u"}  # nothing in them is a distance
 WITH_UNIT = {name: config for name, config in ALL_CONFIGS.items() if name not in WITHOUT_UNIT}
 LIMITED = RepBendConfig(
     window_start=2, window_size=3, pair=0.4, unsafe_limit=0.5, alpha_mode="target", kl_reduction="token"

@@ -13,6 +13,7 @@ from kernel_compare import assert_matches, relative_l2
 from objective_runs import BATCH, BLOCKS, CONFIGS, STEP, STEPS, plain_terms, precise_model, run_objective
 from tiny_models import LAYOUTS, WITHOUT_DROPOUT, flat, gradients
 
+from repbend_fast.objectives.ce_u import CEUConfig
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
@@ -20,6 +21,7 @@ from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sat_imp import SatImpConfig, WGAConfig
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.objectives.simnpo import SimNPOConfig
+from repbend_fast.objectives.undial import UNDIALConfig
 from repbend_fast.objectives.x_boundary import XBoundaryConfig
 
 # The KL op evaluates small differences by a series, to 1e-9.
@@ -59,10 +61,15 @@ CASES = {
     "sat_imp as published": SatImpConfig(forget=1e8),  # p⁵ of a random model is small
     "x_boundary published": XBoundaryConfig(layers=[2, BLOCKS], published_quirks=True, padded_length=40),
     "x_boundary answers": XBoundaryConfig(layers=[1, 2], loss_mode="response_all", boundary_mode="response_all"),
+    "undial as published": UNDIALConfig(),
+    "ce_u whole answers": CEUConfig(skipped_tokens=0),
     "crl window": CONFIGS["crl"].model_copy(
         update={"alpha_mode": "target", "loss_mode": "prompt_response", "kl_reduction": "token"}
     ),
     "crl small margins": CONFIGS["crl"].model_copy(update={"safe_margin": 0.3, "unsafe_margin": 0.02}),
+    "crl cosine": CRLConfig(
+        window_start=2, window_size=2, distance="cosine", safe_margin=0.3, unsafe_margin=0.02, distance_unit="reference"
+    ),
     "crl unsafe alone": CRLConfig(safe=0.0, kl=0.0, window_start=2, window_size=2, unsafe_margin=0.02),
     "crl safe alone": CRLConfig(unsafe=0.0, kl=0.0, window_start=2, window_size=2, safe_margin=0.0),
 }
@@ -116,8 +123,8 @@ def test_circuit_breakers_schedule(precise, step) -> None:
     assert_matches(flat(got), flat(expected), tolerance=TOLERANCE)
 
 
-# The weights of an ascent are constants to its gradient, and move with a finite difference.
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("wga", "sat_imp")])
+# Constants to the gradient that move with a finite difference: the weights of an ascent, CE-U's own soft-max.
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("wga", "sat_imp", "ce_u")])
 def test_gradient_equals_finite_differences(precise, name) -> None:
     """Along a random direction of the adapter's parameters, in float64."""
     config = CONFIGS[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from objective_runs import BATCH, CONFIGS, run_objective
@@ -10,11 +12,13 @@ from tiny_models import WITHOUT_DROPOUT, adapted_model, flat
 from repbend_fast.data.records import Batch
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import Direction, Stream, build_objective, roles_of
+from repbend_fast.objectives.ce_u import CEUConfig
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.undial import UNDIALConfig
 from repbend_fast.objectives.x_boundary import XBoundaryConfig
 from repbend_fast.step.terms.distance import fixed_row
 
@@ -29,7 +33,7 @@ def _streams(config: MethodConfig, step: int = 0, steps: int = 150, batch: Batch
     return {s.name: s for s in build_objective(config, BLOCKS, steps).streams(batch, step)}
 
 
-@pytest.mark.parametrize("name", ["circuit_breaker", "rmu", "npo", "simnpo", "wga", "sat_imp"])
+@pytest.mark.parametrize("name", ["circuit_breaker", "rmu", "npo", "simnpo", "wga", "sat_imp", "undial", "ce_u"])
 def test_forget_is_unsafe_and_the_unsafe_halves_of_pairs(name) -> None:
     streams = _streams(CONFIGS[name])
     assert streams["forget"].sequences == (*BATCH.unsafe, *(p.unsafe for p in BATCH.pairs))
@@ -130,6 +134,21 @@ def test_npo() -> None:
     assert list(_streams(NPOConfig())) == ["forget"]
     assert _streams(NPOConfig(retain_nll=1.0))["retain"].reference_stop(BLOCKS) == 0
     assert streams["forget"].reference_stop(BLOCKS) == BLOCKS
+
+
+def test_undial_and_ce_u() -> None:
+    streams = _streams(UNDIALConfig())
+    assert list(streams) == ["forget"]
+    term = streams["forget"].term("forget")
+    assert term.spans == tuple((p - 1, p + a - 1) for p, a in FORGET)
+    assert (term.lowered, term.own, term.weight, term.denominator) == (10.0, False, 1.0, sum(a for _, a in FORGET))
+    assert streams["forget"].reference_stop(BLOCKS) == BLOCKS
+    (own,) = _streams(CEUConfig())["forget"].terms
+    assert own.spans == tuple((p, p + a - 1) for p, a in FORGET)
+    assert (own.lowered, own.own, own.denominator) == (math.inf, True, sum(a - 1 for _, a in FORGET))
+    assert _streams(CEUConfig())["forget"].reference_stop(BLOCKS) == 0
+    (empty,) = _streams(CEUConfig(skipped_tokens=99))["forget"].terms
+    assert (empty.rows_of(), empty.denominator) == (0, 1)
 
 
 def test_crl() -> None:

@@ -83,7 +83,20 @@ def test_lists_have_it_in_its_place(toy: None) -> None:
     assert (
         list(SETTINGS)
         == list(OBJECTIVES)
-        == ["toy", "repbend", "circuit_breaker", "rmu", "npo", "crl", "simnpo", "wga", "sat_imp", "x_boundary"]
+        == [
+            "toy",
+            "repbend",
+            "circuit_breaker",
+            "rmu",
+            "npo",
+            "crl",
+            "simnpo",
+            "wga",
+            "sat_imp",
+            "x_boundary",
+            "undial",
+            "ce_u",
+        ]
     )
     assert "toys" in stream_names()
 

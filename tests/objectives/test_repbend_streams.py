@@ -50,6 +50,8 @@ def test_published_weights_signs_and_window() -> None:
         "wga",
         "sat_imp",
         "x_boundary",
+        "undial",
+        "ce_u",
     ]
 
 

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from repbend_fast.data.records import Batch, PairSequence, Sequence
+from repbend_fast.objectives.ce_u import CEUConfig
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sat_imp import AscentConfig
 from repbend_fast.objectives.simnpo import SimNPOConfig
+from repbend_fast.objectives.undial import UNDIALConfig
 from repbend_fast.objectives.x_boundary import XBoundaryConfig
 
 
@@ -173,6 +175,25 @@ def weighted_ascent(model: Any, batch: Batch, config: AscentConfig) -> dict[str,
     return {"forget": config.forget * torch.stack(found).mean()} | _retain_nll(model, batch, config.retain_nll)
 
 
+def lowered_label(model: Any, batch: Batch, config: UNDIALConfig | CEUConfig) -> dict[str, Tensor]:
+    """Weighted terms, word by word of the vocabulary."""
+    forget = Passes(model, forget_of(batch))
+    found = []
+    for i, s in enumerate(forget.sequences):
+        skipped = config.skipped_tokens if isinstance(config, CEUConfig) else 0
+        for t in range(max(s.prompt_length, 1) + skipped, len(s)):
+            label, log_p = forget.ids[i, t], forget.z[i, t - 1].log_softmax(-1)
+            if isinstance(config, UNDIALConfig):
+                known = forget.z_ref[i, t - 1].clone()
+                known[label] -= config.strength
+                found.append(-(known.softmax(-1) * log_p).sum())
+            else:
+                others = torch.arange(len(log_p)) != label
+                rest = log_p.detach().exp()[others] / log_p.detach().exp()[others].sum()
+                found.append(-(rest * log_p[others]).sum())
+    return {"forget": config.forget * torch.stack(found).mean()} | _retain_nll(model, batch, config.retain_nll)
+
+
 def crl(model: Any, batch: Batch, config: CRLConfig, mean_gradient: bool = True) -> dict[str, Tensor]:
     """Weighted terms; the mean unsafe state is in the graph unless ``mean_gradient`` is False."""
     safe = Passes(model, [*batch.safe, *(p.safe for p in batch.pairs)])
@@ -188,7 +209,9 @@ def crl(model: Any, batch: Batch, config: CRLConfig, mean_gradient: bool = True)
     if config.safe:
         layers = list(range(safe.h.shape[0])) if config.alpha_mode == "all" else list(config.window)
         h, m = safe.h[layers], mean[layers][:, None, None]
-        triplets = (torch.linalg.vector_norm(h - safe.r[layers], dim=-1) - distance(h, m) + config.safe_margin).relu()
+        r = safe.r[layers]
+        away = distance(h, r) if config.distance == "cosine" else torch.linalg.vector_norm(h - r, dim=-1)
+        triplets = (away - distance(h, m) + config.safe_margin).relu()
         terms["safe"] = config.safe * (triplets * safe_rows).sum() / (safe_rows.sum() * len(layers))
     if config.unsafe:
         layers = list(config.window)

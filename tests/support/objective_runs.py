@@ -13,6 +13,7 @@ from torch import Tensor
 
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
+from repbend_fast.objectives.ce_u import CEUConfig
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
@@ -21,6 +22,7 @@ from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sat_imp import AscentConfig, SatImpConfig, WGAConfig
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.objectives.simnpo import SimNPOConfig
+from repbend_fast.objectives.undial import UNDIALConfig
 from repbend_fast.objectives.x_boundary import XBoundaryConfig
 from repbend_fast.step import StreamResult
 from repbend_fast.step.levers import EVERY_STREAM, Levers
@@ -37,6 +39,8 @@ CONFIGS: dict[str, MethodConfig] = {
     "wga": WGAConfig(power=0.5, retain_nll=0.7),
     "sat_imp": SatImpConfig(power=0.8, rest_power=2.0),
     "x_boundary": XBoundaryConfig(layers=[2, 3]),
+    "undial": UNDIALConfig(strength=3.0, retain_nll=0.5),
+    "ce_u": CEUConfig(retain_nll=0.5),
 }
 ALL_CONFIGS: dict[str, MethodConfig] = {"repbend": RepBendConfig(window_start=2, window_size=2, pair=0.4), **CONFIGS}
 
@@ -98,6 +102,8 @@ def plain_terms(model: Any, config: MethodConfig, step: int = STEP) -> dict[str,
         return oracles.circuit_breaker(model, BATCH, config, step, STEPS)
     if isinstance(config, XBoundaryConfig):
         return oracles.x_boundary(model, BATCH, config, step, STEPS)
+    if isinstance(config, UNDIALConfig | CEUConfig):
+        return oracles.lowered_label(model, BATCH, config)
     if isinstance(config, RMUConfig):
         terms = oracles.rmu(model, BATCH, config)
         return terms if config.retain else {"forget": terms["forget"]}

@@ -16,6 +16,7 @@ from repbend_kernels import (
     keyed_dropout,
     linear_kl_div,
     linear_log_prob,
+    linear_lowered_label,
     lora_down,
     lora_up,
     pairwise_cosine,
@@ -106,4 +107,10 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "lora": lambda h: _low_rank(h, None),
     "lora-dropout": lambda h: _low_rank(h, HASHES),
     "linear_log_prob": lambda h: linear_log_prob(h.reshape(6, 8), WEIGHT, TARGETS, lengths=[2, 4]).sum(),
+    "linear_lowered_label": lambda h: linear_lowered_label(
+        h.reshape(6, 8), WEIGHT, TARGETS, lowered=4.0, reference=STATES, softcap=3.0
+    ).sum(),
+    "linear_lowered_label-own": lambda h: linear_lowered_label(
+        h.reshape(6, 8), WEIGHT, TARGETS, lowered=float("inf")
+    ).sum(),
 }

@@ -21,8 +21,10 @@ OBJECTIVES = {
     "circuit_breaker": {"layers": [1, 2]},
     "rmu": {"layer": 2},
     "npo": {"retain_kl": 0.1, "retain_nll": 0.5},
-    "crl": {"window_start": 2, "window_size": 2},
     "x_boundary": {"layers": [1, 2]},
+    "undial": {},
+    "ce_u": {"retain_nll": 0.5},
+    "crl": {"window_start": 2, "window_size": 2},
     "refuse_and_reroute:RefuseAndReroute": {"settings": {"layers": [2]}},
 }
 PRECISIONS = {

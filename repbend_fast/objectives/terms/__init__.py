@@ -2,7 +2,14 @@
 kinds.
 """
 
-from repbend_fast.objectives.terms.head_terms import AnswerLoss, HeadKL, HeadTerm, SimplePreference, WeightedAscent
+from repbend_fast.objectives.terms.head_terms import (
+    AnswerLoss,
+    HeadKL,
+    HeadTerm,
+    LoweredLabel,
+    SimplePreference,
+    WeightedAscent,
+)
 from repbend_fast.objectives.terms.state_terms import (
     BoundaryCosine,
     Direction,
@@ -22,6 +29,7 @@ __all__ = [
     "Distance",
     "HeadKL",
     "HeadTerm",
+    "LoweredLabel",
     "PairwiseCosine",
     "SimplePreference",
     "Span",

@@ -98,3 +98,21 @@ class WeightedAscent(HeadTerm):
     denominator: float
     power: float
     rest_power: float
+
+
+@dataclass(frozen=True)
+class LoweredLabel(HeadTerm):
+    """``weight × Σ_rows −Σ_v q_v log p_v / denominator``, q = softmax(z_ref − ``lowered``·1[next token]), a constant to
+    the gradient; with ``own`` z_ref are the adapted model's logits, and no reference is run.
+    """
+
+    name: str
+    spans: tuple[Span, ...]
+    weight: float
+    denominator: float
+    lowered: float
+    own: bool = False
+
+    @property
+    def compares_head(self) -> bool:
+        return not self.own

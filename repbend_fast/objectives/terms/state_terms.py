@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from repbend_fast.data.records import Sequence
 from repbend_fast.objectives.terms.term import DISTANCE_KINDS, Span, Term, Unit, moved_states, rows_in, wrong_spans
@@ -166,12 +167,13 @@ class Triplets(Term):
         unsafe   relu(d(h, m_l) − d(h, r) + margin)          d = 1 − cos
 
     ``unsafe.spans`` are the rows of m_l at every layer of either half, also where ``unsafe`` itself has no weight. With
-    ``unit`` "reference" ‖h − r‖ is divided by the hidden state's unit.
+    ``unit`` "reference" ‖h − r‖ is divided by the hidden state's unit; of ``kind`` "cosine" it is d(h, r).
     """
 
     safe: Triplet
     unsafe: Triplet
     unit: Unit = "state"
+    kind: Literal["l2", "cosine"] = "l2"
 
     @property
     def name(self) -> str:
@@ -189,7 +191,7 @@ class Triplets(Term):
     @property
     def unit_power(self) -> int:
         """As of a distance; without a weight the safe half, which alone has lengths, may have no rows to measure."""
-        return 1 if self.unit == "reference" and self.safe.weight else 0
+        return DISTANCE_KINDS[self.kind] if self.unit == "reference" and self.safe.weight else 0
 
     @property
     def halves(self) -> tuple[Triplet, Triplet]:

@@ -1,6 +1,6 @@
 """One file per kind of term: how it is computed, behind what ``objectives/terms`` declares."""
 
-from repbend_fast.step.terms import answer_loss, boundary, distance, head_kl, pairwise, triplets
+from repbend_fast.step.terms import answer_loss, boundary, distance, head_kl, lowered_label, pairwise, triplets
 from repbend_fast.step.terms.execution import EXECUTIONS, Execution, FirstPass, Place, by_layer, executes, execution_of
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "executes",
     "execution_of",
     "head_kl",
+    "lowered_label",
     "pairwise",
     "triplets",
 ]

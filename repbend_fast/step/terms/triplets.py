@@ -73,7 +73,7 @@ class TripletsExecution(Execution[Triplets]):
             self._halves,
             weights=(shares[0], shares[1]),
             margins=(safe.margin, unsafe.margin),
-            unit=place.parts.unit(layer, term.unit_power),
+            unit=unit_of(place.parts, term, layer),
             unsafe_rows=sum(stop - start for start, stop in unsafe.spans),
             sums=None if self.sums is None else self.sums[layer],
         )
@@ -94,6 +94,11 @@ class TripletsExecution(Execution[Triplets]):
 def always_active(term: Triplets) -> bool:
     """Whether every triplet counts, whatever the states are."""
     return all(half.margin >= WIDEST for half in term.halves if half.weight)
+
+
+def unit_of(parts: ModelParts, term: Triplets, layer: int) -> float | None:
+    """What counts as 1 of the safe distance; None where that is a cosine's."""
+    return None if term.kind == "cosine" else parts.unit(layer, term.unit_power)
 
 
 def triplet_rows(term: Triplets, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -142,7 +147,7 @@ def triplet_sums(
                     known=known[layer],
                     reference=reference[layer],
                     margins=(safe.margin, unsafe.margin),
-                    unit=parts.unit(layer, term.unit_power),
+                    unit=unit_of(parts, term, layer),
                 )
         return hidden
 

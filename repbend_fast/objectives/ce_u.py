@@ -1,0 +1,49 @@
+"""CE-U, cross-entropy unlearning (Yang, arXiv 2503.01224; settings of open-unlearning).
+
+    L = forget·mean_t −Σ_v q_v log p_v + retain_nll·NLL/tokens,    q = softmax(z without the label)
+
+t runs over the answer tokens of the forget sequences but the first of each. z are the adapted model's own logits; q is
+a constant to the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from repbend_fast.data.records import Role, Sequence
+from repbend_fast.objectives.forgetting import Forgetting
+from repbend_fast.objectives.registry import method
+from repbend_fast.objectives.rows import count, predicting_rows
+from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.terms import LoweredLabel, Term
+from repbend_fast.section import AboveZero, NonNegative, Weight
+
+
+class CEUConfig(MethodConfig):
+    """CE-U: L = forget·mean CE(p, own soft-max without the label) on forget (+ retain_nll·NLL on retain)."""
+
+    place: ClassVar[int] = 11
+    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
+
+    name: Literal["ce_u"] = "ce_u"
+    skipped_tokens: NonNegative = Field(1, description="First tokens of each answer that do not count.")
+    forget: AboveZero = Field(1.0, description="Weight of the cross-entropy.")
+    retain_nll: Weight = Field(0.0, description="Weight of the retain answers' negative log-likelihood.")
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("unsafe", "pair", "retain") if self.retain_nll else ("unsafe", "pair")
+
+
+@method(CEUConfig)
+class CEU(Forgetting[CEUConfig]):
+    """Stream ``forget``, and ``retain`` where its term has a weight."""
+
+    def forget(self, sequences: tuple[Sequence, ...]) -> Term:
+        config = self.config
+        spans = tuple((min(start + config.skipped_tokens, stop), stop) for start, stop in predicting_rows(sequences))
+        return LoweredLabel("forget", spans, config.forget, count(spans), math.inf, own=True)
