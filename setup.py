@@ -28,8 +28,9 @@ setup(
     ],
     package_dir={"repbend_fast": "repbend_fast", "repbend_fast.recipes": "recipes"},
     package_data={
-        "repbend_fast.recipes": ["*.yaml", "overlays/*.yaml"],
+        "repbend_fast.recipes": ["*.yaml", "overlays/*.yaml", "policies/*.yaml"],
         "repbend_fast.data.demo": ["*.json", "*.jsonl"],
+        "repbend_fast.making": ["*.json"],
         "repbend_fast.report": ["*.html.j2", "*.css", "*.js"],
     },
     install_requires=[

@@ -15,6 +15,7 @@ Importing this package is quick and imports no torch; a function imports what it
 
 from repbend_fast.api import assess as assess
 from repbend_fast.api import evaluate, export, load_config, plan, train
+from repbend_fast.api import make_data as make_data
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "export", "load_config", "plan", "train"]

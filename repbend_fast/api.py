@@ -229,6 +229,47 @@ def _several(names: Sequence[str] | str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def make_data(
+    policy: PathLike,
+    model: PathLike,
+    out: PathLike,
+    overrides: Overrides = (),
+    *,
+    overlays: Overlays = (),
+    limit: int | None = None,
+    seed: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    say: Say | None = None,
+) -> Path:
+    """Let a model write its own training data for a policy: complying answers, refusals, and what is to stay.
+
+    Every answer is a row of ``answers.jsonl`` as it comes. Called again with the same settings it goes on where it was
+    interrupted.
+
+    Args:
+        policy: a YAML file, or the name of a shipped policy.
+        model: who writes, as :func:`assess` takes it.
+        out: a folder, or a file that ends in ``.jsonl`` for the training records, with the rest beside it.
+        overrides, overlays: of ``model`` and ``data.chat_template_kwargs``, as in :func:`load_config`.
+        limit: at most so many of everything.
+        seed: in place of the policy's.
+        batch_size: prompts at once.
+        say: receives progress, the tables and the command that trains.
+
+    Returns:
+        The overlay that trains on the data: ``train("any", overlays=[made])``.
+
+    Raises:
+        UserError: something in the policy to mend, a model that cannot be loaded or whose answers are of no use, an
+            ``out`` that holds something else.
+    """
+    with saying(say), hushed():
+        from repbend_fast.making.make import Request, make_data
+
+        request = Request(os.fspath(policy), os.fspath(model), Path(out).expanduser(), limit, seed, batch_size)
+        return make_data(replace(request, overrides=overrides, overlays=overlays))["overlay.yaml"]
+
+
 def export(run: PathLike, out: PathLike | None = None, *, say: Say | None = None) -> Path:
     """Merge a run's adapter into its model and save an ordinary transformers folder: safetensors and tokenizer.
 

@@ -25,10 +25,10 @@ OPINION_FIELDS = ("key", "judge", "opinions")
 
 
 class RowFile:
-    """A file of JSON rows that is only ever appended to."""
+    """A file of JSON rows that is only ever appended to. ``what`` it belongs to, as messages call it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, what: str = "an evaluation") -> None:
+        self.path, self.what = path, what
 
     def read(self, fields: Sequence[str]) -> list[dict[str, object]]:
         """What is there. A last line that a kill has torn is dropped, from the file too.
@@ -52,7 +52,7 @@ class RowFile:
         except ValueError:
             row = None
         if not isinstance(row, dict) or not set(fields) <= row.keys():
-            raise UserError(f"{self.path}:{number}: not a row of an evaluation; remove the line, or give another --out")
+            raise UserError(f"{self.path}:{number}: not a row of {self.what}; remove the line, or give another --out")
         return row
 
     def append(self, row: Mapping[str, object]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import repbend_fast
 from repbend_fast.cli import commands, inspecting, recipes
+from repbend_fast.cli import making_data as making
 from repbend_fast.cli import plan as planning
 from repbend_fast.config.overrides import is_assignment, takes_value
 from repbend_fast.errors import UserError
@@ -241,13 +242,22 @@ def _verify_command(groups: Commands) -> None:
 
 
 def _data_command(groups: Commands) -> None:
-    data = groups.add_parser("data", help="look at data before training", description="Look at data before training.")
+    data = groups.add_parser("data", help="make data, and look at it before training", description="Data to train on.")
     data_groups = data.add_commands()
     check = _command(
         data_groups, "check", commands.check_data, "counts per role, lengths and bad records", overrides=True
     )
     check.add_argument(
         "target", metavar="RECIPE|FILE", help="a recipe, or a data file (model.name=… adds token counts)"
+    )
+    making.add_options(
+        _command(
+            data_groups,
+            "make",
+            making.make,
+            "let a model write its own training data for a policy; goes on where it stopped",
+            overrides=True,
+        )
     )
 
 
@@ -380,6 +390,7 @@ _USAGE = {
     "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--with OVERLAY] [key=value "
     "…]",
     "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",
+    **making.USAGE,
     "check": "data check RECIPE|FILE [--with OVERLAY] [key=value …]",
 }
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 
 def ls(arguments: Namespace) -> int:
-    """Prints name and summary of every shipped recipe, then of every overlay as it is typed."""
-    from repbend_fast.config.shipped import overlay_names, recipe_names, summary
+    """Prints name and summary of every shipped recipe, then of every overlay and every policy as it is typed."""
+    from repbend_fast.config.shipped import overlay_names, policy_names, recipe_names, summary
 
     typed = {name: name for name in recipe_names()} | {f"--with {name}": name for name in overlay_names()}
+    typed |= {f"data make {name}": name for name in policy_names()}
     width = max(map(len, typed))
     for words, name in typed.items():
         print(f"{words:<{width}}  {summary(name)}")
@@ -18,7 +19,7 @@ def ls(arguments: Namespace) -> int:
 
 
 def show(arguments: Namespace) -> int:
-    """Prints a recipe or an overlay as it is written."""
+    """Prints a recipe, an overlay or a policy as it is written."""
     from repbend_fast.config.shipped import recipe_text
 
     print(recipe_text(arguments.recipe), end="")
@@ -26,7 +27,7 @@ def show(arguments: Namespace) -> int:
 
 
 def cp(arguments: Namespace) -> int:
-    """Copies a recipe or an overlay and prints the new file's path."""
+    """Copies a recipe, an overlay or a policy and prints the new file's path."""
     from repbend_fast.config.shipped import copy_recipe
 
     print(copy_recipe(arguments.recipe, Path(arguments.target).expanduser()))

@@ -11,6 +11,7 @@ from repbend_fast.errors import UserError
 
 SUFFIXES = (".yaml", ".yml")
 OVERLAYS = "overlays"
+POLICIES = "policies"
 
 
 def recipe_folder() -> Path:
@@ -32,6 +33,24 @@ def recipe_names() -> list[str]:
 def overlay_names() -> list[str]:
     """Names of the shipped overlays, sorted."""
     return sorted(path.stem for path in (recipe_folder() / OVERLAYS).glob("*.yaml"))
+
+
+def policy_names() -> list[str]:
+    """Names of the shipped policies, sorted."""
+    return sorted(path.stem for path in (recipe_folder() / POLICIES).glob("*.yaml"))
+
+
+def find_policy(policy: str) -> Path:
+    """The file of a policy for ``data make``: of a shipped one by its name, else a path, which may not be there.
+
+    Raises:
+        UserError: no such policy, with the closest name.
+    """
+    if found := _file(policy, None):
+        return found[0]
+    if policy in policy_names():
+        return recipe_folder() / POLICIES / f"{policy}.yaml"
+    raise _unknown("policy", policy, policy_names())
 
 
 def find_recipe(recipe: str, beside: Path | None = None) -> tuple[Path, str]:
@@ -113,26 +132,26 @@ def bare_name(recipe: str) -> str:
 
 
 def recipe_text(recipe: str) -> str:
-    """The text of a recipe or an overlay, comments included."""
-    path, name = _recipe_or_overlay(recipe)
+    """The text of a recipe, an overlay or a policy, comments included."""
+    path, name = _any_shipped(recipe)
     if not path.is_file():
         raise UserError(f"{name}: no such file")
     return path.read_text(encoding="utf-8")
 
 
 def summary(recipe: str) -> str:
-    """The first comment line of a recipe or an overlay."""
+    """The first comment line of a recipe, an overlay or a policy."""
     first = recipe_text(recipe).split("\n", 1)[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
 def copy_recipe(recipe: str, target: Path) -> Path:
-    """Copies a recipe or an overlay to ``target`` (a file, or a folder that exists) and returns the new file.
+    """Copies a recipe, an overlay or a policy to ``target`` (a file, or a folder that exists) and returns the new file.
 
     Raises:
         UserError: the file exists already, or its folder does not.
     """
-    source, name = _recipe_or_overlay(recipe)
+    source, name = _any_shipped(recipe)
     if not source.is_file():
         raise UserError(f"{name}: no such file")
     if target.is_dir():
@@ -145,5 +164,7 @@ def copy_recipe(recipe: str, target: Path) -> Path:
     return target
 
 
-def _recipe_or_overlay(name: str) -> tuple[Path, str]:
+def _any_shipped(name: str) -> tuple[Path, str]:
+    if name in policy_names():
+        return find_policy(name), f"{name}.yaml"
     return find_overlay(name) if name in overlay_names() else find_recipe(name)

@@ -1,7 +1,9 @@
-"""Records that are there twice, and conversations that are to be kept and bent at once."""
+"""Records that are there twice, or nearly so, and conversations that are to be kept and bent at once."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 
@@ -70,3 +72,35 @@ def _sides(
     for record in (*records.get("unsafe", ()), *records.get("pair", ())):
         bent.setdefault((record.messages, record.answer), record)
     return kept, bent
+
+
+class NearDuplicates:
+    """Texts so far, and which of them a new one is nearly the same as.
+
+    Two texts are near where they share at least ``likeness`` of their runs of ``size`` words (Jaccard index); case and
+    punctuation do not count. A text shorter than ``size`` words is one run.
+    """
+
+    def __init__(self, likeness: float, size: int) -> None:
+        self.likeness, self.size = likeness, size
+        self._sizes: list[int] = []
+        self._holders: dict[tuple[str, ...], list[int]] = {}
+
+    def near(self, text: str) -> Iterator[int]:
+        """The numbers of earlier texts that ``text`` is near to, in their order."""
+        runs = self._runs(text)
+        shared = Counter(number for run in runs for number in self._holders.get(run, ()))
+        for number in sorted(shared):
+            if shared[number] >= self.likeness * (len(runs) + self._sizes[number] - shared[number]):
+                yield number
+
+    def add(self, text: str) -> None:
+        """Remember ``text`` under the next number, from 0 on."""
+        runs = self._runs(text)
+        for run in runs:
+            self._holders.setdefault(run, []).append(len(self._sizes))
+        self._sizes.append(len(runs))
+
+    def _runs(self, text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.casefold())
+        return {tuple(words[i : i + self.size]) for i in range(max(1, len(words) - self.size + 1))}
