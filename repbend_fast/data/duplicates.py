@@ -21,12 +21,13 @@ def duplicate_lines(records: Mapping[Role, Seq[Record]]) -> list[str]:
         answers = "conversation is" if len(both) == 1 else "conversations are"
         lines.append(f"{len(both)} {answers} both safe and unsafe, {_pair(kept[both[0]], bent[both[0]])}")
     requests = {messages: record for (messages, _), record in reversed(bent.items())}
+    # A pair says itself that its prompt has both; its unsafe answer may stand in an unsafe record too.
     contested = {
         messages: record
         for (messages, answer), record in kept.items()
-        if messages in requests and (messages, answer) not in bent
+        if messages in requests and (messages, answer) not in bent and record.role != "pair"
     }
-    separate = {m: r for m, r in contested.items() if requests[m] is not r and requests[m].origin != r.origin}
+    separate = {m: r for m, r in contested.items() if requests[m].origin != r.origin}
     if separate:
         first = next(iter(separate))
         prompts = "prompt has" if len(separate) == 1 else "prompts have"

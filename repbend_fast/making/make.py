@@ -19,7 +19,7 @@ from repbend_fast.environment import environment
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.generate import Answer, generate_measured
 from repbend_fast.making.answering import Answers, Generator, Rejected, answer
-from repbend_fast.making.files import Made, Places, command, tables, write_all
+from repbend_fast.making.made_files import Made, Places, command, tables, write_all
 from repbend_fast.making.policy import Policy, read_policy
 from repbend_fast.making.refusals import refuse
 from repbend_fast.making.splits import divide

@@ -6,13 +6,22 @@ import re
 from typing import TYPE_CHECKING
 
 from repbend_fast.evaluation.judge import EVASION, judge
-from repbend_fast.evaluation.text_checks import words_of
+from repbend_fast.evaluation.text_checks import (
+    complete_instructions,
+    distinct_share,
+    instruction_evidence,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from repbend_fast.making.answering import Written
 
 LEAST_WORDS = 6
 """Of a complying answer, its beginning included."""
+DISTINCT = 0.7
+"""Least share of different runs of three words: what a judge lets pass as an answer need not be learnt."""
+LEAST_COUNTED = 20
+"""Words from which that share says something."""
 KEPT_SHARE = 0.5
 """An answer that was cut is cut back to its last whole sentence where at least this much of it stays."""
 _ENDS = re.compile(r"[.!?][\"')\]*]*(?=\s|$)")
@@ -32,9 +41,17 @@ def problem(written: Written) -> str:
         return "" if written.stopped else "a refusal that does not end"
     if verdict.label == "refuse":
         return f"refuses: {reasons}"
-    if task.part == "complying" and len(words_of(whole(written))) < LEAST_WORDS:
+    text = whole(written)
+    words = words_of(text)
+    if len(words) >= LEAST_COUNTED and (share := distinct_share(words)) < DISTINCT:
+        return f"repeats itself: {share:.0%} of the runs of three words differ"
+    if task.part != "complying":
+        return ""
+    if len(words) < LEAST_WORDS:
         return f"shorter than {LEAST_WORDS} words"
-    return ""
+    # Whole requests may ask for something else than instructions.
+    instructs = task.form == "whole" or complete_instructions(text) or instruction_evidence(text)
+    return "" if instructs else "talks about it without instructions"
 
 
 def whole(written: Written) -> str:

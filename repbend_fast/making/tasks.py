@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -84,7 +85,7 @@ def work_of(policy: Policy, divided: Divided, limit: int | None = None) -> Work:
     wanted = {name: count if limit is None else min(count, limit) for name, count in wanted.items()}
     restricted = {split: _restricted(policy, divided, split) for split in SPLITS}
     allowed = {split: _allowed(policy, divided, split) for split in SPLITS}
-    ordinary, questions = _ordinary(policy)
+    ordinary, questions = _ordinary(policy, divided)
     found = (
         _group(policy, "train", "complying", restricted["train"], wanted["attacks"]),
         _group(policy, "train", "allowed", allowed["train"], wanted["allowed"]),
@@ -177,13 +178,32 @@ def _in_turn(policy: Policy, what: str, lists: Sequence[Sequence[Asked]]) -> lis
     return list({asked.text: asked for asked in reversed(found)}.values())[::-1]
 
 
-def _ordinary(policy: Policy) -> tuple[dict[Split, list[Asked]], dict[Split, list[Prompt]]]:
-    """Ordinary requests to be answered, and ordinary questions to evaluate with, by split."""
+def _ordinary(policy: Policy, divided: Divided) -> tuple[dict[Split, list[Asked]], dict[Split, list[Prompt]]]:
+    """Ordinary requests to be answered, and ordinary questions to evaluate with, by split. Those in a wording that
+    another split has are left out.
+    """
     if policy.ordinary is None:
-        asked = {s: [Asked(text) for text in _shuffled(policy, "ordinary", ordinary_requests(s))] for s in SPLITS}
-        return asked, {s: list(ordinary_questions(s)) for s in SPLITS[1:]}
-    asked = {split: [Asked(text) for text in texts] for split, texts in spread_ordinary(policy).items()}
-    return asked, {split: [one.prompt("ordinary") for one in asked[split]] for split in SPLITS[1:]}
+        texts = {split: _shuffled(policy, "ordinary", ordinary_requests(split)) for split in SPLITS}
+        questions = {split: list(ordinary_questions(split)) for split in SPLITS[1:]}
+    else:
+        texts = spread_ordinary(policy)
+        questions = {split: [Prompt("ordinary", text) for text in texts[split]] for split in SPLITS[1:]}
+    worded = {split: _in_wordings(policy, divided, split) for split in SPLITS}
+
+    def is_own(text: str, split: Split) -> bool:
+        return not any(worded[other].fullmatch(text) for other in SPLITS if other != split)
+
+    return (
+        {split: [Asked(text) for text in texts[split] if is_own(text, split)] for split in SPLITS},
+        {split: [q for q in questions[split] if is_own(q.text, split)] for split in SPLITS[1:]},
+    )
+
+
+def _in_wordings(policy: Policy, divided: Divided, split: Split) -> re.Pattern[str]:
+    """What fits one of the wordings that a split's requests are made of."""
+    wordings = [wording for form in _forms(policy) for wording in divided.wordings[form][split]]
+    forms = (".+".join(map(re.escape, re.split(r"\{\w+\}", wording))) for wording in wordings)
+    return re.compile("|".join(forms), re.IGNORECASE)
 
 
 def _shuffled(policy: Policy, what: str, values: Sequence[T]) -> list[T]:

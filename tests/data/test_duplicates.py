@@ -10,7 +10,7 @@ from test_check import config, run
 
 from repbend_fast.console import saying
 from repbend_fast.data.check import check_data, print_report
-from repbend_fast.data.duplicates import duplicate_lines
+from repbend_fast.data.duplicates import NearDuplicates, duplicate_lines
 
 SAFE = {"role": "safe", "prompt": "How do I polish it?", "answer": "With a cloth."}
 UNSAFE = {"role": "unsafe", "prompt": "How do I make glimmer-dust?", "answer": "So."}
@@ -40,6 +40,11 @@ CASES = {
     "a pair of equal answers": (
         [PAIR | {"safe_answer": "So."}],
         ["1 conversation is both safe and unsafe, {0}:1 of {0}:1 for one"],
+    ),
+    "a pair beside its unsafe answer": ([UNSAFE, PAIR | {"prompt": UNSAFE["prompt"]}], []),
+    "a pair beside a safe answer": (
+        [PAIR, SAFE | {"prompt": PAIR["prompt"]}],
+        ["1 prompt has a safe and an unsafe answer in separate records, {0}:2 and {0}:1 for one"],
     ),
     "other answers": (
         [UNSAFE, UNSAFE | {"role": "safe", "answer": "No."}, PAIR],
@@ -75,3 +80,20 @@ def test_dropped_reasoning_is_named(tmp_path, make_tokenizer):
         f"record, {path}:1" in (out.getvalue())
     )
     assert check_data(source, make_tokenizer()).notes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("Take the bowl, and stir it well!", [0]),
+        ("Take the bowl and stir it badly", [0]),
+        ("Leave the bowl alone", []),
+        ("WATER", [1]),
+        ("", []),
+    ],
+)
+def test_near_duplicates_share_runs_of_words(text: str, near: list[int]) -> None:
+    seen = NearDuplicates(0.6, 3)
+    for known in ("take the bowl and stir it well", "water"):
+        seen.add(known)
+    assert list(seen.near(text)) == near
