@@ -16,6 +16,7 @@ import pytest
 
 from repbend_fast.cli import main
 from repbend_fast.config import Config, load_config, recipe_names, recipe_text, resolved_yaml
+from repbend_fast.config.shipped import policy_names
 from repbend_fast.errors import UserError
 
 # A hub name is not looked up before training, so these tests need no model.
@@ -204,7 +205,11 @@ def test_data_check_of_a_recipe_goes_on_without_its_tokenizer(
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "ls"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("--with ")]
-    assert [line.split()[0] for line in lines] == recipe_names()
+    policies = [line for line in lines if line.startswith("data make ")]
+    assert [line.split()[0] for line in lines if line not in policies] == recipe_names()
+    assert [line.split()[2] for line in policies] == policy_names()
+    assert main(["recipes", "show", "harbour"]) == 0
+    assert "name: harbour" in capsys.readouterr().out
     assert main(["recipes", "show", "demo"]) == 0
     assert capsys.readouterr().out == recipe_text("demo")
     copy = tmp_path / "demo.yaml"
