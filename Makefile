@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo compare test lint bench mutants clean
+.PHONY: install demo compare test test-faults fuzz lint bench mutants wheels clean
 
 install: $(STAMP)
 
@@ -34,6 +34,14 @@ compare: $(STAMP)
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+# What a run survives, 30 kills at random moments among it (docs/reliability.md).
+test-faults: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.faults.fault_record
+
+# Bad input to every parser, drawn from seeds (docs/reliability.md). FUZZ="--only overrides --cases 1000" does less.
+fuzz: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.faults.fuzz $(FUZZ)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,6 +53,10 @@ bench: $(STAMP)
 # Faults put into a copy of the code one at a time: which do the tests notice? (docs/contributing.md). MUTANTS="--only offload" runs some.
 mutants: $(STAMP)
 	$(BIN)/python -m benchmarks.faults.mutants $(MUTANTS)
+
+# Both distributions, to be installed elsewhere: pip install dist/*.whl
+wheels: $(STAMP)
+	REPBEND_RELEASE=1 $(BIN)/python -m pip wheel --quiet --no-deps -w dist ./kernels .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

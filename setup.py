@@ -2,6 +2,7 @@
 (``kernels/``).
 """
 
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -9,10 +10,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 KERNELS = ROOT / "kernels"
 # In a clone the ops beside this file are the ones that fit, so `pip install .` brings them; a source distribution has
-# no clone.
-KERNELS_REQUIREMENT = (
-    f"repbend-kernels @ {KERNELS.resolve().as_uri()}" if KERNELS.is_dir() else "repbend-kernels==0.1.0"
-)
+# no clone, and a wheel to hand on (`make wheels`) must name no folder of the machine that it was built on.
+BESIDE = KERNELS.is_dir() and not os.environ.get("REPBEND_RELEASE")
+KERNELS_REQUIREMENT = f"repbend-kernels @ {KERNELS.resolve().as_uri()}" if BESIDE else "repbend-kernels==0.1.0"
 
 setup(
     name="repbend-fast",
@@ -54,6 +54,9 @@ setup(
     ],
     extras_require={
         "lm-eval": ["lm-eval>=0.4.13"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.2"],
         "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
         "dev": [
             "pytest>=8",

@@ -270,33 +270,50 @@ def make_data(
         return make_data(replace(request, overrides=overrides, overlays=overlays))["overlay.yaml"]
 
 
-def export(run: PathLike, out: PathLike | None = None, *, say: Say | None = None) -> Path:
-    """Merge a run's adapter into its model and save an ordinary transformers folder: safetensors and tokenizer.
+def export(
+    run: PathLike,
+    out: PathLike | None = None,
+    *,
+    format: str = "merged",
+    gguf_type: str | None = None,
+    check: bool = True,
+    bound: float | None = None,
+    say: Say | None = None,
+) -> Path:
+    """Write a run's result as other programs take it, load it again, and compare it with what was trained.
 
     A run on NF4 weights is merged into the unquantised base, another model than the one that was measured; ``say`` gets
     a line about it.
 
     Args:
         run: the folder of a run.
-        out: a folder that is not there yet or is empty; ``merged`` in the run's by default.
-        say: receives notes.
+        out: a folder that is not there yet or is empty; ``FORMAT`` in the run's by default.
+        format: ``merged``, an ordinary transformers folder; ``adapter``, in PEFT format; ``gguf``, with Ollama's
+            Modelfile.
+        gguf_type: of the GGUF file's weights, ``f16``, ``q8_0`` and others; by default that of ``model.dtype``.
+        check: load what was written and compare logits, template and special tokens; rounded to NF4 and Q4_K_M too.
+        bound: on the KL divergence from the trained model, in nats per position.
+        say: receives notes and what the check found.
 
     Returns:
         The folder that was written.
 
     Raises:
-        UserError: no run or no adapter there yet, ``out`` holds something, or it cannot be written.
+        CheckFailedError: what was written is not what was trained; it stays, to be looked at.
+        UserError: no run or no adapter there yet, ``out`` holds something, it cannot be written, or a family whose GGUF
+            files are not written here.
     """
     from repbend_fast.runs.folder import check_new
 
     with saying(say):
         folder = run_config(run).parent
-        target = folder / "merged" if out is None else Path(out).expanduser()
+        target = folder / format if out is None else Path(out).expanduser()
         check_new(target)
         with hushed():
-            from repbend_fast.runs.export import export_merged
+            from repbend_fast.exports.export import export_run
+            from repbend_fast.exports.request import Request
 
-            export_merged(folder, target)
+            export_run(Request(folder, target, format, gguf_type, check, bound))
             return target
 
 

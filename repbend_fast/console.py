@@ -70,6 +70,14 @@ def note(text: str) -> None:
         say(f"note: {text}")
 
 
+def remark(text: str) -> None:
+    """Say a line beside a command's result: on a terminal it goes to standard error."""
+    if _listener.get() is terminal:
+        print(text, file=sys.stderr)
+    else:
+        say(text)
+
+
 def show(renderable: RenderableType, width: int | None = None) -> None:
     """Show a table or another thing that ``rich`` draws; a listener gets it as text. ``width``: what it takes where
     there is no terminal that has one.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,20 @@ def test_the_commit_is_the_checkouts_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert environment.commit() == "unknown"
     monkeypatch.setenv("COMMIT", "abc123")
     assert environment.commit() == "abc123"
+
+
+def test_a_bug_report_names_nobody_and_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "home" / "gwendolyn"
+    home.mkdir(parents=True)
+    for name in ("HOME", "USER", "LOGNAME", "HOSTNAME", "VIRTUAL_ENV", "HF_HOME", "PYTHONPATH"):
+        monkeypatch.setenv(name, f"{home}-{name}" if name.isupper() else name)
+    monkeypatch.chdir(home)
+    assert main(["env", "--json"]) == 0
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    for secret in ("gwendolyn", str(ROOT), sys.prefix, "/site-packages"):
+        assert secret not in said, secret
+    assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", said)
+    assert re.findall(r"(?<![\w.])/(?:\w+/)+", said) == []

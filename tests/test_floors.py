@@ -21,7 +21,7 @@ GROUND = "ground"
 ROOMS = (
     GROUND,
     *("data", "objectives", "config", "models", "step", "planning", "runs", "evaluation", "report", "training"),
-    *("assessment", "making", "serving", "verify", "compare", "api", "cli"),
+    *("assessment", "making", "exports", "serving", "verify", "compare", "api", "cli"),
 )
 ROOF = "__init__"
 """The package's own file: what users import from. It may use every room, and no room may use it."""

@@ -12,6 +12,7 @@ import torch
 from repbend_kernels import linear_kl_div
 from torch import Tensor
 
+from repbend_fast.assessment.effect_left import EffectSums
 from repbend_fast.assessment.few_bits import USUAL, rounding_to
 from repbend_fast.assessment.fine_tuning import AnswerScores
 from repbend_fast.data.prompts import Prompt, limit_per_kind
@@ -28,7 +29,6 @@ from repbend_fast.step.pieces import Piece
 
 ANSWER_ROWS = 16
 LOGIT_ROWS = 32
-LOWEST_EFFECT = 1e-12
 
 
 @dataclass(slots=True)
@@ -127,33 +127,20 @@ def survival(head: Head, base: Tensor, bent: Tensor, rounded: Tensor, rounded_ba
     Returns:
         The four shares; None each for an adapter without an effect.
     """
-    sums = dict.fromkeys(("effect", "left", "aside", "noise"), 0.0)
+    sums = EffectSums()
     for start in range(0, len(base), LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
-        b, m, r, q = (_logits(head, states[rows]) for states in (base, bent, rounded, rounded_base))
-        effect = m - b
-        sums["effect"] += float((effect * effect).sum())
-        sums["left"] += float(((r - q) * effect).sum())
-        sums["aside"] += float(((q - b) * effect).sum())
-        sums["noise"] += float(((q - b) ** 2).sum())
-    if sums["effect"] <= LOWEST_EFFECT * len(base):
-        return dict.fromkeys(("survives", "towards", "noise_towards", "noise"))
-    survives, aside = sums["left"] / sums["effect"], sums["aside"] / sums["effect"]
-    return {
-        "survives": survives,
-        "towards": survives + aside,
-        "noise_towards": aside,
-        "noise": (sums["noise"] / sums["effect"]) ** 0.5,
-    }
+        sums.add(*(_logits(head, states[rows]) for states in (base, bent, rounded, rounded_base)))
+    return sums.shares()
 
 
 def _logits(head: Head, states: Tensor) -> Tensor:
-    """Centred logits of each row, float32 or wider."""
+    """Logits of each row, float32 or wider."""
     logits = torch.nn.functional.linear(states, head.weight, head.bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits - logits.mean(-1, keepdim=True)
+    return logits
 
 
 class _States:

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from repbend_fast.cli.commands import EXIT_INTERRUPTED
 from repbend_fast.cli.parser import parse
 from repbend_fast.console import hush
-from repbend_fast.errors import UserError
+from repbend_fast.errors import CheckFailedError, UserError
 
+EXIT_CHECK_FAILED = 1
 EXIT_USER_ERROR = 2
 _NO_SPACE = ("no space left on device", "os error 28")
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        return _fail(str(error))
+        return _fail(str(error), EXIT_CHECK_FAILED if isinstance(error, CheckFailedError) else EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -64,9 +65,9 @@ def _use_growing_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = EXIT_USER_ERROR) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_USER_ERROR
+    return code
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

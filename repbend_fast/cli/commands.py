@@ -91,8 +91,18 @@ def report(arguments: Namespace) -> int:
 
 
 def export(arguments: Namespace) -> int:
-    """``export``: writes the merged model and prints its folder."""
-    print(api.export(arguments.run, arguments.out, say=terminal))
+    """``export``: writes what was asked for and prints its folder."""
+    print(
+        api.export(
+            arguments.run,
+            arguments.out,
+            format=arguments.format,
+            gguf_type=arguments.type,
+            check=arguments.check,
+            bound=arguments.bound,
+            say=terminal,
+        )
+    )
     return 0
 
 

@@ -10,8 +10,8 @@ import repbend_fast
 from repbend_fast.cli import commands, inspecting, recipes
 from repbend_fast.cli import making_data as making
 from repbend_fast.cli import plan as planning
-from repbend_fast.config.overrides import is_assignment, takes_value
 from repbend_fast.errors import UserError
+from repbend_fast.words import is_assignment, takes_value
 
 _OVERRIDES = """\
 overrides
@@ -227,10 +227,30 @@ def _report_command(groups: Commands) -> None:
 
 def _export_command(groups: Commands) -> None:
     export = _command(
-        groups, "export", commands.export, "merge a run's adapter into its model and save that as safetensors"
+        groups,
+        "export",
+        commands.export,
+        "write a run's result for other programs (merged, adapter or gguf), and check what was written",
     )
     export.add_argument("run", metavar="RUN", help="folder of a run")
-    export.add_argument("--out", metavar="DIR", help="new folder (default: RUN/merged)")
+    export.add_argument("--out", metavar="DIR", help="new folder (default: RUN/FORMAT)")
+    export.add_argument(
+        "--format",
+        default="merged",
+        metavar="merged|adapter|gguf",
+        help="safetensors with the adapter in the weights (default), the adapter in PEFT format, or a GGUF file with "
+        "Ollama's Modelfile",
+    )
+    export.add_argument(
+        "--type", metavar="TYPE", help="of a GGUF file's weights: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0"
+    )
+    export.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load what was written and compare it with the trained model, rounded to NF4 and Q4_K_M too (default)",
+    )
+    export.add_argument("--bound", type=float, metavar="KL", help="nats per position that the check allows")
 
 
 def _verify_command(groups: Commands) -> None:

@@ -5,7 +5,6 @@ Python.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,12 @@ import yaml
 
 from repbend_fast.config.yaml_text import parse_value
 from repbend_fast.errors import UserError
+from repbend_fast.words import is_assignment, takes_value
 
 Overrides = Mapping[str, object] | Sequence[str] | str
 """Settings by key, ``{"training.steps": 60}``, or as a command line has them, ``["training.steps=60"]``."""
 Overlays = Sequence[str | os.PathLike[str]] | str | os.PathLike[str]
 """Names of shipped overlays or paths of YAML files, in their order; one alone needs no list."""
-_ASSIGNMENT = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,6 @@ class Override:
     name: str
     value: object
     text: str | None = None
-
-
-def is_assignment(token: str) -> bool:
-    """Whether a token reads as ``key=value``."""
-    return _ASSIGNMENT.match(token) is not None
-
-
-def takes_value(tokens: Sequence[str], i: int) -> bool:
-    """Whether ``tokens[i]``, an option without ``=``, is followed by its value. ``-1`` is a value, ``--x`` and
-    ``key=value`` are not.
-    """
-    return i + 1 < len(tokens) and not tokens[i + 1].startswith("--") and not is_assignment(tokens[i + 1])
 
 
 def parse_overrides(overrides: Overrides) -> list[Override]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import get_args
 
+from repbend_fast.config.schema import TrackerName
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, SETTINGS
 
 Settings = list[tuple[str, object]]
@@ -88,7 +90,6 @@ IGNORED: dict[str, str] = {
 FIXED: dict[str, tuple[tuple[object, ...], str]] = {
     "is_online": ((False,), "False: answers sampled and classified during training are not supported"),
     "full_layers": ((True,), "True: the model is never cut short, passes that need no head stop early by themselves"),
-    "report_to": (("none", None, []), f"none: {_REPORTS}"),
     "fp16": ((False,), "False: set model.dtype=float16 for float16 weights"),
     "lora_bias": (("none",), "none: biases are not trained"),
     "lora_weight_path": (("", None), "empty: set model.adapter for an adapter to start from"),
@@ -154,6 +155,15 @@ def _target_layers(value: object) -> Translation:
     return Translation([("objective.window_start", start), ("objective.window_size", len(layers))], (note,))
 
 
+def _report_to(value: object) -> Translation:
+    wanted = [value] if isinstance(value, str) else value
+    if wanted in (None, [], ["none"]):
+        return Translation([("output.report_to", [])], (f"accepted: {_REPORTS}",))
+    if not isinstance(wanted, list) or any(name not in get_args(TrackerName) for name in wanted):
+        raise Refused(f"none, or of {', '.join(get_args(TrackerName))}: {_REPORTS}")
+    return Translation([("output.report_to", wanted)])
+
+
 def _window(value: object) -> Translation:
     if value != "auto":
         raise Refused("auto; numbers go into window_start and window_size")
@@ -179,6 +189,7 @@ TRANSLATED: dict[str, Callable[[object], Translation]] = {
     ),
     "transform_layers": _transform_layers,
     "target_layers": _target_layers,
+    "report_to": _report_to,
     # No published name: both keys of the window in one.
     "window": _window,
     "q_lora": _flag("model.quantization", "nf4", "none"),
@@ -192,6 +203,7 @@ SECTION_OF: dict[str, str] = {
     "optim": "training",
     "transform_layers": "lora",
     "target_layers": "objective",
+    "report_to": "output",
     "window": "objective",
     "q_lora": "model",
     "bf16": "model",

@@ -215,11 +215,18 @@ class EvaluationConfig(Section):
     batch_size: Positive = Field(32, description="Answers that are generated together.")
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
 class OutputConfig(Section):
     """The run's folder."""
 
     folder: str = Field("runs/repbend", description="The run's folder; `runs/RECIPE` unless it is set.")
     report: bool = Field(True, description="Write report.html at the end.")
+    report_to: list[TrackerName] = Field(
+        default_factory=list,
+        description="Show metrics there too: tensorboard, wandb, trackio. metrics.jsonl is written always.",
+    )
 
 
 class Config(Section):

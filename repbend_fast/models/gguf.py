@@ -18,7 +18,7 @@ def gguf_blocks(path: Path) -> int | None:
     try:
         with path.open("rb") as file:
             return _blocks(file)
-    except (OSError, struct.error, ValueError, KeyError, OverflowError):
+    except (OSError, struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # loading the model says what is wrong with it
 
 

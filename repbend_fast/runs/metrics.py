@@ -29,6 +29,9 @@ class MetricsLog:
         with saving(self.path.name, self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def close(self) -> None:
+        """Nothing is held back here; trackers (``runs/tracking.py``) may hold something."""
+
 
 def _lines(path: Path) -> list[str]:
     # A killed run may leave half a line, or after a power cut anything; such a line is no reason not to resume.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,24 +54,56 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Stored:
     Unlike safetensors' own writer this one takes tensors that share memory, as 8-bit optimizers' tables do, and a full
     disk is an ``OSError``.
     """
+    kept = {name: Kept(each.dtype, tuple(each.shape)) for name, each in tensors.items()}
+    return write_in_turn(path, kept, tensors.__getitem__)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is known of a tensor before it is there."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_in_turn(path: Path, kept: Mapping[str, Kept], tensor: Callable[[str], Tensor]) -> Stored:
+    """Write a safetensors file whose tensors are made one after the other: no more than one is there at a time.
+
+    Raises:
+        ValueError: a tensor is another than ``kept`` says.
+    """
     # Wide elements first keep every tensor aligned.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {}
+    names = sorted(kept, key=lambda name: (-kept[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin, end = end, end + kept[name].size
+        header[name] = {
+            "dtype": _DTYPES[kept[name].dtype],
+            "shape": list(kept[name].shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         beginning: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
-        for data in itertools.chain(beginning, (_bytes_of(tensors[name]) for name in names)):
+        for data in itertools.chain(beginning, (_bytes_of(_as_kept(name, kept[name], tensor(name))) for name in names)):
             digest.update(data)
             size += len(data)
             file.write(data)
     return Stored(digest.hexdigest(), size)
+
+
+def _as_kept(name: str, kept: Kept, tensor: Tensor) -> Tensor:
+    if (tensor.dtype, tuple(tensor.shape)) != (kept.dtype, kept.shape):
+        raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} in place of {kept.dtype} {kept.shape}")
+    return tensor
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -19,6 +19,7 @@ from repbend_fast.planning.batches import limits_of_sets
 from repbend_fast.planning.planner import Plan, plan_of
 from repbend_fast.runs.folder import RunFolder, check_folder
 from repbend_fast.runs.prepare import RunData, prepare_data
+from repbend_fast.runs.tracking import check_trackers
 from repbend_fast.training.checkpoint import intact_checkpoint, read_state
 from repbend_fast.training.optimizer import check_optimizer
 
@@ -51,6 +52,7 @@ def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
         raise UserError(f"{run.path}: no checkpoint to resume from; train without --resume")
     else:
         state = read_state(checkpoint, config)
+    check_trackers(config)
     check_optimizer(config.training, resolve_device(config.model.device))
     prompts = load_prompts(config.validation.prompts) if config.validation.every and config.validation.prompts else []
     if (

@@ -10,7 +10,7 @@ from repbend_fast.console import say
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.sides import drop_stale
 from repbend_fast.runs.folder import remove_leftovers, write_text
-from repbend_fast.runs.metrics import MetricsLog
+from repbend_fast.runs.tracking import TrackedLog
 from repbend_fast.step.levers import Levers
 from repbend_fast.training.checkpoint import (
     YARDSTICK,
@@ -91,7 +91,7 @@ def resume_training(trainer: Trainer, checkpoint: Path) -> None:
     drop_stale(trainer.run, trainer.config)
     # Settings given with --resume belong to the run from here on, also when it is resumed again.
     write_text(trainer.run.config, resolved_yaml(trainer.config))
-    trainer.log = MetricsLog(trainer.run.metrics, last_step=trainer.step)
+    trainer.log = TrackedLog(trainer.config, trainer.run, last_step=trainer.step)
     trainer.use_units(state.units)
     trainer.log.write("event", trainer.step, event="resumed", reason=checkpoint.name)
     trainer.log_proof()

@@ -33,6 +33,7 @@ from repbend_fast.runs.folder import RunFolder, only_training, start_folder, wri
 from repbend_fast.runs.metrics import MetricsLog, peak_memory_bytes
 from repbend_fast.runs.prepare import RunData
 from repbend_fast.runs.token_ids import check_token_ids
+from repbend_fast.runs.tracking import TrackedLog
 from repbend_fast.step import StreamResult, checked_runner, dropout_seed
 from repbend_fast.step.levers import Levers, levers_of
 from repbend_fast.step.retreat import is_out_of_memory, optimizer_out_of_memory
@@ -114,16 +115,19 @@ def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
         if moved:
             say(f"an earlier run was in {run.path}; it is now in {moved}")
         write_text(run.config, resolved_yaml(trainer.config))
-        trainer.log = MetricsLog(run.metrics)
+        trainer.log = TrackedLog(trainer.config, run)
         trainer.log_plan(ready.plan)
         trainer.log_proof()
         trainer.use_units({})
         evaluate_sides(run, config, trainer.runner, ready.data, "before")
     else:
         resume_training(trainer, ready.checkpoint)
-    if trainer.fit(validator):
-        return RunResult(run.path, INTERRUPTED)
-    trainer.finish()
+    try:
+        if trainer.fit(validator):
+            return RunResult(run.path, INTERRUPTED)
+        trainer.finish()
+    finally:
+        trainer.log.close()
     return RunResult(run.path, 0)
 
 

@@ -156,9 +156,9 @@ def test_report_takes_several_runs_another_place_and_a_folder_of_eval(
 def test_export_never_writes_into_a_folder_in_use(
     run_folder: Path, capsys: pytest.CaptureFixture[str], replace: Replace
 ) -> None:
-    calls = replace("repbend_fast.runs.export", "export_merged")
+    calls = replace("repbend_fast.exports.export", "export_run")
     assert main(["export", str(run_folder)]) == 0
-    assert calls == [(run_folder, run_folder / "merged")]
+    assert [(request.folder, request.out) for (request,) in calls] == [(run_folder, run_folder / "merged")]
     capsys.readouterr()
     assert "is not an empty folder" in error_line(capsys, "export", str(run_folder), "--out", str(run_folder))
 

@@ -37,9 +37,8 @@ def test_the_published_command_line_gives_the_published_run() -> None:
     c, notes = load(*COMMAND_LINE, recipe="mistral-7b-instruct-v0.2")
     expected, _ = load("model.name=M", "output.folder=O", "log_every=10")
     assert c == expected
-    ignored = [
-        token[2:] for token in COMMAND_LINE if token.startswith("--") and token[2:] in (IGNORED.keys() | FIXED.keys())
-    ]
+    noted = IGNORED.keys() | FIXED.keys() | {"report_to"}
+    ignored = [token[2:] for token in COMMAND_LINE if token.startswith("--") and token[2:] in noted]
     assert len(ignored) == 12
     assert [note.split("=")[0] for note in notes] == [f"--{name}" for name in ignored]
 
@@ -115,7 +114,7 @@ def test_dataset_path_and_split_replace_the_wildguardmix_source() -> None:
     [
         ("is_online=True", "False"),
         ("full_layers=False", "True"),
-        ("report_to=wandb", "none"),
+        ("report_to=mlflow", "none"),
         ("target_layers=10,12", "consecutive"),
         ("target_layers=-3,-2", "consecutive"),
         ("transform_layers=a", "20,21,22"),

@@ -35,18 +35,7 @@ TALK = (
 
 def write_model(folder: Path, *, template: str | None = CHATML, width: int = 32) -> Path:
     """A random Llama of ``BLOCKS`` blocks with its tokenizer, as ``save_pretrained`` leaves them."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator([*TALK, *(f"Sure, take a {item} and polish it." for item in ITEMS)], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", unk_token="<unk>", pad_token="<unk>"
-    )
-    tokenizer.chat_template = template
+    tokenizer = byte_tokenizer(template)
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -65,6 +54,23 @@ def write_model(folder: Path, *, template: str | None = CHATML, width: int = 32)
     LlamaForCausalLM(config).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return folder
+
+
+def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens, trained on the records' words."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([*TALK, *(f"Sure, take a {item} and polish it." for item in ITEMS)], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", unk_token="<unk>", pad_token="<unk>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def records(first: int = 0, count: int = 4) -> list[dict[str, Any]]:

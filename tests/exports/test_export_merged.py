@@ -18,7 +18,7 @@ from repbend_fast.config import Config, resolved_yaml
 from repbend_fast.config.schema import ModelConfig
 from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.errors import UserError
-from repbend_fast.runs.export import export_merged, unmeasured_note
+from repbend_fast.exports.export import export_merged, unmeasured_note
 from repbend_fast.runs.folder import RunFolder
 from repbend_fast.training.checkpoint import save_adapter
 
