@@ -1,5 +1,5 @@
-"""Draws a record of the op benchmarks, the step's, its profile's or the demo's: a table; for the ops bars as a PNG with
-matplotlib.
+"""Draws a record of the op benchmarks, the step's, its profile's, its counts' or the demo's: a table; for the ops bars
+as a PNG with matplotlib.
 
     python -m benchmarks.report [benchmarks/results/cpu.json] [--png FILE]
 
@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.demo.demo_record import demo_table, missed_demo_goals
 from benchmarks.ops.op_record import COSTS, OpRecord, OpRow
 from benchmarks.step.profile_parts import profile_table
+from benchmarks.step.step_counts import counts_table, missed_count_goals
 from benchmarks.step.step_record import missed_step_goals, step_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -140,9 +141,11 @@ def draw(record: OpRecord, path: Path) -> None:
 
 
 def kind_of(record: Mapping[str, Any]) -> str:
-    """What made the record: ``ops``, ``step``, ``profile`` or ``demo``."""
+    """What made the record: ``ops``, ``step``, ``counts``, ``profile`` or ``demo``."""
     if "ratios" in record:
         return "step"
+    if any("launches" in row for row in record.get("rows", ())):
+        return "counts"
     if "seeds" in record:
         return "demo"
     return "profile" if any("parts" in row for row in record["rows"]) else "ops"
@@ -163,6 +166,7 @@ def main() -> int:
     tables: dict[str, Callable[[Any], str]] = {
         "step": step_table,
         "profile": profile_table,
+        "counts": counts_table,
         "demo": demo_table,
         "ops": table,
     }
@@ -171,6 +175,7 @@ def main() -> int:
         draw(record, arguments.png)
     goals: dict[str, Callable[[Any], list[str]]] = {
         "step": missed_step_goals,
+        "counts": missed_count_goals,
         "demo": missed_demo_goals,
         "ops": missed_goals,
     }

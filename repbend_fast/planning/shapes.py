@@ -48,7 +48,8 @@ PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B | {"sliding_window": 4096},
 }
 
-_MODE = FakeTensorMode(allow_non_fake_inputs=True)
+FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)
+"""Of all fake tensors that are made here."""
 
 
 def model_shape(config: ModelConfig) -> tuple[Shape, str | None]:
@@ -117,7 +118,7 @@ def shape_model(config: ModelConfig, lora: LoraConfig, window: tuple[int, ...], 
 
 def fake_zeros(like: Tensor) -> Tensor:
     """A fake tensor of the same shape and dtype."""
-    with _MODE:
+    with FAKE_MODE:
         return torch.zeros(like.shape, dtype=like.dtype)
 
 
@@ -149,7 +150,7 @@ def _make_fake(model: CausalLM, config: ModelConfig) -> None:
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            with _MODE:
+            with FAKE_MODE:
                 twin = torch.empty(tensor.shape, dtype=tensor.dtype)
             parameter = isinstance(tensor, nn.Parameter)
             # The original is kept beside its twin: its id must not be given to another tensor meanwhile.
@@ -177,7 +178,7 @@ def _nf4_weight(layer: nn.Linear, config: ModelConfig) -> nn.Parameter:
 
     count = layer.in_features * layer.out_features
     blocks = -(count // -NF4_BLOCK)
-    with _MODE:
+    with FAKE_MODE:
         packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8)
         code, state2, offset = torch.empty(16), None, None
         if config.double_quantization:
