@@ -1,5 +1,5 @@
-"""Settings of all tests: no network, no tokenizer threads, no progress bars, GPU tests skipped with a reason where
-there is no GPU.
+"""Settings of all tests: no network, no tokenizer threads, no progress bars, nothing in the user's cache, GPU tests
+skipped with a reason where there is no GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
+# Plans of tests depend neither on this machine's speed nor on what an earlier run has kept.
+os.environ["REPBEND_CACHE"] = "off"
 
 import pytest
 

@@ -76,7 +76,7 @@ _real_device = cast(property, FakeTensor.device)
 
 
 def _device(self: FakeTensor) -> torch.device:
-    return CUDA if _asked_by_the_project() else _real_device.fget(self)
+    return CUDA if _asked_by_the_project() else _real_device.__get__(self)
 
 
 def _is_cuda(self: FakeTensor) -> bool:
@@ -88,7 +88,7 @@ def _asked_by_the_project() -> bool:
 
 
 def _python_function(kernel: object) -> Callable[..., object]:
-    inner = getattr(kernel, "fn", kernel)
-    while not hasattr(inner, "__code__"):
-        inner = inner.fn
-    return cast(Callable[..., object], inner)
+    while not inspect.isfunction(kernel):
+        kernel = getattr(kernel, "fn", None)
+        assert kernel is not None
+    return kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -29,11 +30,15 @@ def show(arguments: Namespace) -> int:
         )
     from repbend_fast.api import plan
 
-    planned = plan(
-        arguments.recipe, arguments.overrides, overlays=arguments.overlays, card=arguments.card, say=terminal
-    )
+    # A record on standard output is read by programs: what is said beside it goes past it.
+    say = _to_standard_error if arguments.json else terminal
+    planned = plan(arguments.recipe, arguments.overrides, overlays=arguments.overlays, card=arguments.card, say=say)
     print(json.dumps(planned.as_dict(), indent=2) if arguments.json else "\n".join(planned.lines()))
     return 0
+
+
+def _to_standard_error(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _table(arguments: Namespace) -> int:

@@ -33,6 +33,9 @@ class Shape(Protocol):
     def get_text_config(self) -> Shape:
         """The decoder's part; the configuration itself for a model of text alone."""
 
+    def to_dict(self) -> dict[str, object]:
+        """All settings as plain values."""
+
 
 class ClassifierShape(Shape, Protocol):
     """The configuration of a sequence classifier."""

@@ -19,16 +19,12 @@ from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.cards import EFFICIENCY, Card
+from repbend_fast.planning.host import ASSUMED, HostCost
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.pieces import split
 
 HEAD_PRODUCTS = 3
 """Two for the logits of both sides, one for the way back."""
-
-LAUNCH_SECONDS = {"reference": 4e-4, "adapted": 6e-4, "recompute": 6e-4, "backward": 1.2e-3}
-"""Seconds that the host takes to launch one block's work in a pass: 50 to 150 operations of 8 microseconds.
-An assumption.
-"""
 
 
 @dataclass(frozen=True)
@@ -70,11 +66,19 @@ def matrices(model: CausalLM, nf4: bool, first_block: int) -> Matrices:
 class StepCost:
     """FLOPs by part, and seconds, of the streams of one micro-batch under given levers."""
 
-    def __init__(self, sizes: Matrices, num_blocks: int, card: Card) -> None:
+    def __init__(self, sizes: Matrices, num_blocks: int, card: Card, host: HostCost = ASSUMED) -> None:
         self.sizes = sizes
         self.num_blocks = num_blocks
         self.card = card
+        self.host = host
+        # Many levers are weighed against each other, on the same lengths.
+        self._known_passes: dict[tuple[int, int, tuple[int, ...]], tuple[float, float, float, float]] = {}
         self._known_groups: dict[tuple[object, ...], list[list[int]]] = {}
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the blocks' weights are dequantised for each pass."""
+        return self.sizes.stored < 1
 
     def flops(self, streams: list[Stream], levers: Levers) -> Counter[str]:
         """FLOPs of one micro-batch: reference, adapted, recompute, backward, head."""
@@ -95,7 +99,8 @@ class StepCost:
         for group in self._groups(stream, levers):
             for name, flops in self._passes(stream, group, levers).items():
                 share = recomputed / blocks if name == "recompute" else 1.0
-                total += max(flops / rate, share * reading, share * blocks * LAUNCH_SECONDS[name]) + share * before
+                launching = share * blocks * self.host.block(name, self.quantized)
+                total += max(flops / rate, share * reading, launching) + share * before
             if levers.offload_checkpoints:
                 total += 2 * recomputed * sum(group) * self.sizes.hidden * self.sizes.itemsize / self.card.host
             if levers.offload_embedding and stream.head_rows():
@@ -103,7 +108,7 @@ class StepCost:
         return total
 
     def _groups(self, stream: Stream, levers: Levers) -> list[list[int]]:
-        key = (id(stream), levers.piece_size(stream.name), levers.packing)
+        key = (tuple(map(len, stream.sequences)), levers.piece_size(stream.name), levers.packing)
         if key not in self._known_groups:
             found = []
             for group in split(stream.sequences, levers.piece_size(stream.name), levers.layout):
@@ -117,27 +122,38 @@ class StepCost:
         return max(0, min(levers.checkpoint_blocks, stop) - self.sizes.first_block)
 
     def _passes(self, stream: Stream, lengths: list[int], levers: Levers) -> Counter[str]:
-        sizes, tokens = self.sizes, sum(lengths)
-        stop = stream.stop(self.num_blocks)
-        # Causal attention: two products of half of T × T per head.
-        attention = 2 * sum(n * n for n in lengths) * sizes.width
-        forward = 2 * tokens * sizes.block + attention
-        low_rank = 2 * tokens * sizes.lora
-        adapted = stop * (forward + low_rank)
-        trained = stop - sizes.first_block
+        stops = stream.stop(self.num_blocks), stream.reference_stop(self.num_blocks)
+        reference, adapted, block, backward = self._bare(*stops, tuple(lengths))
         found = {
-            "reference": stream.reference_stop(self.num_blocks) * forward,
+            "reference": reference,
             "adapted": adapted,
-            "recompute": self._recomputed(stream, levers) * (forward + low_rank),
-            "backward": trained * (2 * tokens * sizes.block + 2.5 * attention + 2 * low_rank),
+            "recompute": self._recomputed(stream, levers) * block,
+            "backward": backward,
         }
         return Counter({name: round(value) for name, value in found.items() if value})
+
+    def _bare(self, stop: int, reference_stop: int, lengths: tuple[int, ...]) -> tuple[float, float, float, float]:
+        """Operations of the reference, the adapted pass, one recomputed block, and backward."""
+        key = (stop, reference_stop, lengths)
+        known = self._known_passes.get(key)
+        if known is None:
+            sizes, tokens = self.sizes, sum(lengths)
+            # Causal attention: two products of half of T × T per head.
+            attention = 2 * sum(n * n for n in lengths) * sizes.width
+            forward = 2 * tokens * sizes.block + attention
+            low_rank = 2 * tokens * sizes.lora
+            adapted = forward + low_rank
+            back = 2 * tokens * sizes.block + 2.5 * attention + 2 * low_rank
+            reference = reference_stop * forward
+            known = reference, stop * adapted, adapted, (stop - sizes.first_block) * back
+            self._known_passes[key] = known
+        return known
 
     def _weights_seconds(self, stream: Stream) -> tuple[float, float]:
         """Of one pass over the stream's blocks: reading weights beside the products, and dequantising them before."""
         elements = self.sizes.block * stream.stop(self.num_blocks)
-        quantized = self.sizes.stored < 1
-        before = elements * (self.sizes.stored + self.sizes.itemsize) / self.card.bandwidth if quantized else 0.0
+        moved = elements * (self.sizes.stored + self.sizes.itemsize)
+        before = moved / self.card.bandwidth if self.quantized else 0.0
         return elements * self.sizes.itemsize / self.card.bandwidth, before
 
     def _head_seconds(self, stream: Stream, levers: Levers, rate: float) -> float:

@@ -10,6 +10,7 @@ depth.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from repbend_fast.config import Config
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import adapted_blocks, trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
-from repbend_fast.models.causal import CausalLM
+from repbend_fast.models.causal import AdaptedLM, CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.surgery import prepared
 from repbend_fast.objectives.streams import Stream
@@ -184,12 +185,18 @@ class PeakMeter:
         blocks = adapted_blocks(config.lora, max(window), num_blocks)
         self.first_block = min(blocks)
         self.block_gradients = tensor_bytes(trainable_parameters(whole)) // len(blocks)
-        self.models = []
-        for depth in DEPTHS if num_blocks > DEPTHS[-1] + 1 else ():
-            lora = config.lora.model_copy(update={"blocks": list(range(depth + 1))})
-            self.models.append(shape_model(config.model, lora, window, depth + 1))
+        self._config, self._window = config, window
         embedding = whole.get_input_embeddings().weight
         self.width, self.itemsize = embedding.shape[1], embedding.element_size()
+
+    @cached_property
+    def models(self) -> list[AdaptedLM]:
+        """The shallow models; none of a model that is too shallow itself."""
+        found = []
+        for depth in DEPTHS if self.num_blocks > DEPTHS[-1] + 1 else ():
+            lora = self._config.lora.model_copy(update={"blocks": list(range(depth + 1))})
+            found.append(shape_model(self._config.model, lora, self._window, depth + 1))
+        return found
 
     def at_full_depth(self, stream: Stream, recompute: bool) -> tuple[Peak, float | None]:
         """The peak of ``stream`` in one piece, all of its blocks recomputed or none, and one block's share of it.

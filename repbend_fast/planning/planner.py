@@ -6,9 +6,9 @@ fake tensors at full depth through the same ``StreamRunner`` that trains, and co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 import torch
@@ -21,7 +21,9 @@ from repbend_fast.planning.batches import Limits, even_batch, limits_of, publish
 from repbend_fast.planning.budget import Standing, budget_bytes, show_bytes, standing, taken
 from repbend_fast.planning.cards import GB, Card, card_of
 from repbend_fast.planning.cost import StepCost, matrices
+from repbend_fast.planning.host import HostCost, host_cost
 from repbend_fast.planning.peaks import Peak, PeakMeter, StreamPeak, measure_piece
+from repbend_fast.planning.profile import Profile, profile_key
 from repbend_fast.planning.shapes import model_shape, shape_model
 from repbend_fast.step.levers import Levers, default_levers
 
@@ -61,17 +63,24 @@ class Planner:
         device: the kind of device that is planned for; it need not be there.
         card: its rates; None takes the table's card for ``device``.
         limits: the longest sequences that can come; None takes the recipe's token limits.
+        host: what launching costs; None takes what this machine was measured at.
 
     Raises:
         UserError: the model's configuration cannot be read, or the objective does not fit it.
     """
 
     def __init__(
-        self, config: Config, device: torch.device, card: Card | None = None, limits: Limits | None = None
+        self,
+        config: Config,
+        device: torch.device,
+        card: Card | None = None,
+        limits: Limits | None = None,
+        host: HostCost | None = None,
     ) -> None:
         self.config = config
         self.device = device
         self.card = card or card_of(device)
+        self.host = host or host_cost(device)
         self.limits = limits or limits_of(config)
         shape, note = model_shape(config.model)
         self.notes = (note,) if note else ()
@@ -83,17 +92,21 @@ class Planner:
         self.pairs = "pair" in self.objective.roles
         self.standing = standing(self.model, config, device)
         self.meter = PeakMeter(self.model, config, (self.objective.last_state,), device, self.base_levers.packing)
+        self.profile = Profile(profile_key(config, shape, device, self.limits, self.base_levers, attention))
         self.use_card(self.card)
 
     def use_card(self, card: Card) -> None:
         """Take another card's rates; what was measured stays."""
         self.card = card
         sizes = matrices(self.model, self.config.model.quantization == "nf4", self.meter.first_block)
-        self.cost = StepCost(sizes, self.num_blocks, card)
+        self.cost = StepCost(sizes, self.num_blocks, card, self.host)
 
     @cached_property
     def peaks(self) -> list[StreamPeak]:
         """Each stream's peaks, measured on fake tensors."""
+        return self.profile.stream_peaks(self._measured_peaks)
+
+    def _measured_peaks(self) -> list[StreamPeak]:
         half = max(2, self.limits.longest // 2)
         small = self._streams(2, half)
         counts = {s.name: len(s.sequences) for s in self.expected[0]}
@@ -102,7 +115,8 @@ class Planner:
         for name, whole in self._streams(2, self.limits.longest).items():
             longest = max(map(len, whole.sequences))
             rows = max((stop - start for term in whole.terms for start, stop in term.compared_spans), default=longest)
-            found.append(self.meter.stream_peak(small[name], large[name], counts[name] * longest, longest, rows))
+            sizes = small[name], large[name], counts[name] * longest, longest, rows
+            found.append(self.profile.measured(f"{name} stream", partial(self.meter.stream_peak, *sizes)))
         return found
 
     @cached_property
@@ -123,7 +137,10 @@ class Planner:
         Raises:
             UserError: the budget cannot be kept; names the smallest that can, and its levers.
         """
-        settle = self._checked if check else self._unchecked
+        with self.profile.shown():
+            return self._planned(budget, self._checked if check else self._unchecked)
+
+    def _planned(self, budget: int | None, settle: Callable[[Levers, int | None], Plan]) -> Plan:
         if budget is None:
             return settle(self.base_levers, None)
         within = budget
@@ -287,7 +304,8 @@ class Planner:
         here = replace(levers, piece_tokens={}, offload_checkpoints=False, offload_embedding=False)
         streams = {}
         for peak, worst in zip(self.peaks, self.worst_streams(levers)):
-            measured = measure_piece(self.model, worst, here, self.device, self.meter.autocast)
+            run = partial(measure_piece, self.model, worst, here, self.device, self.meter.autocast)
+            measured = self.profile.piece(worst, here, run)
             streams[peak.name] = self._with_levers(measured, peak, sum(map(len, worst.sequences)), levers)
         return self._plan(levers, streams, self._total(max(streams.values()), levers), budget)
 

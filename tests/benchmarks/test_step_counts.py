@@ -30,7 +30,10 @@ from benchmarks.step.step_counts import (
     risen,
     subject,
 )
+from repbend_fast.planning.host import BLOCK, DEQUANTISING
 from repbend_fast.planning.shapes import FAKE_MODE
+
+OF_BLOCKS = ("LoRA", "products", "elementwise", "Liger", "attention", "dropout")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,20 @@ def test_goals_are_read_off_the_full_depth(record: CountRecord) -> None:
     assert missed_count_goals(record | {"rows": [row | {"blocks": FEW_BLOCKS, "launches": 10**6}]}) == []
     for name in ("launches", "lora_bytes"):
         assert len(missed_count_goals(record | {"rows": [good | {name: good[name] + 1}]})) == 1
+
+
+def test_the_host_s_model_knows_how_many_launches_a_block_has(record: CountRecord) -> None:
+    """Without the head, distances and what surrounds the blocks."""
+    row = row_of(record, "streams apart", BLOCKS)
+    parts = {(p["part"], p["kind"]): p["launches"] for p in row["parts"]}
+    passes = parts["reference", "attention"]
+    for name, calls in BLOCK.items():
+        if name == "recompute":
+            assert calls == BLOCK["adapted"]
+            continue
+        of_blocks = sum(n for (part, kind), n in parts.items() if part == name and kind in OF_BLOCKS) / passes
+        assert calls.forward + calls.backward == pytest.approx(of_blocks, rel=0.25)
+        assert pytest.approx(parts[name, "dequantisation"] / passes, rel=0.5) == DEQUANTISING
 
 
 def counted(work: Callable[[], object]) -> LaunchCounter:

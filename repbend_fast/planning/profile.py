@@ -1,0 +1,107 @@
+"""What the planner measures on shapes alone, once per kind of run, kept between calls (``planning.kept``).
+
+The key is all that a peak depends on: the model's shape and how its weights are held, adapter, objective, lengths,
+examples, the device's kind, levers, and the versions of everything that runs. A model with code of its own, or an
+objective of the user's, may change without any of these; nothing of theirs is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from repbend_fast.config import Config
+from repbend_fast.console import CountLine
+from repbend_fast.models.autocast import autocast_dtype
+from repbend_fast.models.causal import Shape
+from repbend_fast.objectives.streams import Stream
+from repbend_fast.planning import kept
+from repbend_fast.planning.batches import Limits
+from repbend_fast.planning.peaks import Peak, StreamPeak
+from repbend_fast.step.levers import Levers
+
+T = TypeVar("T")
+
+_STREAM_PEAKS = TypeAdapter(list[StreamPeak])
+_PEAK = TypeAdapter(Peak)
+
+OF_MODEL = ("dtype", "quantization", "double_quantization", "attention")
+OF_TRAINING = ("examples", "retain_examples", "steps")
+
+
+class Profile:
+    """The measurements of one planner. ``progress`` counts those that are made, and is silent until a plan shows it.
+
+    Args:
+        key: of ``profile_key``; None keeps nothing.
+    """
+
+    def __init__(self, key: kept.Json) -> None:
+        self.key = key
+        self.progress = _line()
+
+    def shown(self) -> CountLine:
+        """A fresh line of progress, to be entered."""
+        self.progress = _line()
+        return self.progress
+
+    def measured(self, part: str, work: Callable[[], T]) -> T:
+        """Do one measurement."""
+        self.progress.expect(1)
+        result = work()
+        self.progress.advance(part)
+        return result
+
+    def stream_peaks(self, measure: Callable[[], list[StreamPeak]]) -> list[StreamPeak]:
+        """The peaks of all streams at two sizes."""
+        return self._kept("peaks", {"profile": self.key}, _STREAM_PEAKS, measure)
+
+    def piece(self, stream: Stream, levers: Levers, measure: Callable[[], Peak]) -> Peak:
+        """The peak of one stream as a piece at full depth."""
+        lengths: list[kept.Json] = [[len(s), s.prompt_length] for s in stream.sequences]
+        chosen = {name: value for name, value in levers.as_dict().items() if name != "piece_tokens"}
+        key = {"profile": self.key, "stream": stream.name, "lengths": lengths, "levers": repr(sorted(chosen.items()))}
+        return self._kept("piece", key, _PEAK, lambda: self.measured(f"{stream.name} stream, all blocks", measure))
+
+    def _kept(self, kind: str, key: kept.Json, form: TypeAdapter[T], measure: Callable[[], T]) -> T:
+        if self.key is None:
+            return measure()
+        try:
+            return form.validate_python(kept.read(kind, key))
+        except ValidationError:
+            found = measure()
+            kept.write(kind, key, form.dump_python(found, mode="json"))
+            return found
+
+
+def profile_key(
+    config: Config, shape: Shape, device: torch.device, limits: Limits, levers: Levers, attention: str
+) -> kept.Json:
+    """What the measurements of a planner depend on; None where that cannot be said."""
+    if config.model.trust_remote_code or ":" in config.objective.name:
+        return None
+    widths = {name: value for name, value in shape.to_dict().items() if name != "_name_or_path"}
+    autocast = autocast_dtype(config, device)
+    return {
+        "versions": kept.versions(),
+        "shape": repr(sorted(widths.items())),
+        "model": {name: str(getattr(config.model, name)) for name in OF_MODEL},
+        "attention": attention,
+        "lora": config.lora.model_dump(mode="json"),
+        "objective": config.objective.model_dump(mode="json"),
+        "limits": asdict(limits),
+        "training": {name: str(getattr(config.training, name)) for name in OF_TRAINING},
+        "autocast": str(autocast),
+        "device": device.type,
+        # Scratch of the ops on a CPU grows with its threads.
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "packing": levers.packing,
+    }
+
+
+def _line() -> CountLine:
+    return CountLine("planning: runs on shapes alone", 0)
