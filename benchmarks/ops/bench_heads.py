@@ -97,7 +97,8 @@ def test_linear_kl_div(measured: Measure, kl_case: HeadCase, size: Size, contend
         pytest.skip(str(reason))
     count, width, vocabulary = size
     flops = 3 * 2 * count * width * vocabulary
-    # 16-bit logits, which the other contenders make, are up to a quarter off; only ours is held to a narrow bound.
+    # 16-bit logits, which most of the other contenders make (not Liger's fused JSD), are up to a quarter off; only ours
+    # is held to a narrow bound.
     tolerance = 1.5e-2 if contender == "ours" else 0.5
     measured(Work("linear_kl_div", f"{count}x{width}x{vocabulary}", contender, [call], exact, tolerance, flops=flops))
 

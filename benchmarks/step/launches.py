@@ -60,15 +60,17 @@ PARTS = {
 
 @dataclass
 class Count:
-    """Launches, and bytes read and written by them."""
+    """Launches, the bytes that they read and write, and the operations of matrix products among them."""
 
     launches: int = 0
     bytes: int = 0
+    flops: int = 0
 
-    def add(self, launches: int, size: int) -> None:
+    def add(self, launches: int, size: int, flops: int = 0) -> None:
         """One more operation."""
         self.launches += launches
         self.bytes += size
+        self.flops += flops
 
 
 class LaunchCounter(TorchDispatchMode):
@@ -105,7 +107,8 @@ class LaunchCounter(TorchDispatchMode):
         if name == "bitsandbytes::gemm_4bit":
             self._four_bits(args, cast(Tensor, made))
         elif not (func.is_view or name in NOTHING or name.startswith("prim::")):
-            self._add(name, "", KERNELS.get(name, 1), _moved(func, name, args, kwargs, made))
+            size = _moved(func, name, args, kwargs, made)
+            self._add(name, "", KERNELS.get(name, 1), size, _flops(name, args, made))
         return made
 
     def _four_bits(self, args: tuple[object, ...], made: Tensor) -> None:
@@ -115,7 +118,8 @@ class LaunchCounter(TorchDispatchMode):
         inputs, packed = cast(Tensor, args[0]), cast(Tensor, args[1])
         weight = 2 * packed.numel() * inputs.element_size()
         self._add("bitsandbytes::dequantize_4bit", "", DEQUANTISING, _size(packed) + weight)
-        self._add("aten::mm", "", 1, _size(inputs) + weight + _size(made))
+        flops = 2 * inputs.numel() * made.shape[-1]
+        self._add("aten::mm", "", 1, _size(inputs) + weight + _size(made), flops)
 
     def _inside(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         self._within.append(name)
@@ -131,12 +135,12 @@ class LaunchCounter(TorchDispatchMode):
         elif self._ranges:
             self._ranges.pop()
 
-    def _add(self, name: str, module: str, launches: int, size: int) -> None:
+    def _add(self, name: str, module: str, launches: int, size: int, flops: int = 0) -> None:
         part = next((PARTS[r] for r in self._ranges if r in PARTS), "outside")
         if part == "backward" and ranges.CHECKPOINTED in self._ranges:
             part = "recompute"
         kind = self._kind(name, module)
-        self.found.setdefault((part, kind), Count()).add(launches, size)
+        self.found.setdefault((part, kind), Count()).add(launches, size, flops)
         self.names[part, "/".join([*self._within, name])] += launches
 
     def _kind(self, name: str, module: str) -> str:
@@ -165,3 +169,11 @@ def _moved(func: OpOverload, name: str, args: tuple[object, ...], kwargs: dict[s
     read = [value for key, value in kwargs.items() if key != "out"]
     read += args[1:] if name in WRITE_ONLY else args
     return sum(map(_size, _tensors(read))) + sum(map(_size, _tensors(made)))
+
+
+def _flops(name: str, args: tuple[object, ...], made: object) -> int:
+    """Of a matrix product; 0 for anything else."""
+    if not name.startswith(PRODUCTS) or not isinstance(made, Tensor):
+        return 0
+    left = cast(Tensor, args[1 if "add" in name else 0])
+    return 2 * left.numel() * made.shape[-1]

@@ -22,7 +22,7 @@ import torch
 from benchmarks.harness import RESULTS
 from benchmarks.step.launches import LaunchCounter
 from benchmarks.step.pretended_cuda import pretended_cuda
-from benchmarks.step.step_cases import LLAMA, LORA, Case, real_tokens
+from benchmarks.step.step_cases import LLAMA, LORA, Case, needed_flops, real_tokens
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.environment import environment
 from repbend_fast.models import prepared
@@ -44,6 +44,10 @@ LAUNCH_GOALS = {"streams apart": 12_000, "streams merged": 6_000}
 LORA_BYTES_GOAL = 140e9
 COUNTED: tuple[Literal["launches", "bytes", "lora_bytes"], ...] = ("launches", "bytes", "lora_bytes")
 PATH = RESULTS / "step_counts.json"
+CARDS = {"H100": (700e12, 3.0e12), "4090": (150e12, 0.93e12)}
+"""Matrix operations and copied bytes per second that such cards usually reach (docs/performance.md)."""
+LAUNCH_SECONDS = 2e-6
+"""The least that a kernel takes on a GPU."""
 
 
 class PartCount(TypedDict):
@@ -53,6 +57,7 @@ class PartCount(TypedDict):
     kind: str
     launches: int
     bytes: int
+    flops: NotRequired[int]
 
 
 class CountRow(TypedDict):
@@ -77,10 +82,13 @@ class Earlier(TypedDict):
 
 
 class CountRecord(TypedDict):
-    """``results/step_counts.json``, without the environment in its header."""
+    """``results/step_counts.json``, without the environment in its header. ``needed_flops``: what no step can avoid on
+    real tokens (``step_cases.needed_flops``).
+    """
 
     case: str
     real_tokens: int
+    needed_flops: int
     commit: str
     rows: list[CountRow]
     earlier: NotRequired[Earlier]
@@ -119,7 +127,7 @@ def count(subject: Subject, setting: str, memory: MemoryConfig) -> CountRow:
                     runner.backward(stream, dropout_seed=0)
         subject.model.zero_grad(set_to_none=True)
     parts = [
-        PartCount(part=part, kind=kind, launches=found.launches, bytes=found.bytes)
+        PartCount(part=part, kind=kind, launches=found.launches, bytes=found.bytes, flops=found.flops)
         for (part, kind), found in sorted(counter.found.items())
     ]
     return CountRow(
@@ -174,6 +182,35 @@ def counts_table(record: CountRecord) -> str:
     return "\n".join(lines)
 
 
+def arithmetic(record: CountRecord) -> str:
+    """Times that follow from the counts at full depth, in ms: arithmetic, no measurement.
+
+    A kind of work takes its products at the card's rate, or its bytes at its bandwidth, or its launches at 2
+    microseconds, whichever is longest; the share is that of ``needed_flops`` at the card's rate.
+    """
+    lines = ["", f"arithmetic, no measurement{'':10}" + "".join(f"{name:>12}" for name in CARDS)]
+    for row in (row for row in record["rows"] if row["blocks"] == BLOCKS):
+        totals = dict.fromkeys(CARDS, 0.0)
+        lines.append(row["setting"])
+        for kind in dict.fromkeys(part["kind"] for part in row["parts"]):
+            parts = [part for part in row["parts"] if part["kind"] == kind]
+            times = {name: 1e3 * max(_times(parts, *rates)) for name, rates in CARDS.items()}
+            lines.append(f"  {kind:34}" + "".join(f"{ms:12.1f}" for ms in times.values()))
+            totals = {name: totals[name] + ms for name, ms in times.items()}
+        floors = {name: 1e3 * record["needed_flops"] / rate for name, (rate, _) in CARDS.items()}
+        lines.append(f"  {'all':34}" + "".join(f"{ms:12.1f}" for ms in totals.values()))
+        lines.append(f"  {'share of the floor':34}" + "".join(f"{floors[n] / totals[n]:12.2f}" for n in CARDS))
+    return "\n".join(lines)
+
+
+def _times(parts: list[PartCount], rate: float, bandwidth: float) -> tuple[float, float, float]:
+    return (
+        sum(part.get("flops", 0) for part in parts) / rate,
+        sum(part["bytes"] for part in parts) / bandwidth,
+        LAUNCH_SECONDS * sum(part["launches"] for part in parts),
+    )
+
+
 def _row_lines(row: CountRow, title: str) -> list[str]:
     parts = {(p["part"], p["kind"]): p for p in row["parts"]}
     columns = list(dict.fromkeys(part for part, _ in parts))
@@ -193,11 +230,13 @@ def _row_lines(row: CountRow, title: str) -> list[str]:
     return lines
 
 
-def write_counts(path: Path, rows: list[CountRow], tokens: int) -> CountRecord:
+def write_counts(path: Path, rows: list[CountRow], tokens: int, needed: int) -> CountRecord:
     """Writes the rows under a header; an earlier commit's counts stay."""
     kept: CountRecord | None = json.loads(path.read_text()) if path.exists() else None
     header = environment()
-    record = CountRecord(case=CASE.name, real_tokens=tokens, commit=str(header["commit"]), rows=rows)
+    record = CountRecord(
+        case=CASE.name, real_tokens=tokens, needed_flops=needed, commit=str(header["commit"]), rows=rows
+    )
     if kept and "earlier" in kept:
         record["earlier"] = kept["earlier"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,9 +264,11 @@ def main() -> int:
     for blocks in arguments.blocks:
         counted = subject(blocks)
         rows += [count(counted, setting, memory) for setting, memory in SETTINGS.items()]
-    vocabulary = _vocabulary(counted.model)
-    record = write_counts(arguments.results, rows, real_tokens(CASE.batch(vocabulary)))
+    whole = counted.model if counted.blocks == BLOCKS else subject(BLOCKS).model
+    batch = CASE.batch(_vocabulary(whole))
+    record = write_counts(arguments.results, rows, real_tokens(batch), needed_flops(CASE, whole, batch, 0))
     print(counts_table(record))
+    print(arithmetic(record))
     missed = missed_count_goals(record)
     for line in missed:
         print(f"missed: {line}")

@@ -28,6 +28,7 @@ from benchmarks.step.step_measure import measure_case
 from benchmarks.step.step_record import missed_step_goals, ratios_of, step_table
 from benchmarks.step.step_sides import Side, adapted, set_up
 from repbend_fast.config.schema import ModelConfig
+from repbend_fast.environment import DRY_RUN
 from repbend_fast.models import load_model
 from repbend_fast.models.layers.lora import LowRankForward
 from repbend_fast.objectives.repbend import RepBendConfig
@@ -99,14 +100,14 @@ def test_baseline_reproduces_the_published_values(baseline, key) -> None:
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """One run of the GPU script's CPU mode."""
+    """One dry run of the GPU script."""
     folder = tmp_path_factory.mktemp("gpu_check")
     env = {
         key: value
         for key, value in os.environ.items()
         if key not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTHONPATH")
     }
-    command = ["bash", "benchmarks/gpu_check.sh", "--cpu", str(folder)]
+    command = ["bash", "benchmarks/gpu_check.sh", "--dry-run", str(folder)]
     return subprocess.run(
         command, cwd=ROOT, env={**env, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=600
     ), folder
@@ -115,7 +116,7 @@ def checked(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
 def test_the_gpu_script_runs_every_stage_without_a_gpu(checked) -> None:
     result, folder = checked
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    for name in ("tests", "ops", "step", "profile"):
+    for name in ("zero", "tests", "step", "ops", "profile"):
         assert re.search(rf"^{name} +rc 0,", result.stdout, re.MULTILINE), result.stdout[-2000:]
         assert (folder / f"gpu_check_{name}.log").stat().st_size > 0
     assert {row["op"] for row in json.loads((folder / "cpu.json").read_text())["rows"]} == {
@@ -123,19 +124,74 @@ def test_the_gpu_script_runs_every_stage_without_a_gpu(checked) -> None:
         "window_distance",
     }
     assert "peft+liger" in result.stdout
+    # Most important first, and no time of it looks like a measurement.
+    assert re.findall(r"^== (\w+)", result.stdout, re.MULTILINE) == [
+        "zero",
+        "tests",
+        "step",
+        "ops",
+        "profile",
+        "results",
+    ]
+    records = sorted(folder.glob("*.json"))
+    assert len(records) == 4
+    assert all(json.loads(path.read_text())["dry_run"] == DRY_RUN for path in records)
 
 
 def test_the_gpu_script_names_an_unknown_stage_before_it_starts() -> None:
-    command = ["bash", "benchmarks/gpu_check.sh", "--cpu", "--stages", "ops,stpe"]
+    command = ["bash", "benchmarks/gpu_check.sh", "--dry-run", "--stages", "ops,stpe"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: no stage stpe\n")
+
+
+STUB = """#!/usr/bin/env bash
+case "$*" in
+*hardware_slug*) echo pretended ;;
+"-c import xdist"*) exit 1 ;;
+"-m benchmarks.report"*) ;;
+"-m "*) echo "began $*"; sleep "$STAGE_SECONDS"; echo done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("minutes", "begun"), [("0.45", ["zero"]), ("0.35", [])])
+def test_the_gpu_script_stops_when_its_minutes_are_up(minutes: str, begun: list[str], tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(stub), "STAGE_SECONDS": "5", "LEAST": "3"}
+    command = ["bash", "benchmarks/gpu_check.sh", "--minutes", minutes, str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.findall(r"^== (\w+)", result.stdout, re.MULTILINE) == [*begun, "results"]
+    for name in ("zero", "tests", "step", "ops", "profile", "more"):
+        expected = "rc 0," if name in begun else f"not begun: the {minutes} minutes are up"
+        assert re.search(rf"^{name} +{re.escape(expected)}", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_the_gpu_script_ends_a_stage_with_its_minutes(tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(stub), "STAGE_SECONDS": "60", "LEAST": "2"}
+    command = ["bash", "benchmarks/gpu_check.sh", "--minutes", "0.4", "--stages", "step,ops", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^step +ended when the 0.4 minutes were up, [345] s$", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^ops +not begun", result.stdout, re.MULTILINE)
+
+
+def test_the_gpu_script_wants_a_number_of_minutes() -> None:
+    command = ["bash", "benchmarks/gpu_check.sh", "--dry-run", "--minutes", "soon"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: --minutes soon: not a number\n")
 
 
 def test_the_gpu_script_does_not_pass_without_what_it_is_asked_to_run(tmp_path) -> None:
     """A dependency that is missing is an error, unless the ops alone were asked for."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['bitsandbytes'] = None\n")
     env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
-    command = ["bash", "benchmarks/gpu_check.sh", "--cpu", "--stages", "step", str(tmp_path / "out")]
+    command = ["bash", "benchmarks/gpu_check.sh", "--dry-run", "--stages", "step", str(tmp_path / "out")]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "bitsandbytes" in result.stderr
