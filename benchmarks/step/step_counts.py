@@ -254,21 +254,22 @@ def _as_shallow(stream: Stream, blocks: int) -> Stream:
     return shallow(stream, stop, blocks if stop == BLOCKS else blocks - 1)[0]
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Counts, prints and records; exit status 1 if a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[FEW_BLOCKS, BLOCKS])
     parser.add_argument("--results", type=Path, default=PATH)
-    arguments = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     rows = []
-    for blocks in arguments.blocks:
+    for blocks in sorted(chosen.blocks):
         counted = subject(blocks)
         rows += [count(counted, setting, memory) for setting, memory in SETTINGS.items()]
-    whole = counted.model if counted.blocks == BLOCKS else subject(BLOCKS).model
-    batch = CASE.batch(_vocabulary(whole))
-    record = write_counts(arguments.results, rows, real_tokens(batch), needed_flops(CASE, whole, batch, 0))
+    batch = CASE.batch(_vocabulary(counted.model))
+    needed = needed_flops(CASE, counted.model, batch, 0) if counted.blocks == BLOCKS else 0
+    record = write_counts(chosen.results, rows, real_tokens(batch), needed)
     print(counts_table(record))
-    print(arithmetic(record))
+    if needed:
+        print(arithmetic(record))
     missed = missed_count_goals(record)
     for line in missed:
         print(f"missed: {line}")

@@ -71,8 +71,6 @@ class StepCost:
         self.num_blocks = num_blocks
         self.card = card
         self.host = host
-        # Many levers are weighed against each other, on the same lengths.
-        self._known_passes: dict[tuple[int, int, tuple[int, ...]], tuple[float, float, float, float]] = {}
         self._known_groups: dict[tuple[object, ...], list[list[int]]] = {}
 
     @property
@@ -108,7 +106,7 @@ class StepCost:
         return total
 
     def _groups(self, stream: Stream, levers: Levers) -> list[list[int]]:
-        key = (tuple(map(len, stream.sequences)), levers.piece_size(stream.name), levers.packing)
+        key = (id(stream), levers.piece_size(stream.name), levers.packing)
         if key not in self._known_groups:
             found = []
             for group in split(stream.sequences, levers.piece_size(stream.name), levers.layout):
@@ -122,32 +120,21 @@ class StepCost:
         return max(0, min(levers.checkpoint_blocks, stop) - self.sizes.first_block)
 
     def _passes(self, stream: Stream, lengths: list[int], levers: Levers) -> Counter[str]:
-        stops = stream.stop(self.num_blocks), stream.reference_stop(self.num_blocks)
-        reference, adapted, block, backward = self._bare(*stops, tuple(lengths))
+        sizes, tokens = self.sizes, sum(lengths)
+        stop = stream.stop(self.num_blocks)
+        # Causal attention: two products of half of T × T per head.
+        attention = 2 * sum(n * n for n in lengths) * sizes.width
+        forward = 2 * tokens * sizes.block + attention
+        low_rank = 2 * tokens * sizes.lora
+        adapted = stop * (forward + low_rank)
+        trained = stop - sizes.first_block
         found = {
-            "reference": reference,
+            "reference": stream.reference_stop(self.num_blocks) * forward,
             "adapted": adapted,
-            "recompute": self._recomputed(stream, levers) * block,
-            "backward": backward,
+            "recompute": self._recomputed(stream, levers) * (forward + low_rank),
+            "backward": trained * (2 * tokens * sizes.block + 2.5 * attention + 2 * low_rank),
         }
         return Counter({name: round(value) for name, value in found.items() if value})
-
-    def _bare(self, stop: int, reference_stop: int, lengths: tuple[int, ...]) -> tuple[float, float, float, float]:
-        """Operations of the reference, the adapted pass, one recomputed block, and backward."""
-        key = (stop, reference_stop, lengths)
-        known = self._known_passes.get(key)
-        if known is None:
-            sizes, tokens = self.sizes, sum(lengths)
-            # Causal attention: two products of half of T × T per head.
-            attention = 2 * sum(n * n for n in lengths) * sizes.width
-            forward = 2 * tokens * sizes.block + attention
-            low_rank = 2 * tokens * sizes.lora
-            adapted = forward + low_rank
-            back = 2 * tokens * sizes.block + 2.5 * attention + 2 * low_rank
-            reference = reference_stop * forward
-            known = reference, stop * adapted, adapted, (stop - sizes.first_block) * back
-            self._known_passes[key] = known
-        return known
 
     def _weights_seconds(self, stream: Stream) -> tuple[float, float]:
         """Of one pass over the stream's blocks: reading weights beside the products, and dequantising them before."""

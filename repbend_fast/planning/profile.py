@@ -63,8 +63,7 @@ class Profile:
     def piece(self, stream: Stream, levers: Levers, measure: Callable[[], Peak]) -> Peak:
         """The peak of one stream as a piece at full depth."""
         lengths: list[kept.Json] = [[len(s), s.prompt_length] for s in stream.sequences]
-        chosen = {name: value for name, value in levers.as_dict().items() if name != "piece_tokens"}
-        key = {"profile": self.key, "stream": stream.name, "lengths": lengths, "levers": repr(sorted(chosen.items()))}
+        key = {"profile": self.key, "stream": stream.name, "lengths": lengths, "levers": _text(levers.as_dict())}
         return self._kept("piece", key, _PEAK, lambda: self.measured(f"{stream.name} stream, all blocks", measure))
 
     def _kept(self, kind: str, key: kept.Json, form: TypeAdapter[T], measure: Callable[[], T]) -> T:
@@ -84,11 +83,10 @@ def profile_key(
     """What the measurements of a planner depend on; None where that cannot be said."""
     if config.model.trust_remote_code or ":" in config.objective.name:
         return None
-    widths = {name: value for name, value in shape.to_dict().items() if name != "_name_or_path"}
     autocast = autocast_dtype(config, device)
     return {
         "versions": kept.versions(),
-        "shape": repr(sorted(widths.items())),
+        "shape": _text({name: value for name, value in shape.to_dict().items() if name != "_name_or_path"}),
         "model": {name: str(getattr(config.model, name)) for name in OF_MODEL},
         "attention": attention,
         "lora": config.lora.model_dump(mode="json"),
@@ -99,8 +97,12 @@ def profile_key(
         "device": device.type,
         # Scratch of the ops on a CPU grows with its threads.
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "packing": levers.packing,
+        "levers": _text(levers.as_dict()),
     }
+
+
+def _text(values: dict[str, object]) -> str:
+    return repr(sorted(values.items()))
 
 
 def _line() -> CountLine:
