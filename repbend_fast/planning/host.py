@@ -134,7 +134,7 @@ def _tiny_block(device: torch.device) -> Callable[[Tensor], Tensor]:
         hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1
     )
     config._attn_implementation = "sdpa"
-    layer = LlamaDecoderLayer(config, 0).to(device).requires_grad_(False)
+    layer = LlamaDecoderLayer(config, 0).to(device)
     positions = torch.arange(4, device=device)[None]
     cosines = LlamaRotaryEmbedding(config).to(device)(torch.zeros((1, 4, 16), device=device), positions)
 
