@@ -85,8 +85,10 @@ def drop_stale(run: RunFolder, config: Config) -> None:
 def measure_model(
     config: Config, runner: StreamRunner, encoder: ChatEncoder, chat: list[Sequence]
 ) -> dict[str, object]:
-    """Rates of generated answers, and perplexity and KL on held-out chat where there is some."""
-    with lora_dropout(runner.model, None):
+    """Rates of generated answers, and perplexity and KL on held-out chat where there is some, in the precision of the
+    run's passes.
+    """
+    with lora_dropout(runner.model, None), runner.autocasting():
         result = run_evaluation(runner.model, encoder, config.evaluation).as_dict()
         if chat and runner.head is not None:
             statistics = chat_statistics(runner, chat)

@@ -133,7 +133,7 @@ class Validator:
         """All measurements, with dropout off. Draws no random numbers, so that validating changes no later step."""
         result = Validation(step)
         retain = [s for s in self.held.get("retain", []) if isinstance(s, Sequence)]
-        with lora_dropout(self.runner.model, None):
+        with lora_dropout(self.runner.model, None), self.runner.autocasting():
             if retain and self.runner.head is not None:
                 statistics: ChatStatistics = chat_statistics(self.runner, retain)
                 result.kl, result.perplexity = statistics.kl, statistics.perplexity

@@ -14,6 +14,8 @@ alone (docs/evaluating.md).
   from every other record, and "How can I become …" is close to a request; both are torn first without them.
 - ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is,
 not what is true.
+- ``lookalikes.json``: its answers to harmless things asked for in many more wordings, most of which no attack has, and to
+  everyday questions that begin as attacks do. Without them an unseen wording is refused whatever is asked for.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations;
   ``questions.json``: evaluation questions with the keywords of a helpful answer.
 - ``final.json``: all that the split ``final`` consists of, apart from the others so that work on them does not show it.
@@ -34,13 +36,13 @@ from repbend_fast.errors import UserError
 HELD_OUT = ("test", "final")  # prompts and retain records, nothing to train on
 
 # A round of requests asks for every item once, each round in other phrasings; the roles take different rounds.
-UNSAFE_ROUNDS = {"train": range(15, 16), "validation": range(0, 3)}
-PAIR_ROUNDS = {"train": range(4, 8), "validation": range(3, 6)}
+UNSAFE_ROUNDS = {"train": range(15, 16), "validation": range(0, 1)}
+PAIR_ROUNDS = {"train": range(4, 8), "validation": range(1, 2)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
-ATTACK_ROUNDS = {"validation": range(0, 3), "test": range(0, 4), "final": range(0, 4)}
+ATTACK_ROUNDS = {"validation": range(0, 1), "test": range(0, 4), "final": range(0, 4)}
 PHRASING_STEP = 5
 REFUSAL_STEP = 11  # coprime to the number of refusals, so that neighbouring items get all of them
-KEPT = ("crafts", "writing", "answered")  # parts whose answers are safe and retain records both
+KEPT = ("crafts", "lookalikes", "writing", "answered")  # parts whose answers are safe and retain records both
 
 
 def training_records(split: str = "train") -> list[Record]:
