@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -18,11 +18,10 @@ from transformers import GenerationConfig
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
 from repbend_fast.data.tokenizer import Tokenizer
-from repbend_fast.errors import UserError
+from repbend_fast.evaluation.halving import SHORTER, Chunks
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.switches import evaluation_mode, generation_settings
-from repbend_fast.step.retreat import OutOfMemory, attempt
 
 
 class PromptEncoder(Protocol):
@@ -94,28 +93,15 @@ def generate_measured(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     settings = _greedy(base.generation_config, encoder.tokenizer, max_new_tokens)
     with evaluation_mode(base), torch.inference_mode(), generation_settings(base, settings):
-        done = 0
-        while done < len(order):
-            chosen = order[done : done + batch_size]
-            batch = [encoded[i] for i in chosen]
-            found = attempt(partial(_generate_batch, base, encoder.tokenizer, batch), find_decoder(base).device)
-            if isinstance(found, OutOfMemory):
-                batch_size = _smaller(len(chosen), len(batch[-1]), found)
-                continue
-            for i, answer in zip(chosen, found, strict=True):
-                answers[i] = answer
-            done += len(chosen)
+
+        def work(chosen: slice) -> list[Answer]:
+            return _generate_batch(base, encoder.tokenizer, [encoded[i] for i in order[chosen]])
+
+        chunks = Chunks(batch_size, find_decoder(base).device, "generation", "lower max_new_tokens, " + SHORTER)
+        found = chunks.over(len(order), work, lambda i: f" of an answer to a prompt of {len(encoded[order[i]])} tokens")
+    for i, answer in zip(order, chain.from_iterable(found), strict=True):
+        answers[i] = answer
     return answers
-
-
-def _smaller(prompts: int, tokens: int, failure: OutOfMemory) -> int:
-    if prompts == 1:
-        raise UserError(
-            f"out of memory while an answer to a prompt of {tokens} tokens was generated ({failure.reason}); shorten "
-            "the prompts, lower "
-            "max_new_tokens or set model.quantization=nf4"
-        )
-    return prompts // 2
 
 
 def _greedy(own: GenerationConfig, tokenizer: Tokenizer, max_new_tokens: int) -> GenerationConfig:

@@ -9,8 +9,9 @@ import torch
 from attacked_models import attacked_model, peak_beyond
 
 from repbend_fast.errors import UserError
-from repbend_fast.evaluation.attacks.room import Chunks, PassCost, fitting
+from repbend_fast.evaluation.attacks.room import PassCost, fitting
 from repbend_fast.evaluation.attacks.scores import last_logits, log_probs
+from repbend_fast.evaluation.halving import Chunks
 from repbend_fast.models.perturbation import visiting
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ alone (docs/evaluating.md).
   from every other record, and "How can I become …" is close to a request; both are torn first without them.
 - ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is,
 not what is true.
-- ``lookalikes.json``: its answers to harmless things asked for in many more wordings, most of which no attack has, and to
-  everyday questions that begin as attacks do. Without them an unseen wording is refused whatever is asked for.
+- ``lookalikes.json``: its answers to harmless things asked for in many more wordings, most of which no attack has, and
+  to everyday questions that begin as attacks do. Without them an unseen wording is refused whatever it asks for.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations;
   ``questions.json``: evaluation questions with the keywords of a helpful answer.
 - ``final.json``: all that the split ``final`` consists of, apart from the others so that work on them does not show it.

@@ -22,9 +22,10 @@ from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.protocol import Attacked, Target
 from repbend_fast.evaluation.attacks.requests import answer_ids, check_settings, complying_beginning, uncounted
-from repbend_fast.evaluation.attacks.room import Chunks, PassCost, fitting
+from repbend_fast.evaluation.attacks.room import PassCost, fitting
 from repbend_fast.evaluation.attacks.scores import last_logits, log_probs, padded_left
 from repbend_fast.evaluation.generate import generate_answers
+from repbend_fast.evaluation.halving import Chunks
 from repbend_fast.models.ablation import projected_out
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder

@@ -1,23 +1,15 @@
-"""How many sequences of a pass fit into a budget: an estimate from shapes, and halves of it when memory runs out.
+"""How many sequences of a pass fit into a budget: an estimate from shapes (``evaluation/halving.py`` for when it errs).
 
 The estimates err on the large side, by two to four times for small models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
-
-import torch
-from torch import Tensor
 
 from repbend_fast.errors import UserError
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
-from repbend_fast.step.retreat import OutOfMemory, attempt
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,45 +114,6 @@ def fitting(budget: int | None, each: int, wanted: int, what: str) -> int:
             "prompts, or leave this attack out"
         )
     return max(1, min(wanted, budget // each))
-
-
-class Chunks:
-    """Work over many equal things in chunks, which halve for good when one runs out of memory."""
-
-    def __init__(self, size: int, device: torch.device, what: str) -> None:
-        self.size = size
-        self._device = device
-        self._what = what
-
-    def over(self, count: int, work: Callable[[slice], T]) -> list[T]:
-        """``work`` on the slices of ``count`` things, in order.
-
-        Raises:
-            UserError: there is no memory for a single one.
-        """
-        results: list[T] = []
-        done = 0
-        while done < count:
-            chosen = slice(done, min(done + self.size, count))
-            result = attempt(lambda chosen=chosen: work(chosen), self._device)  # type: ignore[misc]
-            if isinstance(result, OutOfMemory):
-                self.size = _half(chosen.stop - chosen.start, self._what, result)
-                continue
-            results.append(result)
-            done = chosen.stop
-        return results
-
-    def rows(self, count: int, work: Callable[[slice], Tensor]) -> Tensor:
-        """``over``, and what each slice gives joined along its first dimension."""
-        return torch.cat(self.over(count, work))
-
-
-def _half(size: int, what: str, failure: OutOfMemory) -> int:
-    if size == 1:
-        raise UserError(
-            f"out of memory in {what} ({failure.reason}); shorten the prompts or set model.quantization=nf4"
-        )
-    return size // 2
 
 
 def _mib(count: int) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.attacks.protocol import Target
 from repbend_fast.evaluation.attacks.requests import Suffixed
-from repbend_fast.evaluation.attacks.room import Chunks, PassCost, fitting
+from repbend_fast.evaluation.attacks.room import PassCost, fitting
 from repbend_fast.evaluation.generate import answer_texts, greedy_generation
+from repbend_fast.evaluation.halving import Chunks
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.layers.switches import evaluation_mode

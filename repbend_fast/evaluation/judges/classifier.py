@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
@@ -15,11 +14,11 @@ from repbend_fast.data.records import Message
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.evaluation.generate import generate_answers
+from repbend_fast.evaluation.halving import Chunks
 from repbend_fast.evaluation.judges.protocol import JUDGED, Judged, Opinion
 from repbend_fast.evaluation.judges.wire_formats import FORMATS, WireFormat, empty
 from repbend_fast.models.causal import CausalLM, SequenceClassifier
 from repbend_fast.models.load import load_model, load_sequence_classifier, load_tokenizer, read_model_config
-from repbend_fast.step.retreat import OutOfMemory, attempt
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -173,19 +172,13 @@ class _Sequence:
     def opinions(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Opinion]:
         clipped = [_clipped(self.tokenizer, answer, self.answer_tokens) for answer in answers]
         texts = [p.text for p in prompts] if self.reads == "pair" else None
-        found: list[Opinion] = []
-        while len(found) < len(answers):
-            part = slice(len(found), len(found) + self.batch_size)
-            batch = (texts[part], clipped[part]) if texts else (clipped[part],)
-            scores = attempt(partial(self._scores, batch), self.model.device)
-            if isinstance(scores, OutOfMemory):
-                if len(clipped[part]) == 1:
-                    raise UserError(
-                        f"out of memory while one answer was judged ({scores.reason}); set quantization=nf4"
-                    )
-                self.batch_size = len(clipped[part]) // 2
-                continue
-            found += [self._opinion(row) for row in scores]
+
+        def work(part: slice) -> list[list[float]]:
+            return self._scores((texts[part], clipped[part]) if texts else (clipped[part],))
+
+        chunks = Chunks(self.batch_size, self.model.device, "a judge's reading", "set quantization=nf4")
+        found = [self._opinion(row) for rows in chunks.over(len(answers), work) for row in rows]
+        self.batch_size = chunks.size
         return found
 
     @torch.inference_mode()
