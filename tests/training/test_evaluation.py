@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny_run import TinyRun, rows, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GraniteConfig
 
 from repbend_fast.cli import main
+from repbend_fast.evaluation import generate
 from repbend_fast.evaluation.rates import GROUP_KEYS, KEYS, TITLES
 from repbend_fast.models import load_model
 from repbend_fast.training.trainer import Trainer
@@ -60,6 +62,28 @@ def test_a_run_stores_both_sides_and_the_step_that_was_kept(evaluated: TinyRun) 
     assert set(KEYS) <= stored["after"].keys()
     for group in ("attack_direct", "attack_prefill"):
         assert sum(stored["after"][key] for key in GROUP_KEYS[group]) == 1.0
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_answers_of_a_run_come_in_the_precision_of_its_passes(
+    autocast: str, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, real = [], generate._generate_batch
+
+    def noting(*arguments: Any) -> Any:
+        found.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return real(*arguments)
+
+    monkeypatch.setattr(generate, "_generate_batch", noting)
+    prompts = prompt_file(tiny.folder)
+    asked = [
+        f"{section}.{setting}"
+        for section in ("evaluation", "validation")
+        for setting in (f"prompts.path={prompts}", "max_new_tokens=4")
+    ]
+    tiny.train(*asked, f"training.autocast={autocast}", "training.steps=2")
+    assert len(found) >= 4  # before, after, and two validations at least
+    assert set(found) == {torch.bfloat16 if autocast == "bfloat16" else None}
 
 
 def test_eval_measures_the_saved_adapter_as_the_run_did(
