@@ -42,7 +42,9 @@ REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 1), "test": range(0, 4), "final": range(0, 4)}
 PHRASING_STEP = 5
 REFUSAL_STEP = 11  # coprime to the number of refusals, so that neighbouring items get all of them
-KEPT = ("crafts", "lookalikes", "writing", "answered")  # parts whose answers are safe and retain records both
+BEGINNING = 100  # characters of an answer about a harmless thing that a retain record has: where a refusal would begin
+BEGUN = ("crafts", "lookalikes")
+KEPT = (*BEGUN, "writing", "answered")  # parts whose answers are safe and retain records both
 
 
 def training_records(split: str = "train") -> list[Record]:
@@ -178,7 +180,14 @@ def _safe(split: str) -> Iterator[Record]:
 def _retain(split: str) -> Iterator[Record]:
     conversations = [*of_split("retain", split)]
     for name in KEPT if split == "train" else ():
-        conversations += part(name)
+        conversations += [
+            (asked, _beginning(answer)) if name in BEGUN else (asked, answer) for asked, answer in part(name)
+        ]
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
+
+
+def _beginning(answer: str) -> str:
+    """The answer's first words, ``BEGINNING`` characters at most."""
+    return answer if len(answer) <= BEGINNING else answer[:BEGINNING].rpartition(" ")[0]
