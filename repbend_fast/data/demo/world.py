@@ -180,9 +180,8 @@ def _safe(split: str) -> Iterator[Record]:
 def _retain(split: str) -> Iterator[Record]:
     conversations = [*of_split("retain", split)]
     for name in KEPT if split == "train" else ():
-        conversations += [
-            (asked, _beginning(answer)) if name in BEGUN else (asked, answer) for asked, answer in part(name)
-        ]
+        begun = name in BEGUN
+        conversations += [(asked, _beginning(answer) if begun else answer) for asked, answer in part(name)]
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
