@@ -134,8 +134,9 @@ def evaluate_target(config: Config, run: Path | None, out: Path | None) -> Evalu
 
 def _measured(config: Config) -> dict[str, object]:
     """The settings that decide what the numbers of an evaluation mean."""
-    named = {"model": True, "data": True, "training": {"autocast"}, "validation": {"every", "sources", "holdout"}}
-    settings = config.model_dump(include=named)
+    settings = config.model_dump(
+        include={"model": True, "data": True, "training": {"autocast"}, "validation": {"every", "sources", "holdout"}}
+    )
     return settings | config.evaluation.model_dump(exclude={"batch_size"})
 
 
