@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo compare test test-faults fuzz lint bench mutants wheels clean
+.PHONY: install demo compare test test-faults test-models models fuzz lint bench mutants wheels clean
 
 install: $(STAMP)
 
@@ -41,6 +41,13 @@ test-faults: $(STAMP)
 # Bad input to every parser, drawn from seeds (docs/reliability.md). FUZZ="--only overrides --cases 1000" does less.
 fuzz: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.faults.fuzz $(FUZZ)
+
+# Every row of docs/models.md decided again; `models` writes them anew.
+test-models: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m models
+
+models: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/support/model_page.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

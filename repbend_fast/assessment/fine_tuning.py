@@ -101,7 +101,13 @@ class AnswerScores:
         targets = piece.input_ids.reshape(-1)[rows + 1]
         chunk = self.levers.kl_chunk_rows
         return linear_log_prob(
-            final[0], head.weight, targets, bias=head.bias, softcap=head.softcap, ignore_index=None, chunk_rows=chunk
+            head.inputs(final[0]),
+            head.weight,
+            targets,
+            bias=head.bias,
+            softcap=head.softcap,
+            ignore_index=None,
+            chunk_rows=chunk,
         ).sum()
 
     def each_piece(self, sequences: Sequences, work: Callable[[Piece], T]) -> Iterator[T]:

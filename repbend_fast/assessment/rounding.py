@@ -136,7 +136,7 @@ def survival(head: Head, base: Tensor, bent: Tensor, rounded: Tensor, rounded_ba
 
 def _logits(head: Head, states: Tensor) -> Tensor:
     """Logits of each row, float32 or wider."""
-    logits = torch.nn.functional.linear(states, head.weight, head.bias)
+    logits = torch.nn.functional.linear(head.inputs(states), head.weight, head.bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -179,7 +179,10 @@ class _States:
     @torch.no_grad()
     def divergence(self, reference: Tensor, other: Tensor) -> float:
         """KL(reference ‖ other) in nats per position."""
-        total = linear_kl_div(other, reference, self.head.weight, bias=self.head.bias, softcap=self.head.softcap)
+        head = self.head
+        total = linear_kl_div(
+            head.inputs(other), head.inputs(reference), head.weight, bias=head.bias, softcap=head.softcap
+        )
         return float(total) / len(reference)
 
 

@@ -66,14 +66,15 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """LoRA through peft. Defaults are the published ones."""
+    """LoRA through peft. Defaults are the published ones, where those fit any model."""
 
     r: Positive = Field(16, description="Rank.")
     alpha: Annotated[float, Field(gt=0)] = Field(16, description="The adapter counts alpha / r.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Of the adapter's input, while training.")
-    target_modules: Annotated[list[str], Field(min_length=1)] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        description="Linear layers that get LoRA.",
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Linear layers that get LoRA, by the last part of their names; `auto` = all of the decoder blocks: "
+        "the published seven where there are no others.",
     )
     blocks: list[NonNegative] | Literal["to_window", "last_three"] = Field(
         "to_window",

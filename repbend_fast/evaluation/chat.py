@@ -44,10 +44,10 @@ def chat_statistics(runner: StreamRunner, conversations: Seq[Sequence]) -> ChatS
         piece = make_piece(sequences, members, runner.layout, runner.device)
         spans = tuple((0, len(s)) for s in sequences)
         rows = piece.rows(spans)
-        adapted = _final_rows(runner, piece.input_ids, piece.position_ids, rows)
-        with reference_model(runner.model):
-            reference = _final_rows(runner, piece.input_ids, piece.position_ids, rows)
         head = runner.head.on(runner.device)
+        adapted = head.inputs(_final_rows(runner, piece.input_ids, piece.position_ids, rows))
+        with reference_model(runner.model):
+            reference = head.inputs(_final_rows(runner, piece.input_ids, piece.position_ids, rows))
         chunk = runner.levers.kl_chunk_rows
         divergence += linear_kl_div(
             adapted, reference, head.weight, bias=head.bias, softcap=head.softcap, chunk_rows=chunk

@@ -10,7 +10,7 @@ from torch import nn
 from repbend_fast.config.schema import LoraConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.causal import AdaptedLM, CausalLM
-from repbend_fast.models.coverage import linear_names, parameter_names
+from repbend_fast.models.coverage import has_conv1d, linear_names, parameter_names
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.load import DTYPES
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
+PUBLISHED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers that the published recipes name, in their order."""
+FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+"""What Phi-3 calls several of them together."""
 
 
 def adapted_blocks(lora: LoraConfig, last_state: int, num_blocks: int) -> list[int]:
@@ -48,10 +55,6 @@ def attach_lora(model: CausalLM, lora: LoraConfig, window: tuple[int, ...]) -> A
     wanted = adapted_blocks(lora, max(window), blocks)
     if wanted and max(wanted) >= blocks:
         raise UserError(f"lora.blocks={lora.blocks}: the model has blocks 0 … {blocks - 1}")
-    if "lm_head" in lora.target_modules:
-        raise UserError(
-            "lora.target_modules: lm_head cannot be adapted, its logits are shared with the reference; leave it out"
-        )
     targets = _target_modules(model, lora)
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     settings = PeftLoraConfig(
@@ -61,7 +64,8 @@ def attach_lora(model: CausalLM, lora: LoraConfig, window: tuple[int, ...]) -> A
         target_modules=targets,
         exclude_modules=_outside_decoder(model, targets),
         layers_to_transform=wanted,
-        layers_pattern="layers",
+        layers_pattern=find_decoder(model).place[1],
+        fan_in_fan_out=has_conv1d(model, targets),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -87,29 +91,75 @@ def check_targets(model: CausalLM, lora: LoraConfig) -> None:
     _target_modules(model, lora)
 
 
+def settled_lora(model: CausalLM, lora: LoraConfig, *, of_all: bool = True) -> LoraConfig:
+    """The settings with the names that ``auto`` stands for on this model, whose weights are not looked at.
+
+    ``of_all=False``: the names that this model lacks, which may be a part of a larger one, are left out.
+
+    Raises:
+        UserError: as ``check_targets``.
+    """
+    if of_all:
+        names = _target_modules(model, lora) if lora.target_modules == "auto" else lora.target_modules
+    else:
+        present = linear_names(model)
+        names = [name for name in lora.target_modules if {name, FUSED.get(name)} & {*present}]
+    return lora.model_copy(update={"target_modules": names})
+
+
+def _every_linear(model: CausalLM) -> list[str]:
+    """Names of all linear layers of the blocks that peft adapts as such: the published ones first, in their order."""
+    present = linear_names(model)
+    order = list(dict.fromkeys(name if name in present else FUSED.get(name, name) for name in PUBLISHED))
+    taken = {*_read_as_experts(model, present), *_refused_by_peft(model, present)}
+    found = [name for name in present if name not in taken]
+    if not found:
+        raise UserError(
+            f"model type {causal_model(model).config.model_type} cannot be bent: LoRA adapts linear layers, and its "
+            f"blocks have {'none' if not present else 'only ' + ', '.join(present) + ', which peft refuses here'}"
+        )
+    return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def _refused_by_peft(model: CausalLM, names: list[str]) -> list[str]:
+    """Those of which peft says that the family's kernels read their weights past any adapter (Mamba's ``out_proj``)."""
+    from peft import LoraConfig as PeftLoraConfig
+
+    try:
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
+    except ImportError:  # a peft that refuses none
+        return []
+    refused = []
+    for name in names:
+        try:
+            check(PeftLoraConfig(target_modules=[name]), cast(nn.Module, causal_model(model)), name)
+        except ValueError:
+            refused.append(name)
+    return refused
+
+
 def _target_modules(model: CausalLM, lora: LoraConfig) -> list[str]:
     """The wanted linear layers, in the family's own spelling: Phi-3 fuses q, k, v and gate, up. Blocks may differ: any
     may have them.
     """
-    fused = {
-        "q_proj": "qkv_proj",
-        "k_proj": "qkv_proj",
-        "v_proj": "qkv_proj",
-        "gate_proj": "gate_up_proj",
-        "up_proj": "gate_up_proj",
-    }
+    if lora.target_modules == "auto":
+        return _every_linear(model)
+    if "lm_head" in lora.target_modules:
+        raise UserError(
+            "lora.target_modules: lm_head cannot be adapted, its logits are shared with the reference; leave it out"
+        )
     present = linear_names(model)
     parameters = parameter_names(model)
     chosen: list[str] = []
     missing: list[str] = []
     for name in lora.target_modules:
-        spelled = name if name in present else fused.get(name, name)
+        spelled = name if name in present else FUSED.get(name, name)
         if spelled not in present:
             missing.append(name)
         elif spelled not in chosen:
             chosen.append(spelled)
     if missing:
-        experts = sorted(parameters & {*missing, *(fused.get(name, name) for name in missing)})
+        experts = sorted(parameters & {*missing, *(FUSED.get(name, name) for name in missing)})
         why = (
             f" ({', '.join(experts)}: its experts are parameters, not linear layers, and cannot be adapted)"
             if experts
@@ -117,8 +167,7 @@ def _target_modules(model: CausalLM, lora: LoraConfig) -> list[str]:
         )
         raise UserError(
             f"lora.target_modules: no layer named {', '.join(missing)} in any block of this model{why}; its linear "
-            "layers "
-            f"are {', '.join(present)}"
+            f"layers are {', '.join(present)} (auto takes all that can be adapted)"
         )
     taken = _read_as_experts(model, chosen)
     if taken:
@@ -161,10 +210,10 @@ def _outside_decoder(model: CausalLM, targets: list[str]) -> str | None:
     """Pattern of the modules outside the decoder, where some of them bear a target's name: a vision tower has q_proj
     too.
     """
-    body = find_decoder(model).body
+    decoder = find_decoder(model)
     names = [name for name, _ in model.named_modules()]
-    prefix = next(name for name, module in model.named_modules() if module is body)
-    inside = f"{prefix}.layers."
+    prefix = next(name for name, module in model.named_modules() if module is decoder.body)
+    inside = f"{prefix}.{decoder.list_name}."
     if any(name.rsplit(".", 1)[-1] in targets and not name.startswith(inside) for name in names):
         return rf"(?!{re.escape(inside)}).*"
     return None

@@ -8,6 +8,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from repbend_fast.models.causal import CausalLM
@@ -123,13 +124,19 @@ def _wanted_blocks(model: CausalLM) -> set[int]:
 
 
 def linear_names(model: CausalLM) -> list[str]:
-    """Last names of the linear layers in any decoder block: what ``lora.target_modules`` can hold."""
-    names = {
-        name.rsplit(".", 1)[-1]
-        for block in find_decoder(model).layers
-        for name, module in block.named_modules()
-        if _is_linear(module)
-    }
+    """Last names of the linear layers in any decoder block: what ``lora.target_modules`` can hold. A numbered layer has
+    the name of its list in front.
+    """
+    known: dict[type, bool] = {}
+    names: set[str] = set()
+    for block in find_decoder(model).layers:
+        for name, module in block.named_modules():
+            if not _is_linear(module):
+                continue
+            if type(module) not in known:
+                known[type(module)] = _maps_rows(module)
+            if known[type(module)]:
+                names.add(re.search(r"[^.]+(\.\d+)*$", name)[0])  # type: ignore[index]
     return sorted(names)
 
 
@@ -146,8 +153,41 @@ def parameter_names(model: CausalLM) -> set[str]:
     return names - {"weight"}
 
 
+def has_conv1d(model: CausalLM, names: list[str]) -> bool:
+    """Whether layers of these names keep their weights transposed, [inputs, outputs], as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(
+        isinstance(module, Conv1D) and name.rpartition(".")[2] in names
+        for block in find_decoder(model).layers
+        for name, module in block.named_modules()
+    )
+
+
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _maps_rows(module: nn.Module) -> bool:
+    """Whether a linear layer gives one row of outputs for each row of inputs: some classes derive from it and do not (a
+    router that also chooses, several layers in one).
+    """
+    if "forward" not in vars(type(module)) or type(module).__module__.startswith(("torch.", "bitsandbytes.")):
+        return True
+    parts = {
+        name: torch.empty_like(tensor, device="meta")
+        for tensors in (module.named_parameters(), module.named_buffers())
+        for name, tensor in tensors
+    }
+    weight = parts["weight"]
+    outputs, inputs = weight.shape[-2:] if isinstance(module, nn.Linear) else weight.shape[::-1]
+    try:
+        result = torch.func.functional_call(module, parts, torch.empty(3, inputs, dtype=weight.dtype, device="meta"))
+    except Exception:  # whatever its forward may raise for want of other arguments
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (3, outputs)
 
 
 def _matrices(block: nn.Module) -> tuple[dict[str, int], set[str], set[str]]:

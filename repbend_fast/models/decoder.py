@@ -1,19 +1,19 @@
 """The parts of a causal LM that a truncated, tapped pass needs, and that pass itself.
 
-One mechanism for every family: for one pass ``decoder.layers`` is a shortened list of thin wrappers (block, checkpoint,
+One mechanism for every family: for one pass the list of blocks is a shortened one of thin wrappers (block, checkpoint,
 tap) that delegate attributes (``layers.truncated``); it is restored afterwards. Hidden-state indices are Hugging
 Face's: 0 is the embedding output, *l* the output of block *l − 1*, the last one the output after the final norm.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
-from repbend_fast.models.causal import CausalLM
+from repbend_fast.models.causal import CausalLM, Shape
 from repbend_fast.models.layers.packing import known_packing
 from repbend_fast.models.layers.truncated import OffloadedInputs, Visit, truncated
 
@@ -27,14 +27,23 @@ result is not used.
 class Decoder:
     """``body`` embeds, runs ``layers`` and applies its final norm (attribute ``norm_name``, None where it has an
     unknown name).
+
+    ``list_name``: where in ``body`` the list of blocks is, dotted where a part holds it (``encoder.layer``).
     """
 
     body: nn.Module
     norm_name: str | None
+    list_name: str = "layers"
 
     @property
     def layers(self) -> nn.ModuleList:
-        return self.body.layers  # type: ignore[return-value]
+        return self.body.get_submodule(self.list_name)  # type: ignore[return-value]
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """The module that holds the list of blocks, and the list's name in it."""
+        path, _, name = self.list_name.rpartition(".")
+        return self.body.get_submodule(path), name
 
     @property
     def num_blocks(self) -> int:
@@ -48,20 +57,25 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Head:
-    """The output head: logits = softcap · tanh((W h + b) / softcap), or W h + b without a soft-cap. ``weight`` is [V,
-    D].
+    """The output head: logits = softcap · tanh((W h' + b) / softcap), or W h' + b without a soft-cap, where h' =
+    ``inputs(h)``: h, or scale · h. ``weight`` is [V, D].
     """
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
+    scale: float | None = None
+
+    def inputs(self, states: Tensor) -> Tensor:
+        """What the weight is multiplied with, of hidden states [..., D]."""
+        return states if self.scale is None else states * self.scale
 
     def on(self, device: torch.device) -> Head:
         """The head on a device. Where its weight lives in host memory this is a copy, which is freed with the returned
         head.
         """
         bias = None if self.bias is None else self.bias.to(device, non_blocking=True)
-        return Head(self.weight.to(device, non_blocking=True), bias, self.softcap)
+        return replace(self, weight=self.weight.to(device, non_blocking=True), bias=bias)
 
 
 def causal_model(model: CausalLM) -> CausalLM:
@@ -70,30 +84,41 @@ def causal_model(model: CausalLM) -> CausalLM:
 
 
 def find_decoder(model: CausalLM) -> Decoder:
-    """Locate the decoder of any transformers causal LM.
+    """Locate the decoder of any transformers causal LM: a list named ``layers``, or else the one list of as many equal
+    parts as the configuration counts blocks (GPT-2's ``h``, MPT's ``blocks``).
 
     Raises:
-        UserError: the architecture keeps its decoder blocks in no list named ``layers``.
+        UserError: the architecture keeps its decoder blocks in no such list.
     """
     causal = causal_model(model)
     found = causal.get_decoder()
     # Some families' get_decoder() gives back the causal LM itself.
-    for body in (found, getattr(found, "model", None), getattr(causal, "model", None)):
-        if isinstance(body, nn.Module) and isinstance(getattr(body, "layers", None), nn.ModuleList):
-            name = next((name for name in NORM_NAMES if isinstance(getattr(body, name, None), nn.Module)), None)
-            return Decoder(body, name)
-    kind = getattr(causal.config, "model_type", type(causal).__name__)
-    lists = [
-        f"{name} ({len(part)})"
-        for name, part in found.named_modules()
-        if isinstance(part, nn.ModuleList) and "." not in name
+    bodies = [
+        body
+        for body in (found, getattr(found, "model", None), getattr(causal, "model", None))
+        if isinstance(body, nn.Module)
     ]
+    for body in bodies:
+        if isinstance(getattr(body, "layers", None), nn.ModuleList):
+            return Decoder(body, _norm_of(body))
+    inner = getattr(causal, getattr(causal, "base_model_prefix", "") or "model", None)
+    body = inner if found is causal and isinstance(inner, nn.Module) else found
+    lists = {name: part for name, part in body.named_modules() if isinstance(part, nn.ModuleList)}
+    depth = getattr(causal.config.get_text_config(), "num_hidden_layers", None)
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    blocks = [name for name in outer if len(lists[name]) == depth]
+    if len(blocks) == 1:
+        return Decoder(body, _norm_of(body), blocks[0])
+    kind = getattr(causal.config, "model_type", type(causal).__name__)
+    held = ", ".join(f"{name} ({len(lists[name])})" for name in outer)
     raise UserError(
-        f"model type {kind}: its {type(found).__name__} has no list of decoder blocks named layers (it has "
-        f"{', '.join(lists) or 'no list of modules at all'}); only models that name it so, as Llama, Qwen, Mistral, "
-        "Gemma and most newer "
-        "ones do, can be bent"
+        f"model type {kind}: its {type(body).__name__} has no one list of {depth or 'its'} decoder blocks "
+        f"(it has {held or 'no list of modules at all'}), so that no pass can stop between two of them"
     )
+
+
+def _norm_of(body: nn.Module) -> str | None:
+    return next((name for name in NORM_NAMES if isinstance(getattr(body, name, None), nn.Module)), None)
 
 
 WITHOUT_HEAD = (
@@ -123,8 +148,24 @@ def find_head(model: CausalLM) -> Head:
             f"the output head is trainable; the shared-head KL needs it frozen: freeze it or {WITHOUT_HEAD}"
         )
     text = causal.config.get_text_config()
-    softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
-    return Head(linear.weight, linear.bias, softcap)
+    softcap = next((cap for name in SOFTCAP_NAMES if (cap := getattr(text, name, None))), None)
+    return Head(linear.weight, linear.bias, softcap, _head_scale(text))
+
+
+SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What families call the soft-cap of their logits."""
+
+
+def _head_scale(text: Shape) -> float | None:
+    """What a family multiplies its logits by, under the names that are known; the proof at load shows whether it
+    does.
+    """
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        scale *= getattr(text, name, None) or 1.0
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):  # Granite and MiniCPM3, Inkling
+        scale /= getattr(text, name, None) or 1.0
+    return None if scale == 1.0 else scale
 
 
 def run_decoder(
@@ -152,7 +193,7 @@ def run_decoder(
     if not 1 <= stop <= total:
         raise ValueError(f"stop must be in 1 … {total}, got {stop}")
     with (
-        truncated(decoder.body, decoder.norm_name, stop, visit, checkpoint_blocks, offload),
+        truncated(decoder, stop, visit, checkpoint_blocks, offload),
         known_packing(position_ids is not None),
     ):
         # Layers without attention take no positions.

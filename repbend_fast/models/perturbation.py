@@ -141,5 +141,5 @@ def visiting(model: CausalLM, visit: Visit, *, recompute: bool = False) -> Itera
     """
     decoder = find_decoder(model)
     total = decoder.num_blocks
-    with truncated(decoder.body, decoder.norm_name, total, visit, total if recompute else 0, None):
+    with truncated(decoder, total, visit, total if recompute else 0, None):
         yield

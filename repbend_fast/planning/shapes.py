@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from repbend_fast.config.schema import LoraConfig, ModelConfig
 from repbend_fast.errors import UserError, one_line
-from repbend_fast.models.adapters import attach_lora
+from repbend_fast.models.adapters import attach_lora, settled_lora
 from repbend_fast.models.causal import AdaptedLM, CausalLM, Shape
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.load import (
@@ -28,25 +28,7 @@ from repbend_fast.models.load import (
     keep_attention_cap,
     resolve_source,
 )
-
-_LLAMA_3_8B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-}
-_MISTRAL_7B = _LLAMA_3_8B | {"model_type": "mistral", "vocab_size": 32000, "sliding_window": None}
-# Shapes as their model cards publish them, for planning where the hub's configuration is not at hand.
-PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
-    "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
-    "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
-    "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL_7B,
-    "mistralai/Mistral-7B-v0.1": _MISTRAL_7B | {"sliding_window": 4096},
-}
+from repbend_fast.planning.published_shapes import PUBLISHED_SHAPES
 
 FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)
 """Of all fake tensors that are made here."""
@@ -80,7 +62,7 @@ def _model_shape(
                 f"model.name={name}: its configuration cannot be read, which planning needs ({one_line(error)})"
             ) from error
     settings = dict(bundled)
-    shape = cast(Shape, AutoConfig.for_model(settings.pop("model_type"), **settings))
+    shape = cast(Shape, AutoConfig.for_model(str(settings.pop("model_type")), **settings))
     return shape, f"{name} is not on this machine: planned with its published shape"
 
 
@@ -108,7 +90,11 @@ def shape_model(config: ModelConfig, lora: LoraConfig, window: tuple[int, ...], 
     model.requires_grad_(False).eval()
     decoder = find_decoder(model)
     if blocks is not None:
-        decoder.body.layers = decoder.layers[:blocks]
+        # Settled on the whole model: some kinds of block may lie beyond the cut.
+        lora = settled_lora(model, lora)
+        holder, name = decoder.place
+        setattr(holder, name, decoder.layers[:blocks])
+        lora = settled_lora(model, lora, of_all=False)
     if config.quantization == "nf4":
         _nf4_layers(model, dtype)
     adapted = attach_lora(model, lora, window)

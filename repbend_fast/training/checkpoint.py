@@ -225,7 +225,8 @@ def read_state(path: Path, config: Config) -> SavedState:
     for key, own in fixed_settings(config).items():
         # One of a run without validation has no settings of it.
         written = saved.settings.get(key, BEFORE_A_CHOICE.get(key, own))
-        if written != own:
+        # The loaded model says what auto stands for; it is asked then.
+        if written != own and (key, own) != ("lora.target_modules", "auto"):
             # Without sources the held-out records would become training data, with which the sampler cannot go on.
             off = key.startswith(YARDSTICK) and config.validation.sources
             remedy = "set it back, or validation.every=0" if off else "set it back"

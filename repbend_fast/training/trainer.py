@@ -25,6 +25,7 @@ from repbend_fast.models import (
     load_model,
     trainable_parameters,
 )
+from repbend_fast.models.adapters import settled_lora
 from repbend_fast.models.load import DTYPES
 from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
@@ -148,7 +149,8 @@ class Trainer:
         self.batches = PreparedBatches(data.sampler)
         base = load_model(config.model)
         num_blocks = find_decoder(base).num_blocks
-        self.config = config = at_depth(config, num_blocks)
+        config = at_depth(config, num_blocks)
+        self.config = config = config.model_copy(update={"lora": settled_lora(base, config.lora)})
         self.objective = build_objective(config.objective, num_blocks, config.training.steps, config.training.seed)
         self.kl_weight = KLWeight.of(config.objective)
         self.model = attach_lora(base, config.lora, (self.objective.last_state,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from open_recipes import NEEDED
 
 from repbend_fast.config import Config, load_config, recipe_names, resolved_yaml, summary
 from repbend_fast.errors import UserError
@@ -20,8 +21,6 @@ def recipe_file(folder: Path, text: str) -> str:
     return str(path)
 
 
-NEEDED = {"any": ["model.name=M", "data.sources=mine.jsonl"]}
-"""What a recipe for every model leaves to be said."""
 MINIMAL = "model:\n  name: M\ndata:\n  sources: [mine.jsonl]\n"
 
 

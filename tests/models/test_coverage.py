@@ -10,7 +10,9 @@ from tiny_models import tiny_model
 from repbend_fast.config.schema import LoraConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models import attach_lora, quantize_nf4
+from repbend_fast.models.adapters import PUBLISHED, settled_lora
 from repbend_fast.models.coverage import coverage_of
+from repbend_fast.models.decoder import find_decoder
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -24,7 +26,7 @@ def test_every_weight_of_a_plain_block_is_adapted() -> None:
 
 
 def test_experts_are_left_out_by_name() -> None:
-    (kind,) = coverage_of(attach_lora(other_model("qwen2_moe"), LoraConfig(r=2), (2,)))
+    (kind,) = coverage_of(attach_lora(other_model("qwen2_moe"), LoraConfig(r=2, target_modules=[*PUBLISHED]), (2,)))
     experts = {"mlp.experts.gate_up_proj": 4 * 128 * 64, "mlp.experts.down_proj": 4 * 64 * 64}
     assert kind.left_out == experts | {"mlp.gate": 4 * 64, "mlp.shared_expert_gate": 64}
     assert kind.weights == kind.adapted + sum(kind.left_out.values())
@@ -85,3 +87,54 @@ def test_what_the_error_offers_can_be_adapted() -> None:
     offered = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]
     kinds = coverage_of(attach_lora(other_model("deepseek_v2"), LoraConfig(r=2, target_modules=offered), (2,)))
     assert all(kind.adapted for kind in kinds)
+
+
+AUTO = {
+    "bamba": {"in_proj", "out_proj", *PUBLISHED},
+    "deepseek_v2": {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"},
+    "gpt2": {"c_attn", "c_fc", "c_proj"},
+    "gpt_neox": {"dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"},
+    "lfm2": {"in_proj", "k_proj", "out_proj", "q_proj", "v_proj", "w1", "w2", "w3"},
+    "llama4": {"down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"},
+    "mpt": {"Wqkv", "down_proj", "out_proj", "up_proj"},
+    "nanochat": {"fc1", "fc2", "k_proj", "o_proj", "q_proj", "v_proj"},
+    "qwen2_moe": {*PUBLISHED, "shared_expert_gate"},
+    "qwen3_moe": {*PUBLISHED[:4]},
+}
+
+
+@pytest.mark.parametrize("family", AUTO)
+def test_auto_takes_the_linear_layers_of_all_blocks_whatever_their_names(family) -> None:
+    """Routers that derive from a linear layer and give a tuple are none, nor are names that peft keeps for experts."""
+    base = other_model(family)
+    with torch.device("meta"):
+        bare = type(base)(base.config)
+    names = settled_lora(base, LoraConfig()).target_modules
+    assert set(names) == AUTO[family]
+    assert settled_lora(bare, LoraConfig()).target_modules == names
+    for kind in coverage_of(attach_lora(base, LoraConfig(r=2), (2,))):
+        assert kind.adapted > 0
+
+
+def test_auto_is_the_published_list_where_there_are_no_others() -> None:
+    assert settled_lora(tiny_model("qwen3"), LoraConfig()).target_modules == list(PUBLISHED)
+    fused = settled_lora(tiny_model("phi3"), LoraConfig()).target_modules
+    assert fused == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    own = LoraConfig(target_modules=["v_proj"])
+    assert settled_lora(tiny_model("phi3"), own).target_modules == ["v_proj"]
+
+
+def test_transposed_layers_are_adapted_and_merged() -> None:
+    """GPT-2 keeps weights as [inputs, outputs]; a merge that missed it would not even have the shape."""
+    model = attach_lora(other_model("gpt2"), LoraConfig(r=2, dropout=0.0), (2,))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        before = other_model("gpt2")(input_ids=ids).logits
+        expected = model(input_ids=ids).logits
+        merged = model.merge_and_unload()(input_ids=ids).logits
+    assert not torch.allclose(expected, before, atol=0.1)
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    assert find_decoder(other_model("gpt2")).list_name == "h"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from other_families import other_model
+from repbend_kernels import linear_log_prob
 from tiny_models import FAMILIES, tiny_model
 
+from repbend_fast.config.schema import LoraConfig
 from repbend_fast.errors import UserError
-from repbend_fast.models import find_decoder, find_head, quantize_nf4, run_decoder
+from repbend_fast.models import attach_lora, find_decoder, find_head, quantize_nf4, run_decoder, use_low_rank_forward
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.proof import Proof, check_head, prove_model
 
@@ -93,13 +98,59 @@ def test_a_scale_of_the_logits_is_seen(scaling, dtype) -> None:
     model = other_model("granite", dtype)
     check_head(model, find_head(model))
     model = other_model("granite", dtype, logits_scaling=scaling)
+    head = find_head(model)
+    check_head(model, head)
     with pytest.raises(UserError, match=r"granite.*scale 0\.9[79]"):
-        check_head(model, find_head(model))
+        check_head(model, replace(head, scale=None))
+    model.config.logits_scaling = 1.0  # what a name promises and the model does not do
+    with pytest.raises(UserError, match=r"granite.*scale 1\.0[13]"):
+        check_head(model, head)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("granite", {"logits_scaling": 4.0}), ("minicpm3", {}), ("cohere", {})]
+)
+def test_a_scale_before_or_behind_the_head_is_part_of_it(family, settings) -> None:
+    """MiniCPM3 scales the states, Granite and Cohere the logits; log-probabilities are the model's own."""
+    model = other_model(family, **settings)
+    head, ids = find_head(model), torch.arange(3, 12)[None]
+    assert head.scale is not None
+    check_head(model, head)
+    with torch.no_grad():
+        hidden = find_decoder(model).body(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits
+    got = linear_log_prob(head.inputs(hidden[0, :-1]), head.weight, ids[0, 1:], reduction="none")
+    expected = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_way_round_the_head_names_every_term_that_reads_logits() -> None:
+    model = other_model("granite")
+    forward = model.forward
+
+    def scaled(**arguments):
+        output = forward(**arguments)
+        output.logits = output.logits / 4.0
+        return output
+
+    model.forward = scaled
     with pytest.raises(UserError, match=r"objective\.kl=0 and no objective\.refusal"):
-        _prove(other_model("granite", logits_scaling=4.0))
+        _prove(model)
+
+
+def test_adapted_layers_that_no_pass_calls_are_named() -> None:
+    """A layer whose weight its block multiplies with itself: the adapter on it would train nothing, without a word."""
+    model = attach_lora(tiny_model(), LoraConfig(r=2), (4,))
+    use_low_rank_forward(model)
+    assert not any("does nothing" in note for note in _prove(model).notes)
+    for block in find_decoder(model).layers:
+        block.mlp.forward = partial(_past_up_proj, block.mlp)
+    (note,) = [note for note in _prove(model).notes if "does nothing" in note]
+    assert note.startswith("note: LoRA does nothing on mlp.up_proj: ")
+
+
+def _past_up_proj(mlp, hidden):
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(hidden)) * (hidden @ mlp.up_proj.base_layer.weight.T))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,12 +176,18 @@ def test_a_cap_or_a_bias_behind_the_head_is_seen(dtype) -> None:
         check_head(model, head)
 
 
-@pytest.mark.parametrize(("family", "there"), [("gpt2", r"h \(2\)"), ("mpt", r"blocks \(2\)")])
-def test_a_decoder_without_layers_is_refused_truthfully(family, there) -> None:
+@pytest.mark.parametrize(("family", "name"), [("gpt2", "h"), ("mpt", "blocks"), ("xlstm", "blocks")])
+def test_a_list_of_blocks_is_found_by_kind(family, name) -> None:
+    decoder = find_decoder(other_model(family))
+    assert (decoder.list_name, decoder.num_blocks) == (name, 2)
+    assert decoder.layers is getattr(decoder.body, name)
+
+
+def test_a_decoder_without_one_list_of_blocks_is_refused_truthfully() -> None:
     with pytest.raises(
-        UserError, match=rf"{family}.*no list of decoder blocks named layers \(it has {there}\)"
+        UserError, match=r"xlm.*no one list of 2 decoder blocks \(it has attentions \(2\), layer_norm1 \(2\), ffns"
     ) as caught:
-        find_decoder(other_model(family))
+        find_decoder(other_model("xlm"))
     assert "decoder-only" not in str(caught.value)
 
 

@@ -68,6 +68,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", _COMMON | {"layer_types": ["conv", "full_attention"]}),
     "recurrent_gemma": ("RecurrentGemmaConfig", _COMMON | {"lru_width": 64, "attention_window_size": 16}),
     "granite": ("GraniteConfig", _COMMON | {"logits_scaling": 1.0}),
+    "cohere": ("CohereConfig", _COMMON),
+    "minicpm3": (
+        "MiniCPM3Config",
+        _COMMON
+        | {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+        | {"qk_rope_head_dim": 16},
+    ),
+    "xlm": ("XLMConfig", {"vocab_size": VOCABULARY, "emb_dim": 64, "n_layers": 2, "n_heads": 4, "causal": True}),
+    "xlstm": (
+        "xLSTMConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "pad_token_id": 0},
+    ),
 }
 
 

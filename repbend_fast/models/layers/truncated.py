@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,29 @@ class TappedBlock(nn.Module):
             output = self.block(hidden, *args, **kwargs)
         if self._last:
             return output
-        if isinstance(output, tuple):
-            return (self._visit(self._index + 1, output[0]), *output[1:])
+        if isinstance(output, tuple | list):
+            return type(output)((self._visit(self._index + 1, output[0]), *output[1:]))
         return self._visit(self._index + 1, output)
 
     def _run(self, source: _Input, *args: object, **kwargs: object) -> object:
         with record_function(CHECKPOINTED):
             return self.block(source.take(), *args, **kwargs)
+
+
+class Blocks(Protocol):
+    """What is read of ``models.decoder.Decoder``."""
+
+    @property
+    def body(self) -> nn.Module: ...
+
+    @property
+    def norm_name(self) -> str | None: ...
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
+
+    @property
+    def place(self) -> tuple[nn.Module, str]: ...
 
 
 class OffloadedInputs(Protocol):
@@ -124,17 +140,17 @@ class _LeftOutNorm(nn.Module):
 
 @contextmanager
 def truncated(
-    body: nn.Module,
-    norm_name: str | None,
+    decoder: Blocks,
     stop: int,
     visit: Visit,
     checkpoint_blocks: int,
     offload: OffloadedInputs | None,
 ) -> Iterator[None]:
-    """While entered, ``body.layers`` ends before hidden state ``stop`` and visits each; the arguments are those of
-    ``run_decoder``.
+    """While entered, the decoder's list of blocks ends before hidden state ``stop`` and visits each; the arguments are
+    those of ``run_decoder``.
     """
-    layers = cast(nn.ModuleList, body.layers)
+    body, norm_name, layers = decoder.body, decoder.norm_name, decoder.layers
+    holder, list_name = decoder.place
     total = len(layers)
     norm = None if norm_name is None or stop == total else _LeftOutNorm(getattr(body, norm_name))
     if norm is not None:
@@ -144,12 +160,12 @@ def truncated(
         for i in range(min(stop, total))
     ]
     try:
-        body.layers = nn.ModuleList(wrapped)
+        setattr(holder, list_name, nn.ModuleList(wrapped))
         if norm is not None:
             setattr(body, str(norm_name), norm)
         yield
     finally:
-        body.layers = layers
+        setattr(holder, list_name, layers)
         if norm is not None:
             setattr(body, str(norm_name), norm.norm)
 

@@ -45,7 +45,13 @@ class LikelihoodExecution(ABC, Execution[T]):
         head = head.on(states.device)
         chunk_rows = self.place.levers.kl_chunk_rows
         return linear_log_prob(
-            states, head.weight, targets, bias=head.bias, softcap=head.softcap, lengths=lengths, chunk_rows=chunk_rows
+            head.inputs(states),
+            head.weight,
+            targets,
+            bias=head.bias,
+            softcap=head.softcap,
+            lengths=lengths,
+            chunk_rows=chunk_rows,
         )
 
     @abstractmethod

@@ -28,8 +28,8 @@ class HeadKLExecution(Execution[HeadKL]):
         head = parts.head.on(parts.device)
         (reference,) = self.kept.values()
         kl = linear_kl_div(
-            self._states.pop(),
-            reference,
+            head.inputs(self._states.pop()),
+            head.inputs(reference),
             head.weight,
             bias=head.bias,
             temperature=term.temperature,

@@ -32,12 +32,12 @@ class LoweredLabelExecution(Execution[LoweredLabel]):
         head = parts.head.on(parts.device)
         (reference,) = self.kept.values() if self.kept else (None,)
         losses = linear_lowered_label(
-            self._states.pop(),
+            head.inputs(self._states.pop()),
             head.weight,
             # The next position of a row is its own sequence's: spans end before the last token.
             self.place.piece.input_ids.reshape(-1)[self.rows + 1],
             lowered=term.lowered,
-            reference=reference,
+            reference=None if reference is None else head.inputs(reference),
             bias=head.bias,
             softcap=head.softcap,
             chunk_rows=self.place.levers.kl_chunk_rows,
