@@ -17,6 +17,7 @@ from repbend_kernels.blocks import default_chunk_rows
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.layers.stacked import linear_sizes
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.cards import EFFICIENCY, Card
 from repbend_fast.planning.host import ASSUMED, HostCost
@@ -48,11 +49,11 @@ def matrices(model: CausalLM, nf4: bool, first_block: int) -> Matrices:
     decoder = find_decoder(model)
     frozen = 0
     for module in decoder.layers[0].modules():
-        inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        sizes = linear_sizes(module)
         # An adapted layer and the base layer inside it both have the features; its low-rank parts are trainable.
-        if isinstance(inputs, int) and isinstance(outputs, int) and not hasattr(module, "base_layer"):
+        if sizes and not hasattr(module, "base_layer"):
             weight = getattr(module, "weight", None)
-            frozen += inputs * outputs if weight is not None and not weight.requires_grad else 0
+            frozen += sizes[0] * sizes[1] if weight is not None and not weight.requires_grad else 0
     head = model.get_output_embeddings().weight
     lora = sum(p.numel() for p in trainable_parameters(model)) / decoder.num_blocks
     config = getattr(model.config, "get_text_config", lambda: model.config)()

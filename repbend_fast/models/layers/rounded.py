@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.causal import CausalLM
@@ -86,7 +87,7 @@ def _linears(layer: nn.Module, name: str) -> list[nn.Linear]:
     if getattr(layer, "merged_adapters", None):
         raise UserError(f"rounding: the adapter on {name} is merged already; load model and adapter anew")
     base = cast("BaseTunerLayer", layer).get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    found = [module for module in base.modules() if isinstance(module, nn.Linear)]
+    found = [cast(nn.Linear, module) for module in base.modules() if isinstance(module, nn.Linear | Conv1D)]
     for linear in found:
         if not linear.weight.is_floating_point():
             raise UserError(
@@ -106,10 +107,12 @@ def _merge(stack: ExitStack, layer: BaseTunerLayer, name: str) -> None:
 
 @torch.no_grad()
 def _round(linear: nn.Linear, rounding: Round, place: Place) -> int:
-    values = rounding(linear.weight.detach(), place)
+    weight = linear.weight.detach()
+    weight = weight.T if isinstance(linear, Conv1D) else weight  # formats share scales along inputs
+    values = rounding(weight.contiguous(), place)
     if values is None:
         return 0
-    linear.weight.copy_(values)
+    weight.copy_(values)
     return linear.weight.numel()
 
 

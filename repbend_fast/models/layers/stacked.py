@@ -16,15 +16,26 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from repbend_fast.models.layers.switches import added_to
 
 
-class LinearShape(Protocol):
-    """What every linear layer says of itself."""
+class _Transposed(Protocol):
+    """What GPT-2's linear layer says of itself, whose weight is [inputs, outputs]."""
 
-    in_features: int
-    out_features: int
+    nx: int
+    nf: int
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer, or of what wraps one; None of anything else."""
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        return inputs, outputs
+    if isinstance(module, Conv1D):
+        return cast(_Transposed, module).nx, cast(_Transposed, module).nf
+    return None
 
 
 def outer_linears(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -33,9 +44,7 @@ def outer_linears(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
     """
     for name, child in block.named_children():
         path = f"{prefix}{name}"
-        if isinstance(getattr(child, "in_features", None), int) and isinstance(
-            getattr(child, "out_features", None), int
-        ):
+        if linear_sizes(child):
             yield path, child
         else:
             yield from outer_linears(child, f"{path}.")
@@ -70,11 +79,11 @@ class StackedLora:
         for block in blocks:
             for _, layer in outer_linears(block):
                 # As PEFT draws it: Kaiming's uniform with a = √5, which is ± 1 / √D.
-                shape = cast(LinearShape, layer)
-                bound = 1 / math.sqrt(shape.in_features)
-                a = torch.empty(rank, shape.in_features).uniform_(-bound, bound, generator=random)
+                inputs, outputs = cast("tuple[int, int]", linear_sizes(layer))
+                bound = 1 / math.sqrt(inputs)
+                a = torch.empty(rank, inputs).uniform_(-bound, bound, generator=random)
                 device = next(layer.parameters()).device
-                b = torch.zeros(shape.out_features, rank)
+                b = torch.zeros(outputs, rank)
                 self._parts.append(_Part(layer, nn.Parameter(a.to(device)), nn.Parameter(b.to(device))))
 
     @property
