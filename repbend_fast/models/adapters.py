@@ -94,7 +94,8 @@ def check_targets(model: CausalLM, lora: LoraConfig) -> None:
 def settled_lora(model: CausalLM, lora: LoraConfig, *, of_all: bool = True) -> LoraConfig:
     """The settings with the names that ``auto`` stands for on this model, whose weights are not looked at.
 
-    ``of_all=False``: the names that this model lacks, which may be a part of a larger one, are left out.
+    ``of_all=False``: the names that this model lacks, which is a part of a larger one, are left out; where it has none
+    of them, all of its own stand for them.
 
     Raises:
         UserError: as ``check_targets``.
@@ -103,7 +104,7 @@ def settled_lora(model: CausalLM, lora: LoraConfig, *, of_all: bool = True) -> L
         names = _target_modules(model, lora) if lora.target_modules == "auto" else lora.target_modules
     else:
         present = linear_names(model)
-        names = [name for name in lora.target_modules if {name, FUSED.get(name)} & {*present}]
+        names = [name for name in lora.target_modules if {name, FUSED.get(name)} & {*present}] or _every_linear(model)
     return lora.model_copy(update={"target_modules": names})
 
 

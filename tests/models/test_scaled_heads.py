@@ -24,9 +24,11 @@ def _readers() -> dict[str, str]:
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2].startswith("linear"):
-                if any(ast.unparse(argument).startswith("head.weight") for argument in node.args):
-                    found[f"{path.relative_to(PACKAGE)}:{node.lineno}"] = ast.unparse(node)
+            if not isinstance(node, ast.Call):
+                continue
+            reads = any(ast.unparse(argument).startswith("head.weight") for argument in node.args)
+            if reads and ast.unparse(node.func).rpartition(".")[2].startswith("linear"):
+                found[f"{path.relative_to(PACKAGE)}:{node.lineno}"] = ast.unparse(node)
     return found
 
 
@@ -49,7 +51,7 @@ def test_the_head_gives_the_models_own_probabilities(family: str, settings: dict
     with torch.no_grad():
         hidden = find_decoder(model).body(input_ids=IDS, use_cache=False).last_hidden_state[0]
         logits = model(input_ids=IDS, use_cache=False).logits[0]
-    got = linear_log_prob(head.inputs(hidden[:-1]), head.weight, IDS[0, 1:], reduction="none")
+    got = linear_log_prob(head.inputs(hidden[:-1]), head.weight, IDS[0, 1:])
     expected = logits[:-1].log_softmax(-1).gather(-1, IDS[0, 1:, None])[:, 0]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     other = hidden.roll(1, 0)

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from other_families import other_model
-from repbend_kernels import linear_log_prob
 from tiny_models import FAMILIES, tiny_model
 
 from repbend_fast.config.schema import LoraConfig
@@ -105,23 +104,6 @@ def test_a_scale_of_the_logits_is_seen(scaling, dtype) -> None:
     model.config.logits_scaling = 1.0  # what a name promises and the model does not do
     with pytest.raises(UserError, match=r"granite.*scale 1\.0[13]"):
         check_head(model, head)
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"), [("granite", {"logits_scaling": 4.0}), ("minicpm3", {}), ("cohere", {})]
-)
-def test_a_scale_before_or_behind_the_head_is_part_of_it(family, settings) -> None:
-    """MiniCPM3 scales the states, Granite and Cohere the logits; log-probabilities are the model's own."""
-    model = other_model(family, **settings)
-    head, ids = find_head(model), torch.arange(3, 12)[None]
-    assert head.scale is not None
-    check_head(model, head)
-    with torch.no_grad():
-        hidden = find_decoder(model).body(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model(input_ids=ids, use_cache=False).logits
-    got = linear_log_prob(head.inputs(hidden[0, :-1]), head.weight, ids[0, 1:], reduction="none")
-    expected = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_way_round_the_head_names_every_term_that_reads_logits() -> None:
