@@ -4,6 +4,7 @@ or a block.
 ``benchmarks/step/step_profile.py`` adds up what runs in each of them.
 """
 
+SEARCH = "repbend: search of a perturbation"
 REFERENCE = "repbend: reference pass"
 SUMS = "repbend: first pass for coupled sums"
 ADAPTED = "repbend: adapted pass"

@@ -57,6 +57,13 @@ class Perturbation:
             for state in sorted(self.radii)
         }
 
+    @classmethod
+    def fixed(cls, deltas: Mapping[int, Tensor], rows: Tensor, of: Tensor) -> Perturbation:
+        """One that was found: ``deltas`` [M, D] by hidden state, and where they go in another pass."""
+        found = cls.__new__(cls)
+        found.deltas, found.rows, found._of = dict(deltas), rows, of
+        return found
+
     def visit(self, then: Visit | None = None) -> Visit:
         """Adds the rows, then hands the state on to ``then``. A gradient flows to ``deltas`` and to the state."""
 
@@ -102,17 +109,19 @@ class Perturbation:
 
 
 def find_perturbation(
-    loss: Callable[[Visit], Tensor], perturbation: Perturbation, *, steps: int, step_size: float
-) -> list[float]:
+    loss: Callable[[Visit], Tensor], perturbation: Perturbation, *, steps: int, step_size: float | Mapping[int, float]
+) -> Tensor:
     """Projected gradient steps that lower ``loss``; the perturbation holds the last one's rows. Returns the loss before
-    each step.
+    each step, [steps]. ``step_size`` is that of a coordinate, or of each hidden state's.
 
     ``loss`` runs a pass with the visit that it is given and returns a scalar with a graph. Only the perturbation gets a
     gradient: nothing is added to that of the model's parameters. Steps are those of the source, AdamW's, in ``l2``; of
     a signed gradient in ``linf``. What is not finite in a gradient counts as 0.
     """
     deltas = list(perturbation.deltas.values())
-    optimizer = torch.optim.AdamW(deltas, lr=step_size) if perturbation.ball == "l2" else None
+    sizes = [step_size[state] if isinstance(step_size, Mapping) else step_size for state in perturbation.deltas]
+    groups = [{"params": [delta], "lr": size} for delta, size in zip(deltas, sizes)]
+    optimizer = torch.optim.AdamW(groups) if perturbation.ball == "l2" else None
     losses = []
     visit = perturbation.visit()
     for _ in range(steps):
@@ -126,11 +135,11 @@ def find_perturbation(
             optimizer.step()
         else:
             with torch.no_grad():
-                torch._foreach_add_(deltas, [delta.grad.sign() for delta in deltas], alpha=-step_size)  # type: ignore[union-attr]
+                torch._foreach_add_(deltas, [delta.grad.sign() * -size for delta, size in zip(deltas, sizes)])  # type: ignore[union-attr]
         perturbation.project()
     for delta in deltas:
         delta.grad = None
-    return torch.stack(losses).tolist() if losses else []
+    return torch.stack(losses) if losses else torch.zeros(0)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from repbend_fast.objectives.terms import (
     Term,
     Triplet,
     Triplets,
+    Unlikelihood,
     WeightedAscent,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "Term",
     "Triplet",
     "Triplets",
+    "Unlikelihood",
     "WeightedAscent",
     "build_objective",
     "roles_of",

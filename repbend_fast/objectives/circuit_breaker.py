@@ -29,7 +29,10 @@ class CircuitBreakerConfig(ReroutingConfig):
     """
 
     place: ClassVar[int] = 2
-    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain", "refusal")
+    stream_names: ClassVar[tuple[str, ...]] = (
+        *("forget", "retain", "refusal"),
+        *("perturbed_forget", "perturbed_refusal"),
+    )
     titles: ClassVar[dict[str, str]] = {
         "reroute": "reroute: cosine to the reference",
         "retain": "retain: kept at the reference",

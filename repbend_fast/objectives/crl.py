@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from repbend_fast.data.records import Batch, Role, Sequence
+from repbend_fast.objectives.adversarial import AttackedConfig, with_perturbed
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.refusal import refusal_streams
 from repbend_fast.objectives.registry import method
@@ -35,11 +36,14 @@ from repbend_fast.objectives.terms import Triplet, Triplets
 from repbend_fast.section import Weight
 
 
-class CRLConfig(RefusalConfig, WindowConfig):
+class CRLConfig(AttackedConfig, RefusalConfig, WindowConfig):
     """CRL: triplets around the mean adapted unsafe state, safe·S + unsafe·U + kl·K."""
 
     place: ClassVar[int] = 5
-    stream_names: ClassVar[tuple[str, ...]] = ("triplet", "retain", "refusal")
+    stream_names: ClassVar[tuple[str, ...]] = (
+        *("triplet", "retain", "refusal"),
+        *("perturbed_triplet", "perturbed_refusal"),
+    )
     titles: ClassVar[dict[str, str]] = {"safe": "safe: triplet loss", "unsafe": "unsafe: triplet loss", **TITLES}
     published_names: ClassVar[dict[str, str]] = {
         "loss_margin_p": "objective.safe_margin",
@@ -85,7 +89,7 @@ class CRL:
         self.num_blocks = num_blocks
         self.last_state = max(config.window)
         self.seed = seed
-        self.uses_head = config.kl > 0 or config.refusal > 0
+        self.uses_head = config.kl > 0 or config.refusal > 0 or config.adversarial.weight > 0
         self.roles = config.roles
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
@@ -93,7 +97,9 @@ class CRL:
         # Without both of its terms the triplets' stream would run for nothing.
         triplet = [self._triplet(batch)] if config.safe or config.unsafe else []
         retain = self._retain(batch.retain if config.kl else ())
-        return [*(s for s in (*triplet, retain) if s.sequences), *refusal_streams(config, batch, step, self.seed)]
+        streams = [s for s in (*triplet, retain) if s.sequences]
+        streams += refusal_streams(config, batch, step, self.seed)
+        return with_perturbed(config, streams, ("triplet",), batch, self.num_blocks)
 
     def probes(self, batch: Batch) -> Probes:
         layers = tuple(x for x in self.config.window if x > 0)

@@ -132,7 +132,7 @@ class Checked:
             raise UserError(f"objective.name={self._name}: {method}: {error}") from error
         for stream in found:
             wrong = _what_is_wrong(stream, self._blocks)
-            if stream.reads_head and not self._own.uses_head:
+            if stream.needs_head and not self._own.uses_head:
                 wrong = "it reads logits, and uses_head is false"
             if wrong:
                 raise UserError(f"objective.name={self._name}: {method}: stream {stream.name}: {wrong}")

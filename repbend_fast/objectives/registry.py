@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar, Union
 
 from pydantic import Discriminator, Tag
 
+from repbend_fast.objectives.adversarial import PREFIX
 from repbend_fast.objectives.custom import CustomObjectiveConfig
 from repbend_fast.objectives.sections import MethodConfig
 
@@ -71,7 +72,7 @@ def titles_of(name: object) -> dict[str, str]:
     for settings in SETTINGS.values():
         for term, title in settings.titles.items():
             found.setdefault(term, title)
-    return found
+    return found | {PREFIX + term: f"{title}, perturbed" for term, title in found.items() if PREFIX + term not in found}
 
 
 def _tag(value: object) -> str | None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from repbend_fast.data.records import Batch, Role, Sequence
+from repbend_fast.objectives.adversarial import AttackedConfig, with_perturbed
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.refusal import refusal_streams
 from repbend_fast.objectives.registry import method
@@ -43,11 +44,14 @@ LossMode = Annotated[
 ]
 
 
-class RepBendConfig(RefusalConfig, WindowConfig):
+class RepBendConfig(AttackedConfig, RefusalConfig, WindowConfig):
     """RepBend: L = safe·S − unsafe·U + cosine·C + kl·K (+ pair·P + refusal·F), all weights ≥ 0."""
 
     place: ClassVar[int] = 1
-    stream_names: ClassVar[tuple[str, ...]] = ("safe", "unsafe", "retain", "refusal")
+    stream_names: ClassVar[tuple[str, ...]] = (
+        *("safe", "unsafe", "retain", "refusal"),
+        *("perturbed_unsafe", "perturbed_refusal"),
+    )
     titles: ClassVar[dict[str, str]] = {
         "safe": "safe: distance kept small",
         "unsafe": "unsafe: distance made large",
@@ -135,12 +139,13 @@ class RepBend:
         self.num_blocks = num_blocks
         self.roles = config.roles
         self.seed = seed
-        self.uses_head = config.kl > 0 or config.refusal > 0
+        self.uses_head = config.kl > 0 or config.refusal > 0 or config.adversarial.weight > 0
         self.last_state = max(config.window)
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
         candidates = (self._safe(batch), self._unsafe(batch), self._retain(batch))
-        return [*(s for s in candidates if s is not None), *refusal_streams(self.config, batch, step, self.seed)]
+        streams = [*(s for s in candidates if s is not None), *refusal_streams(self.config, batch, step, self.seed)]
+        return with_perturbed(self.config, streams, ("unsafe",), batch, self.num_blocks)
 
     def probes(self, batch: Batch) -> Probes:
         # What moves is of interest where its own term has no weight as well.

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Generic, Self, TypeVar
 from pydantic import Field
 
 from repbend_fast.data.records import Batch, Role, Sequence
+from repbend_fast.objectives.adversarial import AttackedConfig, with_perturbed
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.refusal import refusal_streams
 from repbend_fast.objectives.rows import all_rows, count, forget_sequences, mean_distance, padded_count
@@ -28,7 +29,7 @@ from repbend_fast.objectives.terms import Distance
 from repbend_fast.section import AboveZero, Positive
 
 
-class ReroutingConfig(RefusalConfig):
+class ReroutingConfig(AttackedConfig, RefusalConfig):
     """What both have."""
 
     published_names: ClassVar[dict[str, str]] = {
@@ -76,7 +77,7 @@ class Rerouting(ABC, Generic[C]):
         self.roles = config.roles
         self.num_blocks = num_blocks
         self.seed = seed
-        self.uses_head = config.refusal > 0
+        self.uses_head = config.refusal > 0 or config.adversarial.weight > 0
         total = config.schedule_steps or steps
         if total is None:
             raise ValueError("the schedule needs the number of training steps")
@@ -86,11 +87,10 @@ class Rerouting(ABC, Generic[C]):
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
         share, a = self.kept_share(step), self.config.coefficient
-        return [
-            *self.bent(batch, a * (1 - share)),
-            self._retain(self.kept(batch), a * share),
-            *refusal_streams(self.config, batch, step, self.seed),
-        ]
+        bent = self.bent(batch, a * (1 - share))
+        kept = self._retain(self.kept(batch), a * share)
+        streams = [*bent, kept, *refusal_streams(self.config, batch, step, self.seed)]
+        return with_perturbed(self.config, streams, [s.name for s in bent], batch, self.num_blocks)
 
     def probes(self, batch: Batch) -> Probes:
         layers, unit = self.layers, self.config.distance_unit

@@ -28,7 +28,10 @@ class XBoundaryConfig(ReroutingConfig):
     """X-Boundary: L = c_r·mean ‖h − r‖ on retain + c_x·mean (relu(cos(h, r)) on erased, relu(ĥ·m) on boundary rows)."""
 
     place: ClassVar[int] = 9
-    stream_names: ClassVar[tuple[str, ...]] = ("erase", "boundary", "retain", "refusal")
+    stream_names: ClassVar[tuple[str, ...]] = (
+        *("erase", "boundary", "retain", "refusal"),
+        *("perturbed_erase", "perturbed_boundary", "perturbed_refusal"),
+    )
     titles: ClassVar[dict[str, str]] = {
         "erase": "erase: cosine to the reference",
         "boundary": "boundary: cosine to what is kept",

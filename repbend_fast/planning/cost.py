@@ -9,7 +9,7 @@ from the host are counted in full, though some of them run beside the products.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from repbend_kernels.blocks import default_chunk_rows
@@ -18,6 +18,7 @@ from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.stacked import linear_sizes
+from repbend_fast.objectives.perturbed import Search
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.cards import EFFICIENCY, Card
 from repbend_fast.planning.host import ASSUMED, HostCost
@@ -73,6 +74,7 @@ class StepCost:
         self.card = card
         self.host = host
         self._known_groups: dict[tuple[object, ...], list[list[int]]] = {}
+        self._known_searches: dict[tuple[object, ...], int] = {}
 
     @property
     def quantized(self) -> bool:
@@ -85,6 +87,8 @@ class StepCost:
         for stream in streams:
             for group in self._groups(stream, levers):
                 total.update(self._passes(stream, group, levers))
+            if stream.search is not None:
+                total["search"] += self._search(stream, stream.search, levers)
             total["head"] += round(2 * HEAD_PRODUCTS * self.sizes.head * stream.head_rows())
         return total
 
@@ -95,6 +99,8 @@ class StepCost:
         recomputed = self._recomputed(stream, levers)
         blocks = stream.stop(self.num_blocks)
         total = self._head_seconds(stream, levers, rate)
+        if stream.search is not None:
+            total += self._search(stream, stream.search, levers) / rate
         for group in self._groups(stream, levers):
             for name, flops in self._passes(stream, group, levers).items():
                 share = recomputed / blocks if name == "recompute" else 1.0
@@ -109,11 +115,7 @@ class StepCost:
     def _groups(self, stream: Stream, levers: Levers) -> list[list[int]]:
         key = (id(stream), levers.piece_size(stream.name), levers.packing)
         if key not in self._known_groups:
-            found = []
-            for group in split(stream.sequences, levers.piece_size(stream.name), levers.layout):
-                lengths = [len(stream.sequences[m]) for m in group]
-                found.append(lengths if levers.packing == "on" else [max(lengths)] * len(lengths))
-            self._known_groups[key] = found
+            self._known_groups[key] = _lengths(stream, levers)
         return self._known_groups[key]
 
     def _recomputed(self, stream: Stream, levers: Levers) -> int:
@@ -137,6 +139,17 @@ class StepCost:
         }
         return Counter({name: round(value) for name, value in found.items() if value})
 
+    def _search(self, stream: Stream, search: Search, levers: Levers) -> int:
+        """FLOPs of a stream's search, its head included."""
+        key = (id(stream), levers.piece_size(stream.name), levers.packing, levers.checkpoint_blocks)
+        if key not in self._known_searches:
+            alone = replace(stream.attacked, search=None)
+            groups = _lengths(alone, levers, search.prompts)
+            passes = sum(sum(self._passes(alone, group, levers).values()) for group in groups)
+            head = 2 * HEAD_PRODUCTS * self.sizes.head * sum(term.rows_of() for term in search.terms)
+            self._known_searches[key] = search.steps * (passes + head)
+        return self._known_searches[key]
+
     def _weights_seconds(self, stream: Stream) -> tuple[float, float]:
         """Of one pass over the stream's blocks: reading weights beside the products, and dequantising them before."""
         elements = self.sizes.block * stream.stop(self.num_blocks)
@@ -155,3 +168,12 @@ class StepCost:
         )
         each = max(2 * chunk * self.sizes.head / rate, self.sizes.head * self.sizes.itemsize / self.card.bandwidth)
         return HEAD_PRODUCTS * each * rows / chunk
+
+
+def _lengths(stream: Stream, levers: Levers, prompts: tuple[int, ...] | None = None) -> list[list[int]]:
+    """Positions of each sequence of each piece, padding included."""
+    found = []
+    for group in split(stream.sequences, levers.piece_size(stream.name), levers.layout, prompts=prompts):
+        lengths = [len(stream.sequences[m]) for m in group]
+        found.append(lengths if levers.packing == "on" else [max(lengths)] * len(lengths))
+    return found

@@ -79,14 +79,16 @@ def track_stream(
     it watches.
     """
     with prepared(model, levers) as ready:
-        runner = StreamRunner(ready, levers, autocast=autocast, uses_head=stream.reads_head)
+        runner = StreamRunner(ready, levers, autocast=autocast, uses_head=stream.needs_head)
         return _track(tracker, runner, stream)
 
 
 def _track(tracker: MemoryTracker, runner: StreamRunner, stream: Stream) -> int:
-    model = runner.model
+    model, search = runner.model, stream.search
+    if search is not None:
+        stream = replace(stream, search=search.brief())
     # Constants take no memory, whatever their values.
-    runner.units.update(dict.fromkeys(stream.layers, 1.0))
+    runner.units.update(dict.fromkeys((*stream.layers, *(search.states if search else ())), 1.0))
     trained = trainable_parameters(model)
     for parameter in trained:
         parameter.grad = fake_zeros(parameter)
@@ -163,7 +165,9 @@ def shallow(stream: Stream, stop: int, to: int) -> tuple[Stream, int]:
     """
     shift = stop - to
     found = [term.moved(shift, to) for term in stream.terms]
-    return replace(stream, terms=tuple(term for term, _ in found if term is not None)), sum(cut for _, cut in found)
+    search, searched = stream.search.moved(shift, to) if stream.search else (None, 0)
+    terms = tuple(term for term, _ in found if term is not None)
+    return replace(stream, terms=terms, search=search), searched + sum(cut for _, cut in found)
 
 
 class PeakMeter:
@@ -201,9 +205,21 @@ class PeakMeter:
     def at_full_depth(self, stream: Stream, recompute: bool) -> tuple[Peak, float | None]:
         """The peak of ``stream`` in one piece, all of its blocks recomputed or none, and one block's share of it.
 
-        A model too shallow to be cut is measured as it is, and no share is known.
+        A model too shallow to be cut is measured as it is, and no share is known. A search and what follows it are
+        measured apart, since they reach other depths.
         """
-        stop = stream.stop(self.num_blocks)
+        if stream.search is None:
+            return self._at_full_depth(stream, recompute)
+        search, share = self._at_full_depth(stream.attacked, recompute)
+        after, other = self._at_full_depth(replace(stream, search=None), recompute)
+        found = stream.search.rows * len(stream.search.states) * self.width * self.itemsize
+        after = Peak(after.outside + found, None if after.at_head is None else after.at_head + found)
+        heads = [head for head in (search.at_head, after.at_head) if head is not None]
+        larger = Peak(max(search.outside, after.outside), max(heads, default=None))
+        return larger, share if search.outside > after.outside else other
+
+    def _at_full_depth(self, stream: Stream, recompute: bool) -> tuple[Peak, float | None]:
+        stop = stream.reach(self.num_blocks)
         if stop <= DEPTHS[-1] + 1:
             levers = Levers(checkpoint_blocks=stop if recompute else 0, packing=self.packing)
             peak = measure_piece(self.whole, stream, levers, self.device, self.autocast)
@@ -234,7 +250,7 @@ class PeakMeter:
         Args:
             single_rows: rows of the longest sequence alone.
         """
-        stop = small.stop(self.num_blocks)
+        stop = small.reach(self.num_blocks)
         plain, recomputed, blocks = [], [], []
         positions = (sum(map(len, small.sequences)), sum(map(len, large.sequences)))
         for stream, count in zip((small, large), positions):

@@ -32,7 +32,7 @@ def adapted_pass(place: Place, executions: Sequence[Execution[Term]]) -> Tensor:
             place.piece.input_ids,
             position_ids=place.piece.position_ids,
             stop=place.stream.stop(last),
-            visit=visit,
+            visit=place.visit(visit),
             checkpoint_blocks=place.levers.checkpoint_blocks,
             offload=host_states(place.levers.offload_checkpoints, parts.device),
         )

@@ -47,6 +47,13 @@ class Piece:
             within = torch.arange(self.positions) - starts.repeat_interleave(ends - starts)
         return to_device((index * 2**32 + within).flatten(), self.input_ids.device)
 
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """Positions of each member's place, padding included."""
+        if self.position_ids is None:
+            return (self.input_ids.shape[1],) * len(self.members)
+        return tuple(stop - start for start, stop in zip(self.offsets, (*self.offsets[1:], self.positions)))
+
     def rows(self, spans: tuple[Span, ...]) -> Tensor:
         """Flat row indices (int64 [R], on the piece's device) of the stream's ``spans`` that lie in this piece."""
         parts = [torch.arange(o + spans[m][0], o + spans[m][1]) for m, o in zip(self.members, self.offsets)]
@@ -85,27 +92,34 @@ def make_piece(
 
 
 def split(
-    sequences: tuple[Sequence, ...], piece_tokens: int | None, layout: Layout, members: Iterable[int] | None = None
+    sequences: tuple[Sequence, ...],
+    piece_tokens: int | None,
+    layout: Layout,
+    members: Iterable[int] | None = None,
+    prompts: tuple[int, ...] | None = None,
 ) -> list[tuple[int, ...]]:
     """Group the sequences, or those ``members`` of them, by length so that a piece holds at most ``piece_tokens``
     positions.
 
     Padding counts. A single sequence longer than that is a piece of its own. None puts everything into one piece. The
-    longest come first, so that memory runs out early or not at all.
+    longest come first, so that memory runs out early or not at all. Sequences of one number in ``prompts`` stay
+    together.
     """
     order = sorted(range(len(sequences)) if members is None else members, key=lambda i: -len(sequences[i]))
     if piece_tokens is None:
         return [tuple(order)] if order else []
+    together: dict[int, list[int]] = {}
+    for i in order:
+        together.setdefault(i if prompts is None else prompts[i], []).append(i)
     groups: list[tuple[int, ...]] = []
     current: list[int] = []
-    for i in order:
-        widest = len(sequences[current[0]]) if current else 0
-        filled = sum(len(sequences[m]) for m in current) if layout == "packed" else len(current) * widest
-        extra = len(sequences[i]) if layout == "packed" else max(widest, len(sequences[i]))
-        if current and filled + extra > piece_tokens:
+    for unit in together.values():
+        lengths = [len(sequences[m]) for m in (*current, *unit)]
+        filled = sum(lengths) if layout == "packed" else len(lengths) * max(lengths)
+        if current and filled > piece_tokens:
             groups.append(tuple(current))
             current = []
-        current.append(i)
+        current += unit
     if current:
         groups.append(tuple(current))
     return groups

@@ -30,6 +30,8 @@ def reference_pass(place: Place, executions: Sequence[Execution[Term]]) -> None:
     with reference_model(parts.model, parts.switches), parts.autocasting():
         if stop:
             piece = place.piece
-            run_decoder(parts.decoder, piece.input_ids, position_ids=piece.position_ids, stop=stop, visit=visit)
+            run_decoder(
+                parts.decoder, piece.input_ids, position_ids=piece.position_ids, stop=stop, visit=place.visit(visit)
+            )
         for execution in executions:
             execution.compare()

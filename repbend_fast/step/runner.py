@@ -26,7 +26,9 @@ from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import Decoder, Head, find_head
 from repbend_fast.models.layers.lora import lora_dropout
+from repbend_fast.models.layers.truncated import Visit
 from repbend_fast.models.surgery import Prepared, prepared
+from repbend_fast.objectives.perturbed import Search
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Term
 from repbend_fast.step.adapted import adapted_pass
@@ -38,6 +40,7 @@ from repbend_fast.step.pieces import Layout, Piece, make_piece, split
 from repbend_fast.step.proof import Proof, prove_model
 from repbend_fast.step.reference import reference_pass
 from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, retreat
+from repbend_fast.step.searched import Deltas, Found, searched
 from repbend_fast.step.terms import Execution, Place, execution_of
 
 T = TypeVar("T")
@@ -128,19 +131,20 @@ class StreamRunner:
         """The rows that the stream's terms compare with, piece by piece: of each term by hidden state."""
 
         def work(piece: Piece) -> list[dict[int, Tensor]]:
-            return [execution.kept for execution in self.compared(stream.terms, stream, piece)]
+            return [execution.kept for execution in self.compared(stream.terms, self._place(stream, piece, Meter()))]
 
         yield from self._each_piece(stream, stream.sequences, work)
 
-    def compared(self, terms: Iterable[Term], stream: Stream, piece: Piece) -> list[Execution[Term]]:
-        """The executions of ``terms`` behind a reference pass over a piece of ``stream``."""
-        place = self._place(stream, piece, Meter())
+    def compared(self, terms: Iterable[Term], place: Place) -> list[Execution[Term]]:
+        """The executions of ``terms`` behind a reference pass over a piece."""
         executions = [execution_of(term)(term, place) for term in terms]
         reference_pass(place, executions)
         return executions
 
     def _run(self, run: _Run) -> StreamResult:
         meter = Meter()
+        if run.stream.search is not None:
+            run.found = self._search(run.stream, run.stream.search)
         for done in self._each_piece(run.stream, run.stream.sequences, lambda piece: self._piece(run, piece)):
             meter.merge(done)
         result = StreamResult(torch.zeros((), device=self.device), tokens=meter.tokens)
@@ -149,24 +153,39 @@ class StreamRunner:
         result.weigh(run.stream.weights)
         return result
 
+    def _search(self, stream: Stream, search: Search) -> Found:
+        """The stream's perturbation, searched in pieces of whole prompts."""
+        attacked = Stream(stream.name, search.sequences, search.terms)
+
+        def work(piece: Piece) -> dict[int, Deltas]:
+            return searched(self._place(attacked, piece, Meter()), search)
+
+        deltas: dict[int, Deltas] = {}
+        with record_function(ranges.SEARCH):
+            for found in self._each_piece(attacked, search.sequences, work, prompts=search.prompts):
+                deltas.update(found)
+        return Found(search, deltas)
+
     def _each_piece(
         self,
         stream: Stream,
         sequences: tuple[Sequence, ...],
         work: Callable[[Piece], T],
         members: Iterable[int] | None = None,
+        prompts: tuple[int, ...] | None = None,
     ) -> Iterator[T]:
-        """``work`` on each piece of the sequences, or of those ``members``, in turn. Where memory runs out, what is
-        left is cut anew.
+        """``work`` on each piece of the sequences, or of those ``members``, in turn, those of one of the ``prompts``
+        together. Where memory runs out, what is left is cut anew.
         """
-        waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, members)
+        waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, members, prompts)
         while waiting:
             piece = make_piece(sequences, waiting[0], self.layout, self.device)
             result = attempt(partial(work, piece), self.device)
             if isinstance(result, OutOfMemory):
-                self._retreat(stream, piece, result)
+                units = len(piece.members if prompts is None else {prompts[m] for m in piece.members})
+                self._retreat(stream, piece, units, result)
                 left = [member for members in waiting for member in members]
-                waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, left)
+                waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, left, prompts)
             else:
                 waiting.pop(0)
                 yield result
@@ -176,7 +195,7 @@ class StreamRunner:
         meter.tokens = piece.tokens
         # A first pass that ran out of memory has moved the levers for the piece too.
         sums = [self._sums(run, piece, number) for number in range(len(run.stream.terms))]
-        place = self._place(run.stream, piece, meter)
+        place = self._place(run.stream, piece, meter, run.found)
         executions = [execution_of(term)(term, place, known) for term, known in zip(run.stream.terms, sums)]
         with record_function(ranges.REFERENCE):
             reference_pass(place, executions)
@@ -191,8 +210,8 @@ class StreamRunner:
         run.sums = {number: execution.sums for number, execution in enumerate(executions)}
         return meter
 
-    def _place(self, stream: Stream, piece: Piece, meter: Meter) -> Place:
-        return Place(self.parts, stream, piece, self.levers, meter)
+    def _place(self, stream: Stream, piece: Piece, meter: Meter, found: Found | None = None) -> Place:
+        return Place(self.parts, stream, piece, self.levers, meter, found.at(piece) if found else None)
 
     def _sums(self, run: _Run, piece: Piece, number: int) -> object:
         """What term ``number`` knows of the whole stream, where it is split."""
@@ -204,9 +223,9 @@ class StreamRunner:
             run.sums[number] = sums
         return sums
 
-    def _retreat(self, stream: Stream, piece: Piece, failure: OutOfMemory) -> None:
+    def _retreat(self, stream: Stream, piece: Piece, units: int, failure: OutOfMemory) -> None:
         vocabulary = self.head.weight.shape[0] if self.head is not None else 0
-        load = Load(stream.name, len(piece.members), piece.positions, stream.head_rows(piece.members), vocabulary)
+        load = Load(stream.name, units, piece.positions, stream.head_rows(piece.members), vocabulary)
         self.levers, change = retreat(self.levers, load, self.decoder.num_blocks, self.device)
         if self.on_out_of_memory:
             self.on_out_of_memory(f"out of memory ({load}): {change} from here on", failure.reason)
@@ -216,13 +235,15 @@ class StreamRunner:
 class _Run:
     """One call of ``backward``, or of ``measure`` where ``scale`` and ``seed`` are None.
 
-    ``sums``: by number of the term, what its first pass has taken over the whole stream, once that is split.
+    ``sums``: by number of the term, what its first pass has taken over the whole stream, once that is split. ``found``:
+    its perturbation, where it has one.
     """
 
     stream: Stream
     scale: float | None = None
     seed: int | None = None
     sums: dict[int, object] = field(default_factory=dict)
+    found: Found | None = None
 
     def keys(self, piece: Piece) -> Tensor | None:
         """The dropout keys of a piece's rows; None = no dropout."""
@@ -246,9 +267,15 @@ class _FirstPass:
         with lora_dropout(self.parts.model, self._run.keys(piece)), record_function(ranges.SUMS), torch.no_grad():
             yield
 
+    def visit(self, piece: Piece, then: Visit) -> Visit:
+        return self._place(piece).visit(then)
+
     def reference(self, term: Term, piece: Piece) -> Execution[Term]:
-        (execution,) = self._runner.compared((term,), self.stream, piece)
+        (execution,) = self._runner.compared((term,), self._place(piece))
         return execution
+
+    def _place(self, piece: Piece) -> Place:
+        return self._runner._place(self.stream, piece, Meter(), self._run.found)
 
 
 def checked_runner(model: CausalLM, config: Config, levers: Levers, uses_head: bool) -> StreamRunner:

@@ -39,7 +39,7 @@ def measure_units(
     does.
 
     Rows are those of the streams; a hidden state that only probes read takes theirs. Streams are cut into the runner's
-    pieces. Draws no random numbers.
+    pieces, and are not perturbed. Draws no random numbers.
 
     Args:
         sets: the run's encoded records by role, read from the first on.
@@ -53,7 +53,8 @@ def measure_units(
     probed: dict[int, list[Tensor]] = {}
     wanted: dict[int, list[Tensor]] = {}
     for batch in _batches(sets):
-        for streams, norms in ((objective.streams(batch, 0), read), (objective.probes(batch), probed)):
+        made = objective.streams(batch, 0)
+        for streams, norms in ((made, read), (objective.probes(batch), probed), (_searches(made), probed)):
             for stream in streams:
                 for layer, found in _norms(runner, stream, known):
                     norms.setdefault(layer, []).append(found)
@@ -86,6 +87,13 @@ def _batches(sets: Mapping[Role, Seq[Encoded]]) -> Iterator[Batch]:
         yield Batch(
             of_role.get("safe", ()), of_role.get("unsafe", ()), of_role.get("pair", ()), of_role.get("retain", ())
         )
+
+
+def _searches(streams: Seq[Stream]) -> Iterator[Stream]:
+    """What the searches of streams read, as streams of distances."""
+    for stream in streams:
+        if stream.search is not None and stream.search.measured:
+            yield Stream(stream.name, stream.search.sequences, stream.search.measured)
 
 
 def _norms(runner: StreamRunner, stream: Stream, known: Mapping[int, float]) -> Iterator[tuple[int, Tensor]]:

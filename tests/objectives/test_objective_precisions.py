@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
-from objective_runs import ALL_CONFIGS, BLOCKS, run_objective
+from objective_runs import ALL_CONFIGS, BLOCKS, SEARCHING, run_objective
 from tiny_models import flat, tiny_model, wrap
 
 from repbend_fast.config.schema import ModelConfig
@@ -34,9 +34,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize("name", ALL_CONFIGS)
+@pytest.mark.parametrize("name", [*ALL_CONFIGS, *SEARCHING])
 def test_pieces_give_the_gradient_of_the_whole_stream(models, name, precision) -> None:
-    model, config, tolerance = models[precision], ALL_CONFIGS[name], TOLERANCE[precision]
+    model, config, tolerance = models[precision], (ALL_CONFIGS | SEARCHING)[name], TOLERANCE[precision]
     whole, expected = run_objective(model, config)
     assert float(flat(expected).norm()) > 1e-3
     for pieces, packing, checkpointed in ((24, "off", 0), (24, "on", BLOCKS), (1, "off", 0)):

@@ -96,6 +96,7 @@ def test_lists_have_it_in_its_place(toy: None) -> None:
             "x_boundary",
             "undial",
             "ce_u",
+            "lat",
         ]
     )
     assert "toys" in stream_names()

@@ -52,6 +52,7 @@ def test_published_weights_signs_and_window() -> None:
         "x_boundary",
         "undial",
         "ce_u",
+        "lat",
     ]
 
 

@@ -16,6 +16,7 @@ from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.ce_u import CEUConfig
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
+from repbend_fast.objectives.lat import LATConfig
 from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.objectives.rmu import RMUConfig
@@ -43,6 +44,9 @@ CONFIGS: dict[str, MethodConfig] = {
     "ce_u": CEUConfig(retain_nll=0.5),
 }
 ALL_CONFIGS: dict[str, MethodConfig] = {"repbend": RepBendConfig(window_start=2, window_size=2, pair=0.4), **CONFIGS}
+
+# Their streams are perturbed by what depends on the weights, as a constant to the gradient.
+SEARCHING: dict[str, MethodConfig] = {"lat": LATConfig(states=[0, 2], radius=0.5, search_steps=3, step_size=0.1)}
 
 
 @dataclass

@@ -24,6 +24,7 @@ OBJECTIVES = {
     "x_boundary": {"layers": [1, 2]},
     "undial": {},
     "ce_u": {"retain_nll": 0.5},
+    "lat": {"search_steps": 2, "distance_unit": "reference"},
     "crl": {"window_start": 2, "window_size": 2},
     "refuse_and_reroute:RefuseAndReroute": {"settings": {"layers": [2]}},
 }

@@ -26,9 +26,7 @@ from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.layers.truncated import Visit
 from repbend_fast.models.perturbation import BALLS, Ball, Perturbation, find_perturbation, visiting
 from repbend_fast.step.retreat import OutOfMemory, attempt
-
-CERTAIN = 1 - 1e-6
-"""The largest probability of a refusal's token that the loss tells apart from 1."""
+from repbend_fast.step.terms.answer_loss import avoiding
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,8 @@ class PerturbedRequest:
 
         def search() -> tuple[Perturbation, list[float]]:
             perturbation = self._perturbation(radii, ball)
-            return perturbation, find_perturbation(self.loss, perturbation, steps=steps, step_size=rate)
+            losses = find_perturbation(self.loss, perturbation, steps=steps, step_size=rate)
+            return perturbation, losses.tolist()
 
         found = attempt(search, self._device)
         if isinstance(found, OutOfMemory) and not self._recompute:
@@ -164,8 +163,7 @@ class PerturbedRequest:
         towards, *away = self._answer_log_probs(visit)
         if not away:
             return -towards.mean()
-        refused = -torch.log1p(-away[0].exp().clamp(max=CERTAIN))
-        return 0.5 * -towards.mean() + 0.5 * refused.mean()
+        return 0.5 * -towards.mean() + 0.5 * avoiding(away[0]).mean()
 
     def log_prob(self, visit: Visit) -> Tensor:
         """Mean log-probability of the wanted answer's tokens."""

@@ -8,6 +8,7 @@ from repbend_fast.objectives.terms.head_terms import (
     HeadTerm,
     LoweredLabel,
     SimplePreference,
+    Unlikelihood,
     WeightedAscent,
 )
 from repbend_fast.objectives.terms.state_terms import (
@@ -37,6 +38,7 @@ __all__ = [
     "Triplet",
     "Triplets",
     "Unit",
+    "Unlikelihood",
     "WeightedAscent",
     "rows_in",
 ]

@@ -101,6 +101,16 @@ class WeightedAscent(HeadTerm):
 
 
 @dataclass(frozen=True)
+class Unlikelihood(HeadTerm):
+    """``weight × Σ_rows −log(1 − p) / denominator``, p the probability of the next token."""
+
+    name: str
+    spans: tuple[Span, ...]
+    weight: float
+    denominator: float
+
+
+@dataclass(frozen=True)
 class LoweredLabel(HeadTerm):
     """``weight × Σ_rows −Σ_v q_v log p_v / denominator``, q = softmax(z_ref − ``lowered``·1[next token]), a constant to
     the gradient; with ``own`` z_ref are the adapted model's logits, and no reference is run.

@@ -205,6 +205,10 @@ class Triplets(Term):
     def with_parts(self, parts: tuple[Triplet, Triplet]) -> Triplets:
         return replace(self, safe=parts[0], unsafe=parts[1])
 
+    def named(self, prefix: str, factor: float) -> Triplets:
+        halves = (replace(half, name=prefix + half.name, weight=factor * half.weight) for half in self.halves)
+        return self.with_parts((next(halves), next(halves)))
+
     @property
     def layers(self) -> tuple[int, ...]:
         """Hidden states of either half, in order."""

@@ -74,6 +74,10 @@ class Term:
         """The term with other ``parts``."""
         return parts[0]
 
+    def named(self, prefix: str, factor: float) -> Self:
+        """The term with ``prefix`` before its name and ``factor`` times its weight."""
+        return replace(self, name=prefix + self.name, weight=factor * self.weight)  # type: ignore[type-var]
+
     @property
     def divides(self) -> bool:
         """Whether the denominator is the term's own: one without rows has 1, to divide by."""

@@ -9,10 +9,18 @@ import torch
 from repbend_kernels import linear_log_prob, tap_rows
 from torch import Tensor
 
-from repbend_fast.objectives.terms import AnswerLoss, HeadTerm, SimplePreference, WeightedAscent
+from repbend_fast.objectives.terms import AnswerLoss, HeadTerm, SimplePreference, Unlikelihood, WeightedAscent
 from repbend_fast.step.terms.execution import Execution, Place, executes
 
 T = TypeVar("T", bound=HeadTerm, covariant=True)
+
+CERTAIN = 1 - 1e-6
+"""The largest probability of a token that is to be avoided which the loss tells apart from 1."""
+
+
+def avoiding(log_probs: Tensor) -> Tensor:
+    """−log(1 − p) of tokens from their ``log_probs``."""
+    return -torch.log1p(-log_probs.exp().clamp(max=CERTAIN))
 
 
 class LikelihoodExecution(ABC, Execution[T]):
@@ -105,3 +113,14 @@ class WeightedAscentExecution(LikelihoodExecution[WeightedAscent]):
         likely = log_probs.detach().exp()
         weights = likely**term.power * (1.0 - likely) ** term.rest_power
         return (weights * log_probs).sum() / term.denominator
+
+
+@executes(Unlikelihood)
+class UnlikelihoodExecution(LikelihoodExecution[Unlikelihood]):
+    """Token by token."""
+
+    def _lengths(self) -> list[int]:
+        return [1] * len(self.rows)
+
+    def _loss(self, log_probs: Tensor) -> Tensor:
+        return avoiding(log_probs).sum() / self.term.denominator

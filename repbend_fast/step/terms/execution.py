@@ -22,6 +22,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor
 
 from repbend_fast.data.records import Sequence
+from repbend_fast.models.layers.truncated import Visit
+from repbend_fast.models.perturbation import Perturbation
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Term
 from repbend_fast.step.levers import Levers
@@ -36,7 +38,7 @@ Kind = TypeVar("Kind", bound=Term, covariant=True)
 @dataclass(frozen=True)
 class Place:
     """Where a term is computed: a piece of a stream on a model under the levers in force. ``meter`` receives the
-    piece's values.
+    piece's values; ``perturbation`` is added to its hidden states in either pass.
     """
 
     parts: ModelParts
@@ -44,6 +46,11 @@ class Place:
     piece: Piece
     levers: Levers
     meter: Meter
+    perturbation: Perturbation | None = None
+
+    def visit(self, then: Visit) -> Visit:
+        """What a pass over the piece visits its hidden states with."""
+        return then if self.perturbation is None else self.perturbation.visit(then)
 
 
 class FirstPass(Protocol):
@@ -62,6 +69,10 @@ class FirstPass(Protocol):
 
     def sums(self, piece: Piece) -> AbstractContextManager[object]:
         """Inside of it the adapter is on and the stream's dropout in force, without a gradient."""
+        ...
+
+    def visit(self, piece: Piece, then: Visit) -> Visit:
+        """As of a place."""
         ...
 
     def reference(self, term: Term, piece: Piece) -> Execution[Term]:

@@ -14,7 +14,6 @@ from repbend_fast.data.records import Sequence
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.objectives.terms import PairwiseCosine
 from repbend_fast.step.meter import Meter, StreamResult
-from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.pieces import Piece
 from repbend_fast.step.terms.execution import Execution, FirstPass, Place, executes
 
@@ -60,7 +59,7 @@ class PairwiseExecution(Execution[PairwiseCosine]):
 
         def work(prompts: Piece) -> PairwiseSums:
             with first.sums(prompts):
-                return pairwise_sums(first.parts, term, prompts)
+                return pairwise_sums(first, term, prompts)
 
         total, *rest = first.each(prompts_of(first.stream.sequences, term), work, others)
         for sums in rest:
@@ -98,9 +97,9 @@ def sums_of(states: list[Tensor]) -> PairwiseSums:
     return PairwiseSums(units.sum(1), units.square().sum((1, 2)), units.shape[1])
 
 
-def pairwise_sums(parts: ModelParts, term: PairwiseCosine, prompts: Piece) -> PairwiseSums:
+def pairwise_sums(first: FirstPass, term: PairwiseCosine, prompts: Piece) -> PairwiseSums:
     """The sums over one piece of prompts; LoRA dropout is the caller's, as in the piece's adapted pass."""
-    rows = prompts.rows(term.spans)
+    parts, rows = first.parts, prompts.rows(term.spans)
     gathered: dict[int, Tensor] = {}
 
     def visit(layer: int, hidden: Tensor) -> Tensor:
@@ -110,7 +109,11 @@ def pairwise_sums(parts: ModelParts, term: PairwiseCosine, prompts: Piece) -> Pa
 
     with parts.autocasting():
         run_decoder(
-            parts.decoder, prompts.input_ids, position_ids=prompts.position_ids, stop=max(term.layers), visit=visit
+            parts.decoder,
+            prompts.input_ids,
+            position_ids=prompts.position_ids,
+            stop=max(term.layers),
+            visit=first.visit(prompts, visit),
         )
     return sums_of([gathered[layer] for layer in term.layers])
 

@@ -46,7 +46,7 @@ class TripletsExecution(Execution[Triplets]):
         def work(part: Piece, known: Sums | None = None) -> Sums:
             rows = first.reference(term, part).kept if known else None
             with first.sums(part):
-                return triplet_sums(first.parts, term, part, known, rows)
+                return triplet_sums(first, term, part, known, rows)
 
         everything = total_sums(first.each(first.stream.sequences, work))
         if always_active(term):
@@ -120,7 +120,7 @@ def only_active(everything: Sums, active: Sums) -> Sums:
 
 
 def triplet_sums(
-    parts: ModelParts,
+    first: FirstPass,
     term: Triplets,
     piece: Piece,
     known: Sums | None = None,
@@ -132,7 +132,7 @@ def triplet_sums(
         known: sums over the whole stream with every row counted as active; then, with the ``reference`` rows of the
             piece, only the rows that are active count.
     """
-    rows = triplet_rows(term, piece)
+    parts, rows = first.parts, triplet_rows(term, piece)
     found: Sums = {}
 
     def visit(layer: int, hidden: Tensor) -> Tensor:
@@ -152,5 +152,11 @@ def triplet_sums(
         return hidden
 
     with parts.autocasting():
-        run_decoder(parts.decoder, piece.input_ids, position_ids=piece.position_ids, stop=max(term.layers), visit=visit)
+        run_decoder(
+            parts.decoder,
+            piece.input_ids,
+            position_ids=piece.position_ids,
+            stop=max(term.layers),
+            visit=first.visit(piece, visit),
+        )
     return found
