@@ -9,7 +9,7 @@ Shapes: B sequences of T positions, D hidden width, M perturbed rows. Hidden sta
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -109,12 +109,17 @@ class Perturbation:
 
 
 def find_perturbation(
-    loss: Callable[[Visit], Tensor], perturbation: Perturbation, *, steps: int, step_size: float | Mapping[int, float]
+    loss: Callable[[Visit], Tensor] | Sequence[Callable[[Visit], Tensor]],
+    perturbation: Perturbation,
+    *,
+    steps: int,
+    step_size: float | Mapping[int, float],
 ) -> Tensor:
     """Projected gradient steps that lower ``loss``; the perturbation holds the last one's rows. Returns the loss before
     each step, [steps]. ``step_size`` is that of a coordinate, or of each hidden state's.
 
-    ``loss`` runs a pass with the visit that it is given and returns a scalar with a graph. Only the perturbation gets a
+    ``loss`` runs a pass with the visit that it is given and returns a scalar with a graph; of several the sum is
+    lowered, with the graph of one at a time. Only the perturbation gets a
     gradient: nothing is added to that of the model's parameters. Steps are those of the source, AdamW's, in ``l2``; of
     a signed gradient in ``linf``. What is not finite in a gradient counts as 0.
     """
@@ -124,21 +129,30 @@ def find_perturbation(
     optimizer = torch.optim.AdamW(groups) if perturbation.ball == "l2" else None
     losses = []
     visit = perturbation.visit()
+    passes = loss if isinstance(loss, Sequence) else (loss,)
     for _ in range(steps):
-        with torch.enable_grad():
-            value = loss(visit)
-            found = torch.autograd.grad(value, deltas)
-        losses.append(value.detach())
-        for delta, gradient in zip(deltas, found):
-            delta.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        values = []
+        for one in passes:
+            with torch.enable_grad():
+                value = one(visit)
+                found = torch.autograd.grad(value, deltas)
+            values.append(value.detach())
+            del value
+            for delta, gradient in zip(deltas, found):
+                finite = torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+                delta.grad = finite if delta.grad is None else delta.grad.add_(finite)
+            del found
+        losses.append(torch.stack(values).sum())
         if optimizer is not None:
             optimizer.step()
         else:
             with torch.no_grad():
-                torch._foreach_add_(deltas, [delta.grad.sign() * -size for delta, size in zip(deltas, sizes)])  # type: ignore[union-attr]
+                for delta, size in zip(deltas, sizes):
+                    assert delta.grad is not None
+                    delta.sub_(delta.grad.sign(), alpha=size)
         perturbation.project()
-    for delta in deltas:
-        delta.grad = None
+        for delta in deltas:
+            delta.grad = None
     return torch.stack(losses) if losses else torch.zeros(0)
 
 

@@ -122,7 +122,7 @@ def with_perturbed(
 
 
 def away_and_towards(sequences: tuple[Sequence, ...], avoided: int) -> tuple[Term, Term]:
-    """½ mean −log(1 − p) over the answers of the first ``avoided`` sequences, ½ mean −log p over those of the others."""
+    """½ mean −log(1 − p) over the answers of the first ``avoided`` sequences, ½ mean −log p over the others'."""
     spans = predicting_rows(sequences)
     first = (*spans[:avoided], *(NOTHING for _ in spans[avoided:]))
     others = (*(NOTHING for _ in spans[:avoided]), *spans[avoided:])

@@ -182,8 +182,8 @@ class StreamRunner:
             piece = make_piece(sequences, waiting[0], self.layout, self.device)
             result = attempt(partial(work, piece), self.device)
             if isinstance(result, OutOfMemory):
-                units = len(piece.members if prompts is None else {prompts[m] for m in piece.members})
-                self._retreat(stream, piece, units, result)
+                passes = split(sequences, self.levers.piece_size(stream.name), self.layout, piece.members)
+                self._retreat(stream, piece, max(map(len, passes)), result)
                 left = [member for members in waiting for member in members]
                 waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, left, prompts)
             else:
@@ -223,9 +223,9 @@ class StreamRunner:
             run.sums[number] = sums
         return sums
 
-    def _retreat(self, stream: Stream, piece: Piece, units: int, failure: OutOfMemory) -> None:
+    def _retreat(self, stream: Stream, piece: Piece, count: int, failure: OutOfMemory) -> None:
         vocabulary = self.head.weight.shape[0] if self.head is not None else 0
-        load = Load(stream.name, units, piece.positions, stream.head_rows(piece.members), vocabulary)
+        load = Load(stream.name, count, piece.positions, stream.head_rows(piece.members), vocabulary)
         self.levers, change = retreat(self.levers, load, self.decoder.num_blocks, self.device)
         if self.on_out_of_memory:
             self.on_out_of_memory(f"out of memory ({load}): {change} from here on", failure.reason)

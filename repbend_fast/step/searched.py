@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from repbend_fast.models.perturbation import Perturbation, find_perturbation
 from repbend_fast.objectives.perturbed import Search
 from repbend_fast.step.adapted import adapted_pass
 from repbend_fast.step.parts import ModelParts
-from repbend_fast.step.pieces import Piece, to_device
+from repbend_fast.step.pieces import Piece, make_piece, split, to_device
 from repbend_fast.step.terms import Place, execution_of
 
 Deltas = dict[int, Tensor]
@@ -44,17 +46,20 @@ class Found:
 
 
 def perturbed_rows(
-    piece: Piece, search: Search, prompts: tuple[int | None, ...]
+    piece: Piece, search: Search, prompts: tuple[int | None, ...], starts: Mapping[int, int] | None = None
 ) -> tuple[tuple[int, ...], Tensor, Tensor]:
     """The prompts in a piece, its perturbed flat rows (int64 [N]), and which of the prompts' rows, in their order, is
-    added at each (int64 [N]). ``prompts`` has the prompt of each of the stream's sequences.
+    added at each (int64 [N]).
+
+    Args:
+        prompts: the prompt of each of the stream's sequences.
+        starts: where the rows of each prompt begin; None = in the order of the prompts in this piece.
     """
     device = piece.input_ids.device
     numbers = tuple(dict.fromkeys(n for n in (prompts[m] for m in piece.members) if n is not None))
-    starts, total = {}, 0
-    for number in numbers:
-        starts[number] = total
-        total += search.spans[number][1] - search.spans[number][0]
+    if starts is None:
+        lengths = (search.spans[n][1] - search.spans[n][0] for n in numbers)
+        starts = dict(zip(numbers, (0, *accumulate(lengths))))
     rows, of = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     for member, offset, room in zip(piece.members, piece.offsets, piece.rooms):
         number = prompts[member]
@@ -67,24 +72,34 @@ def perturbed_rows(
 
 
 def searched(place: Place, search: Search) -> dict[int, Deltas]:
-    """The rows of the prompts in a piece of the search's sequences, by prompt."""
+    """The rows of the prompts in a piece of the search's sequences, by prompt. Its passes are cut further where the
+    piece, which holds whole prompts, is larger than the levers allow.
+    """
     parts = place.parts
     numbers, rows, of = perturbed_rows(place.piece, search, search.prompts)
     weight = parts.model.get_input_embeddings().weight
     width = int(weight.shape[1])
+    lengths = [search.spans[n][1] - search.spans[n][0] for n in numbers]
     radii = {state: search.radius * parts.unit(state, search.unit_power) for state in search.states}
     wide = torch.promote_types(torch.float32, weight.dtype)
     perturbation = Perturbation(radii, rows, width, of=of, dtype=wide)
-    here = replace(place, perturbation=perturbation)
-
-    def loss(_: object) -> Tensor:
-        return adapted_pass(here, [execution_of(term)(term, here) for term in search.terms])
-
+    levers, members = place.levers, place.piece.members
+    starts = dict(zip(numbers, (0, *accumulate(lengths))))
+    losses = []
+    for part in split(search.sequences, levers.piece_size(place.stream.name), levers.layout, members):
+        piece = make_piece(search.sequences, part, levers.layout, parts.device)
+        _, rows, of = perturbed_rows(piece, search, search.prompts, starts)
+        here = replace(place, piece=piece, perturbation=Perturbation.fixed(perturbation.deltas, rows, of))
+        losses.append(partial(_loss, here))
     with lora_dropout(parts.model, None):
-        find_perturbation(loss, perturbation, steps=search.steps, step_size=step_sizes(parts, search, radii, width))
-    lengths = [search.spans[n][1] - search.spans[n][0] for n in numbers]
+        find_perturbation(losses, perturbation, steps=search.steps, step_size=step_sizes(parts, search, radii, width))
     found = {state: delta.detach().to(weight.dtype).split(lengths) for state, delta in perturbation.deltas.items()}
     return {n: {state: rows[i] for state, rows in found.items()} for i, n in enumerate(numbers)}
+
+
+def _loss(place: Place, _: object) -> Tensor:
+    """What a piece of the search's sequences adds to what is lowered."""
+    return adapted_pass(place, [execution_of(term)(term, place) for term in place.stream.terms])
 
 
 def step_sizes(parts: ModelParts, search: Search, radii: Mapping[int, float], width: int) -> dict[int, float]:

@@ -84,7 +84,7 @@ def test_a_recipe_names_its_overlays(tmp_path: Path) -> None:
 
 def test_the_old_names_end_in_what_to_write_instead(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     old = [name for name in recipe_names() if name.endswith(("mistral-7b-instruct-v0.2", "llama-3-8b-instruct"))]
-    assert len(old) == 24
+    assert len(old) == 26
     for name in old:
         assert f"write {name} --with qlora (in a file base: {name} and with: qlora)" in message(f"{name}-qlora")
     assert "write llama-3-8b-instruct --with qlora" in message(
