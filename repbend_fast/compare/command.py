@@ -88,7 +88,13 @@ def _compare(comparison: Comparison) -> ComparisonRecord:
     every = [training for of_method in trainings for training in of_method]
     measured = iter(process.run_each(jobs, lambda training: _measured(comparison, training, before), every))
     methods = [
-        method_record(method.name, method.recipe, of_method[0].learning_rate, [next(measured) for _ in of_method])
+        method_record(
+            method.name,
+            method.recipe,
+            of_method[0].learning_rate,
+            [next(measured) for _ in of_method],
+            method.config.objective.kind,
+        )
         for method, of_method in zip(comparison.methods, trainings, strict=True)
     ]
     return comparison_record(comparison, search, methods, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from repbend_fast.evaluation.rates import Side
 
@@ -32,9 +32,12 @@ class SearchRecord(TypedDict):
 
 
 class MethodRecord(TypedDict):
-    """A method over its seeds: each seed's own values, their median by measure, and lowest and highest."""
+    """A method over its seeds: each seed's own values, their median by measure, and lowest and highest. ``kind``:
+    bending, unlearning or adversarial.
+    """
 
     name: str
+    kind: NotRequired[str]
     recipe: str
     learning_rate: float
     seeds: list[Mapping[str, object]]

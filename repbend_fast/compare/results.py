@@ -45,7 +45,9 @@ def ratio(found: Side, before: Side) -> dict[str, float]:
     return {} if now is None or not then else {"perplexity_ratio": now / then}
 
 
-def method_record(name: str, recipe: str, learning_rate: float, seeds: Sequence[Mapping[str, object]]) -> MethodRecord:
+def method_record(
+    name: str, recipe: str, learning_rate: float, seeds: Sequence[Mapping[str, object]], kind: str = "bending"
+) -> MethodRecord:
     """A method over its seeds. A measure that one seed lacks (or that is not finite there) has no median: the rest
     would flatter it.
     """
@@ -53,6 +55,7 @@ def method_record(name: str, recipe: str, learning_rate: float, seeds: Sequence[
     whole = {key: found for key, found in values.items() if len(found) == len(seeds)}
     return {
         "name": name,
+        "kind": kind,
         "recipe": recipe,
         "learning_rate": learning_rate,
         "seeds": list(seeds),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from rich.table import Table
 
 from repbend_fast.compare.record import ComparisonRecord, MethodRecord
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, Side, format_value
+from repbend_fast.objectives.sections import Aim
 
 ROWS = {
     **{
@@ -53,11 +56,20 @@ def markdown(record: ComparisonRecord) -> str:
 
 def markdown_table(record: ComparisonRecord) -> list[str]:
     """Measures down, the model before training and the methods across, each with its seeds' spread."""
-    methods = record["methods"]
+    methods = by_kind(record)
     sides = [before_cells(record["before"]), *(cells(method) for method in methods)]
     lines = [_line(["", "before", *(method["name"] for method in methods)]), _line(["---", *["---:"] * len(sides)])]
+    lines.append(_line(["kind", "", *(method.get("kind", "") for method in methods)]))
     lines.append(_line(["learning rate", "", *(f"{method['learning_rate']:g}" for method in methods)]))
     return lines + [_line([title, *(side[key] for side in sides)]) for key, title in ROWS.items()]
+
+
+def by_kind(record: ComparisonRecord) -> list[MethodRecord]:
+    """The methods, those of one kind together; in a record that knows no kinds, as they are."""
+    kinds = list(get_args(Aim))
+    return sorted(
+        record["methods"], key=lambda method: kinds.index(method["kind"]) if method.get("kind") in kinds else -1
+    )
 
 
 def chosen_line(record: ComparisonRecord, method: MethodRecord) -> str:
@@ -69,7 +81,7 @@ def terminal(record: ComparisonRecord, width: int) -> Table:
     """Measures down, methods across: a terminal has more lines than columns. No spreads where they do not fit into
     ``width`` characters.
     """
-    seeds, methods = record["settings"]["seeds"], record["methods"]
+    seeds, methods = record["settings"]["seeds"], by_kind(record)
     spread = len(seeds) > 1 and width >= 34 + 20 * len(methods)
     caption = (
         f"median{' (lowest–highest)' if spread else ''} of {len(seeds)} "
@@ -80,6 +92,7 @@ def terminal(record: ComparisonRecord, width: int) -> Table:
     sides = {"before": before_cells(record["before"])} | {method["name"]: cells(method, spread) for method in methods}
     for name in sides:
         out.add_column(name.replace("_", " "), justify="right", overflow="fold")
+    out.add_row("kind", "", *(method.get("kind", "") for method in methods))
     out.add_row("learning rate", "", *(f"{method['learning_rate']:g}" for method in methods))
     for key, title in ROWS.items():
         out.add_row(title, *(side[key] for side in sides.values()), end_section=key in ENDS)

@@ -16,7 +16,7 @@ from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.perturbed import Search
 from repbend_fast.objectives.rows import NOTHING, count, forget_sequences, predicting_rows
-from repbend_fast.objectives.sections import Auto, MethodConfig, at_share
+from repbend_fast.objectives.sections import Aim, Auto, MethodConfig, at_share
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Span, Term, Unit, Unlikelihood
 from repbend_fast.section import AboveZero, NonNegative, Positive, Section, Weight
@@ -94,6 +94,10 @@ class AttackedConfig(MethodConfig):
     adversarial: AdversarialConfig = Field(
         default_factory=AdversarialConfig, description="Latent adversarial training beside the method's own streams."
     )
+
+    @property
+    def kind(self) -> Aim:
+        return "adversarial" if self.adversarial.weight else super().kind
 
     def errors(self) -> Iterator[str]:
         yield from super().errors()

@@ -19,7 +19,7 @@ from repbend_fast.objectives.adversarial import SearchConfig, away_and_towards, 
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import NOTHING, count, mean_distance, predicting_rows, retain_kl, retain_nll
-from repbend_fast.objectives.sections import KL_TERM, TITLES, DistanceUnit, KLLimitConfig
+from repbend_fast.objectives.sections import KL_TERM, TITLES, Aim, DistanceUnit, KLLimitConfig
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Term, Unlikelihood
 from repbend_fast.section import AboveZero, Weight
@@ -36,6 +36,8 @@ class LATConfig(SearchConfig, KLLimitConfig):
         KL_TERM: TITLES[KL_TERM],
         "nll": "NLL on retain conversations",
     }
+
+    aim: ClassVar[Aim] = "adversarial"
 
     name: Literal["lat"] = "lat"
     refusal: Weight = Field(0.5, description="Weight of the safe answers' negative log-likelihood.")

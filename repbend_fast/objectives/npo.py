@@ -16,7 +16,7 @@ from repbend_fast.data.records import Role, Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import answer_rows, predicting_rows, retain_kl
-from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, KLLimitConfig, Quirks
+from repbend_fast.objectives.sections import KL_TERM, TITLES, Aim, Entry, KLLimitConfig, Quirks
 from repbend_fast.objectives.terms import AnswerLoss, Term
 from repbend_fast.section import AboveZero, Weight
 
@@ -25,6 +25,7 @@ class NPOConfig(KLLimitConfig):
     """NPO: L = −(2/β)·mean log σ(β(NLL − NLL_ref)) on forget (+ retain_nll·NLL + retain_kl·T²KL on retain)."""
 
     place: ClassVar[int] = 4
+    aim: ClassVar[Aim] = "unlearning"
     stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
     titles: ClassVar[dict[str, str]] = {
         KL_TERM: TITLES[KL_TERM],

@@ -17,6 +17,7 @@ from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import all_rows, count, forget_sequences, mean_distance, mode_rows, padded_count
 from repbend_fast.objectives.sections import (
+    Aim,
     AnswerMode,
     Auto,
     DistanceUnit,
@@ -35,6 +36,7 @@ class RMUConfig(MethodConfig):
     """RMU: L = MSE(h(forget), c·u) + retain·MSE(h(retain), r(retain)) at one hidden state."""
 
     place: ClassVar[int] = 3
+    aim: ClassVar[Aim] = "unlearning"
     stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
     titles: ClassVar[dict[str, str]] = {"forget": "forget", "retain": "retain: kept at the reference"}
     published_names: ClassVar[dict[str, str]] = {

@@ -16,7 +16,7 @@ from repbend_fast.data.records import Role, Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import count, predicting_rows
-from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.sections import Aim, MethodConfig
 from repbend_fast.objectives.terms import Term, WeightedAscent
 from repbend_fast.section import AboveZero, Weight
 
@@ -27,6 +27,7 @@ REST_POWER = "Power of one minus that: tokens that are certain count less."
 class AscentConfig(MethodConfig):
     """What both have."""
 
+    aim: ClassVar[Aim] = "unlearning"
     stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
     titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
 

@@ -55,6 +55,8 @@ TITLES = {KL_TERM: "KL on retain conversations", "refusal": "refusal: NLL of the
 """Of the terms that several methods have."""
 
 
+Aim = Literal["bending", "unlearning", "adversarial"]
+
 Entry = dict[str, Any]
 """An entry of a golden folder's ``expected.json``, as JSON has it; what it lacks is a ``KeyError``."""
 
@@ -68,6 +70,7 @@ class MethodConfig(Section):
         titles: of its terms in a report, in the order in which they are shown.
         layers_title: what its values per hidden state are, in a report.
         published_names: arguments of the published scripts that mean other keys here than with other methods.
+        aim: what the method does, where its settings do not say more.
         recorded: reads the settings of a case of a golden folder, ``(case, expected) -> settings``; None = there are no
             such cases.
     """
@@ -78,8 +81,14 @@ class MethodConfig(Section):
     layers_title: ClassVar[str] = "value of its term"
     published_names: ClassVar[dict[str, str]] = {}
     recorded: ClassVar[Any] = None
+    aim: ClassVar[Aim] = "bending"
 
     name: str
+
+    @property
+    def kind(self) -> Aim:
+        """Under which heading a comparison has these settings."""
+        return self.aim
 
     @property
     @abstractmethod

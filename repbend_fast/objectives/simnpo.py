@@ -15,7 +15,7 @@ from repbend_fast.data.records import Role, Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import predicting_rows
-from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.sections import Aim, MethodConfig
 from repbend_fast.objectives.terms import SimplePreference, Term
 from repbend_fast.section import AboveZero, Weight
 
@@ -24,6 +24,7 @@ class SimNPOConfig(MethodConfig):
     """SimNPO: L = −forget·(2/β)·mean log σ(β(NLL/|y| − δ)) on forget + retain_nll·NLL on retain."""
 
     place: ClassVar[int] = 6
+    aim: ClassVar[Aim] = "unlearning"
     stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
     titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
 

@@ -17,7 +17,7 @@ from repbend_fast.data.records import Role, Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import count, predicting_rows
-from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.sections import Aim, MethodConfig
 from repbend_fast.objectives.terms import LoweredLabel, Term
 from repbend_fast.section import AboveZero, Weight
 
@@ -26,6 +26,7 @@ class UNDIALConfig(MethodConfig):
     """UNDIAL: L = forget·mean CE(p, softmax(z_ref − strength·1[label])) on forget (+ retain_nll·NLL on retain)."""
 
     place: ClassVar[int] = 10
+    aim: ClassVar[Aim] = "unlearning"
     stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
     titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
 

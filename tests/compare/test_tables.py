@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from repbend_fast.compare import tables
+from repbend_fast.compare.comparison import Method, check_equal
 from repbend_fast.compare.picture import BARS, draw
 from repbend_fast.compare.results import method_record
+from repbend_fast.config import load_config
 from repbend_fast.report.plots import RATE_COLORS
 
 
@@ -167,3 +169,38 @@ def test_the_picture_has_a_bar_per_rate_and_a_whisker_per_spread() -> None:
     [[low, high]] = [[point[1] for point in segment] for segment in whisker[2][0].get_segments()]
     assert (low, high) == (pytest.approx(10), pytest.approx(50))
     assert set(BARS) <= set(RATE_COLORS)
+
+
+def test_methods_of_one_kind_stand_together() -> None:
+    whole = record(seed(0))
+    kinds = {"npo": "unlearning", "lat": "adversarial", "repbend": "bending", "wga": "unlearning"}
+    whole["methods"] = [method_record(name, "demo-rmu", 1e-3, [seed(0)], kind) for name, kind in kinds.items()]
+    head, _, kind, *_ = table_rows("\n".join(tables.markdown_table(whole)))
+    assert head[2:] == ["repbend", "npo", "wga", "lat"]
+    assert kind[0] == "kind"
+    assert kind[2:] == ["bending", "unlearning", "unlearning", "adversarial"]
+
+
+def test_a_record_without_kinds_keeps_its_order() -> None:
+    whole = record(seed(0))
+    methods = [method_record(name, "demo-rmu", 1e-3, [seed(0)]) for name in ("wga", "repbend")]
+    whole["methods"] = [{key: value for key, value in method.items() if key != "kind"} for method in methods]
+    head, _, kind, *_ = table_rows("\n".join(tables.markdown_table(whole)))
+    assert head[2:] == ["wga", "repbend"]
+    assert kind[2:] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overlays", "kind"),
+    [
+        ("demo", (), "bending"),
+        ("demo", ("adversarial",), "adversarial"),
+        ("demo-lat", (), "adversarial"),
+        *((f"demo-{name}", (), "unlearning") for name in ("rmu", "npo", "simnpo", "wga", "sat-imp", "undial", "ce-u")),
+        *((f"demo-{name}", (), "bending") for name in ("circuit-breaker", "crl", "crl-cosine", "x-boundary")),
+    ],
+)
+def test_the_demo_s_methods_have_a_kind_and_can_be_compared(recipe, overlays, kind) -> None:
+    config = load_config(recipe, overlays=overlays)
+    assert config.objective.kind == kind
+    check_equal([Method("first", "demo", load_config("demo")), Method(recipe, f"{recipe}.yaml", config)])

@@ -27,6 +27,7 @@ OBJECTIVES = {
     "lat": {"search_steps": 2, "distance_unit": "reference"},
     "crl": {"window_start": 2, "window_size": 2},
     "refuse_and_reroute:RefuseAndReroute": {"settings": {"layers": [2]}},
+    "shorten_states:ShortenStates": {"settings": {"layers": [2]}},
 }
 PRECISIONS = {
     "float32": (),
