@@ -59,7 +59,8 @@ def markdown_table(record: ComparisonRecord) -> list[str]:
     methods = by_kind(record)
     sides = [before_cells(record["before"]), *(cells(method) for method in methods)]
     lines = [_line(["", "before", *(method["name"] for method in methods)]), _line(["---", *["---:"] * len(sides)])]
-    lines.append(_line(["kind", "", *(method.get("kind", "") for method in methods)]))
+    if kinds := kinds_of(methods):
+        lines.append(_line(["kind", "", *kinds]))
     lines.append(_line(["learning rate", "", *(f"{method['learning_rate']:g}" for method in methods)]))
     return lines + [_line([title, *(side[key] for side in sides)]) for key, title in ROWS.items()]
 
@@ -70,6 +71,12 @@ def by_kind(record: ComparisonRecord) -> list[MethodRecord]:
     return sorted(
         record["methods"], key=lambda method: kinds.index(method["kind"]) if method.get("kind") in kinds else -1
     )
+
+
+def kinds_of(methods: list[MethodRecord]) -> list[str]:
+    """The kind of each method; none where there is one for all."""
+    kinds = [method.get("kind", "") for method in methods]
+    return kinds if len(set(kinds)) > 1 else []
 
 
 def chosen_line(record: ComparisonRecord, method: MethodRecord) -> str:
@@ -92,7 +99,8 @@ def terminal(record: ComparisonRecord, width: int) -> Table:
     sides = {"before": before_cells(record["before"])} | {method["name"]: cells(method, spread) for method in methods}
     for name in sides:
         out.add_column(name.replace("_", " "), justify="right", overflow="fold")
-    out.add_row("kind", "", *(method.get("kind", "") for method in methods))
+    if kinds := kinds_of(methods):
+        out.add_row("kind", "", *kinds)
     out.add_row("learning rate", "", *(f"{method['learning_rate']:g}" for method in methods))
     for key, title in ROWS.items():
         out.add_row(title, *(side[key] for side in sides.values()), end_section=key in ENDS)

@@ -18,6 +18,8 @@ from repbend_fast.models import load_model
 
 # Rounding of the passes: two pieces multiply other shapes than one, in an order of their own.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "nf4": 3e-2}
+# A search steps by the sign of a gradient's coordinates, some of which are rounding alone in 16 bits.
+SEARCHED = 3
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [*ALL_CONFIGS, *SEARCHING])
 def test_pieces_give_the_gradient_of_the_whole_stream(models, name, precision) -> None:
     model, config, tolerance = models[precision], (ALL_CONFIGS | SEARCHING)[name], TOLERANCE[precision]
+    if name in SEARCHING and precision != "float32":
+        tolerance *= SEARCHED
     whole, expected = run_objective(model, config)
     assert float(flat(expected).norm()) > 1e-3
     for pieces, packing, checkpointed in ((24, "off", 0), (24, "on", BLOCKS), (1, "off", 0)):
