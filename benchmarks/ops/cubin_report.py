@@ -21,10 +21,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 import triton
+from repbend_kernels import low_rank_sizes
 from repbend_kernels.triton import keyed_dropout as dropout
 from repbend_kernels.triton import linear_kl_div as kl
 from repbend_kernels.triton import linear_log_prob as log_prob
+from repbend_kernels.triton import low_rank
 from repbend_kernels.triton import pairwise_cosine as pairwise
 from repbend_kernels.triton import row_distance as rows
 from triton.backends.compiler import GPUTarget
@@ -32,10 +35,20 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = ("fp32", "bf16", "fp16")
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULT = Path(__file__).parents[1] / "results" / "cubin_resources.json"
+# (adapter's dtype, rank): the published rank, and the largest that is compiled without spills.
+LOW_RANKS = {
+    "fp32": (("fp32", 16), ("fp32", 128)),
+    "bf16": (("fp32", 16), ("bf16", 16), ("fp32", 128)),
+    "fp16": (("fp32", 16), ("fp16", 16)),
+}
 # A block of 8 warps at 128 registers leaves two blocks on every architecture here, and its shared memory at least that
 # many; nothing may touch local memory.
 LIMITS = {"registers": 128, "shared_bytes": 20 * 1024, "spill_bytes": 0}
+# A matrix product's operands wait in shared memory, its sums in registers: two blocks of 4 warps fit everywhere.
+MATRIX_KERNELS = ("lora_down", "lora_up")
+MATRIX_LIMITS = {"registers": 255, "shared_bytes": 48 * 1024, "spill_bytes": 0}
 
 
 @dataclass(frozen=True)
@@ -157,6 +170,64 @@ def _dropout_case(dtype: str, keys: str) -> Case:
     return Case(name, dropout.keyed_dropout_kernel, dtype, types, constants, dropout.WARPS, loose)
 
 
+def _low_rank_cases(dtype: str, weight: str, rank: int) -> list[Case]:
+    """LoRA's kernels at one rank; the adapter's weights in ``weight``."""
+    wide, pointer, adapter = "*fp32", f"*{dtype}", f"*{weight}"
+    sizes = low_rank_sizes.tiles(rank, 4096, TORCH_DTYPES[dtype], TORCH_DTYPES[weight])
+    block = {"RANK": sizes.rank}
+    flags = {"HAS_MASK": True, "HAS_X": True, "HAS_A": True, "HAS_UP": True, "HAS_B": True}
+    lines = ("x_row", "a_row", "y_row", "p_row", "b_row", "g_row", "q_row", "part", "up_part", "b_part")
+    numbers = dict.fromkeys(("start", "threshold", "count", "width", "rank", "steps", *lines), "i32") | {
+        "factor": "fp32"
+    }
+    pointers = {**dict.fromkeys(("x", "grad", "grad_x", "result"), pointer), **dict.fromkeys(("a", "b"), adapter)}
+    pointers |= {**dict.fromkeys(("down", "up", "grad_a", "grad_b"), wide), "hashes": "*i32"}
+    flat = dict.fromkeys(("x_column", "a_column", "p_column", "b_column", "g_column", "q_column", "y_column"), 1)
+    cases = [
+        (
+            "lora_down",
+            low_rank.lora_down_kernel,
+            low_rank_sizes.down_rows(1456, sizes.rank),
+            sizes.walked,
+            low_rank_sizes.WARPS,
+        ),
+        ("lora_up", low_rank.lora_up_kernel, low_rank_sizes.UP_ROWS, low_rank_sizes.UP_COLUMNS, low_rank_sizes.WARPS),
+        ("lora_up_backward", low_rank.lora_up_backward_kernel, low_rank_sizes.ROWS, sizes.up, low_rank_sizes.WARPS),
+        (
+            "lora_down_backward",
+            low_rank.lora_down_backward_kernel,
+            low_rank_sizes.ROWS,
+            sizes.down,
+            low_rank_sizes.WARPS,
+        ),
+    ]
+    loose = frozenset({"start", "threshold", "count", "steps"})
+    tag = f"r{rank}" if weight == dtype else f"r{rank},{weight} adapter"
+    found = []
+    for name, kernel, tile_rows, columns, warps in cases:
+        known = {**flat, **flags, **block, "ROWS": tile_rows, "COLUMNS": columns}
+        if name == "lora_up":
+            known["RANK"] = low_rank_sizes.UP_RANK
+        known = {n: v for n, v in known.items() if n in kernel.arg_names}
+        types = {**numbers, **pointers}
+        found.append(Case(f"{name}[{tag}]", kernel, dtype, types, known, warps, loose))
+    return found
+
+
+def _sum_case(dtype: str) -> Case:
+    types = {**dict.fromkeys(("parts_one", "parts_two", "out_one"), "*fp32"), "out_two": f"*{dtype}", "factor": "fp32"}
+    names = ("count_one", "part_one", "size_one", "count_two", "part_two", "size_two")
+    return Case(
+        "lora_sum_parts",
+        low_rank.sum_parts_kernel,
+        dtype,
+        {**types, **dict.fromkeys(names, "i32")},
+        {"BLOCK": low_rank_sizes.SUM_BLOCK},
+        low_rank_sizes.WARPS,
+        frozenset({"count_one", "count_two"}),
+    )
+
+
 def _head_cases(dtype: str) -> list[Case]:
     grad, packed = f"*{dtype}", dtype != "fp32"
     numbers = dict.fromkeys(("vocabulary", "row_stride", "grad_stride"), "i32")
@@ -179,6 +250,8 @@ def all_cases(dtypes: tuple[str, ...] = DTYPES) -> list[Case]:
     for dtype in dtypes:
         cases += [*_distance_cases(dtype), _add_rows_case(dtype), *_pairwise_cases(dtype), *_head_cases(dtype)]
         cases += [_dropout_case(dtype, keys) for keys in ("*i32", "*i64")]
+        cases += [case for weight, rank in LOW_RANKS[dtype] for case in _low_rank_cases(dtype, weight, rank)]
+        cases.append(_sum_case(dtype))
     return cases
 
 
@@ -243,9 +316,10 @@ def row(case: Case, sm: int) -> dict[str, object]:
     return {"kernel": case.name, "dtype": case.dtype, "sm": sm, **used, "warps": case.warps, "digest": digest(case)}
 
 
-def over_limit(entry: dict[str, object]) -> list[str]:
+def over_limit(entry: Mapping[str, object]) -> list[str]:
     """What a row exceeds, as text; empty where it keeps the limits."""
-    return [f"{key} {entry[key]} > {limit}" for key, limit in LIMITS.items() if int(str(entry[key])) > limit]
+    limits = MATRIX_LIMITS if str(entry.get("kernel")).startswith(MATRIX_KERNELS) else LIMITS
+    return [f"{key} {entry[key]} > {limit}" for key, limit in limits.items() if int(str(entry[key])) > limit]
 
 
 def main() -> int:
@@ -266,6 +340,7 @@ def main() -> int:
         "created": datetime.now(UTC).date().isoformat(),
         "triton": triton.__version__,
         "limits": LIMITS,
+        "matrix_limits": MATRIX_LIMITS,
         "rows": entries,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,185 +9,131 @@ part:
                  in place: the base layer's gradient is fresh
 
 Kept for backward: x by reference, or what it can be made of again; P; and the rows' hashed keys. Memory above the
-inputs: forward, P; backward, Q and the gradients of A and B.
+inputs: forward, P; backward, Q and the gradients of A and B. The kernels add parts of the sums (Q, dA, dB), which grow
+with N·r and with (D + O)·r; the torch path chunks of rows (``low_rank_chunks``).
 
-Products of 16-bit rows lose nothing of 32-bit adapter weights: on CUDA the weight enters the matrix product as the sum
-of two 16-bit parts (in float16 only what its range holds: parts below 6e-8 are lost), elsewhere the rows are widened
-chunk by chunk (``wide_products``). Rows are walked in chunks, so that what is masked never has x's size.
+Products of 16-bit rows lose nothing of 32-bit adapter weights. Sums have one order: results repeat to the bit.
 
 Legend: N rows (tokens), D inputs, O outputs, r rank, G gradient of y.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, low_rank_chunks
 from .checks import accumulate_dtype, in_own_dtypes
 from .context import Context, Gradients
-from .keyed_dropout import CPU_ELEMENTS_PER_THREAD as HASHES_PER_THREAD
-from .keyed_dropout import KeyedMask, mask_arguments
+from .keyed_dropout import mask_arguments
+from .low_rank_sizes import parts_bytes
 from .oracles import lora_down_reference, lora_up_reference
 from .scratch import scratch_rule
 from .selection import resolve
-from .wide_products import add_product_, in_parts, low_rank_operands, product
-
-# Elements of a chunk of rows. On a CPU smaller ones, which stay in a core's cache, are no faster (docs/log.md); on a
-# GPU it fills the device and is small beside a model. A matrix product of fewer rows than the least would read the
-# adapter's weights too often.
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
-LEAST_ROWS = 64
 
 Remake = tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Tensor]]
 """What backward keeps in place of a tensor, and how it makes the tensor of that."""
 
 
-def _chunk_rows(width: int, device: torch.device) -> int:
-    return max(LEAST_ROWS, CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // width)
+def _down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float, implementation: str) -> Tensor:
+    if implementation == "triton":
+        from .triton.low_rank_launch import launch_down
 
-
-def _chunks(rows: Tensor) -> Iterator[tuple[int, int]]:
-    count, width = rows.shape
-    step = _chunk_rows(width, rows.device)
-    for start in range(0, count, step):
-        yield start, min(start + step, count)
-
-
-def _chunks_of_narrow(rows: Tensor, acc: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Chunks of 16-bit ``rows`` [N, width], whose products need operands of their own; others all at once."""
-    return iter([(0, rows.shape[0])]) if rows.dtype == acc else _chunks(rows)
-
-
-class _MaskedRows:
-    """What dropout leaves of chunks of rows of x, and the same mask on what goes back to them; a buffer serves every
-    chunk.
-    """
-
-    def __init__(self, x: Tensor, hashes: Tensor | None, place: int, p: float) -> None:
-        self.mask = None if hashes is None else KeyedMask(hashes, place, p, x.shape[1], x.dtype, hashed=True)
-        self.x, self.buffer = x, x.new_empty((0, x.shape[1]))
-
-    def read(self, start: int, stop: int, inner: Tensor | None = None) -> Tensor:
-        """Rows of x, masked; the next call overwrites them. ``inner``, of the same rows, is masked in place."""
-        rows = self.x[start:stop]
-        if self.mask is None:
-            return rows
-        if self.buffer.shape[0] < stop - start:
-            self.buffer = self.x.new_empty((stop - start, self.x.shape[1]))
-        kept = self.buffer[: stop - start]
-        self.mask.apply(
-            [rows] if inner is None else [rows, inner], [kept] if inner is None else [kept, inner], start, stop
-        )
-        return kept
-
-    def add_gradient_(
-        self, grad_rows: Tensor, start: int, stop: int, up: Tensor, a: Tensor, *, read: bool
-    ) -> Tensor | None:
-        """``grad_rows`` += keep · (Q A), Q being ``up``, rounded once where the device allows it; with ``read`` the
-        rows of x, masked.
-        """
-        if self.mask is None:
-            add_product_(grad_rows, up, a, 1.0)
-            return self.read(start, stop) if read else None
-        if in_parts(up) and grad_rows.dtype != up.dtype:
-            inner = torch.mm(*low_rank_operands(up, a, grad_rows.dtype))
-        else:
-            inner = up @ a.to(up.dtype)
-        kept = None
-        if read:
-            kept = self.read(start, stop, inner)
-        else:
-            self.mask.apply([inner], [inner], start, stop)
-        grad_rows.add_(inner)
-        return kept
-
-
-def _down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tensor:
-    acc = accumulate_dtype(x.dtype)
-    down = x.new_empty((x.shape[0], a.shape[0]), dtype=acc)
-    rows = _MaskedRows(x, hashes, place, p)
+        return launch_down(x, a, hashes, *mask_arguments(place, p))
     with in_own_dtypes(x.device):
-        for start, stop in _chunks(x):
-            down[start:stop] = product(rows.read(start, stop), a.T, acc)
-    return down
+        return low_rank_chunks.down_product(x, a, hashes, place, p)
 
 
-def _add_up_(result: Tensor, down: Tensor, b: Tensor, factor: float) -> None:
+def _add_up_(result: Tensor, down: Tensor, b: Tensor, factor: float, implementation: str) -> None:
+    if implementation == "triton":
+        from .triton.low_rank_launch import launch_up
+
+        launch_up(result, down, b, factor)
+        return
     with in_own_dtypes(result.device):
-        for start, stop in _chunks_of_narrow(result, down.dtype):
-            add_product_(result[start:stop], down[start:stop], b.T, factor)
+        low_rank_chunks.add_up_(result, down, b, factor)
 
 
 @torch.library.custom_op("repbend_kernels::low_rank_down", mutates_args=())
-def low_rank_down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tensor:
+def low_rank_down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float, implementation: str) -> Tensor:
     """P = (keep · x) Aᵀ, [N, r] in float32 (float64 for float64), of ``x`` [N, D]; ``hashes`` are the rows' hashed
     keys, int32 [N].
     """
-    return _down(x, a, hashes, place, p)
+    return _down(x, a, hashes, place, p, implementation)
 
 
 @low_rank_down.register_fake
-def _(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float) -> Tensor:
+def _(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float, implementation: str) -> Tensor:
     return x.new_empty((x.shape[0], a.shape[0]), dtype=accumulate_dtype(x.dtype))
 
 
 @torch.library.custom_op("repbend_kernels::add_low_rank_gradient_", mutates_args={"grad_x"})
 def add_low_rank_gradient_(
-    grad_x: Tensor, x: Tensor, a: Tensor, up: Tensor, hashes: Tensor | None, place: int, p: float, needs: list[bool]
+    grad_x: Tensor,
+    x: Tensor,
+    a: Tensor,
+    up: Tensor,
+    hashes: Tensor | None,
+    place: int,
+    p: float,
+    needs: list[bool],
+    implementation: str,
 ) -> Tensor:
     """``grad_x`` [N, D] += keep · (Q A) in place and dA = Qᵀ (keep · x) in A's dtype, of them what ``needs`` asks for
     (dA else [0, D]).
 
     ``up`` is Q [N, r] in float32 (float64 for float64), in which the sum over rows runs.
     """
-    grad_a = torch.zeros((a.shape[0] if needs[1] else 0, a.shape[1]), dtype=up.dtype, device=x.device)
-    rows = _MaskedRows(x, hashes, place, p)
-    with in_own_dtypes(x.device):
-        for start, stop in _chunks(x):
-            part = up[start:stop]
-            if needs[0]:
-                kept = rows.add_gradient_(grad_x[start:stop], start, stop, part, a, read=needs[1])
-            else:
-                kept = rows.read(start, stop)
-            if kept is not None:
-                grad_a += product(kept.T, part, up.dtype).T
-    return grad_a.to(a.dtype)
+    if implementation == "triton":
+        from .triton.low_rank_launch import launch_down_backward
+
+        grad_a = launch_down_backward(grad_x, x, a, up, hashes, *mask_arguments(place, p), needs)
+    else:
+        with in_own_dtypes(x.device):
+            grad_a = low_rank_chunks.add_down_gradient_(grad_x, x, a, up, hashes, place, p, needs)
+    return a.new_empty((0, a.shape[1])) if grad_a is None else grad_a
 
 
 @add_low_rank_gradient_.register_fake
 def _(
-    grad_x: Tensor, x: Tensor, a: Tensor, up: Tensor, hashes: Tensor | None, place: int, p: float, needs: list[bool]
+    grad_x: Tensor,
+    x: Tensor,
+    a: Tensor,
+    up: Tensor,
+    hashes: Tensor | None,
+    place: int,
+    p: float,
+    needs: list[bool],
+    implementation: str,
 ) -> Tensor:
     return a.new_empty((a.shape[0] if needs[1] else 0, a.shape[1]))
 
 
 @torch.library.custom_op("repbend_kernels::add_low_rank_up_", mutates_args={"result"})
-def add_low_rank_up_(result: Tensor, down: Tensor, b: Tensor, factor: float) -> None:
+def add_low_rank_up_(result: Tensor, down: Tensor, b: Tensor, factor: float, implementation: str) -> None:
     """``result`` [N, O] += f · P Bᵀ in place, P being ``down`` [N, r]."""
-    _add_up_(result, down, b, factor)
+    _add_up_(result, down, b, factor, implementation)
 
 
 @torch.library.custom_op("repbend_kernels::low_rank_up_gradients", mutates_args=())
-def low_rank_up_gradients(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool]) -> list[Tensor]:
+def low_rank_up_gradients(
+    grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool], implementation: str
+) -> list[Tensor]:
     """Those of Q = f · G B [N, r] in P's dtype and dB = f · Gᵀ P in B's that ``needs`` asks for; the sum over rows runs
     in P's dtype.
     """
-    up = torch.empty_like(down)
-    grad_b = torch.zeros(b.shape, dtype=down.dtype, device=b.device)
-    with in_own_dtypes(grad.device):
-        for start, stop in _chunks_of_narrow(grad, down.dtype):
-            rows = grad[start:stop]
-            if needs[0]:
-                torch.mul(product(rows, b, down.dtype), factor, out=up[start:stop])
-            if needs[1]:
-                grad_b += product(rows.T, down[start:stop], down.dtype)
-    results = (up, grad_b.mul_(factor).to(b.dtype))
-    return [result for result, needed in zip(results, needs) if needed]
+    if implementation == "triton":
+        from .triton.low_rank_launch import launch_up_backward
+
+        results = launch_up_backward(grad, down, b, factor, needs)
+    else:
+        with in_own_dtypes(grad.device):
+            results = low_rank_chunks.up_gradients(grad, down, b, factor, needs)
+    return [result for result in results if result is not None]
 
 
 @low_rank_up_gradients.register_fake
-def _(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool]) -> list[Tensor]:
+def _(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool], implementation: str) -> list[Tensor]:
     return [like.new_empty(like.shape) for like, needed in zip((down, b), needs) if needed]
 
 
@@ -196,49 +142,59 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float, remake: Remake | None = None
+        ctx: Context,
+        x: Tensor,
+        a: Tensor,
+        hashes: Tensor | None,
+        place: int,
+        p: float,
+        remake: Remake | None = None,
+        implementation: str = "torch",
     ) -> tuple[Tensor, Tensor]:
         kept, ctx.make = ((x,), None) if remake is None else remake
         ctx.save_for_backward(a, hashes, *kept)
-        ctx.settings = place, p
+        ctx.settings, ctx.implementation = (place, p), implementation
         ctx.set_materialize_grads(False)
-        return x, low_rank_down(x, a, hashes, place, p)
+        return x, low_rank_down(x, a, hashes, place, p, implementation)
 
     @staticmethod
     def backward(ctx: Context, grad_x: Tensor | None, up: Tensor | None) -> Gradients:
         needs = list(ctx.needs_input_grad[:2])
         if up is None:
-            return grad_x, None, None, None, None, None
+            return grad_x, *[None] * 6
         checks.check_first_derivative("lora_down")
         a, hashes, *kept = ctx.saved_tensors
         x = kept[0] if ctx.make is None else ctx.make(kept)
         x = x.reshape(-1, x.shape[-1])
         if grad_x is None:
             grad_x = torch.zeros_like(x) if needs[0] else x.new_empty((0, x.shape[1]))
-        grad_a = add_low_rank_gradient_(grad_x, x, a, up, hashes, *ctx.settings, needs)
-        return grad_x if needs[0] else None, grad_a if needs[1] else None, None, None, None, None
+        grad_a = add_low_rank_gradient_(grad_x, x, a, up, hashes, *ctx.settings, needs, ctx.implementation)
+        return grad_x if needs[0] else None, grad_a if needs[1] else None, *[None] * 5
 
 
 class _Up(torch.autograd.Function):
     """``result`` [N, O] with f · P Bᵀ added in place; in a compiled graph to a copy: its inputs must not change."""
 
     @staticmethod
-    def forward(ctx: Context, result: Tensor, down: Tensor, b: Tensor, factor: float) -> Tensor:
+    def forward(
+        ctx: Context, result: Tensor, down: Tensor, b: Tensor, factor: float, implementation: str = "torch"
+    ) -> Tensor:
         if torch.compiler.is_compiling():
             result = result.clone()
         else:
             ctx.mark_dirty(result)
-        add_low_rank_up_(result, down, b, factor)
+        add_low_rank_up_(result, down, b, factor, implementation)
         ctx.save_for_backward(down, b)
-        ctx.factor = factor
+        ctx.settings = factor, implementation
         return result
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Gradients:
         checks.check_first_derivative("lora_up")
         needs = list(ctx.needs_input_grad[1:3])
-        found = iter(low_rank_up_gradients(grad, *ctx.saved_tensors, ctx.factor, needs))
-        return grad, *(next(found) if needed else None for needed in needs), None
+        factor, implementation = ctx.settings
+        found = iter(low_rank_up_gradients(grad, *ctx.saved_tensors, factor, needs, implementation))
+        return grad, *(next(found) if needed else None for needed in needs), None, None
 
 
 def lora_down(
@@ -262,8 +218,7 @@ def lora_down(
         p: probability of dropping, 0 < p < 1 with ``hashes``. The factor 1/(1 − p) belongs into :func:`lora_up`'s.
         remake: ``(kept, make)``: backward keeps the tensors ``kept`` in place of x, and ``make(kept)`` gives x again,
             [..., D].
-        implementation: overrides the switch for this call. There is no kernel of its own: ``triton`` and ``torch`` are
-            the same products, with the mask drawn as :func:`keyed_dropout` draws it.
+        implementation: overrides the switch for this call.
 
     Returns:
         ``(x, P)``: x for the base layer to read, and P [N, r] in float32 (float64 for float64). Backward adds to the
@@ -275,12 +230,13 @@ def lora_down(
         RuntimeError: ``triton`` asked for where it cannot run; in backward, ``create_graph=True``.
     """
     _check_down(x, a, hashes, p)
-    if resolve(implementation, x) == "eager":
+    chosen = resolve(implementation, x)
+    if chosen == "eager":
         return lora_down_reference(x, a, hashes, *((0, 0) if hashes is None else mask_arguments(place, p)))
     if hashes is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Generating comes here for each token, where an op and an autograd function cost more than their work.
-        return x, _down(x, a, None, place, p)
-    return _Down.apply(x, a, hashes, place, p, remake)
+        return x, _down(x, a, None, place, p, chosen)
+    return _Down.apply(x, a, hashes, place, p, remake, chosen)
 
 
 def lora_up(result: Tensor, down: Tensor, b: Tensor, factor: float, *, implementation: str | None = None) -> Tensor:
@@ -292,7 +248,7 @@ def lora_up(result: Tensor, down: Tensor, b: Tensor, factor: float, *, implement
         down: P [N, r] of :func:`lora_down`.
         b: [O, r], of ``result``'s dtype or a wider one.
         factor: f, the adapter's scaling, over 1 − p where there is dropout.
-        implementation: overrides the switch for this call; ``triton`` and ``torch`` are the same products.
+        implementation: overrides the switch for this call.
 
     Returns:
         ``result``, rounded once to its dtype.
@@ -302,12 +258,13 @@ def lora_up(result: Tensor, down: Tensor, b: Tensor, factor: float, *, implement
         RuntimeError: ``triton`` asked for where it cannot run; in backward, ``create_graph=True``.
     """
     _check_up(result, down, b)
-    if resolve(implementation, result) == "eager":
+    chosen = resolve(implementation, result)
+    if chosen == "eager":
         return lora_up_reference(result, down, b, factor)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _add_up_(result, down, b, factor)
+        _add_up_(result, down, b, factor, chosen)
         return result
-    return _Up.apply(result, down, b, factor)
+    return _Up.apply(result, down, b, factor, chosen)
 
 
 def _check_matrix(name: str, tensor: Tensor, rows: str | int, columns: str | int) -> None:
@@ -352,48 +309,27 @@ def _check_up(result: Tensor, down: Tensor, b: Tensor) -> None:
     checks.check_device("b", b, "result", result)
 
 
-def _in_chunks(rows: Tensor, device: torch.device) -> int:
-    return min(_chunk_rows(rows.shape[1], device), rows.shape[0])
+def _parts_bytes(device: torch.device, rows: Tensor, weight: Tensor, rank: int) -> int:
+    return parts_bytes(*rows.shape, rank, rows.dtype, weight.dtype) if device.type == "cuda" else 0
 
 
-def _down_scratch(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None) -> int:
-    # Chunks of rows of x [N, D] are masked, in backward together with what is added to their gradient, into copies; a
-    # 16-bit one is widened on the way where the product is not the GPU's. In plain torch a block of 32-bit hashes lies
-    # beside them.
-    chunk = _in_chunks(x, device) * x.shape[1]
-    wide = 4 if device.type != "cuda" else x.element_size()
-    narrow = 2 * wide * chunk if x.element_size() < 4 else 0
-    mask = 0 if device.type == "cuda" else 4 * min(HASHES_PER_THREAD * torch.get_num_threads(), chunk)
-    masked = chunk * (x.element_size() + 2 * wide) + mask
-    return (narrow if hashes is None else masked) + 2 * 4 * a.numel()
-
-
-def _up_scratch(device: torch.device, rows: Tensor, down: Tensor, b: Tensor) -> int:
-    # A product of 16-bit rows [n, O] with 32-bit ones: their parts side by side on CUDA, elsewhere the rows widened,
-    # twice.
-    small = 4 * (down.numel() + 2 * b.numel())
-    if rows.element_size() >= 4:
-        return small
-    width = 6 * down.shape[1] if device.type == "cuda" else 8 * rows.shape[1]
-    return small + _in_chunks(rows, device) * width
-
-
-scratch_rule("low_rank_down")(_down_scratch)
+@scratch_rule("low_rank_down")
+def _(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None) -> int:
+    inside = low_rank_chunks.down_scratch(device, x, a, hashes, gradient=False)
+    return max(inside, _parts_bytes(device, x, a, a.shape[0]))
 
 
 @scratch_rule("add_low_rank_gradient_")
 def _(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None) -> int:
-    # A CPU adds the masked 32-bit product to a 16-bit gradient by way of both in 32 bits, of which the rule above knows
-    # one.
-    widened = hashes is not None and x.element_size() < 4 and device.type != "cuda"
-    return _down_scratch(device, x, a, hashes) + (4 * _in_chunks(x, device) * x.shape[1] if widened else 0)
+    inside = low_rank_chunks.down_scratch(device, x, a, hashes, gradient=True)
+    return max(inside, _parts_bytes(device, x, a, a.shape[0]))
 
 
 @scratch_rule("add_low_rank_up_")
 def _(device: torch.device, result: Tensor, down: Tensor, b: Tensor) -> int:
-    return _up_scratch(device, result, down, b)
+    return low_rank_chunks.up_scratch(device, result, down, b)
 
 
 @scratch_rule("low_rank_up_gradients")
 def _(device: torch.device, grad: Tensor, down: Tensor, b: Tensor) -> int:
-    return _up_scratch(device, grad, down, b)
+    return max(low_rank_chunks.up_scratch(device, grad, down, b), _parts_bytes(device, grad, b, b.shape[1]))

@@ -89,10 +89,10 @@ def calls(dtype: torch.dtype) -> dict[str, tuple]:
         "rms_norm_gradient": (other, hidden, narrow, scales, True),
         "gated_product": (hidden, other, "gelu_tanh"),
         "gated_product_gradients": (picked, hidden[:R], other[:R], "silu"),
-        "low_rank_down": (hidden, a, hashes, 3, 0.4),
-        "add_low_rank_gradient_": (other, hidden, a, down, hashes, 3, 0.4, [True, True]),
-        "add_low_rank_up_": (other, down, b, 1.5),
-        "low_rank_up_gradients": (other, down, b, 1.5, [True, True]),
+        "low_rank_down": (hidden, a, hashes, 3, 0.4, "torch"),
+        "add_low_rank_gradient_": (other, hidden, a, down, hashes, 3, 0.4, [True, True], "torch"),
+        "add_low_rank_up_": (other, down, b, 1.5, "torch"),
+        "low_rank_up_gradients": (other, down, b, 1.5, [True, True], "torch"),
     }
 
 

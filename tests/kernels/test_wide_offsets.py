@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_compare import assert_matches, spread
-from repbend_kernels import bend_distance, bend_tap, keyed_dropout, pairwise_cosine
+from repbend_kernels import bend_distance, bend_tap, keyed_dropout, low_rank, pairwise_cosine
+from repbend_kernels.blocks import row_hashes
 from torch import Tensor
 
 FAR = 2**30
 ROWS, WIDTH = 4, 3
+NAMES = ("x", "a", "b", "grad", "result", "grad_x")
 
 
 @pytest.fixture
@@ -76,3 +78,26 @@ def test_columns_beyond_32_bits(implementation, device, far_apart, op) -> None:
     if got.requires_grad:
         (grad,) = torch.autograd.grad(got, far_apart)
         assert_matches(grad, torch.autograd.grad(expected, near)[0], tolerance=8e-4)
+
+
+@pytest.mark.parametrize("far", ["x", "a", "b", "grad", "result", "grad_x"])
+def test_low_rank_columns_beyond_32_bits(implementation, device, far_apart, far) -> None:
+    """Every wide tensor of the low-rank products, one at a time."""
+    where = far_apart.detach()
+    dtype, hashes = where.dtype, row_hashes(torch.arange(ROWS, device=device))
+    if implementation == "torch" and device.type == "cpu":
+        pytest.skip("PyTorch's own indexing")
+    results = []
+    for chosen, tensor in ((implementation, where), ("torch", where.contiguous())):
+        near = {name: spread((ROWS, WIDTH), torch.float16, device, i).to(dtype) for i, name in enumerate(NAMES)}
+        near[far] = tensor if far in ("x", "a", "b", "grad") else tensor.copy_(near[far])
+        down, up = spread((ROWS, WIDTH), torch.float32, device, 8), spread((ROWS, ROWS), torch.float32, device, 9)
+        low_rank.add_low_rank_up_(near["result"], down, near["b"][:WIDTH], 1.5, chosen)
+        grads = low_rank.low_rank_up_gradients(near["grad"], down, near["b"][:WIDTH], 1.5, [True, True], chosen)
+        found = low_rank.low_rank_down(near["x"], near["a"], hashes, 3, 0.4, chosen)
+        grad_a = low_rank.add_low_rank_gradient_(
+            near["grad_x"], near["x"], near["a"], up, hashes, 3, 0.4, [True, True], chosen
+        )
+        results.append([near["result"].clone(), *grads, found, grad_a, near["grad_x"].clone()])
+    for got, expected in zip(*results):
+        assert_matches(got, expected, tolerance=8e-4)

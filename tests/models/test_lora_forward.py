@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
 from peft import LoraConfig, PeftModel, get_peft_model
-from repbend_kernels import keyed_dropout, low_rank, wide_products
+from repbend_kernels import keyed_dropout, low_rank, low_rank_chunks
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -121,8 +121,8 @@ def keyed_peft(model: Any) -> Any:
 @pytest.fixture
 def small_chunks(monkeypatch) -> None:
     """Rows are walked in several chunks, the last one short."""
-    monkeypatch.setattr(low_rank, "CHUNK_ELEMENTS", {"cpu": 7 * OUTER, "other": 7 * OUTER})
-    monkeypatch.setattr(low_rank, "LEAST_ROWS", 1)
+    monkeypatch.setattr(low_rank_chunks, "CHUNK_ELEMENTS", {"cpu": 7 * OUTER, "other": 7 * OUTER})
+    monkeypatch.setattr(low_rank_chunks, "LEAST_ROWS", 1)
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["off", "dropout"])
@@ -198,9 +198,7 @@ def test_error_of_a_bf16_model_with_an_fp32_adapter_is_not_above_peft_s(nf4) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [False, True], ids=["off", "dropout"])
 def test_error_on_a_gpu_is_that_of_the_cpu_s(dropout) -> None:
-    """There, products of 16-bit parts stand for those of wide operands; a part that is lost shows as an
-    error of 2⁻⁹.
-    """
+    """There, kernels multiply by parts of wide operands; a part that is lost shows as an error of 2⁻⁹."""
     model = ours(peft_model(torch.bfloat16, adapter_dtype=torch.float32))
     keys = KEYS if dropout else None
     exact = outcome(copy.deepcopy(model).double(), inputs(torch.bfloat16).double(), keys)
@@ -222,22 +220,6 @@ def _as_peft(exact: Any, model: Any) -> Any:
         if hasattr(module, "lora_dropout"):
             module.__class__ = Linear
     return exact
-
-
-def test_sixteen_bit_parts_hold_what_an_fp32_weight_holds() -> None:
-    """What the CUDA path feeds its matrix products; one 16-bit part alone has an error of 2⁻⁹."""
-    generator = torch.Generator().manual_seed(4)
-    left, right = torch.randn(50, 8, generator=generator), torch.randn(8, 70, generator=generator)
-    high, low = wide_products.parts(right, torch.bfloat16)
-    assert high.dtype == low.dtype == torch.bfloat16
-    assert relative_l2(high.double() + low.double(), right) < 2e-5
-    assert relative_l2(high, right) > 1e-3
-    wide_left, wide_right = wide_products.low_rank_operands(left, right, torch.bfloat16)
-    exact = left.double() @ right.double()
-    assert relative_l2(wide_left.double() @ wide_right.double(), exact) < 5e-5
-    assert relative_l2(left.bfloat16().double() @ right.bfloat16().double(), exact) > 1e-3
-    zero = wide_products.low_rank_operands(left, torch.zeros(8, 70), torch.bfloat16)
-    assert not (zero[0] @ zero[1]).any()
 
 
 @pytest.mark.parametrize("frozen", ["x", "A", "B", "A and B of one layer"])
@@ -402,7 +384,7 @@ def test_memory_is_below_peft_s() -> None:
         call()
         sizes[name] = peak_bytes(call, torch.device("cpu"))
     output, source = rows * OUTER * 2, rows * INNER * 2
-    chunk = low_rank.CHUNK_ELEMENTS["cpu"] * 4
+    chunk = low_rank_chunks.CHUNK_ELEMENTS["cpu"] * 4
     # Output, its gradient, the gradient of x, P, Q and hashes; and of a chunk what is added to its gradient, x masked,
     # and the hashes and the widened x that are compared.
     assert sizes["ours"] <= 2 * output + source + rows * (2 * 8 * 4 + 4) + 3.5 * chunk

@@ -26,9 +26,9 @@ def test_no_two_micro_batches_share_seed_or_masks(tiny: TinyRun, monkeypatch: py
         drawn.append(set())
         return run_backward(stream, scale, dropout_seed=dropout_seed)
 
-    def watched_down(x: Any, a: Any, hashes: Any, place: int, p: float) -> Any:
+    def watched_down(x: Any, a: Any, hashes: Any, place: int, p: float, implementation: str) -> Any:
         drawn[-1].update(hashes.tolist())
-        return run_down(x, a, hashes, place, p)
+        return run_down(x, a, hashes, place, p, implementation)
 
     # The first step would run a stream again, to look at its distances.
     monkeypatch.setattr("repbend_fast.training.trainer.is_at_start", lambda model: False)

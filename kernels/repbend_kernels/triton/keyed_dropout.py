@@ -37,6 +37,14 @@ def column_hash(column: tl.tensor, start: tl.tensor) -> tl.tensor:
     return mixed ^ (mixed >> 16)
 
 
+@triton.jit
+def element_hash(row: tl.tensor, column: tl.tensor) -> tl.tensor:
+    """h as signed numbers, [rows, columns], of the rows' and the columns' hashes."""
+    mixed = (row[:, None] ^ column[None, :]) * tl.full([], _FIRST, tl.uint32)
+    mixed = (mixed ^ ((column << 16) | (column >> 16))[None, :]) * tl.full([], _LAST, tl.uint32)
+    return mixed.to(tl.int32, bitcast=True)
+
+
 # Each place has a start, each batch a count of rows of its own: specialised on their values, some would compile the
 # kernel again.
 @triton.jit(do_not_specialize=["start", "threshold", "count", "x_inner"], do_not_specialize_on_alignment=["keys"])
@@ -67,15 +75,13 @@ def keyed_dropout_kernel(
         row = row_hash(key)
     else:
         row = key.to(tl.uint32, bitcast=True)
-    hashes = (row[:, None] ^ column[None, :]) * tl.full([], _FIRST, tl.uint32)
-    hashes = (hashes ^ ((column << 16) | (column >> 16))[None, :]) * tl.full([], _LAST, tl.uint32)
     source = (
         x
         + ((rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride)[:, None]
         + columns.to(tl.int64)[None, :] * x_stride
     )
     values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    kept = tl.where(hashes.to(tl.int32, bitcast=True) > threshold, values * factor, 0.0)
+    kept = tl.where(element_hash(row, column) > threshold, values * factor, 0.0)
     tl.store(out + rows[:, None] * width + columns[None, :], kept.to(out.dtype.element_ty), mask=inside)
 
 
