@@ -6,8 +6,9 @@ the list to that.
 
 from __future__ import annotations
 
+from benchmarks.faults.mutants_of_low_rank import LOW_RANK
 from benchmarks.faults.mutants_of_ops import HEADS, LOOPS, TAPS
 from benchmarks.faults.mutants_of_saving import SAVING
 from benchmarks.faults.mutants_of_training import LORA, OBJECTIVES, PROOF, STEP
 
-MUTANTS = [*HEADS, *TAPS, *LOOPS, *LORA, *STEP, *PROOF, *OBJECTIVES, *SAVING]
+MUTANTS = [*HEADS, *TAPS, *LOOPS, *LOW_RANK, *LORA, *STEP, *PROOF, *OBJECTIVES, *SAVING]

@@ -6,48 +6,13 @@ from benchmarks.faults.mutant import KERNELS, MODELS, Mutant
 
 FORWARD = ("tests/models/test_lora_forward.py",)
 
-PRODUCTS = ("tests/models/test_lora_products.py",)
+PRODUCTS = ("tests/kernels/test_low_rank.py",)
 MODES = ("tests/models/test_lora_training_mode.py",)
 
 LORA = [
     Mutant(
-        "lora: no low parts of wide operands",
-        f"{KERNELS}/wide_products.py",
-        "return high, (wide - high).to(dtype)",
-        "return high, high * 0",
-        PRODUCTS,
-    ),
-    Mutant(
-        "lora: the low part of a product is not added",
-        f"{KERNELS}/wide_products.py",
-        "return both[:, : right.shape[1]] + both[:, right.shape[1] :]",
-        "return both[:, : right.shape[1]].clone()",
-        PRODUCTS,
-    ),
-    Mutant(
-        "lora: of a low-rank product the left low part is lost",
-        f"{KERNELS}/wide_products.py",
-        "(left_high, left_high, left_low)",
-        "(left_high, left_high, left_low * 0)",
-        PRODUCTS,
-    ),
-    Mutant(
-        "lora: of a low-rank product the right low part is lost",
-        f"{KERNELS}/wide_products.py",
-        "(right_high, right_low, right_high)",
-        "(right_high, right_low * 0, right_high)",
-        PRODUCTS,
-    ),
-    Mutant(
-        "lora: products in parts without their factor",
-        f"{KERNELS}/wide_products.py",
-        "right, out.dtype), alpha=factor)",
-        "right, out.dtype))",
-        PRODUCTS,
-    ),
-    Mutant(
         "lora: the gradient of B without its factor",
-        f"{KERNELS}/low_rank.py",
+        f"{KERNELS}/low_rank_chunks.py",
         "grad_b.mul_(factor)",
         "grad_b",
         PRODUCTS,
@@ -61,7 +26,7 @@ LORA = [
     ),
     Mutant(
         "lora: no mask on the gradient of x",
-        f"{KERNELS}/low_rank.py",
+        f"{KERNELS}/low_rank_chunks.py",
         "kept = self.read(start, stop, inner)",
         "kept = self.read(start, stop)",
         FORWARD,

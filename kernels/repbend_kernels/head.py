@@ -34,6 +34,23 @@ def default_chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
     return max(1, min(rows, fitting))
 
 
+def head_chunks(rows: int, chunk_rows: int, device: torch.device) -> list[tuple[int, int]]:
+    """First and last + 1 of each chunk. The last one takes in a tail of less than a tile, and of at most a quarter of a
+    chunk: the products of a few rows would read the whole weight once more.
+    """
+    step = max(1, min(chunk_rows, rows))
+    starts = list(range(0, rows, step))
+    tail = rows - starts[-1] if starts else 0
+    if len(starts) > 1 and tail < TILE_ROWS["cuda" if device.type == "cuda" else "other"] and 4 * tail <= step:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], rows]))
+
+
+def largest_chunk(chunks: list[tuple[int, int]]) -> int:
+    """Rows of the largest of them."""
+    return max((stop - start for start, stop in chunks), default=0)
+
+
 def logit_buffers(count: int, rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """``count`` tensors [rows, V] for logits, unfilled; see ``ROW_ALIGNMENT``."""
     width = -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -114,6 +131,29 @@ def hidden_gradient(grad_logits: Tensor, weight: Tensor, acc: torch.dtype) -> Te
     return out
 
 
+def store_gradient(out: Tensor, grad_logits: Tensor, weight: Tensor, acc: torch.dtype, largest: float) -> None:
+    """``out`` [n, H] = :func:`hidden_gradient`, without the factor of :func:`logit_gradient_scale` for ``largest``."""
+    scale = logit_gradient_scale(grad_logits.dtype, largest)
+    found = hidden_gradient(grad_logits, weight, acc)
+    out.copy_(found if scale == 1.0 else found.div_(scale))
+
+
+def takes_narrow(device: torch.device) -> bool:
+    """Whether a matrix product there takes 16-bit operands to a float32 result, at a rate that float32 ones lack."""
+    return device.type == "cuda"
+
+
+def autocast_operands(*operands: Tensor) -> list[Tensor]:
+    """Operands of a head's product: under autocast float32 ones in its dtype, where the device's products take those.
+
+    The logits stay in float32, as they are for states and a head that have 16 bits.
+    """
+    device = operands[0].device
+    if operands[0].dtype != torch.float32 or not takes_narrow(device) or not torch.is_autocast_enabled(device.type):
+        return list(operands)
+    return [operand.to(torch.get_autocast_dtype(device.type)) for operand in operands]
+
+
 def _tiles(weight: Tensor) -> list[tuple[int, int]]:
     step = max(1, TILE_ELEMENTS // weight.shape[1])
     return [(start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step)]
@@ -168,7 +208,14 @@ def check_bias(name: str, bias: Tensor | None, weight: Tensor, hidden: Tensor) -
 
 
 def head_scratch(
-    rows: int, vocabulary: int, width: int, itemsize: int, device: torch.device, chunk_rows: int | None
+    rows: int,
+    vocabulary: int,
+    width: int,
+    itemsize: int,
+    device: torch.device,
+    chunk_rows: int | None,
+    *,
+    autocast: bool = False,
 ) -> int:
     """Bytes inside ``linear_kl_div`` (and, no more than that, ``linear_log_prob``).
 
@@ -176,10 +223,13 @@ def head_scratch(
         rows: rows that the head reads.
         itemsize: bytes of an element of the hidden states.
         chunk_rows: rows per chunk; None = the op's size rule.
+        autocast: whether the public function is called under it, which may make 16-bit copies of its operands.
     """
-    chunk = min(chunk_rows or default_chunk_rows(rows, vocabulary, device), rows)
+    chunk = largest_chunk(head_chunks(rows, chunk_rows or default_chunk_rows(rows, vocabulary, device), device))
     buffers = 2 * 4 * chunk * vocabulary
     gradient = 2 * 4 * chunk * width
+    if autocast and itemsize == 4 and takes_narrow(device):
+        gradient += 2 * width * (vocabulary + 2 * rows)
     if device.type == "cuda":
         return buffers + gradient
     block = max(1, CPU_ELEMENTS_PER_THREAD * torch.get_num_threads() // vocabulary)

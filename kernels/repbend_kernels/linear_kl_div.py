@@ -24,18 +24,20 @@ from torch import Tensor
 from . import checks
 from .context import Context, Gradients
 from .head import (
+    autocast_operands,
     check_bias,
     check_head,
     check_weight,
     default_chunk_rows,
+    head_chunks,
     head_scratch,
-    hidden_gradient,
     hidden_rows,
+    largest_chunk,
     log_softmax_,
     logit_buffers,
-    logit_gradient_scale,
     logits_into,
     scaled_gradient,
+    store_gradient,
     stored_gradient_dtype,
 )
 from .oracles import linear_kl_div_reference
@@ -98,11 +100,10 @@ def linear_kl_div_op(
     grad = torch.empty(
         (count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device
     )
-    step = min(chunk_rows, count)
-    student_buffer, teacher_buffer = logit_buffers(2, step, vocabulary, acc, hidden.device)
+    chunks = head_chunks(count, chunk_rows, hidden.device)
+    student_buffer, teacher_buffer = logit_buffers(2, largest_chunk(chunks), vocabulary, acc, hidden.device)
     with checks.in_own_dtypes(hidden.device):
-        for start in range(0, count, max(step, 1)):
-            stop = min(start + step, count)
+        for start, stop in chunks:
             student, teacher = student_buffer[: stop - start], teacher_buffer[: stop - start]
             logits_into(student, hidden_rows(hidden, rows, start, stop), weight, bias)
             logits_into(teacher, reference[start:stop], reference_weight, reference_bias)
@@ -116,9 +117,7 @@ def linear_kl_div_op(
                 losses[start:stop] = _chunk_torch(student, teacher, temperature, softcap, need_grad)
                 grad_logits = student
             if need_grad:
-                grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(
-                    grad_logits.dtype, temperature
-                )
+                store_gradient(grad[start:stop], grad_logits, weight, acc, temperature)
     return losses.sum() * temperature**2, grad
 
 
@@ -212,7 +211,10 @@ def linear_kl_div(
         )
     need_grad = hidden.requires_grad and torch.is_grad_enabled()
     step = chunk_rows or default_chunk_rows(count, weight.shape[0], hidden.device)
-    teacher = (weight, bias) if reference_weight is None else (reference_weight, reference_bias)
+    hidden, reference, weight = autocast_operands(hidden, reference, weight)
+    teacher = (weight, bias)
+    if reference_weight is not None:
+        teacher = (*autocast_operands(reference_weight), reference_bias)
     total, _ = linear_kl_div_op(
         hidden, reference, weight, bias, *teacher, temperature, softcap, step, need_grad, chosen, rows
     )

@@ -22,16 +22,18 @@ from torch import Tensor
 from . import checks
 from .context import Context, Gradients
 from .head import (
+    autocast_operands,
     check_head,
     default_chunk_rows,
+    head_chunks,
     head_scratch,
-    hidden_gradient,
     hidden_rows,
+    largest_chunk,
     log_softmax_,
     logit_buffers,
-    logit_gradient_scale,
     logits_into,
     scaled_gradient,
+    store_gradient,
     stored_gradient_dtype,
 )
 from .oracles import linear_log_prob_reference
@@ -79,11 +81,10 @@ def linear_log_prob_op(
     grad = torch.empty(
         (count if need_grad else 0, hidden.shape[1]), dtype=stored_gradient_dtype(hidden.dtype), device=hidden.device
     )
-    step = min(chunk_rows, count)
-    (buffer,) = logit_buffers(1, step, weight.shape[0], acc, hidden.device)
+    chunks = head_chunks(count, chunk_rows, hidden.device)
+    (buffer,) = logit_buffers(1, largest_chunk(chunks), weight.shape[0], acc, hidden.device)
     with checks.in_own_dtypes(hidden.device):
-        for start in range(0, count, max(step, 1)):
-            stop = min(start + step, count)
+        for start, stop in chunks:
             logits = buffer[: stop - start]
             logits_into(logits, hidden_rows(hidden, rows, start, stop), weight, bias)
             if implementation == "triton":
@@ -96,9 +97,7 @@ def linear_log_prob_op(
                 out[start:stop] = _chunk_torch(logits, targets[start:stop], temperature, softcap, need_grad)
                 grad_logits = logits
             if need_grad:
-                grad[start:stop] = hidden_gradient(grad_logits, weight, acc) / logit_gradient_scale(
-                    grad_logits.dtype, 1 / temperature
-                )
+                store_gradient(grad[start:stop], grad_logits, weight, acc, 1 / temperature)
     if ignored is not None:
         # Filled, not multiplied: a row that nobody looks at may hold NaN.
         out.masked_fill_(ignored, 0.0)
@@ -196,6 +195,7 @@ def linear_log_prob(
     else:
         step = chunk_rows or default_chunk_rows(count, weight.shape[0], hidden.device)
         need_grad = hidden.requires_grad and torch.is_grad_enabled()
+        hidden, weight = autocast_operands(hidden, weight)
         out, _ = linear_log_prob_op(
             hidden, weight, bias, targets, temperature, softcap, step, need_grad, chosen, rows, ignore_index
         )

@@ -293,7 +293,10 @@ class PeakMeter:
     def chunk_bytes(self, rows: int, chunk_rows: int | None) -> int:
         """Bytes in the chunks of a head loss over ``rows``."""
         head = self.whole.get_output_embeddings().weight
-        return head_scratch(rows, head.shape[0], head.shape[1], self.itemsize, self.device, chunk_rows)
+        autocast = self.autocast is not None
+        return head_scratch(
+            rows, head.shape[0], head.shape[1], self.itemsize, self.device, chunk_rows, autocast=autocast
+        )
 
 
 def _rows(stream: Stream) -> tuple[int, int]:
