@@ -6,7 +6,7 @@ from benchmarks.faults.mutant import KERNELS, Mutant
 
 OPS = ("tests/kernels/test_low_rank.py",)
 WIDE = ("tests/kernels/test_wide_offsets.py", "-k", "low_rank")
-KERNEL, PARTS, LAUNCH = (f"{KERNELS}/triton/{name}.py" for name in ("low_rank", "parts", "low_rank_launch"))
+KERNEL, LAUNCH = f"{KERNELS}/triton/low_rank.py", f"{KERNELS}/triton/low_rank_launch.py"
 
 
 def _kernel(name: str, old: str, new: str, *, file: str = KERNEL, tests: tuple[str, ...] = OPS) -> Mutant:
@@ -18,23 +18,20 @@ LOW_RANK = [
         "no middle part of a wide operand",
         "middle = rest.to(tl.bfloat16)",
         "middle = (rest * 0.0).to(tl.bfloat16)",
-        file=PARTS,
     ),
     _kernel(
         "no low part of a wide operand",
         "low = (rest - middle.to(tl.float32)).to(tl.bfloat16)",
         "low = (rest * 0.0).to(tl.bfloat16)",
-        file=PARTS,
     ),
     _kernel(
         "the low part of a wide left operand is not added",
         "            total = narrow_product(low, right, total)\n",
         "",
-        file=PARTS,
     ),
     Mutant(
         "low rank: products in plain tf32",
-        PARTS,
+        KERNEL,
         'input_precision="tf32x3"',
         'input_precision="tf32"',
         OPS,

@@ -224,7 +224,7 @@ def _sum_case(dtype: str) -> Case:
         {**types, **dict.fromkeys(names, "i32")},
         {"BLOCK": low_rank_sizes.SUM_BLOCK},
         low_rank_sizes.WARPS,
-        frozenset({"count_one", "count_two"}),
+        frozenset({"count_one", "count_two", "size_one", "size_two"}),
     )
 
 

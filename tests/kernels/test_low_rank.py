@@ -225,11 +225,7 @@ def test_the_parts_take_what_the_rule_says(implementation, device, monkeypatch, 
         "low_rank_up_gradients": (grad, down, b, SCALING, [True, True], implementation),
         "add_low_rank_gradient_": (grad, x, a, down, None, 0, 0.0, [True, True], implementation),
     }
-    from repbend_kernels.triton import low_rank_launch
-
-    for name in ("down", "up", "up_backward", "down_backward"):
-        monkeypatch.setattr(low_rank_launch, f"lora_{name}_kernel", _NoKernel())
-    monkeypatch.setattr(low_rank_launch, "sum_parts_kernel", _NoKernel())
+    stub_kernels(monkeypatch)
     for name, arguments in calls.items():
         op = getattr(torch.ops.repbend_kernels, name).default
         rule = scratch.scratch_bytes(f"repbend_kernels::{name}", torch.device("cuda"), arguments)
@@ -240,10 +236,36 @@ def test_the_parts_take_what_the_rule_says(implementation, device, monkeypatch, 
 
 
 class _NoKernel:
-    """A kernel that is launched and does nothing."""
+    """A kernel that is launched and does nothing but count."""
+
+    def __init__(self, launched: list[str], name: str) -> None:
+        self.launched, self.name = launched, name
 
     def __getitem__(self, grid: tuple[int, ...]):
-        return lambda *arguments, **constants: None
+        return lambda *arguments, **constants: self.launched.append(self.name)
+
+
+def stub_kernels(monkeypatch) -> list[str]:
+    """No kernel runs; the names of those that would have."""
+    from repbend_kernels.triton import low_rank_launch
+
+    launched: list[str] = []
+    for name in [name for name in vars(low_rank_launch) if name.endswith("_kernel")]:
+        monkeypatch.setattr(low_rank_launch, name, _NoKernel(launched, name.removesuffix("_kernel")))
+    return launched
+
+
+def test_an_adapted_layer_takes_two_launches_and_four_back(implementation, device, monkeypatch) -> None:
+    """Few rows take one more, which adds up the spans of P."""
+    if implementation != "triton":
+        pytest.skip("launches of kernels")
+    launched = stub_kernels(monkeypatch)
+    back = ["lora_up_backward", "sum_parts", "lora_down_backward", "sum_parts"]
+    for rows, spans in ((600, 1), (20, 2)):
+        of = {name: torch.zeros(shape) for name, shape in (("x", (rows, 80)), ("a", (4, 80)), ("b", (96, 4)))}
+        adapted({**of, "w": torch.zeros(96, 80), "grad": torch.zeros(rows, 96)}, implementation, True)
+        assert launched == ["lora_down", *["sum_parts"] * (spans > 1), "lora_up", *back]
+        launched.clear()
 
 
 def test_the_device_is_full_and_parts_are_few() -> None:

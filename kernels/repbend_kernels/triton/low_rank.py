@@ -14,11 +14,12 @@ its rows (dA, dB) is one part of the sum, so nothing is added atomically and res
 Legend: N rows, W columns (D or O), r rank, R the rank's block (r up to a power of two, at least 16).
 """
 
+import os
+
 import triton
 import triton.language as tl
 
 from .keyed_dropout import column_hash, element_hash
-from .parts import product
 
 __all__ = [
     "PRODUCT_RANK",
@@ -32,6 +33,46 @@ __all__ = [
 # The most ranks of which a program of lora_down's backward holds a tile of A; of more it reads them again for each tile
 # of rows.
 PRODUCT_RANK = tl.constexpr(32)
+# Triton's interpreter multiplies bfloat16 by its bits; widened, the products are the same.
+WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def narrow_product(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """total + left · right of operands in one 16-bit dtype; their products are exact."""
+    if WIDEN:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(left, right, total)
+
+
+@triton.jit
+def product(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """total + left · right, to float32's accuracy whatever the operands' dtypes are.
+
+    Beside bfloat16 a wide operand is the sum of three bfloat16 parts, all its 24 bits; three such products cost half of
+    what three in tf32 do. float16's range would lose small parts: it goes the way of float32.
+    """
+    NARROW_LEFT: tl.constexpr = left.dtype == tl.bfloat16
+    NARROW_RIGHT: tl.constexpr = right.dtype == tl.bfloat16
+    if left.dtype == right.dtype and left.dtype != tl.float32:
+        total = narrow_product(left, right, total)
+    elif NARROW_LEFT or NARROW_RIGHT:
+        wide = (right if NARROW_LEFT else left).to(tl.float32)
+        high = wide.to(tl.bfloat16)
+        rest = wide - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        if NARROW_LEFT:
+            total = narrow_product(left, low, total)
+            total = narrow_product(left, middle, total)
+            total = narrow_product(left, high, total)
+        else:
+            total = narrow_product(low, right, total)
+            total = narrow_product(middle, right, total)
+            total = narrow_product(high, right, total)
+    else:
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="tf32x3")
+    return total
 
 
 @triton.jit
@@ -283,7 +324,7 @@ def sum_into(
     tl.store(out + offsets, (total * factor).to(out.dtype.element_ty), mask=offsets < size)
 
 
-@triton.jit(do_not_specialize=["count_one", "count_two"])
+@triton.jit(do_not_specialize=["count_one", "count_two", "size_one", "size_two"])
 def sum_parts_kernel(
     parts_one: tl.tensor,
     out_one: tl.tensor,

@@ -1,8 +1,6 @@
-"""Pieces of more than one kernel: the inverse of a length; matrix products that lose no bit of a wide operand; of the
-heads' soft-cap, running soft-max, and reading before packing.
+"""Pieces of more than one kernel: the inverse of a length; of the heads' soft-cap, running soft-max, and reading before
+packing.
 """
-
-import os
 
 import triton
 import triton.language as tl
@@ -22,48 +20,6 @@ LEAST_SQUARE = tl.constexpr(1.1754943508222875e-38)
 def inverse_root(square: tl.tensor) -> tl.tensor:
     """1/√square, 0 for the square of a length that is as good as 0."""
     return tl.where(square >= LEAST_SQUARE, 1.0 / tl.sqrt_rn(square), 0.0)
-
-
-# Triton's interpreter multiplies bfloat16 by its bits; widened, the products are the same.
-WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-
-
-@triton.jit
-def narrow_product(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """total + left · right of operands in one 16-bit dtype; their products are exact."""
-    if WIDEN:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(left, right, total)
-
-
-@triton.jit
-def product(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """total + left · right, to float32's accuracy whatever the operands' dtypes are.
-
-    Beside bfloat16 a wide operand is the sum of three bfloat16 parts, all its 24 bits; three such products cost half of
-    what three in tf32 do. float16's range would lose small parts: it goes the way of float32.
-    """
-    NARROW_LEFT: tl.constexpr = left.dtype == tl.bfloat16
-    NARROW_RIGHT: tl.constexpr = right.dtype == tl.bfloat16
-    if left.dtype == right.dtype and left.dtype != tl.float32:
-        total = narrow_product(left, right, total)
-    elif NARROW_LEFT or NARROW_RIGHT:
-        wide = (right if NARROW_LEFT else left).to(tl.float32)
-        high = wide.to(tl.bfloat16)
-        rest = wide - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        if NARROW_LEFT:
-            total = narrow_product(left, low, total)
-            total = narrow_product(left, middle, total)
-            total = narrow_product(left, high, total)
-        else:
-            total = narrow_product(low, right, total)
-            total = narrow_product(middle, right, total)
-            total = narrow_product(high, right, total)
-    else:
-        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="tf32x3")
-    return total
 
 
 @triton.jit
