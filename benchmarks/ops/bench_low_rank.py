@@ -90,13 +90,13 @@ def eager(of: Layer) -> Call:
 
 def exact(of: Layer) -> Result:
     """By the oracles, in float64."""
-    wide = Layer(*(None if t is None else t if t.dtype == torch.int32 else t.double() for t in of))
+    x, y, grad_x, grad, a, b = (t.double() for t in (of.x, of.y, of.grad_x, of.grad, of.a, of.b))
     p = 0.0 if of.hashes is None else P
-    leaves = [tensor.requires_grad_() for tensor in (wide.x, wide.a, wide.b)]
-    _, down = lora_down_reference(wide.x, wide.a, of.hashes, *mask_arguments(PLACE, p))
-    y = lora_up_reference(wide.y, down, wide.b, SCALING / (1 - p))
-    grad_x, *grads = torch.autograd.grad(y, leaves, wide.grad)
-    return y.detach(), [wide.grad_x + grad_x, *grads]
+    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+    _, down = lora_down_reference(x, a, of.hashes, *mask_arguments(PLACE, p))
+    y = lora_up_reference(y, down, b, SCALING / (1 - p))
+    of_x, *grads = torch.autograd.grad(y, leaves, grad)
+    return y.detach(), [grad_x + of_x, *grads]
 
 
 CONTENDERS = {"ours": (ours, True), "ours, no dropout": (ours, False), "eager, no dropout": (eager, False)}

@@ -214,7 +214,7 @@ def linear_kl_div(
     hidden, reference, weight = autocast_operands(hidden, reference, weight)
     teacher = (weight, bias)
     if reference_weight is not None:
-        teacher = (*autocast_operands(reference_weight), reference_bias)
+        teacher = (autocast_operands(reference_weight)[0], reference_bias)
     total, _ = linear_kl_div_op(
         hidden, reference, weight, bias, *teacher, temperature, softcap, step, need_grad, chosen, rows
     )

@@ -310,7 +310,9 @@ def _check_up(result: Tensor, down: Tensor, b: Tensor) -> None:
 
 
 def _parts_bytes(device: torch.device, rows: Tensor, weight: Tensor, rank: int) -> int:
-    return parts_bytes(*rows.shape, rank, rows.dtype, weight.dtype) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    return parts_bytes(rows.shape[0], rows.shape[1], rank, rows.dtype, weight.dtype)
 
 
 @scratch_rule("low_rank_down")
