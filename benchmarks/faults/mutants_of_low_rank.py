@@ -16,13 +16,13 @@ def _kernel(name: str, old: str, new: str, *, file: str = KERNEL, tests: tuple[s
 LOW_RANK = [
     _kernel(
         "no middle part of a wide operand",
-        "middle = rest.to(tl.bfloat16)",
-        "middle = (rest * 0.0).to(tl.bfloat16)",
+        "        middle, rest = cut(rest)\n",
+        "        middle, rest = cut(rest)\n        middle = (rest * 0.0).to(tl.bfloat16)\n",
     ),
     _kernel(
         "no low part of a wide operand",
-        "low = (rest - middle.to(tl.float32)).to(tl.bfloat16)",
-        "low = (rest * 0.0).to(tl.bfloat16)",
+        "low, _ = cut(rest)",
+        "low, _ = cut(rest * 0.0)",
     ),
     _kernel(
         "the low part of a wide left operand is not added",

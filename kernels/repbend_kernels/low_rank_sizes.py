@@ -14,13 +14,13 @@ import torch
 WARPS = 4
 # About as many as GPUs have multiprocessors: fewer programs leave some idle, more write more parts.
 PROGRAMS = 128
-# Rows of a tile that is walked down: the least that a matrix product takes, so that a tile of columns can be wide.
-ROWS = 16
+# Rows of a tile that is walked down, of lora_down's and lora_up's backward: few, so that a tile of columns can be wide.
+DOWN_BACK_ROWS = 16
 # lora_up's tile, and the ranks of one of its products.
 UP_ROWS, UP_COLUMNS, UP_RANK = 64, 64, 16
 SUM_BLOCK = 512
-# Columns of a span of lora_down, and tiles of rows in a slab, at least.
-LEAST_SPAN, LEAST_TILES = 512, 4
+# Columns of a span of lora_down, and rows of a slab, at least.
+LEAST_SPAN, LEAST_SLAB = 512, 64
 # Parts begin at multiples of so many elements, whatever the sizes are, so that they are read 16 bytes at a time.
 ALIGNMENT = 16
 
@@ -53,27 +53,34 @@ def tiles(rank: int, width: int, rows: torch.dtype, weight: torch.dtype) -> Tile
     block, widest = _power_of_two(rank), _power_of_two(width)
     narrow = rows == torch.bfloat16 or (rows == weight and rows.itemsize == 2)
     share = 1 if narrow else 2 if rows.itemsize == 2 else 4
-    walked, owned = (min(max(elements // share // block, 16), widest) for elements in (2048, 4096))
+    walked, owned = (min(max(elements // share // block, 16), widest) for elements in (1024, 4096))
     return Tiles(block, walked, min(owned, 128), owned)
 
 
-def down_rows(count: int, block: int) -> int:
-    """Rows of a program of ``lora_down``: more where A is large, which each of them reads, or where there are many."""
-    return max(16, min(block // 2, 64)) * (1 if count < 32 * PROGRAMS else 2)
+def up_back_rows(block: int) -> int:
+    """Of ``lora_up``'s backward: where a product's result is rows times ranks, warps without rows of their own repeat
+    others' work; a high rank leaves no registers for more rows.
+    """
+    return 32 if block <= 64 else 16
+
+
+def down_rows(count: int) -> int:
+    """Rows of a program of ``lora_down``, 16 a warp: each program reads all of A and takes its parts."""
+    return min(_power_of_two(count), 16 * WARPS)
 
 
 def span_steps(count: int, width: int, rows: int, walked: int) -> int:
     """Tiles of columns in a span of ``lora_down``: the whole row, unless there are too few rows to fill the device."""
     row_tiles, steps = blocks(count, rows), blocks(width, walked)
-    if row_tiles >= PROGRAMS // 4:
+    if row_tiles >= PROGRAMS // 2:
         return steps
     return blocks(steps, min(blocks(PROGRAMS, row_tiles), blocks(width, LEAST_SPAN)))
 
 
-def slab_steps(count: int, width: int, owned: int) -> int:
+def slab_steps(count: int, width: int, rows: int, owned: int) -> int:
     """Tiles of rows in a backward program's slab."""
     slabs = max(1, PROGRAMS // blocks(width, owned))
-    return max(blocks(blocks(count, slabs), ROWS), LEAST_TILES)
+    return max(blocks(blocks(count, slabs), rows), blocks(LEAST_SLAB, rows))
 
 
 def part_stride(size: int) -> int:
@@ -81,14 +88,15 @@ def part_stride(size: int) -> int:
     return blocks(size, ALIGNMENT) * ALIGNMENT
 
 
-def parts_bytes(count: int, width: int, rank: int, rows: torch.dtype, weight: torch.dtype) -> int:
+def parts_bytes(count: int, width: int, rank: int, dtype: torch.dtype, weight: torch.dtype) -> int:
     """Bytes of the parts of Q and dB, of dA, or of P, whichever are most."""
     if not count or not width or not rank:
         return 0
-    sizes = tiles(rank, width, rows, weight)
+    sizes = tiles(rank, width, dtype, weight)
     per_row, per_column = part_stride(count * rank), part_stride(width * rank)
-    slabs = [blocks(count, slab_steps(count, width, owned) * ROWS) for owned in (sizes.up, sizes.down)]
-    tile_rows = down_rows(count, sizes.rank)
+    owned = ((up_back_rows(sizes.rank), sizes.up), (DOWN_BACK_ROWS, sizes.down))
+    slabs = [blocks(count, slab_steps(count, width, rows, columns) * rows) for rows, columns in owned]
+    tile_rows = down_rows(count)
     spans = blocks(width, span_steps(count, width, tile_rows, sizes.walked) * sizes.walked)
     sums = (blocks(width, sizes.up) * per_row + slabs[0] * per_column, slabs[1] * per_column, spans * per_row)
     return 4 * max(sums)

@@ -34,7 +34,7 @@ Leaves = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def many_parts(monkeypatch) -> None:
     """Sums in several parts, chunks and spans, the last ones short."""
-    monkeypatch.setattr(low_rank_sizes, "LEAST_TILES", 1)
+    monkeypatch.setattr(low_rank_sizes, "LEAST_SLAB", 16)
     monkeypatch.setattr(low_rank_sizes, "LEAST_SPAN", 40)
     monkeypatch.setattr(low_rank_chunks, "CHUNK_ELEMENTS", {"cpu": 1000, "other": 1000})
     monkeypatch.setattr(low_rank_chunks, "LEAST_ROWS", 1)
@@ -256,12 +256,12 @@ def stub_kernels(monkeypatch) -> list[str]:
 
 
 def test_an_adapted_layer_takes_two_launches_and_four_back(implementation, device, monkeypatch) -> None:
-    """Few rows take one more, which adds up the spans of P."""
+    """Fewer than 4096 rows take one more, which adds up the spans of P."""
     if implementation != "triton":
         pytest.skip("launches of kernels")
     launched = stub_kernels(monkeypatch)
     back = ["lora_up_backward", "sum_parts", "lora_down_backward", "sum_parts"]
-    for rows, spans in ((600, 1), (20, 2)):
+    for rows, spans in ((4100, 1), (20, 2)):
         of = {name: torch.zeros(shape) for name, shape in (("x", (rows, 80)), ("a", (4, 80)), ("b", (96, 4)))}
         adapted({**of, "w": torch.zeros(96, 80), "grad": torch.zeros(rows, 96)}, implementation, True)
         assert launched == ["lora_down", *["sum_parts"] * (spans > 1), "lora_up", *back]
@@ -270,11 +270,16 @@ def test_an_adapted_layer_takes_two_launches_and_four_back(implementation, devic
 
 def test_the_device_is_full_and_parts_are_few() -> None:
     """At the sizes of an 8B model: enough programs, and parts that are small beside what a kernel reads."""
-    for rows, width in ((1456, 4096), (2623, 14336), (5560, 1024)):
+    for rows, width in ((1456, 4096), (2623, 14336), (5560, 1024), (5560, 14336)):
         sizes = low_rank_sizes.tiles(16, width, BF16, FP32)
-        for owned in (sizes.up, sizes.down):
-            slabs = low_rank_sizes.blocks(rows, low_rank_sizes.slab_steps(rows, width, owned) * low_rank_sizes.ROWS)
-            programs = slabs * low_rank_sizes.blocks(width, owned)
-            assert 90 <= programs <= 2 * low_rank_sizes.PROGRAMS
-        assert low_rank_sizes.span_steps(rows, width, 16, sizes.walked) * sizes.walked >= width, "one span"
+        owned = ((low_rank_sizes.up_back_rows(sizes.rank), sizes.up), (low_rank_sizes.DOWN_BACK_ROWS, sizes.down))
+        for tile_rows, columns in owned:
+            steps = low_rank_sizes.slab_steps(rows, width, tile_rows, columns)
+            slabs = low_rank_sizes.blocks(rows, steps * tile_rows)
+            assert 90 <= slabs * low_rank_sizes.blocks(width, columns) <= 2 * low_rank_sizes.PROGRAMS
+        tile_rows = low_rank_sizes.down_rows(rows)
+        steps = low_rank_sizes.span_steps(rows, width, tile_rows, sizes.walked)
+        spans = low_rank_sizes.blocks(width, steps * sizes.walked)
+        assert spans * low_rank_sizes.blocks(rows, tile_rows) >= 80
+        assert spans == 1 or rows < 4096
         assert low_rank_sizes.parts_bytes(rows, width, 16, BF16, FP32) < 0.7 * 2 * rows * width

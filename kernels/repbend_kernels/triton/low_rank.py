@@ -46,6 +46,16 @@ def narrow_product(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.te
 
 
 @triton.jit
+def cut(wide: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The upper half of float32's bits, as bfloat16, and what it leaves. By integers: rounding is converted element by
+    element, at a quarter of their rate.
+    """
+    upper = wide.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    half = (upper >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return half, wide - upper.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def product(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
     """total + left · right, to float32's accuracy whatever the operands' dtypes are.
 
@@ -57,11 +67,9 @@ def product(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
     if left.dtype == right.dtype and left.dtype != tl.float32:
         total = narrow_product(left, right, total)
     elif NARROW_LEFT or NARROW_RIGHT:
-        wide = (right if NARROW_LEFT else left).to(tl.float32)
-        high = wide.to(tl.bfloat16)
-        rest = wide - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        high, rest = cut((right if NARROW_LEFT else left).to(tl.float32))
+        middle, rest = cut(rest)
+        low, _ = cut(rest)
         if NARROW_LEFT:
             total = narrow_product(left, low, total)
             total = narrow_product(left, middle, total)
@@ -117,7 +125,8 @@ def lora_down_kernel(
     known = rows < count
     ranks = tl.arange(0, RANK)
     total = tl.zeros([ROWS, RANK], dtype=tl.float32)
-    for step in tl.range(0, steps, num_stages=3):
+    DEPTH: tl.constexpr = 3 if RANK <= 64 else 2
+    for step in tl.range(0, steps, num_stages=DEPTH):
         columns = (tl.program_id(1) * steps + step) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < width
         wide = columns.to(tl.int64)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..launch import on_device_of
 from ..low_rank_sizes import (
-    ROWS,
+    DOWN_BACK_ROWS,
     SUM_BLOCK,
     UP_COLUMNS,
     UP_RANK,
@@ -20,6 +20,7 @@ from ..low_rank_sizes import (
     slab_steps,
     span_steps,
     tiles,
+    up_back_rows,
 )
 from .low_rank import (
     lora_down_backward_kernel,
@@ -39,7 +40,7 @@ def launch_down(x: Tensor, a: Tensor, hashes: Tensor | None, start: int, thresho
     if not down.numel():
         return down
     sizes = tiles(rank, width, x.dtype, a.dtype)
-    rows = down_rows(count, sizes.rank)
+    rows = down_rows(count)
     steps = span_steps(count, width, rows, sizes.walked)
     spans, part = blocks(width, steps * sizes.walked), part_stride(down.numel())
     parts = down if spans == 1 else torch.empty((spans, part), dtype=torch.float32, device=x.device)
@@ -105,8 +106,9 @@ def launch_up_backward(
     if not grad.numel() or not rank or not wanted:
         return (None if up is None else up.zero_()), (None if grad_b is None else grad_b.zero_())
     sizes = tiles(rank, width, grad.dtype, b.dtype)
-    steps, columns = slab_steps(count, width, sizes.up), blocks(width, sizes.up)
-    slabs = blocks(count, steps * ROWS)
+    rows, columns = up_back_rows(sizes.rank), blocks(width, sizes.up)
+    steps = slab_steps(count, width, rows, sizes.up)
+    slabs = blocks(count, steps * rows)
     up_parts, b_parts = _parts(up, columns), _parts(grad_b, slabs)
     with on_device_of(grad):
         lora_up_backward_kernel[(columns, slabs)](
@@ -126,7 +128,7 @@ def launch_up_backward(
             *b.stride(),
             HAS_UP=needs[0],
             HAS_B=needs[1],
-            ROWS=ROWS,
+            ROWS=rows,
             COLUMNS=sizes.up,
             RANK=sizes.rank,
             num_warps=WARPS,
@@ -155,8 +157,8 @@ def launch_down_backward(
     if needs[0]:
         _check_writable("the gradient of x", grad_x)
     sizes = tiles(rank, width, x.dtype, a.dtype)
-    steps = slab_steps(count, width, sizes.down)
-    slabs = blocks(count, steps * ROWS)
+    steps = slab_steps(count, width, DOWN_BACK_ROWS, sizes.down)
+    slabs = blocks(count, steps * DOWN_BACK_ROWS)
     parts = _parts(grad_a, slabs)
     with on_device_of(x):
         lora_down_backward_kernel[(blocks(width, sizes.down), slabs)](
@@ -180,7 +182,7 @@ def launch_down_backward(
             HAS_MASK=hashes is not None,
             HAS_X=needs[0],
             HAS_A=needs[1],
-            ROWS=ROWS,
+            ROWS=DOWN_BACK_ROWS,
             COLUMNS=sizes.down,
             RANK=sizes.rank,
             num_warps=WARPS,
