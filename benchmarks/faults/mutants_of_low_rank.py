@@ -62,20 +62,16 @@ LOW_RANK = [
         "product(tl.trans(g), p, total)",
         "product(tl.trans(g), p, total * 0.0)",
     ),
-    _kernel(
-        "down backward: no mask on dx",
-        "                added = tl.where(keep, added, 0.0)\n",
-        "                added = added\n",
-    ),
+    _kernel("down backward: no mask on dx", "tl.where(keep, added, 0.0), some)", "added, some)"),
     _kernel(
         "down backward: no mask on x",
-        "                m = tl.where(keep, m, 0.0)\n",
-        "                m = m\n",
+        "product(tl.trans(q), tl.where(keep, m, 0.0), total)",
+        "product(tl.trans(q), m, total)",
     ),
     _kernel(
         "down backward: dx is not added to what is there",
-        "g = tl.load(place, mask=some, other=0.0).to(tl.float32) + added",
-        "g = added",
+        "value = tl.load(place, mask=some, other=0.0).to(tl.float32) + added",
+        "value = added",
     ),
     _kernel(
         "down backward: of a high rank only the first ones",

@@ -23,7 +23,17 @@ from pathlib import Path
 
 import torch
 import triton
-from repbend_kernels import low_rank_sizes
+from repbend_kernels.low_rank_sizes import (
+    DOWN_BACK_ROWS,
+    SUM_BLOCK,
+    UP_COLUMNS,
+    UP_RANK,
+    UP_ROWS,
+    WARPS,
+    down_rows,
+    tiles,
+    up_back_rows,
+)
 from repbend_kernels.triton import keyed_dropout as dropout
 from repbend_kernels.triton import linear_kl_div as kl
 from repbend_kernels.triton import linear_log_prob as log_prob
@@ -41,7 +51,7 @@ RESULT = Path(__file__).parents[1] / "results" / "cubin_resources.json"
 LOW_RANKS = {
     "fp32": (("fp32", 16),),
     "bf16": (("fp32", 16), ("bf16", 16), ("fp32", 128)),
-    "fp16": (("fp32", 16), ("fp16", 16)),
+    "fp16": (("fp32", 16),),
 }
 # A block of 8 warps at 128 registers leaves two blocks on every architecture here, and its shared memory at least that
 # many; nothing may touch local memory.
@@ -173,38 +183,38 @@ def _dropout_case(dtype: str, keys: str) -> Case:
 def _low_rank_cases(dtype: str, weight: str, rank: int) -> list[Case]:
     """LoRA's kernels at one rank; the adapter's weights in ``weight``."""
     wide, pointer, adapter = "*fp32", f"*{dtype}", f"*{weight}"
-    sizes = low_rank_sizes.tiles(rank, 4096, TORCH_DTYPES[dtype], TORCH_DTYPES[weight])
+    sizes = tiles(rank, 4096, TORCH_DTYPES[dtype], TORCH_DTYPES[weight])
     block = {"RANK": sizes.rank}
     flags = {"HAS_MASK": True, "HAS_X": True, "HAS_A": True, "HAS_UP": True, "HAS_B": True}
-    lines = ("x_row", "a_row", "y_row", "p_row", "b_row", "g_row", "q_row", "part", "up_part", "b_part")
+    lines = ("x_row", "a_row", "y_row", "p_row", "b_row", "g_row", "part", "up_part", "b_part")
     numbers = dict.fromkeys(("start", "threshold", "count", "width", "rank", "steps", *lines), "i32") | {
         "factor": "fp32"
     }
     pointers = {**dict.fromkeys(("x", "grad", "grad_x", "result"), pointer), **dict.fromkeys(("a", "b"), adapter)}
     pointers |= {**dict.fromkeys(("down", "up", "grad_a", "grad_b"), wide), "hashes": "*i32"}
-    flat = dict.fromkeys(("x_column", "a_column", "p_column", "b_column", "g_column", "q_column", "y_column"), 1)
+    flat = dict.fromkeys(("x_column", "a_column", "p_column", "b_column", "g_column", "y_column"), 1)
     cases = [
         (
             "lora_down",
             low_rank.lora_down_kernel,
-            low_rank_sizes.down_rows(1456),
+            down_rows(1456),
             sizes.walked,
-            low_rank_sizes.WARPS,
+            WARPS,
         ),
-        ("lora_up", low_rank.lora_up_kernel, low_rank_sizes.UP_ROWS, low_rank_sizes.UP_COLUMNS, low_rank_sizes.WARPS),
+        ("lora_up", low_rank.lora_up_kernel, UP_ROWS, UP_COLUMNS, WARPS),
         (
             "lora_up_backward",
             low_rank.lora_up_backward_kernel,
-            low_rank_sizes.up_back_rows(sizes.rank),
+            up_back_rows(sizes.rank),
             sizes.up,
-            low_rank_sizes.WARPS,
+            WARPS,
         ),
         (
             "lora_down_backward",
             low_rank.lora_down_backward_kernel,
-            low_rank_sizes.DOWN_BACK_ROWS,
+            DOWN_BACK_ROWS,
             sizes.down,
-            low_rank_sizes.WARPS,
+            WARPS,
         ),
     ]
     loose = frozenset({"start", "threshold", "count", "steps"})
@@ -213,7 +223,7 @@ def _low_rank_cases(dtype: str, weight: str, rank: int) -> list[Case]:
     for name, kernel, tile_rows, columns, warps in cases:
         known = {**flat, **flags, **block, "ROWS": tile_rows, "COLUMNS": columns}
         if name == "lora_up":
-            known["RANK"] = low_rank_sizes.UP_RANK
+            known["RANK"] = UP_RANK
         known = {n: v for n, v in known.items() if n in kernel.arg_names}
         types = {**numbers, **pointers}
         found.append(Case(f"{name}[{tag}]", kernel, dtype, types, known, warps, loose))
@@ -228,8 +238,8 @@ def _sum_case(dtype: str) -> Case:
         low_rank.sum_parts_kernel,
         dtype,
         {**types, **dict.fromkeys(names, "i32")},
-        {"BLOCK": low_rank_sizes.SUM_BLOCK},
-        low_rank_sizes.WARPS,
+        {"BLOCK": SUM_BLOCK},
+        WARPS,
         frozenset({"count_one", "count_two", "size_one", "size_two"}),
     )
 

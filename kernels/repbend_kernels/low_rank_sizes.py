@@ -11,6 +11,18 @@ from typing import NamedTuple
 
 import torch
 
+__all__ = [
+    "DOWN_BACK_ROWS",
+    "SUM_BLOCK",
+    "UP_COLUMNS",
+    "UP_RANK",
+    "UP_ROWS",
+    "WARPS",
+    "down_rows",
+    "tiles",
+    "up_back_rows",
+]
+
 WARPS = 4
 # About as many as GPUs have multiprocessors: fewer programs leave some idle, more write more parts.
 PROGRAMS = 128

@@ -32,6 +32,7 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
     pair = [values(2, 3, 8, seed=3), values(2, 3, 8, seed=4)]
     rows, up, down = values(6, 8), values(2, 8, seed=5), values(6, 2, seed=6)
     triplets = (hidden.detach(), values(3, 8), ROWS, 2, values(8, 8)[0], [2.0, 0.5], 1.5)
+    both = [True, True]
     scales = torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-5)
     return {
         "bend_tap_forward": (hidden.detach(), values(3, 8), None, ROWS, "l2", implementation),
@@ -69,26 +70,9 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
         "gated_product": (rows, values(6, 8, seed=2), "silu"),
         "gated_product_gradients": (values(6, 8, seed=3), rows, values(6, 8, seed=2), "gelu_tanh"),
         "low_rank_down": (rows, up, HASHES, 3, 0.4, implementation),
-        "add_low_rank_gradient_": (
-            values(6, 8, seed=2),
-            rows,
-            up,
-            down,
-            HASHES,
-            3,
-            0.4,
-            [True, True],
-            implementation,
-        ),
+        "add_low_rank_gradient_": (values(6, 8, seed=2), rows, up, down, HASHES, 3, 0.4, both, implementation),
         "add_low_rank_up_": (rows.clone(), down, values(8, 2, seed=2), 1.5, implementation),
-        "low_rank_up_gradients": (
-            values(6, 8, seed=2),
-            down,
-            values(8, 2, seed=2),
-            1.5,
-            [True, True],
-            implementation,
-        ),
+        "low_rank_up_gradients": (values(6, 8, seed=2), down, values(8, 2, seed=2), 1.5, both, implementation),
         "linear_log_prob": (wide, weight, None, TARGETS, 2.0, None, 4, True, implementation, None, -100),
         "linear_lowered_label": (wide, values(6, 8), weight, None, TARGETS, 4.0, 3.0, 4, True),
     }

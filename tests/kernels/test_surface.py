@@ -16,10 +16,10 @@ PACKAGE = ROOT / "kernels" / NAME
 USERS = ("repbend_fast", "benchmarks", "examples")
 DECLARED = {
     NAME,
-    *(f"{NAME}.{module}" for module in ("blocks", "oracles", "scratch", "triton")),
+    *(f"{NAME}.{module}" for module in ("blocks", "low_rank_sizes", "oracles", "scratch", "triton")),
     *(
         f"{NAME}.triton.{op}"
-        for op in ("keyed_dropout", "linear_kl_div", "linear_log_prob", "pairwise_cosine", "row_distance")
+        for op in ("keyed_dropout", "linear_kl_div", "linear_log_prob", "low_rank", "pairwise_cosine", "row_distance")
     ),
 }
 

@@ -96,7 +96,7 @@ def test_a_slow_host_gets_large_pieces(tmp_path: Path) -> None:
     batch = Batch((answered,) * 4, (answered,) * 4, (), tuple(lengths))
     retain = next(s for s in planner.objective.streams(batch, 0) if s.name == "retain")
     seconds = {}
-    for name, rate in {"fast": 1e-12, "slow": 1e-4}.items():
+    for name, rate in {"fast": 1e-12, "slow": 4e-4}.items():
         cost = StepCost(replace(planner.cost.sizes, block=10**9), 4, planner.card, HostCost(rate, rate, rate))
         seconds[name] = [cost.seconds(retain, Levers(piece_tokens=sizes)) for sizes in ({}, {"*": 1000})]
     assert seconds["fast"][0] > 2 * seconds["fast"][1]

@@ -1,8 +1,9 @@
 """Triton kernels, each under the name of the op that launches it; imported where one is launched, since Triton may be
 absent.
 
-``keyed_dropout``, ``linear_kl_div``, ``linear_log_prob``, ``pairwise_cosine`` and ``row_distance`` declare the kernels
-and the launch parameters that a tool which compiles them needs; ``parts`` are pieces of more than one kernel.
+``keyed_dropout``, ``linear_kl_div``, ``linear_log_prob``, ``low_rank``, ``pairwise_cosine`` and ``row_distance``
+declare the kernels and the launch parameters that a tool which compiles them needs; ``parts`` are pieces of more than
+one kernel, and ``low_rank_launch`` launches those of ``low_rank``.
 """
 
-__all__ = ["keyed_dropout", "linear_kl_div", "linear_log_prob", "pairwise_cosine", "row_distance"]
+__all__ = ["keyed_dropout", "linear_kl_div", "linear_log_prob", "low_rank", "pairwise_cosine", "row_distance"]

@@ -232,6 +232,33 @@ def lora_up_backward_kernel(
         tl.store(grad_b + slab * b_part + columns[:, None] * rank + ranks[None, :], total, mask=held)
 
 
+@triton.jit
+def product_in_turn(
+    left: tl.tensor,
+    right: tl.tensor,
+    known: tl.tensor,
+    inside: tl.tensor,
+    rank: tl.tensor,
+    right_row: tl.tensor,
+    total: tl.tensor,
+) -> tl.tensor:
+    """total + left · right, a few ranks at a time; ``left`` points at its rows, ``right`` at its columns."""
+    for first in tl.range(0, rank, PRODUCT_RANK, num_stages=1):
+        few = first + tl.arange(0, PRODUCT_RANK).to(tl.int64)
+        used = few < rank
+        q = tl.load(left + few[None, :], mask=known & used[None, :], other=0.0)
+        w = tl.load(right + few[:, None] * right_row, mask=used[:, None] & inside, other=0.0)
+        total = product(q, w, total)
+    return total
+
+
+@triton.jit
+def add_at(place: tl.tensor, added: tl.tensor, some: tl.tensor) -> None:
+    """What lies at ``place`` += ``added``, rounded once."""
+    value = tl.load(place, mask=some, other=0.0).to(tl.float32) + added
+    tl.store(place, value.to(place.dtype.element_ty), mask=some)
+
+
 @triton.jit(do_not_specialize=["start", "threshold", "count", "steps"], do_not_specialize_on_alignment=["hashes"])
 def lora_down_backward_kernel(
     grad_x: tl.tensor,
@@ -253,8 +280,6 @@ def lora_down_backward_kernel(
     x_column: tl.tensor,
     a_row: tl.tensor,
     a_column: tl.tensor,
-    q_row: tl.tensor,
-    q_column: tl.tensor,
     HAS_MASK: tl.constexpr,
     HAS_X: tl.constexpr,
     HAS_A: tl.constexpr,
@@ -275,9 +300,8 @@ def lora_down_backward_kernel(
         rows = (slab * steps + step) * ROWS + tl.arange(0, ROWS)
         known = rows < count
         some = known[:, None] & inside[None, :]
-        q = tl.load(
-            up + rows[:, None] * q_row + ranks[None, :] * q_column, mask=known[:, None] & used[None, :], other=0.0
-        )
+        q = tl.load(up + rows[:, None] * rank + ranks[None, :], mask=known[:, None] & used[None, :], other=0.0)
+        keep = some
         if HAS_MASK:
             keep = kept(hashes, rows, known, columns, start, threshold)
         if HAS_X:
@@ -285,29 +309,12 @@ def lora_down_backward_kernel(
             if RANK <= PRODUCT_RANK:
                 added = product(q, w, added)
             else:
-                for first in tl.range(0, rank, PRODUCT_RANK, num_stages=1):
-                    few = first + tl.arange(0, PRODUCT_RANK).to(tl.int64)
-                    some_q = tl.load(
-                        up + rows[:, None] * q_row + few[None, :] * q_column,
-                        mask=known[:, None] & (few < rank)[None, :],
-                        other=0.0,
-                    )
-                    some_w = tl.load(
-                        a + few[:, None] * a_row + wide[None, :] * a_column,
-                        mask=(few < rank)[:, None] & inside[None, :],
-                        other=0.0,
-                    )
-                    added = product(some_q, some_w, added)
-            if HAS_MASK:
-                added = tl.where(keep, added, 0.0)
-            place = grad_x + rows[:, None] * g_row + wide[None, :] * g_column
-            g = tl.load(place, mask=some, other=0.0).to(tl.float32) + added
-            tl.store(place, g.to(grad_x.dtype.element_ty), mask=some)
+                q_rows, w_columns = up + rows[:, None] * rank, a + wide[None, :] * a_column
+                added = product_in_turn(q_rows, w_columns, known[:, None], inside[None, :], rank, a_row, added)
+            add_at(grad_x + rows[:, None] * g_row + wide[None, :] * g_column, tl.where(keep, added, 0.0), some)
         if HAS_A:
             m = tl.load(x + rows[:, None] * x_row + wide[None, :] * x_column, mask=some, other=0.0)
-            if HAS_MASK:
-                m = tl.where(keep, m, 0.0)
-            total = product(tl.trans(q), m, total)
+            total = product(tl.trans(q), tl.where(keep, m, 0.0), total)
     if HAS_A:
         tl.store(grad_a + slab * part + ranks[:, None] * width + wide[None, :], total, mask=held)
 
@@ -328,7 +335,8 @@ def sum_into(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     place = parts + offsets
     for _ in tl.range(0, count, loop_unroll_factor=4):
-        total += tl.load(place, mask=offsets < size, other=0.0)
+        # Up to the part's end, which is aligned as its size need not be: 16 bytes at a time.
+        total += tl.load(place, mask=offsets < part, other=0.0)
         place += part
     tl.store(out + offsets, (total * factor).to(out.dtype.element_ty), mask=offsets < size)
 

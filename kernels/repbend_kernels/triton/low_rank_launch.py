@@ -30,8 +30,6 @@ from .low_rank import (
     sum_parts_kernel,
 )
 
-__all__ = ["launch_down", "launch_down_backward", "launch_up", "launch_up_backward"]
-
 
 def launch_down(x: Tensor, a: Tensor, hashes: Tensor | None, start: int, threshold: int) -> Tensor:
     """P [N, r] in float32; ``hashes`` int32 [N] or None."""
@@ -165,7 +163,7 @@ def launch_down_backward(
             grad_x,
             x,
             a,
-            up,
+            up.contiguous(),
             up if hashes is None else hashes.contiguous(),
             up if parts is None else parts,
             start,
@@ -178,7 +176,6 @@ def launch_down_backward(
             *grad_x.stride(),
             *x.stride(),
             *a.stride(),
-            *up.stride(),
             HAS_MASK=hashes is not None,
             HAS_X=needs[0],
             HAS_A=needs[1],
