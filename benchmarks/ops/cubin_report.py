@@ -49,9 +49,9 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 RESULT = Path(__file__).parents[1] / "results" / "cubin_resources.json"
 # (adapter's dtype, rank): the published rank, and the largest that is compiled without spills.
 LOW_RANKS = {
-    "fp32": (("fp32", 16),),
+    "fp32": (("fp32", 16), ("fp32", 128)),
     "bf16": (("fp32", 16), ("bf16", 16), ("fp32", 128)),
-    "fp16": (("fp32", 16),),
+    "fp16": (("fp32", 16), ("fp16", 16)),
 }
 # A block of 8 warps at 128 registers leaves two blocks on every architecture here, and its shared memory at least that
 # many; nothing may touch local memory.
