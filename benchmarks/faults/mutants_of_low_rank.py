@@ -58,7 +58,7 @@ LOW_RANK = [
     _kernel("up backward: slabs write one part", "grad_b + slab * b_part", "grad_b"),
     _kernel("up backward: tiles write one part", "up + tile * up_part", "up"),
     _kernel(
-        "up backward: dB of the last rows alone",
+        "up backward: dB of a slab's last rows alone",
         "product(tl.trans(g), p, total)",
         "product(tl.trans(g), p, total * 0.0)",
     ),
@@ -67,6 +67,11 @@ LOW_RANK = [
         "down backward: no mask on x",
         "product(tl.trans(q), tl.where(keep, m, 0.0), total)",
         "product(tl.trans(q), m, total)",
+    ),
+    _kernel(
+        "down backward: dA of a slab's last rows alone",
+        "tl.where(keep, m, 0.0), total)",
+        "tl.where(keep, m, 0.0), total * 0.0)",
     ),
     _kernel(
         "down backward: dx is not added to what is there",

@@ -82,6 +82,16 @@ def test_value_and_gradients(implementation, device, case, dropout) -> None:
         assert_matches(got[name], value, tolerance=max(TOLERANCE[like.dtype], EXACT), name=name)
 
 
+def test_slabs_of_several_tiles(implementation, device, monkeypatch) -> None:
+    """Sums run over a program's tiles, then over programs; the last of both is short."""
+    monkeypatch.setattr(low_rank_sizes, "LEAST_SLAB", 64)
+    shapes = {"x": (90, 30), "a": (3, 30), "b": (40, 3), "w": (40, 30), "grad": (90, 40)}
+    of = {name: spread(shape, FP32, device, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    got, expected = adapted(of, implementation, True), adapted(in_float64(of), "eager", True)
+    for name, value in expected.items():
+        assert_matches(got[name], value, tolerance=TOLERANCE[FP32], name=name)
+
+
 def test_float64(device) -> None:
     of = in_float64(leaves("fp32, r 1", device))
     got, expected = adapted(of, "torch", True), adapted(of, "eager", True)
