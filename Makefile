@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo compare test test-faults test-models models fuzz lint bench mutants wheels clean
+.PHONY: install demo compare test test-faults test-models models fuzz lint bench docs mutants wheels clean
 
 install: $(STAMP)
 
@@ -56,6 +56,11 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+# The docs as a site, in build/site; its tools are an extra of their own.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
 
 # Faults put into a copy of the code one at a time: which do the tests notice? (docs/contributing.md). MUTANTS="--only offload" runs some.
 mutants: $(STAMP)
