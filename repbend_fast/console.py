@@ -11,11 +11,11 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -51,6 +51,11 @@ def saying(listener: Say | None) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+def is_terminal() -> bool:
+    """Whether what is said goes to a terminal, where it can be drawn over."""
+    return _listener.get() is terminal and terminal_console().is_terminal
 
 
 def say(text: str) -> None:
@@ -99,9 +104,7 @@ class ProgressLine:
 
     def __init__(self, steps: int, done: int) -> None:
         self.steps = steps
-        self._bar = _live_bar("values")
-        if self._bar:
-            self._task = self._bar.add_task("bending", total=steps, completed=done, values="")
+        self._bar = _live_bar("bending", steps, done)
 
     def __enter__(self) -> ProgressLine:
         if self._bar:
@@ -120,7 +123,7 @@ class ProgressLine:
             + f"  {tokens_per_second:,.0f} tok/s"
         )
         if self._bar:
-            self._bar.update(self._task, completed=step, values=values)
+            self._bar.update(completed=step, text=values)
         else:
             say(f"step {step}/{self.steps}  {values}")
 
@@ -128,19 +131,24 @@ class ProgressLine:
 class CountLine:
     """How many of many things are done and how long the rest will take: a live bar on a terminal, else a line
     every ``seconds`` and at the end of a part. ``kinds``: how many of each are to be done, where some take longer.
+    ``stays``: the bar remains on the terminal when all is done.
     """
 
     def __init__(
-        self, what: str, total: int, done: int = 0, seconds: float = 15.0, kinds: Mapping[str, int] | None = None
+        self,
+        what: str,
+        total: int,
+        done: int = 0,
+        seconds: float = 15.0,
+        kinds: Mapping[str, int] | None = None,
+        stays: bool = True,
     ) -> None:
         self.what, self.total, self.done = what, total, done
         self._seconds, self._last = seconds, time.monotonic()
         self._said_at, self._said = self._last, done
         self._open = Counter({"": total - done} if kinds is None else kinds)
         self._spent: dict[str, tuple[float, int]] = {}
-        self._bar = _live_bar("part")
-        if self._bar:
-            self._task = self._bar.add_task(what, total=total, completed=done, part="")
+        self._bar = _live_bar(what, total, done, stays)
 
     def __enter__(self) -> CountLine:
         if self._bar:
@@ -156,7 +164,7 @@ class CountLine:
         self.total += more
         self._open[kind] += more
         if self._bar:
-            self._bar.update(self._task, total=self.total)
+            self._bar.update(total=self.total)
 
     def advance(self, part: str, count: int = 1, kind: str = "") -> None:
         """Count ``count`` things of ``part`` as done."""
@@ -167,7 +175,7 @@ class CountLine:
         self._open[kind] -= count
         self._last = now
         if self._bar:
-            self._bar.update(self._task, completed=self.done, part=part)
+            self._bar.update(completed=self.done, text=part)
         elif time.monotonic() - self._said_at >= self._seconds:
             self.end_part(part)
 
@@ -189,10 +197,76 @@ class CountLine:
         return f"  {over}{seconds / 60:.0f} min left" if seconds >= 90 else f"  {over}{seconds:.0f} s left"
 
 
-def _live_bar(field: str) -> Progress | None:
-    """A bar with count, time and time left, and the task's ``field`` behind them; None where no terminal is."""
-    if _listener.get() is not terminal or not terminal_console().is_terminal:
-        return None
+@contextmanager
+def busy(what: str, seconds: float = 10.0) -> Iterator[None]:
+    """A wait whose length nobody knows: a moving line with the time on a terminal, which goes when it is over;
+    elsewhere a line afterwards, if it took as long as ``seconds``.
+    """
+    began, bar = time.monotonic(), _live_bar(what, None, 0, stays=False)
+    if bar:
+        bar.start()
+    try:
+        yield
+    finally:
+        if bar:
+            bar.stop()
+    if not bar and (took := time.monotonic() - began) >= seconds:
+        say(f"{what}: {took:.0f} s")
+
+
+T = TypeVar("T")
+
+
+def counted(what: str, things: Collection[T]) -> Generator[T, None, None]:
+    """``things``, with a bar that counts them on a terminal, which goes when they are done; elsewhere a line now and
+    then.
+    """
+    with CountLine(what, len(things), stays=False) as progress:
+        for thing in things:
+            yield thing
+            progress.advance("")
+
+
+class _LiveBar:
+    """A line with count, time and time left, and a text behind them. A terminal has one set of such lines: what starts
+    while another one is drawn, as a validation does in a training, is a line below it until it is over.
+    """
+
+    _drawn: ClassVar[Progress | None] = None
+
+    def __init__(self, what: str, total: int | None, done: int, stays: bool) -> None:
+        self._what, self._total, self._done, self._stays = what, total, done, stays
+        self._is_first = False
+
+    def start(self) -> None:
+        """Draw it."""
+        if _LiveBar._drawn is None:
+            self._is_first = True
+            _LiveBar._drawn = _bars()
+            _LiveBar._drawn.start()
+        self._lines = _LiveBar._drawn
+        self._task = self._lines.add_task(self._what, total=self._total, completed=self._done, text="")
+
+    def stop(self) -> None:
+        """Leave its last state, or take it away."""
+        if not self._is_first or not self._stays:
+            self._lines.remove_task(self._task)
+        if self._is_first:
+            _LiveBar._drawn = None
+            self._lines.stop()
+
+    def update(self, total: int | None = None, completed: int | None = None, text: str | None = None) -> None:
+        """Change what is not None."""
+        fields = {} if text is None else {"text": text}
+        self._lines.update(self._task, total=total, completed=completed, **fields)
+
+
+def _live_bar(what: str, total: int | None, done: int, stays: bool = True) -> _LiveBar | None:
+    """A bar; None where no terminal is."""
+    return _LiveBar(what, total, done, stays) if is_terminal() else None
+
+
+def _bars() -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -203,12 +277,12 @@ def _live_bar(field: str) -> Progress | None:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn(f"{{task.fields[{field}]}}", markup=False),
+        TextColumn("{task.fields[text]}", markup=False),
     )
     return Progress(*columns, console=terminal_console())
 

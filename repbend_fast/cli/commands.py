@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repbend_fast import api
-from repbend_fast.console import note, terminal
+from repbend_fast.cli.output import finish, listener
+from repbend_fast.console import note, saying, terminal
 from repbend_fast.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from repbend_fast.config import Config
     from repbend_fast.data.tokenizer import Tokenizer
+    from repbend_fast.evaluation.rates import Side
 
 EXIT_INTERRUPTED = 130
 
@@ -26,8 +28,18 @@ def train(arguments: Namespace) -> int:
     resume = False if arguments.resume is None else arguments.resume or True
     if arguments.dry_run is not None:
         return _dry_run(arguments, resume)
-    run = api.train(arguments.recipe, arguments.overrides, overlays=arguments.overlays, resume=resume, say=terminal)
+    say = listener(arguments)
+    run = api.train(arguments.recipe, arguments.overrides, overlays=arguments.overlays, resume=resume, say=say)
+    if arguments.json:
+        measured = run.evaluation
+        sides = {"before": measured and _rates(measured.before), "after": measured and _rates(measured.after)}
+        finish(arguments, {"folder": run.folder, "adapter": run.adapter, "interrupted": run.interrupted, **sides})
     return EXIT_INTERRUPTED if run.interrupted else 0
+
+
+def _rates(side: Side | None) -> dict[str, object] | None:
+    """One side of an evaluation without its answers."""
+    return None if side is None else {key: value for key, value in side.items() if key != "samples"}
 
 
 def _dry_run(arguments: Namespace, resume: bool | str) -> int:
@@ -51,7 +63,9 @@ def evaluate(arguments: Namespace) -> int:
 
     if is_assessment(arguments):
         return assess(arguments)
-    api.evaluate(arguments.target, arguments.overrides, overlays=arguments.overlays, out=arguments.out, say=terminal)
+    say = listener(arguments)
+    found = api.evaluate(arguments.target, arguments.overrides, overlays=arguments.overlays, out=arguments.out, say=say)
+    finish(arguments, {"before": _rates(found.before), "after": _rates(found.after), "file": found.file})
     return 0
 
 
@@ -74,7 +88,8 @@ def compare(arguments: Namespace) -> int:
     comparison = load_comparison(
         arguments.recipes or DEFAULT_RECIPES, arguments.overrides, overlays=arguments.overlays, **options
     )
-    return run_compare(comparison, shlex.join(["repbend-fast", "compare", *words, *arguments.overrides]))
+    with saying(listener(arguments)):
+        return run_compare(comparison, shlex.join(["repbend-fast", "compare", *words, *arguments.overrides]))
 
 
 def report(arguments: Namespace) -> int:
@@ -138,9 +153,13 @@ def env(arguments: Namespace) -> int:
 def check_data(arguments: Namespace) -> int:
     """``data check``: a recipe's sources with its tokenizer, or one file."""
     config, tokenizer = _data_to_check(arguments.target, arguments.overrides, arguments.overlays)
-    from repbend_fast.runs.check_data import run_check
+    from repbend_fast.runs import check_data as checking
 
-    return int(run_check(config, tokenizer))
+    if not arguments.json:
+        return int(checking.run_check(config, tokenizer))
+    code, found = checking.check_as_json(config, tokenizer)
+    finish(arguments, found)
+    return code
 
 
 def _data_to_check(target: str, overrides: list[str], overlays: list[str]) -> tuple[Config, Tokenizer | None]:

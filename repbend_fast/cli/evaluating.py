@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 from repbend_fast import api
+from repbend_fast.cli.output import finish, listener
 from repbend_fast.config.overrides import parse_overrides
-from repbend_fast.console import terminal
 from repbend_fast.errors import UserError
 from repbend_fast.nearby import names_model
 
@@ -29,7 +29,7 @@ def is_assessment(arguments: Namespace) -> bool:
 def assess(arguments: Namespace) -> int:
     """Run the evaluation, or go on with it."""
     own, chat, others = _own_settings(arguments.overrides)
-    api.assess(
+    found = api.assess(
         arguments.target,
         others,
         overlays=arguments.overlays,
@@ -39,12 +39,13 @@ def assess(arguments: Namespace) -> int:
         judges=arguments.judge,
         out=arguments.out,
         **({} if chat is None else {"chat": chat}),
-        say=terminal,
+        say=listener(arguments),
         limit=own.get("limit"),
         max_new_tokens=own.get("max_new_tokens"),
         batch_size=own.get("batch_size", api.BATCH_SIZE),
         seed=own.get("seed", 0),
     )
+    finish(arguments, found.summary)
     return 0
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, Namespace
 
 from repbend_fast import api
-from repbend_fast.console import terminal
+from repbend_fast.cli.output import add_output_options, finish, listener
 from repbend_fast.errors import UserError
 
 USAGE = {
     "make": "data make POLICY --model M --out FOLDER|FILE.jsonl [--limit N] [--batch-size N] [--seed N]\n"
-    "                              [--with OVERLAY] [key=value …]"
+    "                              [--with OVERLAY] [--quiet] [--json] [key=value …]"
 }
 LEAST = {"limit": 1, "batch_size": 1, "seed": 0}
 
@@ -30,6 +31,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="at most so many of everything, to look at first")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at once (default: 32)")
     parser.add_argument("--seed", type=int, metavar="N", help="in place of the policy's")
+    add_output_options(parser)
 
 
 def make(arguments: Namespace) -> int:
@@ -38,7 +40,7 @@ def make(arguments: Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give a whole number from {least} on")
-    api.make_data(
+    overlay = api.make_data(
         arguments.policy,
         arguments.model,
         arguments.out,
@@ -47,6 +49,9 @@ def make(arguments: Namespace) -> int:
         limit=arguments.limit,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
-        say=terminal,
+        say=listener(arguments),
     )
+    if arguments.json:
+        made = json.loads(overlay.with_name(overlay.name.replace("overlay.yaml", "made.json")).read_text("utf-8"))
+        finish(arguments, {"overlay": overlay, **made})
     return 0

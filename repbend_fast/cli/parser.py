@@ -10,6 +10,7 @@ import repbend_fast
 from repbend_fast.cli import commands, inspecting, recipes
 from repbend_fast.cli import making_data as making
 from repbend_fast.cli import plan as planning
+from repbend_fast.cli.output import add_output_options
 from repbend_fast.errors import UserError
 from repbend_fast.words import is_assignment, takes_value
 
@@ -189,6 +190,7 @@ def _train_command(groups: Commands) -> None:
         help="go on from the last checkpoint of FOLDER (default: output.folder); without RECIPE its own configuration "
         "is used",
     )
+    add_output_options(train)
 
 
 def _plan_command(groups: Commands) -> None:
@@ -270,6 +272,7 @@ def _data_command(groups: Commands) -> None:
     check.add_argument(
         "target", metavar="RECIPE|FILE", help="a recipe, or a data file (model.name=… adds token counts)"
     )
+    check.add_argument("--json", action="store_true", help="as JSON, without the lengths")
     making.add_options(
         _command(
             data_groups,
@@ -318,6 +321,7 @@ def _eval_command(groups: Commands) -> None:
         "evaluation.json; with prompts or settings other than the run's both sides are measured and go to "
         "evaluation-PROMPTS.json beside it; a run without prompts is asked the demo's; for a recipe no file)",
     )
+    add_output_options(evaluate)
     evaluate.epilog = f"{_EVAL_SETTINGS}\n{evaluate.epilog}"
 
 
@@ -358,6 +362,7 @@ def _compare_command(groups: Commands) -> None:
         help="that each method tries (default: 5e-4 1e-3 2e-3)",
     )
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at once, which share the CPU's cores (default: 1)")
+    add_output_options(compare, as_json=False)
 
 
 def _recipes_command(groups: Commands) -> None:
@@ -402,16 +407,17 @@ def _command(
 
 
 _USAGE = {
-    "train": "train RECIPE [--with OVERLAY] [key=value …] [--name value …] [--dry-run[=full]] [--resume [FOLDER]]",
+    "train": "train RECIPE [--with OVERLAY] [key=value …] [--name value …] [--dry-run[=full]] [--resume [FOLDER]]\n"
+    "                          [--quiet] [--json]",
     "eval": "eval MODEL_OR_RUN [--adapter A] [--suite NAME|FILE]… [--attack NAME[:k=v,…]]… [--judge NAME[:k=v,…]]…\n"
     "                         [--out PATH] [--limit N] [--max-new-tokens N] [--batch-size N] [--seed N]\n"
-    "                         [--quantization nf4] [--dtype D] [--with OVERLAY] [key=value …]",
+    "                         [--quantization nf4] [--dtype D] [--quiet] [--json] [--with OVERLAY] [key=value …]",
     **inspecting.USAGE,
-    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--with OVERLAY] [key=value "
-    "…]",
+    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--quiet]\n"
+    "                            [--with OVERLAY] [key=value …]",
     "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",
     **making.USAGE,
-    "check": "data check RECIPE|FILE [--with OVERLAY] [key=value …]",
+    "check": "data check RECIPE|FILE [--json] [--with OVERLAY] [key=value …]",
 }
 
 # Each adds a command and its options, in the order in which the help names them.

@@ -4,7 +4,7 @@ ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +52,7 @@ def generate_answers(
     prefills: Seq[str] = (),
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    done: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """One greedy answer per prompt, in the order of ``prompts``, without special tokens and without its prefill.
 
@@ -60,7 +61,7 @@ def generate_answers(
     See :func:`generate_measured`, which tells their lengths too.
     """
     answers = generate_measured(
-        model, encoder, prompts, prefills=prefills, max_new_tokens=max_new_tokens, batch_size=batch_size
+        model, encoder, prompts, prefills=prefills, max_new_tokens=max_new_tokens, batch_size=batch_size, done=done
     )
     return [answer.text for answer in answers]
 
@@ -73,11 +74,13 @@ def generate_measured(
     prefills: Seq[str] = (),
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    done: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
     """One greedy answer per prompt, in the order of ``prompts``.
 
     ``model`` is a transformers causal LM or a peft model around one; its training mode and generation settings are as
     before afterwards. A batch that does not fit into memory is halved, and those after it have no more prompts.
+    ``done`` hears of every batch how many prompts it answered.
 
     Raises:
         UserError: there is no memory for a single prompt.
@@ -95,7 +98,9 @@ def generate_measured(
     with evaluation_mode(base), torch.inference_mode(), generation_settings(base, settings):
 
         def work(chosen: slice) -> list[Answer]:
-            return _generate_batch(base, encoder.tokenizer, [encoded[i] for i in order[chosen]])
+            written = _generate_batch(base, encoder.tokenizer, [encoded[i] for i in order[chosen]])
+            done(len(written))
+            return written
 
         chunks = Chunks(batch_size, find_decoder(base).device, "generation", "lower max_new_tokens, " + SHORTER)
         found = chunks.over(len(order), work, lambda i: f" of an answer to a prompt of {len(encoded[order[i]])} tokens")

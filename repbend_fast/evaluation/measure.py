@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from functools import partial
 
 from repbend_fast.config.schema import EvaluationConfig
+from repbend_fast.console import CountLine
 from repbend_fast.data.prompts import Prompt, load_prompts
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.evaluation.generate import PromptEncoder, generate_answers
@@ -39,9 +41,16 @@ def measure_answers(
     free = direct + friendly
     # One call for everything: fuller batches, fewer decoding steps.
     prefills = [""] * len(free) + [PREFILL] * len(prefilled)
-    answers = generate_answers(
-        model, encoder, free + prefilled, prefills=prefills, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    with CountLine("answers", len(prefills), stays=False) as progress:
+        answers = generate_answers(
+            model,
+            encoder,
+            free + prefilled,
+            prefills=prefills,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            done=partial(progress.advance, "to attacks and questions"),
+        )
     samples = judged("attack_direct", direct, answers[: len(direct)]) + judged(
         "attack_prefill", prefilled, answers[len(free) :]
     )

@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from repbend_fast.config.schema import ModelConfig
-from repbend_fast.console import say
+from repbend_fast.console import busy, say
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.causal import CausalLM, SequenceClassifier, Shape
+from repbend_fast.models.counted_loading import counted_loading
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.liger import check_liger, liger_note
 from repbend_fast.models.merge import adapter_apart, merge_adapter
@@ -126,7 +127,8 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         source = resolve_source(config)
         if not (Path(source) / "tokenizer_config.json").is_file():
             source = config_source(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, **_hub_arguments(config))
+        with busy("reading the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source, **_hub_arguments(config))
     except UserError:
         raise
     except Exception as error:
@@ -160,7 +162,7 @@ def load_model(config: ModelConfig) -> CausalLM:
         config if source == resolve_source(config) else config.model_copy(update={"revision": base_revision(config)})
     )
     direct_nf4 = config.quantization == "nf4" and not config.gguf_file and not adapters
-    with adapter_apart(source) as folder:
+    with adapter_apart(source) as folder, counted_loading():
         model = _from_pretrained(folder, loaded, device, direct_nf4)
     model.name_or_path = model.config._name_or_path = source
     keep_attention_cap(model, config)

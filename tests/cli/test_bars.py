@@ -1,0 +1,97 @@
+"""Bars on a terminal and lines elsewhere, for waits that are counted and for those that nobody can count."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from repbend_fast import console
+from repbend_fast.console import CountLine, ProgressLine, busy, counted, say, saying
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is drawn on a terminal."""
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, width=140, color_system=None)
+    monkeypatch.setattr(console, "terminal_console", lambda: terminal)
+    return file
+
+
+def last_frame(text: str) -> list[str]:
+    """The lines below the last thing that was erased, without control codes."""
+    import re
+
+    frame = text.split("\x1b[2K")[-1]
+    return [line.strip() for line in re.sub(r"\x1b\[[\d;?]*\w", "", frame).splitlines() if line.strip()]
+
+
+def test_a_bar_inside_of_another_is_a_line_below_it_and_goes(drawn: io.StringIO) -> None:
+    with ProgressLine(5, 0) as outer:
+        outer.update(1, 0.5, {"safe": 0.25}, 100.0)
+        with CountLine("answers", 8, stays=False) as inner:
+            inner.advance("attacks", 3)
+            inner._bar._lines.refresh()  # type: ignore[union-attr]
+            both = last_frame(drawn.getvalue())
+        outer.update(2, 0.4, {"safe": 0.2}, 100.0)
+    assert any(line.startswith("answers") and "3/8" in line for line in both)
+    assert any("safe 0.250" in line for line in drawn.getvalue().splitlines())
+    assert "bending" in last_frame(drawn.getvalue())[-1]
+    assert "2/5" in last_frame(drawn.getvalue())[-1]
+    assert console._LiveBar._drawn is None
+
+
+def test_a_line_that_is_said_meanwhile_is_kept(drawn: io.StringIO) -> None:
+    with CountLine("answers", 2) as progress:
+        progress.advance("x")
+        say("by the way")
+    assert "by the way" in drawn.getvalue()
+
+
+def test_a_wait_moves_on_a_terminal_and_leaves_nothing(drawn: io.StringIO) -> None:
+    with busy("planning the memory"):
+        assert console._LiveBar._drawn is not None
+    assert "planning the memory" in drawn.getvalue()
+    assert last_frame(drawn.getvalue()) == []
+    assert console._LiveBar._drawn is None
+
+
+def test_a_wait_that_fails_takes_its_line_away(drawn: io.StringIO) -> None:
+    with pytest.raises(ValueError), busy("planning"):
+        raise ValueError
+    assert console._LiveBar._drawn is None
+
+
+def test_a_wait_is_a_line_elsewhere_if_it_was_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    said: list[str] = []
+    with saying(said.append):
+        with busy("planning"):
+            clock[0] += 3.0
+        assert said == []
+        with busy("planning"):
+            clock[0] += 12.0
+    assert said == ["planning: 12 s"]
+
+
+def test_counted_things_come_in_order_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    said: list[str] = []
+    found = []
+    with saying(said.append):
+        for thing in counted("loading weights", {"a": 1, "b": 2, "c": 3}.items()):
+            found.append(thing)
+            clock[0] += 10.0
+    assert found == [("a", 1), ("b", 2), ("c", 3)]
+    assert said == ["loading weights 2/3    10 s left"]
+
+
+def test_nothing_is_drawn_where_nobody_listens(drawn: io.StringIO) -> None:
+    with saying(None), CountLine("answers", 2) as progress, busy("planning"):
+        progress.advance("x")
+        say("unheard")
+    assert drawn.getvalue() == ""
