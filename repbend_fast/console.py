@@ -69,10 +69,14 @@ def note(text: str) -> None:
     """Say what a user may have to know, though it stops nothing. On a terminal it goes to standard error, out of the
     way of results.
     """
+    _aside(f"note: {text}")
+
+
+def _aside(text: str) -> None:
     if _listener.get() is terminal:
-        print(f"note: {text}", file=sys.stderr)
+        print(text, file=sys.stderr)
     else:
-        say(f"note: {text}")
+        say(text)
 
 
 def remark(text: str) -> None:
@@ -200,7 +204,7 @@ class CountLine:
 @contextmanager
 def busy(what: str, seconds: float = 10.0) -> Iterator[None]:
     """A wait whose length nobody knows: a moving line with the time on a terminal, which goes when it is over;
-    elsewhere a line afterwards, if it took as long as ``seconds``.
+    elsewhere a line afterwards, if it took as long as ``seconds``, out of the way of results.
     """
     began, bar = time.monotonic(), _live_bar(what, None, 0, stays=False)
     if bar:
@@ -211,7 +215,7 @@ def busy(what: str, seconds: float = 10.0) -> Iterator[None]:
         if bar:
             bar.stop()
     if not bar and (took := time.monotonic() - began) >= seconds:
-        say(f"{what}: {took:.0f} s")
+        _aside(f"{what}: {took:.0f} s")
 
 
 T = TypeVar("T")
@@ -257,8 +261,9 @@ class _LiveBar:
 
     def update(self, total: int | None = None, completed: int | None = None, text: str | None = None) -> None:
         """Change what is not None."""
-        fields = {} if text is None else {"text": text}
-        self._lines.update(self._task, total=total, completed=completed, **fields)
+        self._lines.update(self._task, total=total, completed=completed)
+        if text is not None:
+            self._lines.update(self._task, text=text)
 
 
 def _live_bar(what: str, total: int | None, done: int, stays: bool = True) -> _LiveBar | None:

@@ -28,8 +28,9 @@ _ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
 
 def functions() -> list[Callable[..., object]]:
     """Those of the public API, in the order of their file."""
-    names = vars(repbend_fast)
-    return [f for name, f in vars(api).items() if inspect.isfunction(f) and names.get(name) is f]
+    names: dict[str, object] = vars(repbend_fast)
+    own: dict[str, object] = vars(api)
+    return [f for name, f in own.items() if inspect.isfunction(f) and names.get(name) is f]
 
 
 def api_page() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repbend_fast import api
-from repbend_fast.cli.output import finish, listener
+from repbend_fast.cli.output import listener, print_json
 from repbend_fast.console import note, saying, terminal
 from repbend_fast.errors import UserError, one_line
 
@@ -33,7 +33,7 @@ def train(arguments: Namespace) -> int:
     if arguments.json:
         measured = run.evaluation
         sides = {"before": measured and _rates(measured.before), "after": measured and _rates(measured.after)}
-        finish(arguments, {"folder": run.folder, "adapter": run.adapter, "interrupted": run.interrupted, **sides})
+        print_json({"folder": run.folder, "adapter": run.adapter, "interrupted": run.interrupted, **sides})
     return EXIT_INTERRUPTED if run.interrupted else 0
 
 
@@ -65,7 +65,8 @@ def evaluate(arguments: Namespace) -> int:
         return assess(arguments)
     say = listener(arguments)
     found = api.evaluate(arguments.target, arguments.overrides, overlays=arguments.overlays, out=arguments.out, say=say)
-    finish(arguments, {"before": _rates(found.before), "after": _rates(found.after), "file": found.file})
+    if arguments.json:
+        print_json({"before": _rates(found.before), "after": _rates(found.after), "file": found.file})
     return 0
 
 
@@ -153,12 +154,14 @@ def env(arguments: Namespace) -> int:
 def check_data(arguments: Namespace) -> int:
     """``data check``: a recipe's sources with its tokenizer, or one file."""
     config, tokenizer = _data_to_check(arguments.target, arguments.overrides, arguments.overlays)
-    from repbend_fast.runs import check_data as checking
-
     if not arguments.json:
-        return int(checking.run_check(config, tokenizer))
-    code, found = checking.check_as_json(config, tokenizer)
-    finish(arguments, found)
+        from repbend_fast.runs.check_data import run_check
+
+        return int(run_check(config, tokenizer))
+    from repbend_fast.runs.check_data import check_as_json
+
+    code, found = check_as_json(config, tokenizer)
+    print_json(found)
     return code
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from repbend_fast import api
-from repbend_fast.cli.output import finish, listener
+from repbend_fast.cli.output import listener, print_json
 from repbend_fast.config.overrides import parse_overrides
 from repbend_fast.errors import UserError
 from repbend_fast.nearby import names_model
@@ -45,7 +45,8 @@ def assess(arguments: Namespace) -> int:
         batch_size=own.get("batch_size", api.BATCH_SIZE),
         seed=own.get("seed", 0),
     )
-    finish(arguments, found.summary)
+    if arguments.json:
+        print_json(found.summary)
     return 0
 
 

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 
 from repbend_fast import api
-from repbend_fast.cli.output import add_output_options, finish, listener
+from repbend_fast.cli.output import add_output_options, listener, print_json
 from repbend_fast.errors import UserError
 
 USAGE = {
@@ -53,5 +53,5 @@ def make(arguments: Namespace) -> int:
     )
     if arguments.json:
         made = json.loads(overlay.with_name(overlay.name.replace("overlay.yaml", "made.json")).read_text("utf-8"))
-        finish(arguments, {"overlay": overlay, **made})
+        print_json({"overlay": overlay, **made})
     return 0

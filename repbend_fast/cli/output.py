@@ -23,7 +23,6 @@ def listener(arguments: Namespace) -> Say | None:
     return None if arguments.quiet or getattr(arguments, "json", False) else terminal
 
 
-def finish(arguments: Namespace, result: object) -> None:
-    """Print the result if JSON was asked for."""
-    if getattr(arguments, "json", False):
-        print(json.dumps(result, indent=1, ensure_ascii=False, default=str))
+def print_json(result: object) -> None:
+    """What ``--json`` prints at the end."""
+    print(json.dumps(result, indent=1, ensure_ascii=False, default=str))

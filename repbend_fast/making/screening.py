@@ -22,6 +22,8 @@ DISTINCT = 0.7
 """Least share of different runs of three words: what a judge lets pass as an answer need not be learnt."""
 LEAST_COUNTED = 20
 """Words from which that share says something."""
+ECHO = 0.8
+"""Share of an answer's words from which it only says the request again."""
 KEPT_SHARE = 0.5
 """An answer that was cut is cut back to its last whole sentence where at least this much of it stays."""
 _ENDS = re.compile(r"[.!?][\"')\]*]*(?=\s|$)")
@@ -49,6 +51,9 @@ def problem(written: Written) -> str:
         return ""
     if len(words) < LEAST_WORDS:
         return f"shorter than {LEAST_WORDS} words"
+    own, asked = words_of(written.text), set(words_of(task.prompt.text))
+    if sum(word in asked for word in own) >= ECHO * len(own):
+        return "says the request again"
     # Whole requests may ask for something else than instructions.
     instructs = task.form == "whole" or complete_instructions(text) or instruction_evidence(text)
     return "" if instructs else "talks about it without instructions"

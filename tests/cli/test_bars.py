@@ -64,7 +64,9 @@ def test_a_wait_that_fails_takes_its_line_away(drawn: io.StringIO) -> None:
     assert console._LiveBar._drawn is None
 
 
-def test_a_wait_is_a_line_elsewhere_if_it_was_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_is_a_line_elsewhere_if_it_was_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     said: list[str] = []
@@ -75,6 +77,9 @@ def test_a_wait_is_a_line_elsewhere_if_it_was_long(monkeypatch: pytest.MonkeyPat
         with busy("planning"):
             clock[0] += 12.0
     assert said == ["planning: 12 s"]
+    with busy("planning"):
+        clock[0] += 12.0
+    assert capsys.readouterr() == ("", "planning: 12 s\n"), "standard output is for results"
 
 
 def test_counted_things_come_in_order_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
