@@ -8,7 +8,6 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from repbend_fast.config import Config
-from repbend_fast.console import busy
 from repbend_fast.models.load import resolve_device
 from repbend_fast.planning.budget import budget_bytes, parse_budget, show_bytes
 from repbend_fast.planning.cards import EFFICIENCY, Card, card_of, find_card
@@ -135,5 +134,4 @@ def planned_run(config: Config, card_name: str | None = None) -> PlannedRun:
     text = config.memory.budget
     by_card = card_name is not None and card.memory and (text is None or parse_budget(text) is None)
     budget = card.memory if by_card else budget_bytes(text, device)
-    with busy("planning the memory"):
-        return PlannedRun(config, card, device, Planner(config, device, card).plan(budget))
+    return PlannedRun(config, card, device, Planner(config, device, card).plan(budget))

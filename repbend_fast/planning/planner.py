@@ -14,7 +14,6 @@ from itertools import product
 import torch
 
 from repbend_fast.config import Config
-from repbend_fast.console import busy
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.streams import Stream
@@ -412,8 +411,7 @@ def choose_levers(config: Config, budget: int | None, device: torch.device, limi
     Raises:
         UserError: the budget cannot be kept.
     """
-    with busy("planning the memory"):
-        return Planner(config, device, limits=limits).plan(budget).levers
+    return Planner(config, device, limits=limits).plan(budget).levers
 
 
 def plan_of(config: Config, device: torch.device, limits: Limits | None = None) -> Plan | None:
@@ -423,7 +421,4 @@ def plan_of(config: Config, device: torch.device, limits: Limits | None = None) 
         UserError: a budget that is no size, or that cannot be kept.
     """
     budget = budget_bytes(config.memory.budget, device)
-    if budget is None:
-        return None
-    with busy("planning the memory"):
-        return Planner(config, device, limits=limits).plan(budget)
+    return None if budget is None else Planner(config, device, limits=limits).plan(budget)
