@@ -134,7 +134,7 @@ class ProgressLine:
 
 class CountLine:
     """How many of many things are done and how long the rest will take: a live bar on a terminal, else a line
-    every ``seconds`` and at the end of a part. ``kinds``: how many of each are to be done, where some take longer.
+    every ``seconds`` and at the end of a part, out of the way of results. ``kinds``: how many of each are to be done, where some take longer.
     ``stays``: the bar remains on the terminal when all is done.
     """
 
@@ -188,7 +188,7 @@ class CountLine:
         if self._bar or self._said == self.done:
             return
         self._said, self._said_at = self.done, time.monotonic()
-        say(f"{self.what} {self.done}/{self.total}  {part}{self._left()}")
+        _aside(f"{self.what} {self.done}/{self.total}  {part}{self._left()}")
 
     def _left(self) -> str:
         """By the pace of each kind; of a kind that has not begun nobody knows it, so that it is over that long."""

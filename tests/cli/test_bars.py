@@ -95,6 +95,12 @@ def test_counted_things_come_in_order_with_the_time_left(monkeypatch: pytest.Mon
     assert said == ["loading weights 2/3    10 s left"]
 
 
+def test_lines_of_a_count_leave_standard_output_to_results(capsys: pytest.CaptureFixture[str]) -> None:
+    with CountLine("answers", 2, seconds=0) as progress:
+        progress.advance("attacks")
+    assert capsys.readouterr() == ("", "answers 1/2  attacks  0 s left\n")
+
+
 def test_nothing_is_drawn_where_nobody_listens(drawn: io.StringIO) -> None:
     with saying(None), CountLine("answers", 2) as progress, busy("planning"):
         progress.advance("x")
