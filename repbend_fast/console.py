@@ -134,7 +134,8 @@ class ProgressLine:
 
 class CountLine:
     """How many of many things are done and how long the rest will take: a live bar on a terminal, else a line
-    every ``seconds`` and at the end of a part, out of the way of results. ``kinds``: how many of each are to be done, where some take longer.
+    every ``seconds`` and at the end of a part, out of the way of results. ``kinds``: how many of each are to be done,
+    where some take longer.
     ``stays``: the bar remains on the terminal when all is done.
     """
 

@@ -197,3 +197,9 @@ def test_end_tokens_join_model_and_tokenizer():
     assert end_tokens(None, tokenizer) == [EOS]
     assert end_tokens(7, tokenizer) == [7, EOS]
     assert end_tokens([EOS, 7], tokenizer) == [EOS, 7]
+
+
+def test_every_batch_says_how_many_prompts_it_answered(model):
+    counts: list[int] = []
+    generate_answers(model, StubEncoder(), PROMPTS, max_new_tokens=2, batch_size=2, done=counts.append)
+    assert counts == [2, 2, 1]
