@@ -203,7 +203,7 @@ class CountLine:
 
 
 @contextmanager
-def busy(what: str, seconds: float = 10.0) -> Iterator[None]:
+def busy(what: str, seconds: float = 30.0) -> Iterator[None]:
     """A wait whose length nobody knows: a moving line with the time on a terminal, which goes when it is over;
     elsewhere a line afterwards, if it took as long as ``seconds``, out of the way of results.
     """
