@@ -115,8 +115,10 @@ def train(
         KeyboardInterrupt: the second Ctrl-C, or one outside the training steps.
     """
     from repbend_fast.config import check_files
+    from repbend_fast.distributed.launch import launch
 
-    with saying(say):
+    # Of several processes the first speaks for all.
+    with saying(say if launch().number == 0 else None):
         settings, folder = training_config(config, overrides, overlays, resume)
         check_files(settings)
         with hushed():

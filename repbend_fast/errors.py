@@ -15,6 +15,10 @@ class CheckFailedError(UserError):
     """What was made is not what it should be: exit code 1 in place of 2."""
 
 
+class EndedElsewhere(UserError):
+    """Another process of the run failed; the message is what it said."""
+
+
 def one_line(error: BaseException) -> str:
     """Another library's message on one line of at most 240 characters, to stand inside a :class:`UserError`'s.
 

@@ -20,11 +20,13 @@ GROUND = "ground"
 """The single files of the package that no list names, which every room may use."""
 ROOMS = (
     GROUND,
-    *("data", "objectives", "config", "models", "step", "planning", "runs", "evaluation", "report", "training"),
-    *("assessment", "making", "exports", "serving", "verify", "compare", "api", "cli"),
+    *("distributed", "data", "objectives", "config", "models", "step", "planning", "runs", "evaluation", "report"),
+    *("training", "integration", "assessment", "making", "exports", "serving", "verify", "compare", "api", "cli"),
 )
 ROOF = "__init__"
-"""The package's own file: what users import from. It may use every room, and no room may use it."""
+"""The package's own file: what users import from, with ``__main__``, which is the command line. It may use every room,
+and no room may use it.
+"""
 FOLDERS_OF_TESTS = {*ROOMS[1:], "benchmarks", "golden", "kernels", "support"}
 
 Sources = Mapping[str, str]
@@ -40,7 +42,7 @@ def sources() -> dict[str, str]:
 
 def room_of(path: str) -> str:
     first, _, rest = path.partition("/")
-    alone = path.removesuffix(".py")
+    alone = path.removesuffix(".py").replace("__main__", ROOF)
     return first if rest else alone if alone in (ROOF, *ROOMS) else GROUND
 
 

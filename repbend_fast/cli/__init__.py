@@ -11,10 +11,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from repbend_fast.cli.commands import EXIT_INTERRUPTED
+from repbend_fast.cli.commands import EXIT_INTERRUPTED, train
 from repbend_fast.cli.parser import parse
 from repbend_fast.console import hush
-from repbend_fast.errors import CheckFailedError, UserError
+from repbend_fast.distributed.launch import launch
+from repbend_fast.errors import CheckFailedError, EndedElsewhere, UserError
 
 EXIT_CHECK_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -31,12 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     _use_growing_segments()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
+        if launch().count > 1 and arguments.handler is not train:
+            raise UserError("only train runs in several processes; start this command without torchrun")
         code = int(arguments.handler(arguments))
         sys.stdout.flush()
         return code
     except UserError as error:
         if debug:
             raise
+        if isinstance(error, EndedElsewhere) and launch().number:
+            return EXIT_USER_ERROR  # the first process and the failed one say it
         return _fail(str(error), EXIT_CHECK_FAILED if isinstance(error, CheckFailedError) else EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

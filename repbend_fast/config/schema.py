@@ -162,6 +162,16 @@ class MemoryConfig(Section):
     )
 
 
+class DistributedConfig(Section):
+    """Several processes that train together, as torchrun, accelerate or Slurm start them."""
+
+    shard: Literal["none", "fsdp"] = Field(
+        "none",
+        description="`none`: each process holds the whole base. `fsdp`: each holds a part of every decoder block "
+        "(FSDP2), for bases that one card cannot hold.",
+    )
+
+
 class ValidationConfig(Section):
     """The over-bending guard: held-out measurements during training."""
 
@@ -239,6 +249,7 @@ class Config(Section):
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     memory: MemoryConfig = MemoryConfig()
+    distributed: DistributedConfig = DistributedConfig()
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
@@ -312,6 +323,8 @@ def combination_errors(config: Config) -> Iterator[str]:
             "installed "
             "package"
         )
+    if config.distributed.shard == "fsdp":
+        yield from _undivided(config)
     if validation.target_attack is not None and validation.every and validation.prompts is None:
         yield (
             f"validation.target_attack={validation.target_attack} needs validation.prompts to measure it; name some "
@@ -327,6 +340,15 @@ def combination_errors(config: Config) -> Iterator[str]:
                 "another split or "
                 "file, or leave validation.sources empty to hold records out"
             )
+
+
+def _undivided(config: Config) -> Iterator[str]:
+    """What needs a base that one process holds whole."""
+    if config.memory.budget is not None:
+        yield (
+            f"memory.budget={config.memory.budget} plans for a process that holds the whole base, and "
+            "distributed.shard=fsdp divides it; set memory.piece_tokens and memory.checkpoint_blocks by hand instead"
+        )
 
 
 def _unknown_streams(config: Config) -> Iterator[str]:

@@ -33,14 +33,17 @@ def chat_statistics(runner: StreamRunner, conversations: Seq[Sequence]) -> ChatS
 
     Args:
         runner: built with ``uses_head=True``.
-        conversations: token ids; all positions count, template included.
+        conversations: token ids; all positions count, template included. The runner's processes share them, unless
+            a pass needs all of them.
     """
     assert runner.head is not None
     log_probability = torch.zeros((), dtype=torch.float64, device=runner.device)
     divergence = torch.zeros_like(log_probability)
     predicted = tokens = 0
     sequences = tuple(conversations)
-    for members in split(sequences, runner.levers.piece_size("retain") or PIECE_TOKENS, runner.layout):
+    shared = runner.ranks.several and not runner.ranks.lockstep
+    own = runner.ranks.shares([len(s) for s in sequences])[runner.ranks.number] if shared else None
+    for members in split(sequences, runner.levers.piece_size("retain") or PIECE_TOKENS, runner.layout, own):
         piece = make_piece(sequences, members, runner.layout, runner.device)
         spans = tuple((0, len(s)) for s in sequences)
         rows = piece.rows(spans)
@@ -60,6 +63,10 @@ def chat_statistics(runner: StreamRunner, conversations: Seq[Sequence]) -> ChatS
         log_probability += scores.sum()
         predicted += len(targets)
         tokens += sum(lengths)
+    if shared:
+        counts = torch.tensor([predicted, tokens])
+        log_probability, divergence, counts = runner.ranks.totals([log_probability, divergence, counts])
+        predicted, tokens = (int(count) for count in counts)
     # exp overflows beyond 709 nats per token; a model that is that ruined has an infinite perplexity, not a traceback.
     nats = -float(log_probability) / max(1, predicted)
     return ChatStatistics(math.exp(nats) if not nats > 700 else math.inf, float(divergence) / max(1, tokens), tokens)

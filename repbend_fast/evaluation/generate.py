@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from transformers import GenerationConfig
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
 from repbend_fast.data.tokenizer import Tokenizer
+from repbend_fast.distributed.ranks import ALONE, Ranks
 from repbend_fast.evaluation.halving import SHORTER, Chunks
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
@@ -53,6 +55,7 @@ def generate_answers(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     done: Callable[[int], None] = lambda count: None,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
     """One greedy answer per prompt, in the order of ``prompts``, without special tokens and without its prefill.
 
@@ -61,7 +64,14 @@ def generate_answers(
     See :func:`generate_measured`, which tells their lengths too.
     """
     answers = generate_measured(
-        model, encoder, prompts, prefills=prefills, max_new_tokens=max_new_tokens, batch_size=batch_size, done=done
+        model,
+        encoder,
+        prompts,
+        prefills=prefills,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        ranks=ranks,
+        done=done,
     )
     return [answer.text for answer in answers]
 
@@ -75,12 +85,14 @@ def generate_measured(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     done: Callable[[int], None] = lambda count: None,
+    ranks: Ranks = ALONE,
 ) -> list[Answer]:
     """One greedy answer per prompt, in the order of ``prompts``.
 
     ``model`` is a transformers causal LM or a peft model around one; its training mode and generation settings are as
     before afterwards. A batch that does not fit into memory is halved, and those after it have no more prompts.
-    ``done`` hears of every batch how many prompts it answered.
+    ``done`` hears of every batch how many prompts it answered. Each of ``ranks`` generates a part, and has the answers
+    of all.
 
     Raises:
         UserError: there is no memory for a single prompt.
@@ -89,24 +101,27 @@ def generate_measured(
         encoder.prompt_ids(p.conversation(), prefill)
         for p, prefill in zip(prompts, prefills or [""] * len(prompts), strict=True)
     ]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    answers = [Answer("", 0, False)] * len(prompts)
+    order = ranks.part(sorted(range(len(prompts)), key=lambda i: len(encoded[i])))
     # LoRA lives inside the modules, so the wrapped model generates with it; peft's own `generate` would put back its
     # settings.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     settings = _greedy(base.generation_config, encoder.tokenizer, max_new_tokens)
-    with evaluation_mode(base), torch.inference_mode(), generation_settings(base, settings):
+    # FSDP's own tensors must not be made in inference mode.
+    without_graph = torch.no_grad() if ranks.lockstep else torch.inference_mode()
+    generate = partial(_generate_batch, lockstep=True) if ranks.lockstep else _generate_batch
+    with evaluation_mode(base), without_graph, generation_settings(base, settings):
 
         def work(chosen: slice) -> list[Answer]:
-            written = _generate_batch(base, encoder.tokenizer, [encoded[i] for i in order[chosen]])
+            written = generate(base, encoder.tokenizer, [encoded[i] for i in order[chosen]])
             done(len(written))
             return written
 
-        chunks = Chunks(batch_size, find_decoder(base).device, "generation", "lower max_new_tokens, " + SHORTER)
+        remedy = "lower max_new_tokens, " + SHORTER
+        chunks = Chunks(batch_size, find_decoder(base).device, "generation", remedy, whole=ranks.lockstep)
         found = chunks.over(len(order), work, lambda i: f" of an answer to a prompt of {len(encoded[order[i]])} tokens")
-    for i, answer in zip(order, chain.from_iterable(found), strict=True):
-        answers[i] = answer
-    return answers
+    answers = dict(zip(order, chain.from_iterable(found), strict=True))
+    everywhere = {i: answer for part in ranks.gathered(answers) for i, answer in part.items()}
+    return [everywhere[i] for i in range(len(prompts))]
 
 
 def _greedy(own: GenerationConfig, tokenizer: Tokenizer, max_new_tokens: int) -> GenerationConfig:
@@ -137,8 +152,12 @@ def end_tokens(configured: int | list[int] | None, tokenizer: Tokenizer) -> list
     return ids
 
 
-def _generate_batch(model: CausalLM, tokenizer: Tokenizer, encoded: list[list[int]]) -> list[Answer]:
-    """Answers of one batch; the prompts are padded on the left so that all of them end at the same position."""
+def _generate_batch(
+    model: CausalLM, tokenizer: Tokenizer, encoded: list[list[int]], lockstep: bool = False
+) -> list[Answer]:
+    """Answers of one batch; the prompts are padded on the left so that all of them end at the same position. In
+    ``lockstep`` it goes on until the batches of all processes have ended.
+    """
     settings = model.generation_config
     longest = max(len(ids) for ids in encoded)
     device = find_decoder(model).device
@@ -147,7 +166,8 @@ def _generate_batch(model: CausalLM, tokenizer: Tokenizer, encoded: list[list[in
     for row, sequence in enumerate(encoded):
         ids[row, longest - len(sequence) :] = torch.tensor(sequence)
         mask[row, longest - len(sequence) :] = 1
-    out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+    together = {"synced_gpus": True} if lockstep else {}
+    out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **together)
     return [_until_end(tokenizer, row, settings.eos_token_id or []) for row in out[:, longest:].tolist()]
 
 

@@ -24,16 +24,21 @@ class Chunks:
         size: things of a chunk at first.
         what: what was being done, for the error.
         remedy: what the user can do about it.
+        whole: a chunk that runs out of memory is refused, since other processes work on theirs at the same time
+            (``Ranks.lockstep``).
 
     Attributes:
         size: the things of a chunk from now on.
     """
 
-    def __init__(self, size: int, device: torch.device, what: str, remedy: str = SHORTER) -> None:
+    def __init__(
+        self, size: int, device: torch.device, what: str, remedy: str = SHORTER, *, whole: bool = False
+    ) -> None:
         self.size = size
         self._device = device
         self._what = what
         self._remedy = remedy
+        self._whole = whole
 
     def over(self, count: int, work: Callable[[slice], T], each: Callable[[int], str] = lambda _: "") -> list[T]:
         """``work`` on the slices of ``count`` things, in order.
@@ -53,6 +58,11 @@ class Chunks:
                 if chosen.stop - done == 1:
                     what = f"{self._what}{each(done)}"
                     raise UserError(f"out of memory in {what} ({result.reason}); {self._remedy}")
+                if self._whole:
+                    raise UserError(
+                        f"out of memory in {self._what} of {chosen.stop - done} at once ({result.reason}); with "
+                        f"distributed.shard=fsdp lower evaluation.batch_size, or start more processes"
+                    )
                 self.size = (chosen.stop - done) // 2
                 continue
             results.append(result)

@@ -9,6 +9,7 @@ from repbend_fast.config.schema import EvaluationConfig
 from repbend_fast.console import CountLine
 from repbend_fast.data.prompts import Prompt, load_prompts
 from repbend_fast.data.settings import PromptsConfig
+from repbend_fast.distributed.ranks import ALONE, Ranks
 from repbend_fast.evaluation.generate import PromptEncoder, generate_answers
 from repbend_fast.evaluation.rates import EvaluationResult, judged, rates_of
 from repbend_fast.models.causal import CausalLM
@@ -25,6 +26,7 @@ def measure_answers(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     attacks: Seq[str] = ATTACKS,
+    ranks: Ranks = ALONE,
 ) -> EvaluationResult:
     """Answers to ``prompts``, judged and counted.
 
@@ -41,7 +43,7 @@ def measure_answers(
     free = direct + friendly
     # One call for everything: fuller batches, fewer decoding steps.
     prefills = [""] * len(free) + [PREFILL] * len(prefilled)
-    with CountLine("answers", len(prefills), stays=False) as progress:
+    with CountLine("answers", len(ranks.part(prefills)), stays=False) as progress:
         answers = generate_answers(
             model,
             encoder,
@@ -49,6 +51,7 @@ def measure_answers(
             prefills=prefills,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            ranks=ranks,
             done=partial(progress.advance, "to attacks and questions"),
         )
     samples = judged("attack_direct", direct, answers[: len(direct)]) + judged(
@@ -60,7 +63,16 @@ def measure_answers(
     return rates_of(samples)
 
 
-def run_evaluation(model: CausalLM, encoder: PromptEncoder, config: EvaluationConfig) -> EvaluationResult:
+def run_evaluation(
+    model: CausalLM, encoder: PromptEncoder, config: EvaluationConfig, ranks: Ranks = ALONE
+) -> EvaluationResult:
     """Evaluate a loaded model on ``config.prompts`` (the demo's test prompts where none are set)."""
     prompts = load_prompts(config.prompts or PromptsConfig())
-    return measure_answers(model, encoder, prompts, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    return measure_answers(
+        model,
+        encoder,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        ranks=ranks,
+    )

@@ -56,13 +56,16 @@ def evaluate_sides(
     """
     if config.evaluation.prompts is None:
         return
-    content = read_evaluation(run.evaluation) if side == "after" else {}
+    ranks = runner.ranks
+    content = ranks.same(read_evaluation(run.evaluation) if side == "after" and ranks.first else {})
     if side == "after" and "before" not in content:
         with reference_model(runner.model):
             content["before"] = measure_model(config, runner, data.encoder, data.chat)
-        write_json(run.evaluation, content)
+        if ranks.first:
+            write_json(run.evaluation, content)
     content[side] = measure_model(config, runner, data.encoder, data.chat)
-    write_json(run.evaluation, content | extra)
+    if ranks.first:
+        write_json(run.evaluation, content | extra)
     if side == "after":
         show(table(content.get("before"), content["after"]))
 
@@ -86,10 +89,10 @@ def measure_model(
     config: Config, runner: StreamRunner, encoder: ChatEncoder, chat: list[Sequence]
 ) -> dict[str, object]:
     """Rates of generated answers, and perplexity and KL on held-out chat where there is some, in the precision of the
-    run's passes.
+    run's passes; the runner's processes share the work.
     """
     with lora_dropout(runner.model, None), runner.autocasting():
-        result = run_evaluation(runner.model, encoder, config.evaluation).as_dict()
+        result = run_evaluation(runner.model, encoder, config.evaluation, runner.ranks).as_dict()
         if chat and runner.head is not None:
             statistics = chat_statistics(runner, chat)
             result |= {"perplexity": statistics.perplexity, "kl": statistics.kl}

@@ -1,6 +1,7 @@
 """What a model goes through before a step runs on it, in one place and one order, and back.
 
-    Liger's layers  →  low-rank forwards  →  lean forwards  →  LoRA's dropout rate  →  embedding and head to the host
+    blocks divided  →  Liger's layers  →  low-rank forwards  →  lean forwards  →  LoRA's dropout rate
+    →  embedding and head to the host
 
 Each mechanism stands in a file of its own under ``layers/`` and makes its changes through ``layers.changes``;
 ``Prepared.restore`` takes them back in reverse order. The module tree, parameters and what requires a gradient stay the
@@ -25,6 +26,7 @@ from repbend_fast.models.layers.lean import use_lean_layers
 from repbend_fast.models.layers.liger import Setting, use_liger
 from repbend_fast.models.layers.lora import set_dropout_rate, use_low_rank_forward
 from repbend_fast.models.layers.offload import offload_embedding
+from repbend_fast.models.layers.sharded import shard_blocks
 from repbend_fast.models.load import settle_device
 
 
@@ -62,7 +64,14 @@ class Prepared:
         self.restore()
 
 
-def prepared(model: CausalLM, levers: ModelLevers, *, liger: Setting = False, dropout: float | None = None) -> Prepared:
+def prepared(
+    model: CausalLM,
+    levers: ModelLevers,
+    *,
+    liger: Setting = False,
+    dropout: float | None = None,
+    shards: torch.device | None = None,
+) -> Prepared:
     """Prepare ``model`` in place. What is prepared already stays as it is, and is not undone by this call's
     ``restore``.
 
@@ -70,11 +79,15 @@ def prepared(model: CausalLM, levers: ModelLevers, *, liger: Setting = False, dr
         model: PEFT model with the trained adapter.
         liger: as ``model.liger``.
         dropout: LoRA's dropout rate in place of the adapter's own; None keeps that.
+        shards: divide the frozen weights of the blocks among the processes, each part on this device; ``restore``
+            leaves that as it is, since the whole may fit nowhere.
 
     Raises:
         UserError: an adapter, a head or a family that a mechanism cannot work with; the model is as before.
     """
     decoder = find_decoder(model)
+    if shards is not None:
+        shard_blocks(model, decoder.layers, shards)
     # Of the process, not of the model: another model may rely on it, so it stays.
     settle_device(decoder.device)
     changes = Changes()

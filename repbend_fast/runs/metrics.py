@@ -33,6 +33,16 @@ class MetricsLog:
         """Nothing is held back here; trackers (``runs/tracking.py``) may hold something."""
 
 
+class NoLog(MetricsLog):
+    """Of a process that is not the first of its run: nothing is written."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, kind: str, step: int, **values: object) -> None:
+        pass
+
+
 def _lines(path: Path) -> list[str]:
     # A killed run may leave half a line, or after a power cut anything; such a line is no reason not to resume.
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

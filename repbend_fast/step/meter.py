@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from repbend_fast.distributed.ranks import Ranks
+
 
 @dataclass
 class StreamResult:
@@ -61,3 +63,14 @@ class Meter:
             for layer, value in layers.items():
                 self.add_layer(name, layer, value)
         self.tokens += piece.tokens
+
+    def total(self, ranks: Ranks) -> None:
+        """Take in what the other processes measured of the same stream."""
+        names, layers = (
+            sorted(self.values),
+            [(name, layer) for name in sorted(self.layers) for layer in self.layers[name]],
+        )
+        found = iter(ranks.totals([*(self.values[n] for n in names), *(self.layers[n][layer] for n, layer in layers)]))
+        self.values = {name: next(found) for name in names}
+        for name, layer in layers:
+            self.layers[name][layer] = next(found)

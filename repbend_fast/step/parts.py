@@ -18,6 +18,7 @@ class ModelParts:
     """``model`` is the PEFT model, ``decoder`` and ``head`` are inside it; ``device`` is where its blocks compute.
 
     ``units``: the length that counts as 1 at each hidden state where a term's unit is "reference" (``step/units.py``).
+    ``lockstep``: a pass needs every process of the run, so that none may run one that the others do not.
     """
 
     model: CausalLM
@@ -26,6 +27,7 @@ class ModelParts:
     device: torch.device
     autocast: torch.dtype | None
     units: dict[int, float] = field(default_factory=dict)
+    lockstep: bool = False
 
     @cached_property
     def switches(self) -> list[AdapterSwitch]:

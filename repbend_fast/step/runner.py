@@ -9,6 +9,7 @@ leaves nothing behind and is done again in smaller ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,12 +22,15 @@ from torch.profiler import record_function
 from repbend_fast import ranges
 from repbend_fast.config import Config
 from repbend_fast.data.records import Sequence
+from repbend_fast.distributed.ranks import ALONE, Ranks
+from repbend_fast.errors import UserError
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import Decoder, Head, find_head
 from repbend_fast.models.layers.lora import lora_dropout
 from repbend_fast.models.layers.truncated import Visit
+from repbend_fast.models.load import resolve_device
 from repbend_fast.models.surgery import Prepared, prepared
 from repbend_fast.objectives.perturbed import Search
 from repbend_fast.objectives.streams import Stream
@@ -55,6 +59,7 @@ class StreamRunner:
         levers: piece sizes, recomputation and chunks; none of them changes the gradient.
         autocast: dtype of autocast around both passes, or None.
         uses_head: whether any stream has a head term; the head is located, and its restrictions checked, only then.
+        ranks: processes of which each runs a share of every stream and has that share of the gradient.
 
     Attributes:
         prepared: the model, as a handle to give it back by.
@@ -64,15 +69,23 @@ class StreamRunner:
     """
 
     def __init__(
-        self, prepared: Prepared, levers: Levers, *, autocast: torch.dtype | None = None, uses_head: bool = True
+        self,
+        prepared: Prepared,
+        levers: Levers,
+        *,
+        autocast: torch.dtype | None = None,
+        uses_head: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         model, decoder = prepared.model, prepared.decoder
         self.prepared = prepared
         self.levers = levers
+        self.ranks = ranks
         self.on_out_of_memory: Callable[[str, str], None] | None = None
         self.proof: Proof | None = None
         self.parameters = trainable_parameters(model)
-        self.parts = ModelParts(model, decoder, find_head(model) if uses_head else None, decoder.device, autocast)
+        head = find_head(model) if uses_head else None
+        self.parts = ModelParts(model, decoder, head, decoder.device, autocast, lockstep=ranks.lockstep)
 
     @property
     def model(self) -> CausalLM:
@@ -142,29 +155,88 @@ class StreamRunner:
         return executions
 
     def _run(self, run: _Run) -> StreamResult:
-        meter = Meter()
+        sequences, meter = run.stream.sequences, Meter()
+        run.shares = self._shares(run)
         if run.stream.search is not None:
-            run.found = self._search(run.stream, run.stream.search)
-        for done in self._each_piece(run.stream, run.stream.sequences, lambda piece: self._piece(run, piece)):
+            run.found = self._search(run, run.stream.search)
+        self._take_sums(run)
+        for done in self._each_of_share(run, sequences, lambda piece: self._piece(run, piece)):
             meter.merge(done)
-        result = StreamResult(torch.zeros((), device=self.device), tokens=meter.tokens)
+        if run.shares:
+            meter.total(self.ranks)
+        result = StreamResult(torch.zeros((), device=self.device), tokens=sum(map(len, sequences)))
         for number, term in enumerate(run.stream.terms):
             execution_of(term).report(term, meter, result, run.sums.get(number))
         result.weigh(run.stream.weights)
         return result
 
-    def _search(self, stream: Stream, search: Search) -> Found:
-        """The stream's perturbation, searched in pieces of whole prompts."""
-        attacked = Stream(stream.name, search.sequences, search.terms)
+    def _search(self, run: _Run, search: Search) -> Found:
+        """The stream's perturbation, searched in pieces of whole prompts: those that this process's share begins with.
+        In lockstep all search everything, which takes the same passes.
+        """
+        attacked = Stream(run.stream.name, search.sequences, search.terms)
+        members = None
+        if run.shares and not self.ranks.lockstep:
+            own = {search.shared[member] for member in run.shares[self.ranks.number]}
+            members = [member for member, prompt in enumerate(search.prompts) if prompt in own]
 
         def work(piece: Piece) -> dict[int, Deltas]:
             return searched(self._place(attacked, piece, Meter()), search)
 
         deltas: dict[int, Deltas] = {}
         with record_function(ranges.SEARCH):
-            for found in self._each_piece(attacked, search.sequences, work, prompts=search.prompts):
+            for found in self._each_piece(attacked, search.sequences, work, members, search.prompts):
                 deltas.update(found)
         return Found(search, deltas)
+
+    def _shares(self, run: _Run) -> list[tuple[int, ...]]:
+        """What each process runs of the stream; empty where every one runs it all: alone, or of too few to measure.
+
+        Raises:
+            UserError: too few to train on.
+        """
+        sequences, count = run.stream.sequences, self.ranks.count
+        if self.ranks.several and run.scale is not None and len(sequences) < count:
+            raise UserError(
+                f"stream {run.stream.name} has {len(sequences)} sequences in a micro-batch, fewer than the {count} "
+                "processes; raise training.examples (or retain_examples), or start fewer processes"
+            )
+        if not self.ranks.several or len(sequences) < count:
+            return []
+        return self.ranks.shares([len(sequence) for sequence in sequences])
+
+    def _take_sums(self, run: _Run) -> None:
+        """The sums of terms that couple the sequences of a shared stream: not inside of a piece, which runs again where
+        memory runs out, while the other processes go on.
+        """
+        for number, term in enumerate(run.stream.terms if run.shares else ()):
+            sums = execution_of(term).first_pass(term, _FirstPass(self, run), None)
+            if sums is not None:
+                run.sums[number] = sums
+
+    def _each_of_share(
+        self,
+        run: _Run,
+        sequences: tuple[Sequence, ...],
+        work: Callable[[Piece], T],
+        members: Iterable[int] | None = None,
+    ) -> Iterator[T]:
+        """``_each_piece`` on this process's share. In lockstep all run as many pieces: one that has fewer runs some
+        again, for nothing.
+        """
+        if not run.shares:
+            yield from self._each_piece(run.stream, sequences, work, members)
+            return
+        own = run.shares[self.ranks.number]
+        yield from self._each_piece(run.stream, sequences, work, own)
+        if self.ranks.lockstep:
+            size = self.levers.piece_size(run.stream.name)
+            pieces = [len(split(sequences, size, self.layout, share)) for share in run.shares]
+            shortest = min(own, key=lambda member: len(sequences[member]))
+            for _ in range(max(pieces) - pieces[self.ranks.number]):
+                with run.idle():
+                    for _ in self._each_piece(run.stream, sequences, work, (shortest,)):
+                        pass
 
     def _each_piece(
         self,
@@ -226,6 +298,12 @@ class StreamRunner:
     def _retreat(self, stream: Stream, piece: Piece, count: int, failure: OutOfMemory) -> None:
         vocabulary = self.head.weight.shape[0] if self.head is not None else 0
         load = Load(stream.name, count, piece.positions, stream.head_rows(piece.members), vocabulary)
+        if self.ranks.lockstep:
+            raise UserError(
+                f"out of memory ({load}): with distributed.shard=fsdp no process can do a piece again alone; resume "
+                f"with memory.piece_tokens={max(1, piece.positions // 2)} or memory.checkpoint_blocks=all, or start "
+                "more processes"
+            )
         self.levers, change = retreat(self.levers, load, self.decoder.num_blocks, self.device)
         if self.on_out_of_memory:
             self.on_out_of_memory(f"out of memory ({load}): {change} from here on", failure.reason)
@@ -236,7 +314,8 @@ class _Run:
     """One call of ``backward``, or of ``measure`` where ``scale`` and ``seed`` are None.
 
     ``sums``: by number of the term, what its first pass has taken over the whole stream, once that is split. ``found``:
-    its perturbation, where it has one.
+    its perturbation, where it has one. ``shares``: by process, the members that it runs; empty where this one runs them
+    all.
     """
 
     stream: Stream
@@ -244,6 +323,17 @@ class _Run:
     seed: int | None = None
     sums: dict[int, object] = field(default_factory=dict)
     found: Found | None = None
+    shares: list[tuple[int, ...]] = field(default_factory=list)
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """What is done inside adds no gradient."""
+        scale = self.scale
+        self.scale = None if scale is None else 0.0
+        try:
+            yield
+        finally:
+            self.scale = scale
 
     def keys(self, piece: Piece) -> Tensor | None:
         """The dropout keys of a piece's rows; None = no dropout."""
@@ -260,7 +350,10 @@ class _FirstPass:
     def each(
         self, sequences: tuple[Sequence, ...], work: Callable[[Piece], T], members: Iterable[int] | None = None
     ) -> Iterator[T]:
-        return self._runner._each_piece(self.stream, sequences, work, members)
+        return self._runner._each_of_share(self._run, sequences, work, members)
+
+    def totals(self, tensors: Seq[Tensor]) -> list[Tensor]:
+        return self._runner.ranks.totals(tensors)
 
     @contextmanager
     def sums(self, piece: Piece) -> Iterator[None]:
@@ -278,20 +371,23 @@ class _FirstPass:
         return self._runner._place(self.stream, piece, Meter(), self._run.found)
 
 
-def checked_runner(model: CausalLM, config: Config, levers: Levers, uses_head: bool) -> StreamRunner:
+def checked_runner(
+    model: CausalLM, config: Config, levers: Levers, uses_head: bool, ranks: Ranks = ALONE
+) -> StreamRunner:
     """The runner of a loaded model, prepared for it, under the recipe's autocast, with what passes take for granted
     shown on a few tokens.
 
     Where packing leaks between sequences and was not asked for, the runner pads. ``runner.prepared.restore()`` gives
-    the model back.
+    the model back. ``ranks`` in lockstep divide its blocks among them.
 
     Raises:
         UserError: the head is no plain matrix, or something does not hold (``step.proof``); the model is as before.
     """
-    ready = prepared(model, levers, liger=config.model.liger)
+    shards = resolve_device(config.model.device) if ranks.lockstep else None
+    ready = prepared(model, levers, liger=config.model.liger, shards=shards)
     try:
         autocast = autocast_dtype(config, ready.device)
-        runner = StreamRunner(ready, levers, autocast=autocast, uses_head=uses_head)
+        runner = StreamRunner(ready, levers, autocast=autocast, uses_head=uses_head, ranks=ranks)
         runner.proof = prove_model(runner.parts, levers.packing, config.memory.packing)
     except BaseException:
         ready.restore()

@@ -161,16 +161,16 @@ def _write_state(state: TrainingState, folder: Path) -> dict[str, Stored]:
     }
 
 
-def save_checkpoint(run: RunFolder, state: TrainingState, model: CausalLM, keep: int) -> Path:
+def save_checkpoint(run: RunFolder, state: TrainingState, model: CausalLM, keep: int, processes: int = 1) -> Path:
     """Write ``checkpoints/step-NNNNNN`` atomically, then drop the oldest of more than ``keep``, never the one just
-    written.
+    written. ``processes``: how many train together; none of them writes but one.
     """
     path = run.checkpoint(state.step)
 
     def fill(folder: Path) -> None:
         _write_adapter(model, folder)
         known = _write_state(state, folder)
-        write_manifest(folder, known, made_on(next(model.parameters()).device))
+        write_manifest(folder, known, made_on(next(model.parameters()).device, processes))
 
     write_folder(path, fill)
     others = [other for other in run.all_checkpoints() if other != path]
@@ -302,18 +302,23 @@ def set_aside_newer(run: RunFolder, checkpoint: Path) -> None:
         os.replace(path, aside)
 
 
-def made_on(device: torch.device) -> dict[str, object]:
+def made_on(device: torch.device, processes: int) -> dict[str, object]:
     """What a run's numbers depend on besides its settings."""
-    return {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "torch": torch.__version__,
+    }
 
 
-def moved_note(path: Path, device: torch.device) -> str | None:
+def moved_note(path: Path, device: torch.device, processes: int = 1) -> str | None:
     """Where a checkpoint comes from, if from elsewhere."""
     found = checked_manifest(path).get("made_on")
     before = found if isinstance(found, dict) else {}
     changed = [
         f"{key} {before[key]} there, {here} here"
-        for key, here in made_on(device).items()
+        for key, here in made_on(device, processes).items()
         if before.get(key, here) != here
     ]
     if not changed:

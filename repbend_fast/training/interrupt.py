@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 from repbend_fast.console import say
 
+ONCE = 2.0
+"""Seconds in which a launcher hands on a signal that its processes have had."""
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -14,11 +17,14 @@ class Interrupt:
     """While entered, the first signal of ``SIGNALS`` only sets ``requested``; a second one raises
     ``KeyboardInterrupt``.
 
-    ``reason`` names the first one.
+    ``reason`` names the first one. ``launched``: a terminal's Ctrl-C comes a second time through the launcher, and
+    counts once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launched: bool = False) -> None:
         self.requested = False
+        self._ignored_until = 0.0
+        self._launched = launched
         self.reason = ""
         self._previous: dict[int, signal._HANDLER] = {}
 
@@ -37,7 +43,10 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if self.requested and time.monotonic() < self._ignored_until:
+            return
         if self.requested:
             raise KeyboardInterrupt
+        self._ignored_until = time.monotonic() + (ONCE if self._launched else 0.0)
         self.requested, self.reason = True, SIGNALS[signal.Signals(number)]
         say("interrupted: saving after this step; press Ctrl-C again to stop at once")

@@ -36,8 +36,9 @@ class Ready:
     plan: Plan | None = None
 
 
-def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
+def prepare_run(config: Config, run: RunFolder, resume: bool, processes: int = 1) -> Ready:
     """Check folder, checkpoint, device, optimizer, prompts, template, records, window and memory budget; read the data.
+    Each of ``processes`` has its share of a micro-batch to keep within the budget.
 
     Raises:
         UserError: the first thing to mend.
@@ -80,7 +81,7 @@ def prepare_run(config: Config, run: RunFolder, resume: bool) -> Ready:
             "would look better than "
             "none and the untrained one would be kept; name records or prompts, or set validation.every=0"
         )
-    return Ready(data, prompts, checkpoint, _plan(config, data))
+    return Ready(data, prompts, checkpoint, _plan(config, data, processes))
 
 
 def _sees_no_bending(config: Config, data: RunData) -> bool:
@@ -89,9 +90,13 @@ def _sees_no_bending(config: Config, data: RunData) -> bool:
     return bool(bent) and not any(data.held.get(role) for role in ("unsafe", "pair"))
 
 
-def _plan(config: Config, data: RunData) -> Plan | None:
+def _plan(config: Config, data: RunData, processes: int) -> Plan | None:
     if config.memory.budget is None:
         return None
+    training = config.training
+    retain = training.retain_examples and -(-training.retain_examples // processes)
+    share = training.model_copy(update={"examples": -(-training.examples // processes), "retain_examples": retain})
+    config = config.model_copy(update={"training": share})
     return plan_of(config, resolve_device(config.model.device), limits_of_sets(data.sampler.sets, config))
 
 

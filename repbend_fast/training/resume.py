@@ -10,6 +10,7 @@ from repbend_fast.console import say
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.sides import drop_stale
 from repbend_fast.runs.folder import remove_leftovers, write_text
+from repbend_fast.runs.metrics import NoLog
 from repbend_fast.runs.tracking import TrackedLog
 from repbend_fast.step.levers import Levers
 from repbend_fast.training.checkpoint import (
@@ -84,15 +85,26 @@ def resume_training(trainer: Trainer, checkpoint: Path) -> None:
     # What ran out of memory once would do so again, unless the levers were set anew.
     if state.first_levers == trainer.first_levers.as_dict():
         trainer.runner.levers = Levers(**state.last_levers)
-    if note := moved_note(checkpoint, trainer.runner.device):
+    if note := moved_note(checkpoint, trainer.runner.device, trainer.ranks.count):
         say(note)
+    _open_folder(trainer, checkpoint)
+    trainer.use_units(state.units)
+    trainer.log.write("event", trainer.step, event="resumed", reason=checkpoint.name)
+    trainer.log_proof()
+    say(f"resumed from {checkpoint} at step {trainer.step}")
+
+
+def _open_folder(trainer: Trainer, checkpoint: Path) -> None:
+    """Make the folder that of the run as it goes on; the first process's business, once all have read the
+    checkpoint.
+    """
+    trainer.ranks.gathered(None)
+    if not trainer.ranks.first:
+        trainer.log = NoLog()
+        return
     set_aside_newer(trainer.run, checkpoint)
     remove_leftovers(trainer.run)
     drop_stale(trainer.run, trainer.config)
     # Settings given with --resume belong to the run from here on, also when it is resumed again.
     write_text(trainer.run.config, resolved_yaml(trainer.config))
     trainer.log = TrackedLog(trainer.config, trainer.run, last_step=trainer.step)
-    trainer.use_units(state.units)
-    trainer.log.write("event", trainer.step, event="resumed", reason=checkpoint.name)
-    trainer.log_proof()
-    say(f"resumed from {checkpoint} at step {trainer.step}")

@@ -6,6 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from repbend_fast.config import Config, resolved_yaml
 from repbend_fast.config.schema import at_depth
-from repbend_fast.console import ProgressLine, say
+from repbend_fast.console import ProgressLine, say, saying
 from repbend_fast.data.prefetch import PreparedBatches
+from repbend_fast.distributed.joining import joined
+from repbend_fast.distributed.ranks import ALONE, Ranks
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.rates import rates_line
 from repbend_fast.evaluation.sides import evaluate_sides
@@ -31,7 +34,7 @@ from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
 from repbend_fast.planning.planner import Plan, show_plan
 from repbend_fast.runs.folder import RunFolder, only_training, start_folder, write_json, write_text
-from repbend_fast.runs.metrics import MetricsLog, peak_memory_bytes
+from repbend_fast.runs.metrics import MetricsLog, NoLog, peak_memory_bytes
 from repbend_fast.runs.prepare import RunData
 from repbend_fast.runs.token_ids import check_token_ids
 from repbend_fast.runs.tracking import TrackedLog
@@ -52,6 +55,7 @@ from repbend_fast.training.interrupt import Interrupt
 from repbend_fast.training.optimizer import build_optimizer, learning_rate
 from repbend_fast.training.preflight import Ready, prepare_run
 from repbend_fast.training.resume import resume_training, state_of
+from repbend_fast.training.together import add_up_gradients, check_alike
 from repbend_fast.training.validation import Validation, Validator
 
 INTERRUPTED = 130
@@ -72,25 +76,29 @@ def train(config: Config, resume: Path | None = None) -> RunResult:
         UserError: anything that the user can mend; earlier checkpoints stay intact.
     """
     run = RunFolder(resume if resume is not None else config.output.folder)
-    with only_training(run):
-        ready = make_ready(config, run, resume is not None)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined(config.model.device, config.distributed.shard == "fsdp"))
+        # The first process alone writes to the folder and speaks.
+        stack.enter_context(only_training(run) if ranks.first else saying(None))
+        ready = make_ready(config, run, resume is not None, ranks.count)
+        check_alike(ranks, config, ready.data)
         try:
-            return _run(config, run, ready)
+            return _run(config, run, ready, ranks)
         except KeyboardInterrupt:
             if run.latest_checkpoint() is not None:
                 say(f"stopped; what was saved stays. {resume_line(run)}")
             raise
 
 
-def make_ready(config: Config, run: RunFolder, resume: bool) -> Ready:
-    """What a run has before its model, with the notes and the plan said.
+def make_ready(config: Config, run: RunFolder, resume: bool, processes: int = 1) -> Ready:
+    """What a run of so many ``processes`` has before its model, with the notes and the plan said.
 
     Raises:
         UserError: as ``prepare_run``.
     """
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    ready = prepare_run(config, run, resume)
+    ready = prepare_run(config, run, resume, processes)
     for note in ready.data.notes:
         say(note)
     if ready.plan is not None:
@@ -98,25 +106,26 @@ def make_ready(config: Config, run: RunFolder, resume: bool) -> Ready:
     return ready
 
 
-def make_trainer(config: Config, run: RunFolder, ready: Ready) -> Trainer:
+def make_trainer(config: Config, run: RunFolder, ready: Ready, ranks: Ranks = ALONE) -> Trainer:
     """The trainer with its model, LoRA's start drawn from the run's seed."""
     torch.manual_seed(config.training.seed)
-    return Trainer(config, run, ready.data, ready.plan.levers if ready.plan else None)
+    return Trainer(config, run, ready.data, ready.plan.levers if ready.plan else None, ranks)
 
 
-def _run(config: Config, run: RunFolder, ready: Ready) -> RunResult:
-    trainer = make_trainer(config, run, ready)
+def _run(config: Config, run: RunFolder, ready: Ready, ranks: Ranks) -> RunResult:
+    trainer = make_trainer(config, run, ready, ranks)
     validator = None
     if config.validation.every:
         validator = Validator(
             trainer.runner, trainer.objective, ready.data.encoder, ready.data.held, ready.prompts, config
         )
     if ready.checkpoint is None:
-        moved = start_folder(run)
+        moved = start_folder(run) if ranks.first else None
         if moved:
             say(f"an earlier run was in {run.path}; it is now in {moved}")
-        write_text(run.config, resolved_yaml(trainer.config))
-        trainer.log = TrackedLog(trainer.config, run)
+        if ranks.first:
+            write_text(run.config, resolved_yaml(trainer.config))
+        trainer.log = TrackedLog(trainer.config, run) if ranks.first else NoLog()
         trainer.log_plan(ready.plan)
         trainer.log_proof()
         trainer.use_units({})
@@ -140,14 +149,20 @@ def resume_line(run: RunFolder) -> str:
 class Trainer:
     """State of a run and its loop. ``step`` counts finished optimizer steps.
 
-    ``levers``: those of the plan for the memory budget; None = as set by hand.
+    ``levers``: those of the plan for the memory budget; None = as set by hand. ``ranks``: the processes that train
+    together.
     """
 
-    def __init__(self, config: Config, run: RunFolder, data: RunData, levers: Levers | None = None) -> None:
+    def __init__(
+        self, config: Config, run: RunFolder, data: RunData, levers: Levers | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        self.ranks = ranks
         self.run = run
         self.data = data
         self.batches = PreparedBatches(data.sampler)
-        base = load_model(config.model)
+        # What is divided is never whole on the device.
+        whole_on = {"device": "cpu", "liger": False} if ranks.lockstep else {}
+        base = load_model(config.model.model_copy(update=whole_on))
         num_blocks = find_decoder(base).num_blocks
         config = at_depth(config, num_blocks)
         self.config = config = config.model_copy(update={"lora": settled_lora(base, config.lora)})
@@ -157,7 +172,9 @@ class Trainer:
         needs_head = self.objective.uses_head or bool(data.held.get("retain") or data.chat)
         planned = levers
         levers = levers or levers_of(config.memory, self.model)
-        self.runner = checked_runner(self.model, config, levers, needs_head)
+        self.runner = checked_runner(
+            self.model, config, ranks.same(levers) if ranks.lockstep else levers, needs_head, ranks
+        )
         if planned and self.runner.proof and planned.packing != self.runner.levers.packing:
             self.runner.proof.notes.append(
                 "note: the plan for memory.budget counts on packing, and padding may take more; memory.packing=off "
@@ -171,6 +188,7 @@ class Trainer:
                 say(line)
         self.first_levers = self.runner.levers
         self.parameters = trainable_parameters(self.model)
+        ranks.spread_(self.parameters)
         self.optimizer = build_optimizer(self.parameters, config.training)
         # Half precision loses small gradients below its range; bfloat16 and float32 do not need this.
         half = DTYPES[config.model.dtype] == torch.float16
@@ -189,16 +207,23 @@ class Trainer:
         settings = self.config.training
         if validator and self.guard.before is None:
             self._validate(validator)
-        with Interrupt() as interrupt, ProgressLine(settings.steps, self.step) as progress:
+        with Interrupt(self.ranks.several) as interrupt, ProgressLine(settings.steps, self.step) as progress:
             while self.step < settings.steps and self.stopped is None:
                 self._train_step(progress)
                 last = self.step == settings.steps
                 if validator and (self._validation_is_due() or last or self.guard.is_annealed(self.step)):
                     self._validate(validator)
-                if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupt.requested:
-                    path = save_checkpoint(self.run, state_of(self), self.model, settings.keep_checkpoints)
-                    if interrupt.requested:
-                        self.log.write("event", self.step, event="interrupted", reason=interrupt.reason)
+                interrupted = self.ranks.any(interrupt.requested)
+                if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupted:
+                    path = self.run.checkpoint(self.step)
+                    if self.ranks.first:
+                        save_checkpoint(
+                            self.run, state_of(self), self.model, settings.keep_checkpoints, self.ranks.count
+                        )
+                    if interrupted:
+                        self.log.write(
+                            "event", self.step, event="interrupted", reason=interrupt.reason or "another process"
+                        )
                         say(f"saved {path}\n{resume_line(self.run)}")
                         return True
         return False
@@ -236,14 +261,14 @@ class Trainer:
         """
         if not self.config.objective.counts_in_reference:
             return
-        units = measure_units(self.runner, self.objective, self.data.sampler.sets, known)
+        units = self.ranks.same(measure_units(self.runner, self.objective, self.data.sampler.sets, known))
         self.runner.units.update(units)
         if units != known:
             shown = ", ".join(f"{layer}: {unit:.4g}" for layer, unit in units.items())
             self.log.write(
                 "event", self.step, event="units", reason=f"lengths that count as 1, by hidden state: {shown}"
             )
-        if units:
+        if units and self.ranks.first:
             write_json(self.run.units, {str(layer): unit for layer, unit in units.items()})
 
     def log_proof(self) -> None:
@@ -256,7 +281,8 @@ class Trainer:
         self.batches.close()
         if self.best_weights is not None:
             load_adapter_weights(self.model, self.best_weights)
-        save_adapter(self.model, self.run.adapter)
+        if self.ranks.first:
+            save_adapter(self.model, self.run.adapter)
         best = self.guard.best.step if self.guard.best else self.step
         reason = self.stopped or f"all {self.step} steps done"
         kept = (
@@ -273,7 +299,7 @@ class Trainer:
         if any(counts.values()):
             say("truncated: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
         evaluate_sides(self.run, self.config, self.runner, self.data, "after", best_step=best)
-        if self.config.output.report:
+        if self.config.output.report and self.ranks.first:
             from repbend_fast.report import write_report
 
             say(f"report: {write_report(self.run.path)}")
@@ -293,6 +319,7 @@ class Trainer:
             if self.step == micro_batch == 0 and is_at_start(self.model):
                 self._check_zero(streams, done, seed)
             results += done
+        add_up_gradients(self.ranks, self.parameters)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm or math.inf)
         # The step's one wait for the device (bitsandbytes' optimizers add theirs): a non-finite gradient must not reach
@@ -404,13 +431,14 @@ class Trainer:
 
     def _validate(self, validator: Validator) -> None:
         self.batches.wait()  # validation uses the same tokenizer
-        validation = validator.measure(self.step)
+        validation = self.ranks.same(validator.measure(self.step))
         was_annealing = self.guard.anneal is not None
         self.guard.judge(validation, rate_is_zero=self._learning_rate() == 0)
         self.stopped = self.guard.stop_reason(validation)
         if validation.best:
             self.best_weights = adapter_weights(self.model)
-            save_adapter(self.model, self.run.adapter)
+            if self.ranks.first:
+                save_adapter(self.model, self.run.adapter)
         self.log.write("validation", **validation.row() | {"step": self.step})
         say(_validation_line(validation))
         if self.guard.anneal and not was_annealing and not self.stopped and self.step < self.config.training.steps:

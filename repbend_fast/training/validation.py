@@ -130,7 +130,9 @@ class Validator:
         self.config = config
 
     def measure(self, step: int) -> Validation:
-        """All measurements, with dropout off. Draws no random numbers, so that validating changes no later step."""
+        """All measurements, with dropout off. Draws no random numbers, so that validating changes no later step.
+        The runner's processes share the work.
+        """
         result = Validation(step)
         retain = [s for s in self.held.get("retain", []) if isinstance(s, Sequence)]
         with lora_dropout(self.runner.model, None), self.runner.autocasting():
@@ -147,6 +149,7 @@ class Validator:
                     self.prompts,
                     max_new_tokens=settings.max_new_tokens,
                     batch_size=batch_size,
+                    ranks=self.runner.ranks,
                 )
                 result.rates = dict(answers.rates)
         return result

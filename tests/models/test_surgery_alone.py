@@ -123,12 +123,13 @@ def _changes_a_model(node: ast.AST, imported: set[str]) -> bool:
     if name.startswith("register_") and name.endswith("_hook"):
         return True
     if name in CALLS:
-        return not (isinstance(node.func.value, ast.Name) and node.func.value.id in imported)
+        of_a_module = isinstance(node.func.value, ast.Name) and node.func.value.id in imported
+        return not of_a_module and ast.unparse(node.func.value) != "super()"
     return name in ("update", "pop", "setdefault", "clear") and _is_table(node.func.value)
 
 
 def _is_self(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
+    return ast.unparse(node) in ("self", "super()")
 
 
 def changes(path: str, text: str) -> Iterator[tuple[str, str, str]]:
@@ -243,6 +244,7 @@ def test_a_mechanism_used_elsewhere_is_found(line) -> None:
         "hidden = layer.forward(x)",
         "train(config)",
         "api.train(config)",
+        "super().train(resume)",
         "names.update(others)",
     ],
 )

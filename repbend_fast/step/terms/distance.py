@@ -23,7 +23,7 @@ class DistanceExecution(Execution[Distance]):
         self._losses: list[Tensor] = []
 
     def compare(self) -> None:
-        if self.term.against is not None:
+        if self.term.against is not None and any(self.term.against):
             self._replace_against(self.term.against)
 
     def _replace_against(self, against: tuple[Sequence | None, ...]) -> None:
@@ -47,9 +47,12 @@ class DistanceExecution(Execution[Distance]):
                     theirs.append((first, stop))
                     target.append(torch.arange(position + first - start, position + stop - start))
             position += stop - start
+        parts = place.parts
+        if not others and parts.lockstep:
+            # Another process's rows have a counterpart, and its pass needs this one's.
+            others, theirs, target = [next(filter(None, against))], [(0, 0)], [torch.arange(0)]
         if not others:
             return
-        parts = place.parts
         other_piece = make_piece(tuple(others), tuple(range(len(others))), place.levers.layout, parts.device)
         source, into = other_piece.rows(tuple(theirs)), to_device(torch.cat(target), parts.device)
 

@@ -75,6 +75,12 @@ class FirstPass(Protocol):
         """As of a place."""
         ...
 
+    def totals(self, tensors: Seq[Tensor]) -> list[Tensor]:
+        """The sums of ``tensors`` over all processes of the run, where each runs a share of the stream; alone, what was
+        given.
+        """
+        ...
+
     def reference(self, term: Term, piece: Piece) -> Execution[Term]:
         """The term's execution behind a reference pass of its own over ``piece``."""
         ...
@@ -105,8 +111,12 @@ class Execution(Generic[Kind]):
         return self._rows
 
     @classmethod
-    def first_pass(cls, term: Any, first: FirstPass, piece: Piece) -> object:
-        """Sums over the stream, which is split, before ``piece`` of it runs; None where the kind needs none."""
+    def first_pass(cls, term: Any, first: FirstPass, piece: Piece | None) -> object:
+        """Sums over the stream, which is split, before ``piece`` of it runs; None where the kind needs none.
+
+        Without a ``piece`` the stream is shared between processes: the sums are over all of it, and go
+        through ``first.totals``.
+        """
         return None
 
     def keep(self, layer: int, hidden: Tensor) -> None:

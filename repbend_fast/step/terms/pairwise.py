@@ -53,9 +53,10 @@ class PairwiseExecution(Execution[PairwiseCosine]):
         self._states: dict[int, Tensor] = {}
 
     @classmethod
-    def first_pass(cls, term: PairwiseCosine, first: FirstPass, piece: Piece) -> PairwiseSums:
+    def first_pass(cls, term: PairwiseCosine, first: FirstPass, piece: Piece | None) -> PairwiseSums:
         # The piece's own states complete them: no prompt of it runs twice.
-        others = [member for member in range(len(first.stream.sequences)) if member not in piece.members]
+        own = piece.members if piece else ()
+        others = [member for member in range(len(first.stream.sequences)) if member not in own]
 
         def work(prompts: Piece) -> PairwiseSums:
             with first.sums(prompts):
@@ -64,6 +65,9 @@ class PairwiseExecution(Execution[PairwiseCosine]):
         total, *rest = first.each(prompts_of(first.stream.sequences, term), work, others)
         for sums in rest:
             total.add(sums)
+        if piece is None:
+            units, squares = first.totals((total.units, total.squares))
+            return PairwiseSums(units, squares, len(first.stream.sequences))
         return total
 
     def tap(self, layer: int, hidden: Tensor) -> Tensor:

@@ -42,16 +42,17 @@ class TripletsExecution(Execution[Triplets]):
         self._losses: list[Tensor] = []
 
     @classmethod
-    def first_pass(cls, term: Triplets, first: FirstPass, piece: Piece) -> Sums:
+    def first_pass(cls, term: Triplets, first: FirstPass, piece: Piece | None) -> Sums:
         def work(part: Piece, known: Sums | None = None) -> Sums:
             rows = first.reference(term, part).kept if known else None
             with first.sums(part):
                 return triplet_sums(first, term, part, known, rows)
 
-        everything = total_sums(first.each(first.stream.sequences, work))
+        everything = total_sums(first, first.each(first.stream.sequences, work))
         if always_active(term):
             return everything
-        return only_active(everything, total_sums(first.each(first.stream.sequences, partial(work, known=everything))))
+        again = partial(work, known=everything)
+        return only_active(everything, total_sums(first, first.each(first.stream.sequences, again)))
 
     def keep(self, layer: int, hidden: Tensor) -> None:
         if self._both is None:
@@ -106,12 +107,13 @@ def triplet_rows(term: Triplets, piece: Piece) -> tuple[Tensor, Tensor]:
     return piece.rows(term.safe.spans), piece.rows(term.unsafe.spans)
 
 
-def total_sums(pieces: Iterable[Sums]) -> Sums:
-    """The sums of all pieces together."""
+def total_sums(first: FirstPass, pieces: Iterable[Sums]) -> Sums:
+    """The sums of all pieces together, of all processes."""
     total: Sums = {}
     for sums in pieces:
         total = {layer: found.plus(total.get(layer)) for layer, found in sums.items()}
-    return total
+    found = iter(first.totals([t for _, sums in sorted(total.items()) for t in (sums.unsafe, *sums.units)]))
+    return {layer: TripletSums(next(found), (next(found), next(found))) for layer in sorted(total)}
 
 
 def only_active(everything: Sums, active: Sums) -> Sums:

@@ -1,0 +1,181 @@
+"""A recipe's objective beside the loss of a ``transformers`` ``Trainer``, or of one derived from it such as TRL's.
+
+::
+
+    class Bent(BendingMixin, SFTTrainer):
+        pass
+
+    Bent(model=peft_model, args=…, train_dataset=…, bending=load_config("mine.yaml")).train()
+
+Each micro-batch of the loop adds the gradient of one micro-batch of the recipe's records: the same streams, taps and
+head losses, in the same pieces, as ``repbend-fast train`` runs, so that no tuple of hidden states is kept. The loop's
+own backward follows; under its ``DistributedDataParallel`` that averages both over the processes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from repbend_fast.config import Config
+from repbend_fast.data.records import Batch
+from repbend_fast.data.tokenizer import Tokenizer
+from repbend_fast.errors import UserError
+from repbend_fast.models import find_decoder, load_tokenizer
+from repbend_fast.models.causal import CausalLM
+from repbend_fast.models.layers.switches import evaluation_mode
+from repbend_fast.objectives import build_objective, roles_of
+from repbend_fast.runs.prepare import prepare_data
+from repbend_fast.step import StreamResult, checked_runner, dropout_seed
+from repbend_fast.step.levers import levers_of
+from repbend_fast.step.units import measure_units
+from repbend_fast.step.zero_start import check_zero, is_at_start
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainerState, TrainingArguments
+
+    class _Loop:
+        """What is used of transformers' ``Trainer``."""
+
+        args: TrainingArguments
+        state: TrainerState
+        accelerator: Accelerator
+        processing_class: object
+        current_gradient_accumulation_steps: int
+
+        def __init__(self, *arguments: object, **named: object) -> None: ...
+        def train(self, *arguments: object, **named: object) -> object: ...
+        def training_step(self, model: nn.Module, *arguments: object, **named: object) -> Tensor: ...
+        def log(self, logs: dict[str, float], *arguments: object, **named: object) -> None: ...
+else:
+    _Loop = object
+
+DIVIDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Ways of accelerate in which a process does not hold the whole adapter."""
+
+
+class BendingMixin(_Loop):
+    """To stand before ``Trainer`` among the bases of a class.
+
+    Args:
+        bending: a recipe. Of it count ``objective``, ``data``, ``memory``, ``training.examples`` and
+            ``retain_examples``, ``training.autocast``, ``training.seed`` and ``model.liger``; model, optimizer, steps
+            and accumulation are the loop's.
+
+    Raises:
+        UserError: from ``train``; a model without a PEFT adapter, or a loop that divides the adapter among processes.
+    """
+
+    def __init__(self, *arguments: object, bending: Config, **named: object) -> None:
+        super().__init__(*arguments, **named)
+        self.bending = bending
+        self._bender: Bender | None = None
+
+    def train(self, *arguments: object, **named: object) -> object:
+        """As the loop's own; the model is given back as it was."""
+        try:
+            return super().train(*arguments, **named)
+        finally:
+            if self._bender is not None:
+                self._bender.close()
+                self._bender = None
+
+    def training_step(self, model: nn.Module, *arguments: object, **named: object) -> Tensor:
+        """The loss of both, detached; both gradients are in the adapter."""
+        if self._bender is None:
+            self._bender = self._begin(model)
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        bent = self._bender.backward(self.state.global_step, scale / self.current_gradient_accumulation_steps)
+        own = super().training_step(model, *arguments, **named)
+        return own + bent.to(own) / self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], *arguments: object, **named: object) -> None:
+        """The mean of each term since the last time goes along, as ``bend_NAME``."""
+        if self._bender is not None and "loss" in logs:
+            logs = logs | self._bender.means()
+        super().log(logs, *arguments, **named)
+
+    def _begin(self, model: nn.Module) -> Bender:
+        kind = self.accelerator.distributed_type.value
+        if any(kind.startswith(divided) for divided in DIVIDED):
+            raise UserError(
+                f"a loop under {kind} divides the adapter among processes; let it use DistributedDataParallel, or take "
+                "repbend-fast train with distributed.shard=fsdp"
+            )
+        inner = cast(CausalLM, self.accelerator.unwrap_model(model))
+        if not hasattr(inner, "get_base_model"):
+            raise UserError("bending needs a PEFT model with a LoRA adapter; give peft_config, or wrap the model")
+        tokenizer = cast(Tokenizer, self.processing_class) if self.processing_class else None
+        bender = Bender(self.bending, inner, tokenizer, self.state.max_steps)
+        bender.turns, bender.turn = self.args.world_size, self.args.process_index
+        bender.skip(self.state.global_step * self.args.gradient_accumulation_steps)
+        return bender
+
+
+class Bender:
+    """The bending part of somebody else's loop on ``model``, which is prepared for it until ``close``.
+
+    Attributes:
+        turns, turn: of so many batches in a row this process takes the one of this number.
+
+    Args:
+        tokenizer: that of the records; None = the recipe's.
+        steps: optimizer steps of the loop, for weights that follow a schedule.
+    """
+
+    def __init__(self, config: Config, model: CausalLM, tokenizer: Tokenizer | None, steps: int) -> None:
+        blocks = find_decoder(model).num_blocks
+        seed = config.training.seed
+        self.objective = build_objective(config.objective, blocks, steps, seed)
+        data = prepare_data(config, tokenizer or load_tokenizer(config.model), roles_of(config.objective))
+        self.seed, self.sampler = seed, data.sampler
+        self.turns, self.turn = 1, 0
+        self._drawn = 0
+        self._sums: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._checked = not is_at_start(model)
+        with evaluation_mode(model):
+            self.runner = checked_runner(model, config, levers_of(config.memory, model), self.objective.uses_head)
+            if config.objective.counts_in_reference:
+                self.runner.units.update(measure_units(self.runner, self.objective, data.sampler.sets))
+
+    def close(self) -> None:
+        """Give the model back."""
+        self.runner.prepared.restore()
+
+    def skip(self, batches: int) -> None:
+        """Draw what an earlier part of the run has used."""
+        for _ in range(batches):
+            self._next()
+
+    def backward(self, step: int, scale: float) -> Tensor:
+        """Add ``scale`` × the gradient of the next micro-batch to the adapter. Returns its loss, detached."""
+        batch, seed = self._next(), dropout_seed(self.seed, self._drawn, self.turn)
+        results: list[StreamResult] = []
+        # A model's own dropout, on in the loop's mode, would make the adapted pass differ from the reference.
+        with evaluation_mode(self.runner.model):
+            for stream in self.objective.streams(batch, step):
+                result = self.runner.backward(stream, scale, dropout_seed=seed)
+                if not self._checked:
+                    check_zero(stream, result)
+                results.append(result)
+        self._checked = True
+        for result in results:
+            for name, value in result.terms.items():
+                self._sums[name].append(value)
+        return torch.stack([result.loss for result in results]).sum()
+
+    def means(self) -> dict[str, float]:
+        """The mean of each term since the last call."""
+        found = {f"bend_{name}": float(torch.stack(values).mean()) for name, values in self._sums.items()}
+        self._sums.clear()
+        return found
+
+    def _next(self) -> Batch:
+        drawn = [self.sampler.next_batch() for _ in range(self.turns)]
+        self._drawn += 1
+        return drawn[self.turn]

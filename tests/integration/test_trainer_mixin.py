@@ -1,0 +1,69 @@
+"""Bending in the loop of a ``transformers`` ``Trainer``: its gradient, what it refuses, and the model given back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bent_loop import RATE, after_one_step, gradient_by_hand, model_of, trainer_of
+from kernel_compare import assert_matches
+from tiny_run import TinyRun
+from torch import Tensor
+
+from repbend_fast.errors import UserError
+from repbend_fast.training.checkpoint import adapter_weights
+
+
+def flat(values: dict[str, Tensor]) -> Tensor:
+    return torch.cat([values[name].flatten() for name in sorted(values)])
+
+
+def shape_of(model: Any) -> dict[str, object]:
+    """The class of every module of the blocks, and what it has of its own."""
+    modules = model.get_base_model().named_modules()
+    return {name: (type(module), sorted(vars(module))) for name, module in modules if "layers." in name}
+
+
+def test_a_step_is_that_of_both_losses(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config("memory.piece_tokens=40", "lora.dropout=0")
+    moved = flat(adapter_weights(model_of(config))) - flat(after_one_step(config, tmp_path / "loop"))
+    gradient = flat(gradient_by_hand(config, 0, 1))
+    assert_matches(moved / RATE, gradient.double(), tolerance=1e-4)
+
+
+def test_accumulation_takes_the_mean(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config()
+    model = model_of(config)
+    start = flat(adapter_weights(model))
+    trainer = trainer_of(model, config, tmp_path / "loop", gradient_accumulation_steps=2)
+    trainer.train()
+    assert_matches(
+        (start - flat(adapter_weights(model))) / RATE, flat(gradient_by_hand(config, 0, 1, 2)).double(), tolerance=1e-4
+    )
+
+
+def test_terms_are_logged_and_the_model_given_back(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config()
+    model = model_of(config, start=True)
+    before = shape_of(model)
+    trainer = trainer_of(model, config, tmp_path / "loop", max_steps=3)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "bend_unsafe" in row]
+    assert len(logged) == 3
+    assert logged[0]["bend_unsafe"] == logged[0]["bend_safe"] == 0.0
+    assert logged[2]["bend_unsafe"] > 0
+    assert shape_of(model) == before
+
+
+def test_what_a_loop_must_be(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config()
+    model = model_of(config)
+    trainer = trainer_of(model, config, tmp_path / "loop")
+    with pytest.raises(UserError, match="needs a PEFT model"):
+        trainer._begin(model.get_base_model())
+    trainer.accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"))  # type: ignore[assignment]
+    with pytest.raises(UserError, match="divides the adapter among processes"):
+        trainer._begin(model)
