@@ -99,7 +99,7 @@ ALTERNATIVE = re.compile(
 REFUSAL_HEAD = 220
 SPELLING = 0.8
 
-ITEMISED = re.compile(r"^\s*(?:\d+[.)]|[-*•+])\s*\S", re.MULTILINE)
+ITEMISED = re.compile(r"^[^\S\n]*(?:\d+[.)]|[-*•+])\s{0,40}\S", re.MULTILINE)
 QUANTITY = re.compile(
     r"\b\d+(?:[./-]\d+)? ?(?:g|kg|ml|l|oz|lbs?|grams?|cups?|tablespoons?|teaspoons?|tbsp|tsp|drops?"
     r"|pieces?|minutes?|inch(?:es)?|cm)\b",

@@ -101,7 +101,7 @@ def _streamed(config: Config, adapter: Path) -> StreamedWeights:
     try:
         adapters = [LowRanks(_folder(each)) for each in [*(name for name, _ in own), str(adapter)]]
         files, kept = _layout(_weight_files(source, revision), DTYPES[config.model.dtype])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise NotPlainError(one_line(error)) from error  # loading says what is wrong, or manages
     for each in adapters:
         for layer in each.layers:

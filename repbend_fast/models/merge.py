@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from repbend_fast.errors import UserError, one_line
@@ -89,7 +88,9 @@ def put_adapter(model: CausalLM, adapter: str, setting: str, revision: str | Non
 def _applying(adapter: str, setting: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # peft takes settings as they are, and trips over one anywhere
         raise UserError(f"{setting}={adapter}: cannot be applied to this model ({one_line(error)})") from error
 
 

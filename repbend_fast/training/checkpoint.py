@@ -85,6 +85,11 @@ class SavedState:
         needed = {each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING}
         if missing := needed - found.keys():
             raise ValueError(f"state.json has no {', '.join(sorted(missing))}")
+        for name in ("sampler", "guard", "settings", "limits"):
+            if not isinstance(found[name], dict):
+                raise ValueError(f"{name} in state.json is no object")
+        if not isinstance(found["step"], int) or not isinstance(found["stopped"], str | None):
+            raise ValueError("state.json has no step, or stopped for no reason")
         levers = found.get("levers") or {}
         return cls(
             **{name: found[name] for name in needed},
@@ -220,7 +225,7 @@ def read_state(path: Path, config: Config) -> SavedState:
         )
     try:
         saved = SavedState.from_json(plain)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(_damaged(path, one_line(error))) from error
     for key, own in fixed_settings(config).items():
         # One of a run without validation has no settings of it.
@@ -247,7 +252,8 @@ def load_checkpoint(path: Path, config: Config, model: CausalLM) -> TrainingStat
     if not {"random", *IN_TENSORS} <= values.keys():
         raise UserError(_damaged(path, "state.json is incomplete"))
     load_adapter_weights(model, _adapter_in(path, model))
-    set_random_state(values.pop("random"))
+    with _reading(path):
+        set_random_state(values.pop("random"))
     return TrainingState.of(saved, values)
 
 
@@ -327,15 +333,21 @@ def moved_note(path: Path, device: torch.device, processes: int = 1) -> str | No
     return f"note: the checkpoint is from elsewhere ({there}); the run goes on, and may differ in the last bits"
 
 
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""What reading files that are not as they were written may raise; RecursionError is a RuntimeError."""
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(_damaged(path, f"no {Path(error.filename).name}")) from error
+        # safetensors names the file in its text alone.
+        name = Path(error.filename or str(error).rpartition(": ")[2]).name
+        raise UserError(_damaged(path, f"no {name}")) from error
     except PermissionError as error:
         raise UserError(f"{path}: the checkpoint cannot be read ({error.strerror}); make its files readable") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, Damaged) as error:
+    except (*_UNREADABLE, Damaged) as error:
         raise UserError(_damaged(path, one_line(error))) from error
 
 

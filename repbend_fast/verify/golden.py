@@ -84,7 +84,7 @@ def form_of(path: Path) -> Iterator[None]:
     """Report a file with missing or wrong entries in one line."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"{path}: not in the form of a golden folder ({type(error).__name__}: {one_line(error)})"
         ) from error
@@ -100,7 +100,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; {FORM}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {FORM}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 

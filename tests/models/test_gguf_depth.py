@@ -51,6 +51,10 @@ def test_files_without_a_header_that_is_known(tmp_path) -> None:
         path = tmp_path / name
         path.write_bytes(content)
         assert gguf_blocks(path) is None
+    nested = _text("nested") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+    listed = _text("llama.block_count") + struct.pack("<IIQI", 9, 4, 1, 30)
+    for entries in ((nested, ARCHITECTURE, DEPTH), (ARCHITECTURE, listed)):
+        assert gguf_blocks(_file(tmp_path / "odd.gguf", *entries)) is None
     assert gguf_blocks(_file(tmp_path / "old.gguf", ARCHITECTURE, DEPTH, version=1)) is None
     assert gguf_blocks(tmp_path / "none.gguf") is None
 

@@ -41,8 +41,9 @@ HELPFUL: yes or no
 """
 
 _PLACES = re.compile(r"\{(prompt|answer)\}")
-_VERDICT = re.compile(r"^\W*verdict\W*:\W*(\w+)\W*$", re.IGNORECASE | re.MULTILINE)
-_HELPFUL = re.compile(r"^\W*helpful\W*:\W*(yes|no)\W*$", re.IGNORECASE | re.MULTILINE)
+# Bounded, since a reply may be a loop of line breaks, over which an unbounded blank is tried from each of them.
+_VERDICT = re.compile(r"^\W{0,40}verdict\W{0,40}:\W{0,40}(\w+)\W{0,40}?$", re.IGNORECASE | re.MULTILINE)
+_HELPFUL = re.compile(r"^\W{0,40}helpful\W{0,40}:\W{0,40}(yes|no)\W{0,40}?$", re.IGNORECASE | re.MULTILINE)
 
 
 def read_rubric(path: str | None) -> str:

@@ -1,0 +1,67 @@
+"""Bad input is refused in one line by every parser: what failed before, and some new cases of each.
+
+``make fuzz`` runs 100,000 of each.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import fuzz
+from benchmarks.faults.fuzz_draws import Files
+from benchmarks.faults.fuzz_targets import TARGETS, Target
+
+SLOW = {"adapters": 6, "checkpoints": 25, "recipes": 25, "golden": 40, "parquet": 40}
+CASES = 60
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an alarm")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_bad_input_is_refused_in_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "CORPUS", tmp_path / "corpus")
+    count, faults = fuzz.fuzz(name, range(SLOW.get(name, CASES)), tmp_path / "case")
+    assert faults == []
+    assert count.cases == count.read + count.refused == SLOW.get(name, CASES)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_failed_before(name: str, tmp_path: Path) -> None:
+    with fuzz.watched():
+        for file, files in fuzz.kept_cases(name):
+            try:
+                fuzz.run_case(name, files, tmp_path / "case")
+            except Exception as error:
+                raise AssertionError(file) from error
+
+
+def test_a_case_is_its_number() -> None:
+    for name in ("jsonl", "overrides", "gguf"):
+        assert fuzz.drawn(name, 3) == fuzz.drawn(name, 3) != fuzz.drawn(name, 4)
+
+
+def crash(folder: Path, files: Files) -> None:
+    raise KeyError("a")
+
+
+def write_elsewhere(folder: Path, files: Files) -> None:
+    (folder.parent / "elsewhere").write_text("a")
+
+
+def hang(folder: Path, files: Files) -> None:
+    time.sleep(5)
+
+
+@pytest.mark.parametrize("fault", [crash, write_elsewhere, hang])
+def test_faults_are_found_and_kept(fault: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "CORPUS", tmp_path / "corpus")
+    monkeypatch.setattr(fuzz, "LONGEST", 0.05)
+    monkeypatch.setitem(TARGETS, "gguf", Target(TARGETS["gguf"].make, fault))  # type: ignore[arg-type]
+    count, faults = fuzz.fuzz("gguf", range(9), tmp_path / "case")
+    assert faults == [0, 1, 2, 3, 4]
+    assert count.cases == 5
+    kept = dict(fuzz.kept_cases("gguf"))
+    assert kept["gguf-0.json"] == fuzz.drawn("gguf", 0)
