@@ -15,8 +15,8 @@ from benchmarks.faults import fuzz
 from benchmarks.faults.fuzz_draws import Files
 from benchmarks.faults.fuzz_targets import TARGETS, Target
 
-SLOW = {"adapters": 6, "checkpoints": 25, "recipes": 25, "golden": 40, "parquet": 40}
-CASES = 60
+SLOW = {"adapters": 6, "checkpoints": 20, "recipes": 10, "overrides": 15, "golden": 30, "parquet": 30}
+CASES = 40
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an alarm")
 
 
