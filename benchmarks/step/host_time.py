@@ -4,7 +4,8 @@
 
 The CUDA branches run on tiny CPU tensors: products cost next to nothing there, and no Triton kernel runs, each launch
 being a wait of ``--launch`` microseconds in its place. Both sides have Liger's layers, LoRA on all seven matrices, its
-dropout on, float32. Seconds are per block, the median of many rounds; a round is one pass of every side.
+dropout on, float32. Seconds are the process's own per block, the median of many rounds; a round is one pass of every
+side.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def cuda_branches(launch: float) -> Iterator[None]:
     from triton.runtime import autotuner, interpreter, jit
 
     def run(kernel: object, *args: object, **kwargs: object) -> None:
-        until = time.perf_counter() + launch
-        while time.perf_counter() < until:
+        until = time.process_time() + launch
+        while time.process_time() < until:
             pass
 
     with ExitStack() as patches:
@@ -128,9 +129,9 @@ def _backward(forward: Callable[[], Tensor], model: CausalLM) -> Callable[[], ob
         for parameter in trainable_parameters(model):
             parameter.grad = None
         output = forward()
-        start = time.perf_counter()
+        start = time.process_time()
         output.backward(torch.zeros_like(output))
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     return passed
 
@@ -142,9 +143,9 @@ def measure(rounds: int, launch: float) -> dict[str, dict[str, float]]:
         for number in range(rounds + 1):
             for side, passes in found.items():
                 for part, work in passes.items():
-                    start = time.perf_counter()
+                    start = time.process_time()
                     result = work()
-                    seconds = result if isinstance(result, float) else time.perf_counter() - start
+                    seconds = result if isinstance(result, float) else time.process_time() - start
                     if number:  # caches are filled in the first
                         spent.setdefault(side, {}).setdefault(part, []).append(seconds / BLOCKS)
     return {

@@ -79,12 +79,14 @@ class LaunchCounter(TorchDispatchMode):
     Attributes:
         found: by part of the step and kind of work.
         names: launches by operation or kernel, to see where they come from.
+        calls: calls of the project's own ops, by part.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[tuple[str, str], Count] = {}
         self.names: Counter[tuple[str, str]] = Counter()
+        self.calls: Counter[str] = Counter()
         self._within: list[str] = []
         self._ranges: list[str] = []
 
@@ -122,6 +124,7 @@ class LaunchCounter(TorchDispatchMode):
         self._add("aten::mm", "", 1, _size(inputs) + weight + _size(made), flops)
 
     def _inside(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        self.calls[self._part()] += not self._within
         self._within.append(name)
         try:
             with self:
@@ -136,12 +139,13 @@ class LaunchCounter(TorchDispatchMode):
             self._ranges.pop()
 
     def _add(self, name: str, module: str, launches: int, size: int, flops: int = 0) -> None:
-        part = next((PARTS[r] for r in self._ranges if r in PARTS), "outside")
-        if part == "backward" and ranges.CHECKPOINTED in self._ranges:
-            part = "recompute"
-        kind = self._kind(name, module)
+        part, kind = self._part(), self._kind(name, module)
         self.found.setdefault((part, kind), Count()).add(launches, size, flops)
         self.names[part, "/".join([*self._within, name])] += launches
+
+    def _part(self) -> str:
+        part = next((PARTS[r] for r in self._ranges if r in PARTS), "outside")
+        return "recompute" if part == "backward" and ranges.CHECKPOINTED in self._ranges else part
 
     def _kind(self, name: str, module: str) -> str:
         for kind, marks in KINDS:

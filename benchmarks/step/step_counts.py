@@ -61,13 +61,14 @@ class PartCount(TypedDict):
 
 
 class CountRow(TypedDict):
-    """One setting at one depth."""
+    """One setting at one depth. ``op_calls``: of the project's own ops, by part."""
 
     setting: str
     blocks: int
     launches: int
     bytes: int
     lora_bytes: int
+    op_calls: NotRequired[dict[str, int]]
     levers: NotRequired[dict[str, object]]
     parts: list[PartCount]
 
@@ -136,6 +137,7 @@ def count(subject: Subject, setting: str, memory: MemoryConfig) -> CountRow:
         launches=sum(part["launches"] for part in parts),
         bytes=sum(part["bytes"] for part in parts),
         lora_bytes=sum(part["bytes"] for part in parts if part["kind"] == "LoRA"),
+        op_calls=dict(counter.calls),
         levers=levers.as_dict(),
         parts=parts,
     )

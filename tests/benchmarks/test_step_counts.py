@@ -86,6 +86,8 @@ def test_the_host_s_model_knows_how_many_launches_a_block_has(record: CountRecor
             continue
         of_blocks = sum(n for (part, kind), n in parts.items() if part == name and kind in OF_BLOCKS) / passes
         assert calls.forward + calls.backward == pytest.approx(of_blocks, rel=0.25)
+        # Those of the taps and of the head are few beside the blocks'.
+        assert calls.ops == pytest.approx(row["op_calls"].get(name, 0) / passes, rel=0.25, abs=1)
         if calls.forward:
             assert pytest.approx(parts[name, "dequantisation"] / passes, rel=0.25) == DEQUANTISING
 
