@@ -80,8 +80,7 @@ def training_peak(base: CausalLM, config: Config, levers: Levers, batch: Batch, 
 
     def train() -> None:
         for step in range(steps):
-            for stream in objective.streams(batch, step):
-                runner.backward(stream, dropout_seed=step)
+            runner.backward_all(objective.streams(batch, step), dropout_seed=step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -38,7 +38,10 @@ CASE = Case(LLAMA, "nf4", 4, "real")
 BLOCKS = 32
 FEW_BLOCKS = 3
 """Of the model that a test counts again."""
-SETTINGS: Mapping[str, MemoryConfig] = {"streams apart": MemoryConfig()}
+SETTINGS: Mapping[str, MemoryConfig] = {
+    "streams apart": MemoryConfig(merge_streams="off"),
+    "streams merged": MemoryConfig(merge_streams="on"),
+}
 """Name and levers of what is counted."""
 LAUNCH_GOALS = {"streams apart": 12_000, "streams merged": 6_000}
 LORA_BYTES_GOAL = 140e9
@@ -124,8 +127,7 @@ def count(subject: Subject, setting: str, memory: MemoryConfig) -> CountRow:
         with prepared(subject.model, levers, liger="auto") as ready:
             runner = StreamRunner(ready, levers)
             with counter:
-                for stream in subject.streams:
-                    runner.backward(stream, dropout_seed=0)
+                runner.backward_all(subject.streams, dropout_seed=0)
         subject.model.zero_grad(set_to_none=True)
     parts = [
         PartCount(part=part, kind=kind, launches=found.launches, bytes=found.bytes, flops=found.flops)

@@ -156,8 +156,8 @@ def _ours(case: Case, ready: Prepared, levers: Levers) -> Stepper:
 
     def step(batch: Batch) -> Terms:
         terms: Terms = {}
-        for stream in streams_of(case, model, batch):
-            terms |= runner.backward(stream, dropout_seed=dropout_seed(0, 0, 0)).terms
+        for result in runner.backward_all(streams_of(case, model, batch), dropout_seed=dropout_seed(0, 0, 0)):
+            terms |= result.terms
         return terms
 
     stepper = Stepper(model, step, runner=runner)

@@ -139,7 +139,7 @@ def work() -> None:
         for line in sys.stdin:
             levers, steps = json.loads(line)
             with sides.set_up(sides.Side("ours", LEVERS[levers]), case, model, cases.LORA.dropout) as stepper:
-                print(json.dumps(_block(lambda: stepper.step(batch), model.zero_grad, steps)), flush=True)
+                print(json.dumps(timed_block(lambda: stepper.step(batch), model.zero_grad, steps)), flush=True)
 
 
 def _of_this_checkout(name: str) -> ModuleType:
@@ -149,7 +149,8 @@ def _of_this_checkout(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def _block(step: Callable[[], Mapping[str, SupportsFloat]], clear: Callable[[], None], steps: int) -> Times:
+def timed_block(step: Callable[[], Mapping[str, SupportsFloat]], clear: Callable[[], None], steps: int) -> Times:
+    """CPU and wall seconds of each of ``steps`` steps after one that is not counted, and the terms."""
     terms, cpu, wall = step(), [], []
     for _ in range(steps):
         clear()

@@ -64,7 +64,8 @@ def cases(tiny: bool, weights: tuple[Weights, ...] = WEIGHTS) -> list[Case]:
 def settings(case: Case) -> Mapping[str, MemoryConfig]:
     """Levers by name. Pieces are as long as the longest sequence may be."""
     return {
-        "one piece": MemoryConfig(),
+        "one piece": MemoryConfig(merge_streams="off"),
+        "streams merged": MemoryConfig(merge_streams="on"),
         "recomputed, split": MemoryConfig(piece_tokens=case.width, checkpoint_blocks="all"),
     }
 
@@ -75,7 +76,7 @@ def distances(case: Case, model: AdaptedLM, name: str, memory: MemoryConfig) -> 
     with prepared(model, levers_of(memory, model), liger="auto", dropout=LORA.dropout) as ready:
         runner = StreamRunner(ready, levers_of(memory, model))
         start = time.perf_counter()
-        results = [runner.backward(s, dropout_seed=dropout_seed(0, 0, 0)) for s in streams]
+        results = runner.backward_all(streams, dropout_seed=dropout_seed(0, 0, 0))
         wait(ready.device)
         seconds = time.perf_counter() - start
     model.zero_grad(set_to_none=True)

@@ -148,6 +148,11 @@ class MemoryConfig(Section):
         description="Pack the sequences of a piece into one row instead of padding. auto: on the CPU, and with varlen "
         "attention.",
     )
+    merge_streams: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Run pieces of different streams in passes that they share, as far as piece_tokens allows. auto: "
+        "on CUDA by the plan for a budget; else packed on cards of 40 GB and more.",
+    )
     checkpoint_blocks: NonNegative | Literal["all", "auto"] = Field(
         "auto", description="Decoder blocks recomputed in backward, counted from the first."
     )
@@ -348,6 +353,11 @@ def _undivided(config: Config) -> Iterator[str]:
         yield (
             f"memory.budget={config.memory.budget} plans for a process that holds the whole base, and "
             "distributed.shard=fsdp divides it; set memory.piece_tokens and memory.checkpoint_blocks by hand instead"
+        )
+    if config.memory.merge_streams == "on":
+        yield (
+            "memory.merge_streams=on lets processes run passes of different depths, and distributed.shard=fsdp has "
+            "them run all passes together; set merge_streams=auto, or shard=none"
         )
 
 

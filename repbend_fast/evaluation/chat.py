@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repbend_fast.data.records import Sequence
 from repbend_fast.models import reference_model, run_decoder
+from repbend_fast.models.layers.packing import Packed
 from repbend_fast.step import StreamRunner
 from repbend_fast.step.pieces import make_piece, split
 
@@ -48,9 +49,9 @@ def chat_statistics(runner: StreamRunner, conversations: Seq[Sequence]) -> ChatS
         spans = tuple((0, len(s)) for s in sequences)
         rows = piece.rows(spans)
         head = runner.head.on(runner.device)
-        adapted = head.inputs(_final_rows(runner, piece.input_ids, piece.position_ids, rows))
+        adapted = head.inputs(_final_rows(runner, piece.input_ids, piece.packed, rows))
         with reference_model(runner.model):
-            reference = head.inputs(_final_rows(runner, piece.input_ids, piece.position_ids, rows))
+            reference = head.inputs(_final_rows(runner, piece.input_ids, piece.packed, rows))
         chunk = runner.levers.kl_chunk_rows
         divergence += linear_kl_div(
             adapted, reference, head.weight, bias=head.bias, softcap=head.softcap, chunk_rows=chunk
@@ -72,7 +73,7 @@ def chat_statistics(runner: StreamRunner, conversations: Seq[Sequence]) -> ChatS
     return ChatStatistics(math.exp(nats) if not nats > 700 else math.inf, float(divergence) / max(1, tokens), tokens)
 
 
-def _final_rows(runner: StreamRunner, input_ids: Tensor, position_ids: Tensor | None, rows: Tensor) -> Tensor:
+def _final_rows(runner: StreamRunner, input_ids: Tensor, packed: Packed | None, rows: Tensor) -> Tensor:
     kept: list[Tensor] = []
     last = runner.decoder.num_blocks
 
@@ -82,7 +83,7 @@ def _final_rows(runner: StreamRunner, input_ids: Tensor, position_ids: Tensor | 
         return hidden
 
     with runner.autocasting():
-        run_decoder(runner.decoder, input_ids, position_ids=position_ids, stop=last, visit=visit)
+        run_decoder(runner.decoder, input_ids, packed=packed, stop=last, visit=visit)
     return kept[0]
 
 

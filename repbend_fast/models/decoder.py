@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
 from repbend_fast.models.causal import CausalLM, Shape
-from repbend_fast.models.layers.packing import known_packing
+from repbend_fast.models.layers.packing import Packed, known_mask
 from repbend_fast.models.layers.truncated import OffloadedInputs, Visit, truncated
+from repbend_fast.models.layers.varlen import knows_packing
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm", "final_norm", "norm_f")
 """What families call their final norm. A truncated pass leaves it out; under another name it runs, and its
@@ -172,7 +173,7 @@ def run_decoder(
     decoder: Decoder,
     input_ids: Tensor,
     *,
-    position_ids: Tensor | None = None,
+    packed: Packed | None = None,
     stop: int,
     visit: Visit,
     checkpoint_blocks: int = 0,
@@ -182,8 +183,8 @@ def run_decoder(
 
     Args:
         input_ids: int64 [B, T]. Padding, if any, is on the right: under causal attention it changes no real row, so no
-            mask is passed.
-        position_ids: int64 [B, T], for packed sequences (positions restart at 0); None counts from 0.
+            mask hides it.
+        packed: the sequences that share the row, T of them in all; None = each row is one sequence.
         stop: last hidden state needed, 1 … number of blocks. Blocks and norm beyond it do not run.
         visit: sees hidden state l, [B, T, D], and returns what the pass goes on with.
         checkpoint_blocks: this many first blocks are recomputed in backward.
@@ -192,12 +193,14 @@ def run_decoder(
     total = decoder.num_blocks
     if not 1 <= stop <= total:
         raise ValueError(f"stop must be in 1 … {total}, got {stop}")
-    with (
-        truncated(decoder, stop, visit, checkpoint_blocks, offload),
-        known_packing(position_ids is not None),
-    ):
-        # Layers without attention take no positions.
-        positions = {} if position_ids is None else {"position_ids": position_ids}
-        output = decoder.body(input_ids=input_ids, attention_mask=None, use_cache=False, **positions)
+    body = decoder.body
+    knows = knows_packing(body)
+    mask = known_mask(input_ids, packed, decoder.device) if knows else None
+    # Layers without attention take no positions.
+    rows: dict[str, object] = {} if packed is None else {"position_ids": packed.position_ids}
+    if packed is not None and knows:
+        rows["packed"] = packed
+    with truncated(decoder, stop, visit, checkpoint_blocks, offload):
+        output = body(input_ids=input_ids, attention_mask=mask, use_cache=False, **rows)
         if stop == total:
             visit(total, output.last_hidden_state)

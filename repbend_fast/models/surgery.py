@@ -1,13 +1,13 @@
 """What a model goes through before a step runs on it, in one place and one order, and back.
 
-    blocks divided  →  Liger's layers  →  low-rank forwards  →  lean forwards  →  LoRA's dropout rate
+    blocks divided  →  attention  →  Liger's layers  →  low-rank forwards  →  lean forwards  →  LoRA's dropout rate
     →  embedding and head to the host
 
 Each mechanism stands in a file of its own under ``layers/`` and makes its changes through ``layers.changes``;
 ``Prepared.restore`` takes them back in reverse order. The module tree, parameters and what requires a gradient stay the
 same objects throughout. Beside these there are switches that each pass sets for itself and puts back when it ends:
 ``layers.truncated`` (the list of blocks, the final norm), ``layers.switches`` (adapter off, mode, generation),
-``layers.lora.lora_dropout`` (the rows' keys) and ``layers.packing``; and two that attacks set on a model that no step
+and ``layers.lora.lora_dropout`` (the rows' keys); and two that attacks set on a model that no step
 runs on: ``layers.stacked`` (fresh low-rank parts) and ``layers.rounded`` (weights merged and rounded, which come back
 to the bit). Nothing else changes a model once it is built.
 """
@@ -27,6 +27,7 @@ from repbend_fast.models.layers.liger import Setting, use_liger
 from repbend_fast.models.layers.lora import set_dropout_rate, use_low_rank_forward
 from repbend_fast.models.layers.offload import offload_embedding
 from repbend_fast.models.layers.sharded import shard_blocks
+from repbend_fast.models.layers.varlen import use_masks, use_varlen
 from repbend_fast.models.load import settle_device
 
 
@@ -50,6 +51,10 @@ class Prepared:
     def device(self) -> torch.device:
         """Where the decoder computes."""
         return self.decoder.device
+
+    def mask_rows(self) -> None:
+        """Have sequences that share a row told apart by a mask, where attention does it otherwise."""
+        use_masks(self.decoder.body, self.changes)
 
     def restore(self) -> None:
         """Take back what preparing changed; a second call does nothing. Runners built on the model must not run any
@@ -92,6 +97,7 @@ def prepared(
     settle_device(decoder.device)
     changes = Changes()
     try:
+        use_varlen(decoder.body, decoder.device, changes)
         use_liger(model, liger, decoder.device, changes)
         use_low_rank_forward(model, changes)
         use_lean_layers(model, changes)

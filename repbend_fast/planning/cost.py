@@ -23,7 +23,7 @@ from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.cards import EFFICIENCY, Card
 from repbend_fast.planning.host import ASSUMED, HostCost
 from repbend_fast.step.levers import Levers
-from repbend_fast.step.pieces import split
+from repbend_fast.step.pieces import Cut, batches, split
 
 HEAD_PRODUCTS = 3
 """Two for the logits of both sides, one for the way back."""
@@ -65,6 +65,23 @@ def matrices(model: CausalLM, nf4: bool, first_block: int) -> Matrices:
     return Matrices(frozen, lora, head.numel(), width, head.shape[1], itemsize, 0.516 if nf4 else itemsize, first_block)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """A batch that is run: positions of each sequence, padding included; the last hidden state of the adapted pass and
+    of the reference pass; whether the head is read.
+    """
+
+    lengths: tuple[int, ...]
+    stop: int
+    reference_stop: int
+    reads_head: bool
+
+    @property
+    def positions(self) -> int:
+        """In all."""
+        return sum(self.lengths)
+
+
 class StepCost:
     """FLOPs by part, and seconds, of the streams of one micro-batch under given levers."""
 
@@ -73,7 +90,7 @@ class StepCost:
         self.num_blocks = num_blocks
         self.card = card
         self.host = host
-        self._known_groups: dict[tuple[object, ...], list[list[int]]] = {}
+        self._known: dict[tuple[object, ...], list[Passes]] = {}
         self._known_searches: dict[tuple[object, ...], int] = {}
 
     @property
@@ -84,57 +101,70 @@ class StepCost:
     def flops(self, streams: list[Stream], levers: Levers) -> Counter[str]:
         """FLOPs of one micro-batch: reference, adapted, recompute, backward, head."""
         total: Counter[str] = Counter()
+        for batch in self._batches(streams, levers):
+            total.update(self._passes(batch, levers))
         for stream in streams:
-            for group in self._groups(stream, levers):
-                total.update(self._passes(stream, group, levers))
             if stream.search is not None:
                 total["search"] += self._search(stream, stream.search, levers)
             total["head"] += round(2 * HEAD_PRODUCTS * self.sizes.head * stream.head_rows())
         return total
 
-    def seconds(self, stream: Stream, levers: Levers) -> float:
-        """Expected seconds of one stream of a micro-batch."""
+    def seconds(self, streams: list[Stream], levers: Levers) -> float:
+        """Expected seconds of streams of one micro-batch."""
         rate = self.card.rate * EFFICIENCY
-        reading, before = self._weights_seconds(stream)
-        recomputed = self._recomputed(stream, levers)
-        blocks = stream.stop(self.num_blocks)
-        total = self._head_seconds(stream, levers, rate)
-        if stream.search is not None:
-            total += self._search(stream, stream.search, levers) / rate
-        for group in self._groups(stream, levers):
-            for name, flops in self._passes(stream, group, levers).items():
-                share = recomputed / blocks if name == "recompute" else 1.0
-                launching = share * blocks * self.host.block(name, self.quantized)
+        total = sum(self._head_seconds(stream, levers, rate) for stream in streams)
+        total += sum(self._search(stream, stream.search, levers) / rate for stream in streams if stream.search)
+        for batch in self._batches(streams, levers):
+            reading, before = self._weights_seconds(batch.stop)
+            recomputed = self._recomputed(batch.stop, levers)
+            for name, flops in self._passes(batch, levers).items():
+                share = recomputed / batch.stop if name == "recompute" else 1.0
+                launching = share * batch.stop * self.host.block(name, self.quantized)
                 total += max(flops / rate, share * reading, launching) + share * before
             if levers.offload_checkpoints:
-                total += 2 * recomputed * sum(group) * self.sizes.hidden * self.sizes.itemsize / self.card.host
-            if levers.offload_embedding and stream.head_rows():
+                copied = recomputed * batch.positions * self.sizes.hidden * self.sizes.itemsize
+                total += 2 * copied / self.card.host
+            if levers.offload_embedding and batch.reads_head:
                 total += self.sizes.head * self.sizes.itemsize / self.card.host
         return total
 
-    def _groups(self, stream: Stream, levers: Levers) -> list[list[int]]:
-        key = (id(stream), levers.piece_size(stream.name), levers.packing)
-        if key not in self._known_groups:
-            self._known_groups[key] = _lengths(stream, levers)
-        return self._known_groups[key]
+    def _batches(self, streams: list[Stream], levers: Levers) -> list[Passes]:
+        sizes = [levers.piece_size(stream.name) for stream in streams]
+        key = (*map(id, streams), *sizes, levers.packing, levers.merge_streams)
+        if key not in self._known:
+            cuts = [
+                Cut(number, members, tuple(len(stream.sequences[m]) for m in members), size)
+                for number, (stream, size) in enumerate(zip(streams, sizes))
+                for members in split(stream.sequences, size, levers.layout)
+            ]
+            found = batches(cuts, levers.layout, levers.merge_streams == "on")
+            self._known[key] = [self._of_batch(streams, batch, levers) for batch in found]
+        return self._known[key]
 
-    def _recomputed(self, stream: Stream, levers: Levers) -> int:
-        stop = stream.stop(self.num_blocks)
+    def _of_batch(self, streams: list[Stream], batch: list[Cut], levers: Levers) -> Passes:
+        lengths = [length for cut in batch for length in cut.lengths]
+        run = [streams[cut.stream] for cut in batch]
+        return Passes(
+            tuple(lengths if levers.packing == "on" else [max(lengths)] * len(lengths)),
+            max(stream.stop(self.num_blocks) for stream in run),
+            max(stream.reference_stop(self.num_blocks) for stream in run),
+            any(stream.head_rows() > 0 for stream in run),
+        )
+
+    def _recomputed(self, stop: int, levers: Levers) -> int:
         return max(0, min(levers.checkpoint_blocks, stop) - self.sizes.first_block)
 
-    def _passes(self, stream: Stream, lengths: list[int], levers: Levers) -> Counter[str]:
-        sizes, tokens = self.sizes, sum(lengths)
-        stop = stream.stop(self.num_blocks)
+    def _passes(self, batch: Passes, levers: Levers) -> Counter[str]:
+        sizes, tokens, stop = self.sizes, batch.positions, batch.stop
         # Causal attention: two products of half of T × T per head.
-        attention = 2 * sum(n * n for n in lengths) * sizes.width
+        attention = 2 * sum(n * n for n in batch.lengths) * sizes.width
         forward = 2 * tokens * sizes.block + attention
         low_rank = 2 * tokens * sizes.lora
-        adapted = stop * (forward + low_rank)
         trained = stop - sizes.first_block
         found = {
-            "reference": stream.reference_stop(self.num_blocks) * forward,
-            "adapted": adapted,
-            "recompute": self._recomputed(stream, levers) * (forward + low_rank),
+            "reference": batch.reference_stop * forward,
+            "adapted": stop * (forward + low_rank),
+            "recompute": self._recomputed(stop, levers) * (forward + low_rank),
             "backward": trained * (2 * tokens * sizes.block + 2.5 * attention + 2 * low_rank),
         }
         return Counter({name: round(value) for name, value in found.items() if value})
@@ -145,14 +175,16 @@ class StepCost:
         if key not in self._known_searches:
             alone = replace(stream.attacked, search=None)
             groups = _lengths(alone, levers, search.prompts)
-            passes = sum(sum(self._passes(alone, group, levers).values()) for group in groups)
+            stop, reference = alone.stop(self.num_blocks), alone.reference_stop(self.num_blocks)
+            runs = (Passes(tuple(group), stop, reference, alone.reads_head) for group in groups)
+            passes = sum(sum(self._passes(run, levers).values()) for run in runs)
             head = 2 * HEAD_PRODUCTS * self.sizes.head * sum(term.rows_of() for term in search.terms)
             self._known_searches[key] = search.steps * (passes + head)
         return self._known_searches[key]
 
-    def _weights_seconds(self, stream: Stream) -> tuple[float, float]:
-        """Of one pass over the stream's blocks: reading weights beside the products, and dequantising them before."""
-        elements = self.sizes.block * stream.stop(self.num_blocks)
+    def _weights_seconds(self, blocks: int) -> tuple[float, float]:
+        """Of one pass over so many blocks: reading weights beside the products, and dequantising them before."""
+        elements = self.sizes.block * blocks
         moved = elements * (self.sizes.stored + self.sizes.itemsize)
         before = moved / self.card.bandwidth if self.quantized else 0.0
         return elements * self.sizes.itemsize / self.card.bandwidth, before

@@ -9,6 +9,7 @@ depth.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -67,8 +68,15 @@ def measure_piece(
     Raises:
         UserError: the model does something that shapes alone cannot decide.
     """
+    return measure_batch(model, [stream], levers, device, autocast)
+
+
+def measure_batch(
+    model: CausalLM, streams: Seq[Stream], levers: Levers, device: torch.device, autocast: torch.dtype | None
+) -> Peak:
+    """The same of several streams, which share their passes where ``levers`` merge them."""
     tracker = MemoryTracker(op_scratch(device), apart=HEAD_OPS)
-    before = track_stream(tracker, model, stream, levers, autocast)
+    before = track_streams(tracker, model, streams, levers, autocast)
     return Peak(tracker.peak - before, None if tracker.at_op is None else tracker.at_op - before)
 
 
@@ -78,17 +86,25 @@ def track_stream(
     """Run ``stream`` under ``tracker``; returns the bytes of the model and of accumulated gradients, which
     it watches.
     """
+    return track_streams(tracker, model, [stream], levers, autocast)
+
+
+def track_streams(
+    tracker: MemoryTracker, model: CausalLM, streams: Seq[Stream], levers: Levers, autocast: torch.dtype | None
+) -> int:
+    """The same of several streams."""
     with prepared(model, levers) as ready:
-        runner = StreamRunner(ready, levers, autocast=autocast, uses_head=stream.needs_head)
-        return _track(tracker, runner, stream)
+        uses_head = any(stream.needs_head for stream in streams)
+        return _track(tracker, StreamRunner(ready, levers, autocast=autocast, uses_head=uses_head), streams)
 
 
-def _track(tracker: MemoryTracker, runner: StreamRunner, stream: Stream) -> int:
-    model, search = runner.model, stream.search
-    if search is not None:
-        stream = replace(stream, search=search.brief())
+def _track(tracker: MemoryTracker, runner: StreamRunner, streams: Seq[Stream]) -> int:
+    model = runner.model
     # Constants take no memory, whatever their values.
-    runner.units.update(dict.fromkeys((*stream.layers, *(search.states if search else ())), 1.0))
+    for search in (stream.search for stream in streams if stream.search is not None):
+        runner.units.update(dict.fromkeys(search.states, 1.0))
+    runner.units.update(dict.fromkeys((layer for stream in streams for layer in stream.layers), 1.0))
+    streams = [replace(s, search=s.search.brief()) if s.search is not None else s for s in streams]
     trained = trainable_parameters(model)
     for parameter in trained:
         parameter.grad = fake_zeros(parameter)
@@ -98,7 +114,7 @@ def _track(tracker: MemoryTracker, runner: StreamRunner, stream: Stream) -> int:
     before = tracker.live
     try:
         with tracker:
-            runner.backward(stream, dropout_seed=0)
+            runner.backward_all(streams, dropout_seed=0)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"memory.budget: this model cannot be planned from shapes ({one_line(error)}); leave the budget out and "
@@ -157,6 +173,35 @@ class StreamPeak:
         """The same for the longest sequence alone."""
         peak = self.peak(self.longest, checkpoint_blocks)
         return Peak(peak.outside - self.lighter, None if peak.at_head is None else peak.at_head - self.lighter)
+
+    def deeper(self, stop: int) -> StreamPeak:
+        """The stream in passes that go on to ``stop``, as those do that it shares with a deeper one."""
+        more = stop - self.stop
+
+        def add(peaks: tuple[Peak, Peak], blocks: tuple[float, float]) -> tuple[Peak, Peak]:
+            found = [
+                Peak(peak.outside + more * block, None if peak.at_head is None else peak.at_head + more * block)
+                for peak, block in zip(peaks, blocks)
+            ]
+            return found[0], found[1]
+
+        low, high = self.positions
+        inputs = (float(low * self.checkpoint_bytes), float(high * self.checkpoint_bytes))
+        return replace(self, stop=stop, plain=add(self.plain, self.block), recomputed=add(self.recomputed, inputs))
+
+
+def shared_peak(peaks: Seq[StreamPeak], positions: int, checkpoint_blocks: int) -> tuple[Peak, StreamPeak]:
+    """A bound for any mixture of streams in one batch of ``positions``, and a stream with the most of everything.
+
+    Each position takes no more than one of the most expensive stream, run as deep as the deepest.
+    """
+    stop = max(peak.stop for peak in peaks)
+    deep = [peak.deeper(stop) for peak in peaks]
+    found = [peak.peak(positions, checkpoint_blocks) for peak in deep]
+    heads = [peak.outside if peak.at_head is None else peak.at_head for peak in found]
+    head_rows = max(peak.head_rows for peak in deep)
+    most = replace(deep[0], name="merged", first=max(peak.first for peak in deep), head_rows=head_rows)
+    return Peak(max(peak.outside for peak in found), max(heads) if head_rows else None), most
 
 
 def shallow(stream: Stream, stop: int, to: int) -> tuple[Stream, int]:

@@ -15,6 +15,8 @@ import torch
 
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError
+from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.layers.varlen import attention_of
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.planning.batches import Limits, even_batch, limits_of, published_batch
@@ -22,10 +24,10 @@ from repbend_fast.planning.budget import Standing, budget_bytes, show_bytes, sta
 from repbend_fast.planning.cards import GB, Card, card_of
 from repbend_fast.planning.cost import StepCost, matrices
 from repbend_fast.planning.host import HostCost, host_cost
-from repbend_fast.planning.peaks import Peak, PeakMeter, StreamPeak, measure_piece
+from repbend_fast.planning.peaks import Peak, PeakMeter, StreamPeak, measure_batch, measure_piece, shared_peak
 from repbend_fast.planning.profile import Profile, profile_key
 from repbend_fast.planning.shapes import model_shape, shape_model
-from repbend_fast.step.levers import Levers, default_levers
+from repbend_fast.step.levers import EVERY_STREAM, Levers, default_levers
 
 CHUNKS = (None, 128, 64, 32)
 """Rows per chunk of the head's losses, in the order in which they are tried; None is the op's own rule."""
@@ -87,7 +89,7 @@ class Planner:
         self.num_blocks = int(shape.get_text_config().num_hidden_layers)
         self.objective = build_objective(config.objective, self.num_blocks, config.training.steps, seed=None)
         self.model = shape_model(config.model, config.lora, (self.objective.last_state,))
-        attention = getattr(self.model.config, "_attn_implementation", "")
+        attention = attention_of(find_decoder(self.model).body, self.model.get_input_embeddings().weight, device)
         self.base_levers = default_levers(config.memory, self.num_blocks, device, attention)
         self.pairs = "pair" in self.objective.roles
         self.standing = standing(self.model, config, device)
@@ -211,6 +213,7 @@ class Planner:
             "offload_checkpoints": offloads,
             "kl_chunk_rows": CHUNKS,
             "checkpoint_blocks": range(self.num_blocks + 1),
+            "merge_streams": ("off", "on") if self.device.type == "cuda" else ("off",),
         }
         free = {
             name: values if self._free(name) else (getattr(self.base_levers, name),) for name, values in choices.items()
@@ -229,16 +232,44 @@ class Planner:
         for levers in self._settings():
             if best is not None and levers.offload_embedding and not best[1].offload_embedding:
                 break
-            chosen = [self._fastest_piece(place, peak, levers, budget) for place, peak in enumerate(self.peaks)]
-            if None in chosen:
-                continue
-            seconds = sum(choice[0] for choice in chosen if choice)
-            if best is None or seconds < best[0]:
-                sizes = {
-                    peak.name: choice[1] for peak, choice in zip(self.peaks, chosen) if choice and choice[1] is not None
-                }
-                best = seconds, replace(levers, piece_tokens=sizes) if self._free("piece_tokens") else levers
+            found = (
+                self._fastest_merged(levers, budget) if self._merges(levers) else self._fastest_apart(levers, budget)
+            )
+            if found is not None and (best is None or found[0] < best[0]):
+                best = found
         return None if best is None else best[1]
+
+    def _fastest_apart(self, levers: Levers, budget: int) -> tuple[float, Levers] | None:
+        """Seconds, and the levers with piece sizes, where each stream has passes of its own; None where none fit."""
+        chosen = [self._fastest_piece(place, peak, levers, budget) for place, peak in enumerate(self.peaks)]
+        fitting = [choice for choice in chosen if choice is not None]
+        if len(fitting) < len(chosen):
+            return None
+        sizes = {peak.name: size for peak, (_, size) in zip(self.peaks, fitting) if size is not None}
+        here = replace(levers, piece_tokens=sizes) if self._free("piece_tokens") else levers
+        return sum(seconds for seconds, _ in fitting), here
+
+    def _fastest_merged(self, levers: Levers, budget: int) -> tuple[float, Levers] | None:
+        """The same where streams share passes, all under one size."""
+        best: tuple[float, Levers] | None = None
+        longest, total = max(peak.longest for peak in self.peaks), sum(peak.total for peak in self.peaks)
+        for size in self._sizes(longest, total, EVERY_STREAM):
+            here = self._sized(levers, EVERY_STREAM, size)
+            if self._predicted(here) > budget:
+                break
+            seconds = sum(self.cost.seconds(streams, here) for streams in self.expected)
+            if best is None or seconds <= best[0]:
+                best = seconds, here
+        return best
+
+    def _merges(self, levers: Levers) -> bool:
+        return levers.merge_streams == "on" and len(self.peaks) > 1
+
+    def _sized(self, levers: Levers, name: str, size: int | None) -> Levers:
+        """The levers with a piece size, where it is the planner's to choose."""
+        if not self._free("piece_tokens"):
+            return levers
+        return replace(levers, piece_tokens={} if size is None else {**levers.piece_tokens, name: size})
 
     def _fastest_piece(
         self, place: int, peak: StreamPeak, levers: Levers, budget: int
@@ -248,22 +279,23 @@ class Planner:
         The largest are not always the fastest: padding grows with the sequences of a piece.
         """
         best: tuple[float, int | None] | None = None
-        for size in self._sizes(peak):
+        for size in self._sizes(peak.longest, peak.total, peak.name):
             if self._total(self._stream_bytes(peak, size, levers), levers) > budget:
                 break
-            pieces = {**levers.piece_tokens, peak.name: size} if size is not None else {}
-            here = replace(levers, piece_tokens=pieces) if self._free("piece_tokens") else levers
-            seconds = sum(self.cost.seconds(streams[place], here) for streams in self.expected)
+            here = self._sized(levers, peak.name, size)
+            seconds = sum(self.cost.seconds([streams[place]], here) for streams in self.expected)
             if best is None or seconds <= best[0]:
                 best = seconds, size
         return best
 
-    def _sizes(self, peak: StreamPeak) -> list[int | None]:
-        """Piece sizes to try, smallest first; None is the whole stream, the first leaves the longest sequence alone."""
+    def _sizes(self, longest: int, total: int, name: str) -> list[int | None]:
+        """Sizes to try of pieces of ``total`` positions, smallest first; None is all of them, the first leaves the
+        ``longest`` sequence alone.
+        """
         if not self._free("piece_tokens"):
-            return [self.base_levers.piece_size(peak.name)]
-        shares = (x for x in PIECE_SIZES if x * peak.longest < peak.total)
-        return [*(max(1, int(x * peak.longest)) for x in shares), None]
+            return [self.base_levers.piece_size(name)]
+        shares = (x for x in PIECE_SIZES if x * longest < total)
+        return [*(max(1, int(x * longest)) for x in shares), None]
 
     def _positions(self, peak: StreamPeak, size: int | None) -> int:
         """Positions of the worst piece of a stream cut to ``size``."""
@@ -294,30 +326,70 @@ class Planner:
         return taken(stays, stream, self.device)
 
     def _predicted(self, levers: Levers) -> int:
+        if self._merges(levers):
+            return self._total(self._shared_bytes(levers), levers)
         highest = max(self._stream_bytes(peak, levers.piece_size(peak.name), levers) for peak in self.peaks)
         return self._total(highest, levers)
+
+    def _shared_positions(self, levers: Levers) -> int:
+        """Positions of the worst batch of streams that share their passes."""
+        total = sum(peak.total for peak in self.peaks)
+        sizes = [size for peak in self.peaks if (size := levers.piece_size(peak.name)) is not None]
+        return min(total, max([*sizes, *(peak.longest for peak in self.peaks)])) if sizes else total
+
+    def _shared_bytes(self, levers: Levers) -> int:
+        """Predicted peak of streams that share their passes."""
+        positions = self._shared_positions(levers)
+        bare, most = shared_peak(self.peaks, positions, levers.checkpoint_blocks)
+        return self._with_levers(bare, most, positions, levers)
+
+    def _shared_worst(self, levers: Levers) -> list[Stream]:
+        """The streams as one batch that is as large as ``levers`` allow, all of them in proportion."""
+        share = self._shared_positions(levers) / sum(peak.total for peak in self.peaks)
+        length = max(2, int(self.limits.longest * share))
+        counts = {stream.name: len(stream.sequences) for stream in self.expected[0]}
+        asked = {peak.name: max(1, counts[peak.name] // self._per_record[peak.name]) for peak in self.peaks}
+        return [self._streams(asked[peak.name], length)[peak.name] for peak in self.peaks]
+
+    @cached_property
+    def _per_record(self) -> dict[str, int]:
+        """Sequences that each stream makes of one record per role: two where it joins two roles."""
+        half = max(2, self.limits.longest // 2)
+        return {name: len(stream.sequences) // 2 for name, stream in self._streams(2, half).items()}
 
     def _checked(self, levers: Levers, budget: int | None) -> Plan:
         """Run the worst piece of each stream at full depth under ``levers``, whose offloading is added by
         arithmetic.
         """
         here = replace(levers, piece_tokens={}, offload_checkpoints=False, offload_embedding=False)
+        if self._merges(levers):
+            worst = self._shared_worst(levers)
+            run = partial(measure_batch, self.model, worst, here, self.device, self.meter.autocast)
+            measured = self.profile.batch(worst, here, run)
+            positions = sum(len(s) for stream in worst for s in stream.sequences)
+            _, most = shared_peak(self.peaks, positions, levers.checkpoint_blocks)
+            most = replace(most, head_rows=max(stream.head_rows() for stream in worst) / positions)
+            streams = {most.name: self._with_levers(measured, most, positions, levers)}
+            return self._plan(levers, streams, self._total(max(streams.values()), levers), budget)
         streams = {}
-        for peak, worst in zip(self.peaks, self.worst_streams(levers)):
-            run = partial(measure_piece, self.model, worst, here, self.device, self.meter.autocast)
-            measured = self.profile.piece(worst, here, run)
-            streams[peak.name] = self._with_levers(measured, peak, sum(map(len, worst.sequences)), levers)
+        for peak, piece in zip(self.peaks, self.worst_streams(levers)):
+            run = partial(measure_piece, self.model, piece, here, self.device, self.meter.autocast)
+            measured = self.profile.batch([piece], here, run)
+            streams[peak.name] = self._with_levers(measured, peak, sum(map(len, piece.sequences)), levers)
         return self._plan(levers, streams, self._total(max(streams.values()), levers), budget)
 
     def _unchecked(self, levers: Levers, budget: int | None) -> Plan:
-        streams = {peak.name: self._stream_bytes(peak, levers.piece_size(peak.name), levers) for peak in self.peaks}
+        if self._merges(levers):
+            streams = {"merged": self._shared_bytes(levers)}
+        else:
+            streams = {peak.name: self._stream_bytes(peak, levers.piece_size(peak.name), levers) for peak in self.peaks}
         return self._plan(levers, streams, self._total(max(streams.values()), levers), budget)
 
     def worst_streams(self, levers: Levers) -> list[Stream]:
         """Each stream as the worst piece that ``levers`` allow."""
         found = []
         half = max(2, self.limits.longest // 2)
-        shares = {name: len(stream.sequences) // 2 for name, stream in self._streams(2, half).items()}
+        shares = self._per_record
         for peak in self.peaks:
             size = levers.piece_size(peak.name)
             alone = size is not None and size <= peak.longest // 2
@@ -343,11 +415,7 @@ class Planner:
         for expected in self.expected:
             for name, value in self.cost.flops(expected, levers).items():
                 flops[name] = flops.get(name, 0.0) + value * steps / batches
-        seconds = (
-            sum(self.cost.seconds(stream, levers) for expected in self.expected for stream in expected)
-            * steps
-            / batches
-        )
+        seconds = sum(self.cost.seconds(expected, levers) for expected in self.expected) * steps / batches
         tokens = (
             sum(len(s) for expected in self.expected for stream in expected for s in stream.sequences) * steps / batches
         )
@@ -357,8 +425,9 @@ class Planner:
 
     def _limit(self, levers: Levers, streams: dict[str, int], budget: int | None) -> str:
         largest = max(streams, key=lambda name: streams[name])
+        most = "the streams share their passes" if self._merges(levers) else f"the {largest} stream is the largest"
         if budget is None:
-            return f"no budget: one piece per stream unless set by hand; the {largest} stream is the largest"
+            return f"no budget: one piece per stream unless set by hand; {most}"
         spent = []
         if levers.checkpoint_blocks:
             spent.append(f"{levers.checkpoint_blocks} of {self.num_blocks} blocks are recomputed")
@@ -366,7 +435,7 @@ class Planner:
             spent.append("streams are split")
         if not spent:
             return "compute: everything fits without recomputation or splitting"
-        return f"memory ({' and '.join(spent)}); the {largest} stream is the largest"
+        return f"memory ({' and '.join(spent)}); {most}"
 
     def _refusal(self, budget: int, least: Plan) -> str:
         unit, name = (10**7, "GB") if least.total >= GB else (10**4, "MB")
@@ -395,6 +464,7 @@ def show_levers(levers: Levers) -> str:
         parts.append("one piece per stream")
     if levers.kl_chunk_rows:
         parts.append(f"kl_chunk_rows {levers.kl_chunk_rows}")
+    parts += ["streams merged"] if levers.merge_streams == "on" else []
     parts += [name for name in ("offload_checkpoints", "offload_embedding") if getattr(levers, name)]
     return "; ".join([*parts, f"packing {levers.packing}"])
 

@@ -8,6 +8,7 @@ objective of the user's, may change without any of these; nothing of theirs is k
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -60,11 +61,12 @@ class Profile:
         """The peaks of all streams at two sizes."""
         return self._kept("peaks", {"profile": self.key}, _STREAM_PEAKS, measure)
 
-    def piece(self, stream: Stream, levers: Levers, measure: Callable[[], Peak]) -> Peak:
-        """The peak of one stream as a piece at full depth."""
-        lengths: list[kept.Json] = [[len(s), s.prompt_length] for s in stream.sequences]
-        key = {"profile": self.key, "stream": stream.name, "lengths": lengths, "levers": _text(levers.as_dict())}
-        return self._kept("piece", key, _PEAK, lambda: self.measured(f"{stream.name} stream, all blocks", measure))
+    def batch(self, streams: Seq[Stream], levers: Levers, measure: Callable[[], Peak]) -> Peak:
+        """The peak of one stream as a piece at full depth, or of several that share their passes."""
+        held: list[kept.Json] = [[s.name, [[len(x), x.prompt_length] for x in s.sequences]] for s in streams]
+        key = {"profile": self.key, "streams": held, "levers": _text(levers.as_dict())}
+        names = " and ".join(stream.name for stream in streams)
+        return self._kept("piece", key, _PEAK, lambda: self.measured(f"{names} stream, all blocks", measure))
 
     def _kept(self, kind: str, key: kept.Json, form: TypeAdapter[T], measure: Callable[[], T]) -> T:
         if self.key is None:

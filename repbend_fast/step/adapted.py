@@ -1,4 +1,4 @@
-"""The adapted pass: taps between the blocks, and the loss of one piece."""
+"""The adapted pass: taps between the blocks, and the loss of the pieces that share it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import Tensor
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.models.layers.offload import host_states
 from repbend_fast.objectives.terms import Term
-from repbend_fast.step.terms import Execution, Place, by_layer
+from repbend_fast.step.terms import Execution, Place, by_layer, visiting
 
 
 def adapted_pass(place: Place, executions: Sequence[Execution[Term]]) -> Tensor:
-    """The piece's share of the stream's weighted loss, differentiable in the adapter.
+    """The share of the executions' pieces in their streams' weighted losses, differentiable in the adapter.
 
     What the reference pass kept is used up: its buffers become gradient directions.
+
+    Args:
+        place: of any of the pieces, all of which lie in one batch.
     """
     parts, last = place.parts, place.parts.decoder.num_blocks
     tapping = by_layer(executions, lambda term: term.read_states(last))
@@ -30,9 +33,9 @@ def adapted_pass(place: Place, executions: Sequence[Execution[Term]]) -> Tensor:
         run_decoder(
             parts.decoder,
             place.piece.input_ids,
-            position_ids=place.piece.position_ids,
-            stop=place.stream.stop(last),
-            visit=place.visit(visit),
+            packed=place.piece.packed,
+            stop=max(tapping),
+            visit=visiting(executions, visit),
             checkpoint_blocks=place.levers.checkpoint_blocks,
             offload=host_states(place.levers.offload_checkpoints, parts.device),
         )

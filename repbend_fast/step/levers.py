@@ -11,10 +11,14 @@ import torch
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.layers.varlen import attention_of
 from repbend_fast.step.pieces import Layout
 
 EVERY_STREAM = "*"
 """Key of ``Levers.piece_tokens`` for the streams that are not named there."""
+
+LARGE_CARD = 40 * 10**9
+"""Bytes of a card from which on streams share their passes without a plan."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Levers:
         offload_embedding: input embedding and head live in host memory.
         kl_chunk_rows: rows per chunk of the head's losses; None = the op's size rule.
         packing: ``on`` lays the sequences of a piece out in one row, ``off`` pads them on the right.
+        merge_streams: ``on`` lets pieces of different streams share a pass, as far as each one's size allows.
     """
 
     piece_tokens: Mapping[str, int] = field(default_factory=dict)
@@ -37,6 +42,7 @@ class Levers:
     offload_embedding: bool = False
     kl_chunk_rows: int | None = None
     packing: Literal["on", "off"] = "off"
+    merge_streams: Literal["on", "off"] = "off"
 
     def piece_size(self, stream: str) -> int | None:
         """Most positions of a piece of this stream, or None for one piece."""
@@ -58,7 +64,7 @@ def default_levers(memory: MemoryConfig, num_blocks: int, device: torch.device, 
     Args:
         num_blocks: decoder blocks of the model, which is what ``checkpoint_blocks: all`` means.
         device: where the model computes.
-        attention: transformers' name of the attention implementation in use.
+        attention: the name of the attention in use (``layers.varlen.attention_of``).
     """
     blocks = memory.checkpoint_blocks
     return Levers(
@@ -68,14 +74,16 @@ def default_levers(memory: MemoryConfig, num_blocks: int, device: torch.device, 
         offload_checkpoints=memory.offload_checkpoints is True and device.type == "cuda",
         offload_embedding=memory.offload_embedding is True and device.type != "cpu",
         kl_chunk_rows=None if memory.kl_chunk_rows == "auto" else memory.kl_chunk_rows,
-        packing=_packing(memory, device, attention),
+        packing=(packing := _packing(memory, device, attention)),
+        merge_streams=_merging(memory, device, packing),
     )
 
 
 def levers_of(memory: MemoryConfig, model: CausalLM) -> Levers:
     """``default_levers`` for a loaded model."""
     decoder = find_decoder(model)
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", "")
+    weight = model.get_input_embeddings().weight
+    attention = attention_of(decoder.body, weight, decoder.device)
     return default_levers(memory, decoder.num_blocks, decoder.device, attention)
 
 
@@ -90,3 +98,12 @@ def _packing(memory: MemoryConfig, device: torch.device, attention: str) -> Lite
     if memory.packing != "auto":
         return memory.packing
     return "on" if device.type == "cpu" or "flash" in attention else "off"
+
+
+def _merging(memory: MemoryConfig, device: torch.device, packing: Literal["on", "off"]) -> Literal["on", "off"]:
+    """Shared passes on cards that are fast and large: they wait for launches, and have room for a whole batch."""
+    if memory.merge_streams != "auto":
+        return memory.merge_streams
+    large = device.type == "cuda" and torch.cuda.is_available()
+    large = large and torch.cuda.get_device_properties(device).total_memory >= LARGE_CARD
+    return "on" if large and packing == "on" else "off"

@@ -41,8 +41,8 @@ class Meter:
         tokens: of the pieces so far.
     """
 
-    def __init__(self) -> None:
-        self.tokens = 0
+    def __init__(self, tokens: int = 0) -> None:
+        self.tokens = tokens
         self.values: dict[str, Tensor] = {}
         self.layers: dict[str, dict[int, Tensor]] = defaultdict(dict)
 

@@ -1,15 +1,23 @@
-"""Pieces: some sequences of a stream as one batch for the decoder, padded on the right or packed into one row."""
+"""Pieces: some sequences of a stream as one batch for the decoder, padded on the right or packed into one row.
+
+Pieces of several streams can share a batch. Each then says which of the batch's positions are its own, so that whoever
+works on a piece need not know of the others.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from repbend_fast.data.records import Sequence
+from repbend_fast.models.layers.packing import Packed, pack, to_device
 from repbend_fast.objectives.terms import Span
 
 Layout = Literal["padded", "packed"]
@@ -19,40 +27,34 @@ Layout = Literal["padded", "packed"]
 class Piece:
     """``members[i]`` (index into the stream) starts at flat position ``offsets[i]`` of ``input_ids`` [B, T] (int64).
 
-    ``position_ids`` [1, T] restarts at 0 for each member of a packed piece, and is None for a padded one.
+    ``packed`` has the sequences that share the row, those of other pieces too; None where each has one of its own.
+    ``stop``: the flat position behind the last that is this piece's; it begins at ``offsets[0]``. ``tokens``: its own,
+    without padding.
     """
 
     members: tuple[int, ...]
     offsets: tuple[int, ...]
     input_ids: Tensor
-    position_ids: Tensor | None
+    packed: Packed | None
     tokens: int
+    stop: int
 
     @property
     def positions(self) -> int:
-        """Positions that the decoder runs, padding included."""
-        return self.input_ids.numel()
+        """Positions that the decoder runs for it, padding included."""
+        return self.stop - self.offsets[0]
 
     def places(self) -> Tensor:
-        """What each flat position is, whatever the layout: index in the stream · 2³² + position in the sequence, int64
-        [B·T].
+        """What each of its flat positions is, whatever the layout: index in the stream · 2³² + position in the
+        sequence, int64 [positions].
         """
-        if self.position_ids is None:
-            within = torch.arange(self.input_ids.shape[1]).expand(self.input_ids.shape)
-            index = torch.tensor(self.members)[:, None]
-        else:
-            ends = torch.tensor([*self.offsets[1:], self.positions])
-            starts = torch.tensor(self.offsets)
-            index = torch.tensor(self.members).repeat_interleave(ends - starts)
-            within = torch.arange(self.positions) - starts.repeat_interleave(ends - starts)
-        return to_device((index * 2**32 + within).flatten(), self.input_ids.device)
+        places = [m * 2**32 + position for m, room in zip(self.members, self.rooms) for position in range(room)]
+        return to_device(torch.tensor(places, dtype=torch.int64), self.input_ids.device)
 
     @property
     def rooms(self) -> tuple[int, ...]:
         """Positions of each member's place, padding included."""
-        if self.position_ids is None:
-            return (self.input_ids.shape[1],) * len(self.members)
-        return tuple(stop - start for start, stop in zip(self.offsets, (*self.offsets[1:], self.positions)))
+        return tuple(stop - start for start, stop in zip(self.offsets, (*self.offsets[1:], self.stop)))
 
     def rows(self, spans: tuple[Span, ...]) -> Tensor:
         """Flat row indices (int64 [R], on the piece's device) of the stream's ``spans`` that lie in this piece."""
@@ -60,13 +62,8 @@ class Piece:
         return to_device(torch.cat(parts), self.input_ids.device)
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on ``device``, without waiting for the device: from pageable memory CUDA waits until its queue is
-    empty.
-    """
-    if device.type == "cuda" and torch.cuda.is_available():
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+Part = tuple[tuple[Sequence, ...], tuple[int, ...]]
+"""A stream's sequences, and the members of a piece of it."""
 
 
 def make_piece(
@@ -74,21 +71,34 @@ def make_piece(
 ) -> Piece:
     """Lay out ``members`` of ``sequences``. Padding repeats id 0: rows on the right of a sequence never influence it.
 
-    Sequences of one length are not packed: there is no padding to save, and a mask over all of them costs attention its
-    square.
+    Sequences of one length are not packed: there is no padding to save.
     """
-    chosen = [sequences[m].ids for m in members]
+    (piece,) = make_pieces([(sequences, members)], layout, device)
+    return piece
+
+
+def make_pieces(parts: Seq[Part], layout: Layout, device: torch.device) -> list[Piece]:
+    """Lay out pieces of several streams in one batch, one behind the other."""
+    chosen = [sequences[m].ids for sequences, members in parts for m in members]
     lengths = [len(ids) for ids in chosen]
+    packed: Packed | None = None
     if layout == "packed" and len(set(lengths)) > 1:
+        sizes = lengths
         ids = torch.tensor([token for sequence in chosen for token in sequence], dtype=torch.int64)[None]
-        positions = torch.cat([torch.arange(n) for n in lengths])[None]
-        offsets = tuple(sum(lengths[:i]) for i in range(len(lengths)))
-        return Piece(members, offsets, to_device(ids, device), to_device(positions, device), sum(lengths))
-    width = max(lengths)
-    ids = torch.zeros(len(chosen), width, dtype=torch.int64)
-    for i, sequence in enumerate(chosen):
-        ids[i, : lengths[i]] = torch.tensor(sequence, dtype=torch.int64)
-    return Piece(members, tuple(i * width for i in range(len(chosen))), to_device(ids, device), None, sum(lengths))
+        packed = pack(lengths, device)
+    else:
+        sizes = [max(lengths)] * len(lengths)
+        ids = torch.zeros(len(chosen), max(lengths), dtype=torch.int64)
+        for i, sequence in enumerate(chosen):
+            ids[i, : lengths[i]] = torch.tensor(sequence, dtype=torch.int64)
+    ids, offsets = to_device(ids, device), list(accumulate(sizes, initial=0))
+    pieces, first = [], 0
+    for _, members in parts:
+        last = first + len(members)
+        tokens = sum(lengths[first:last])
+        pieces.append(Piece(members, tuple(offsets[first:last]), ids, packed, tokens, offsets[last]))
+        first = last
+    return pieces
 
 
 def split(
@@ -123,3 +133,40 @@ def split(
     if current:
         groups.append(tuple(current))
     return groups
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A piece before it is laid out: of which stream, by number; its members, and their lengths; and the most
+    positions of a batch that it may be in, None for any.
+    """
+
+    stream: int
+    members: tuple[int, ...]
+    lengths: tuple[int, ...]
+    limit: int | None = None
+
+
+def batches(pieces: Seq[Cut], layout: Layout, merged: bool) -> list[list[Cut]]:
+    """The pieces that share a batch: each alone, or ``merged`` with pieces of other streams, in their order.
+
+    A batch holds one piece of a stream, and no more positions, padding included, than each of its pieces allows. The
+    first batch that has room takes a piece.
+    """
+    found: list[list[Cut]] = []
+    for piece in pieces:
+        home = next((batch for batch in found if merged and _has_room(batch, piece, layout)), None)
+        if home is None:
+            found.append([piece])
+        else:
+            home.append(piece)
+    return found
+
+
+def _has_room(batch: list[Cut], piece: Cut, layout: Layout) -> bool:
+    if any(other.stream == piece.stream for other in batch):
+        return False
+    everything = [*batch, piece]
+    lengths = [length for part in everything for length in part.lengths]
+    positions = sum(lengths) if layout == "packed" else len(lengths) * max(lengths)
+    return all(positions <= (math.inf if part.limit is None else part.limit) for part in everything)

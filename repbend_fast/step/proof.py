@@ -29,6 +29,7 @@ from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.coverage import BlockKind, coverage_of
 from repbend_fast.models.decoder import WITHOUT_HEAD, Head, causal_model, find_decoder, run_decoder
 from repbend_fast.models.layers.lora import LowRankForward
+from repbend_fast.models.layers.packing import Packed, pack
 from repbend_fast.models.layers.switches import output_through
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.retreat import is_out_of_memory
@@ -174,7 +175,7 @@ class _Passes:
                 raise
             raise self._error(f"{what} ({one_line(error)})") from error
 
-    def _states(self, ids: Tensor, positions: Tensor | None = None, stop: int | None = None) -> list[Tensor]:
+    def _states(self, ids: Tensor, packed: Packed | None = None, stop: int | None = None) -> list[Tensor]:
         states: list[Tensor] = []
 
         def visit(layer: int, hidden: Tensor) -> Tensor:
@@ -183,9 +184,8 @@ class _Passes:
             return hidden
 
         device = self.parts.device
-        positions = None if positions is None else positions.to(device)
         with self._telling("its blocks do not run one after the other as a pass needs it"):
-            run_decoder(self.parts.decoder, ids.to(device), position_ids=positions, stop=stop or self.last, visit=visit)
+            run_decoder(self.parts.decoder, ids.to(device), packed=packed, stop=stop or self.last, visit=visit)
         if len(states) != (stop or self.last) + 1:
             raise self._error(f"a pass up to hidden state {stop or self.last} met {len(states)} of them")
         return states
@@ -284,8 +284,8 @@ class _Passes:
         chunk = getattr(self.causal.config.get_text_config(), "attention_chunk_size", None)
         if chunk:
             return f"attention in chunks of {chunk} counts them from the row's beginning, not the sequence's", None
-        split, positions = LENGTHS[0], torch.cat([torch.arange(n) for n in LENGTHS])[None]
-        states = self._states(torch.cat([self.first, self.second])[None], positions)
+        split, packed = LENGTHS[0], pack(LENGTHS, self.parts.device)
+        states = self._states(torch.cat([self.first, self.second])[None], packed)
         error = max(
             self._distance([s[:, :split] for s in states], alone[0]),
             self._distance([s[:, split:] for s in states], alone[1]),
@@ -293,7 +293,7 @@ class _Passes:
         if not error <= bound:
             return f"sequences that share a row see each other (relative error {error:.2g} to one alone)", error
         if self._dtype(states).itemsize == 2:
-            others = self._states(torch.cat([self.other_first, self.second])[None], positions)
+            others = self._states(torch.cat([self.other_first, self.second])[None], packed)
             moved = max(float(_row_errors(a[:, split:], b[:, split:]).max()) for a, b in zip(others, states))
             if not moved <= INFLUENCE_BOUND:
                 return (

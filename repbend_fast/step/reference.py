@@ -9,12 +9,15 @@ from torch import Tensor
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.models.layers.switches import reference_model
 from repbend_fast.objectives.terms import Term
-from repbend_fast.step.terms import Execution, Place, by_layer
+from repbend_fast.step.terms import Execution, Place, by_layer, visiting
 
 
 def reference_pass(place: Place, executions: Sequence[Execution[Term]]) -> None:
     """Each term keeps what it compares with; nothing runs where no term does, nor beyond the last hidden state that one
     reads.
+
+    Args:
+        place: of any of the executions' pieces, all of which lie in one batch.
     """
     parts, last = place.parts, place.parts.decoder.num_blocks
     keeping = by_layer(executions, lambda term: term.compared_states(last))
@@ -29,9 +32,7 @@ def reference_pass(place: Place, executions: Sequence[Execution[Term]]) -> None:
 
     with reference_model(parts.model, parts.switches), parts.autocasting():
         if stop:
-            piece = place.piece
-            run_decoder(
-                parts.decoder, piece.input_ids, position_ids=piece.position_ids, stop=stop, visit=place.visit(visit)
-            )
+            piece, visited = place.piece, visiting(executions, visit)
+            run_decoder(parts.decoder, piece.input_ids, packed=piece.packed, stop=stop, visit=visited)
         for execution in executions:
             execution.compare()

@@ -34,8 +34,8 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Load:
-    """What a piece held: its stream's name, its sequences, its positions with padding, and the head's rows and
-    vocabulary.
+    """What a batch held: its stream's name, or its ``streams``' names, its sequences, its positions with padding, and
+    the head's rows and vocabulary.
     """
 
     stream: str
@@ -43,12 +43,12 @@ class Load:
     positions: int
     head_rows: int = 0
     vocabulary: int = 0
+    streams: int = 1
 
     def __str__(self) -> str:
-        return (
-            f"stream {self.stream}, {self.sequences} {'sequence' if self.sequences == 1 else 'sequences'} of "
-            f"{self.positions} tokens"
-        )
+        streams = "stream" if self.streams == 1 else "streams"
+        sequences = "sequence" if self.sequences == 1 else "sequences"
+        return f"{streams} {self.stream}, {self.sequences} {sequences} of {self.positions} tokens"
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,14 @@ def fresh_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 def retreat(levers: Levers, load: Load, num_blocks: int, device: torch.device) -> tuple[Levers, str]:
     """The levers to go on with after a piece of this load did not fit, and what changed in words.
 
-    Half the piece; for a single sequence all blocks recomputed, then half the head's chunk, then checkpoints in host
-    memory.
+    Streams that shared a pass are run apart. Else half the piece; for a single sequence all blocks recomputed, then
+    half the head's chunk, then checkpoints in host memory.
 
     Raises:
         UserError: nothing is left to give.
     """
+    if load.streams > 1:
+        return replace(levers, merge_streams="off"), "one stream after the other"
     if load.sequences > 1:
         # A failure inside of another's work may have made pieces smaller than half of this one.
         size = max(1, min(load.positions // 2, levers.piece_size(load.stream) or load.positions))

@@ -2,8 +2,9 @@
 
 Streams are additive, so finishing each before the next gives the same gradient with the largest stream's memory instead
 of the sum. Terms that couple the sequences of a stream stay exact where it is split into pieces: their sums are taken
-beforehand, and each piece then differentiates the exact derivative. A piece is atomic: one that runs out of memory
-leaves nothing behind and is done again in smaller ones.
+beforehand, and each piece then differentiates the exact derivative. For the same reason pieces of several streams may
+share their passes: each term reads and taps the rows of its own piece. Such a batch, or a piece alone, is atomic: one
+that runs out of memory leaves nothing behind and is done again in smaller ones.
 """
 
 from __future__ import annotations
@@ -20,18 +21,15 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from repbend_fast import ranges
-from repbend_fast.config import Config
 from repbend_fast.data.records import Sequence
 from repbend_fast.distributed.ranks import ALONE, Ranks
 from repbend_fast.errors import UserError
 from repbend_fast.models.adapters import trainable_parameters
-from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import Decoder, Head, find_head
 from repbend_fast.models.layers.lora import lora_dropout
 from repbend_fast.models.layers.truncated import Visit
-from repbend_fast.models.load import resolve_device
-from repbend_fast.models.surgery import Prepared, prepared
+from repbend_fast.models.surgery import Prepared
 from repbend_fast.objectives.perturbed import Search
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Term
@@ -40,8 +38,8 @@ from repbend_fast.step.dropout_keys import row_keys
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.meter import Meter, StreamResult
 from repbend_fast.step.parts import ModelParts
-from repbend_fast.step.pieces import Layout, Piece, make_piece, split
-from repbend_fast.step.proof import Proof, prove_model
+from repbend_fast.step.pieces import Cut, Layout, Piece, batches, make_pieces, split
+from repbend_fast.step.proof import Proof
 from repbend_fast.step.reference import reference_pass
 from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, retreat
 from repbend_fast.step.searched import Deltas, Found, searched
@@ -132,12 +130,24 @@ class StreamRunner:
         Raises:
             UserError: memory ran out with every lever at its end.
         """
-        return self._run(_Run(stream, scale, dropout_seed))
+        (result,) = self._run([_Run(stream, scale, dropout_seed)])
+        return result
+
+    def backward_all(self, streams: Seq[Stream], scale: float = 1.0, *, dropout_seed: int) -> list[StreamResult]:
+        """``backward`` of the streams of one micro-batch, in passes that they share where the levers say so.
+
+        Gradients and results are those of one stream after the other; so are the dropout masks. In lockstep every
+        stream has its own: batches of several streams would not end at the same hidden state in each process.
+        """
+        if self.levers.merge_streams == "off" or self.ranks.lockstep:
+            return [self.backward(stream, scale, dropout_seed=dropout_seed) for stream in streams]
+        return self._run([_Run(stream, scale, dropout_seed) for stream in streams])
 
     @torch.no_grad()
     def measure(self, stream: Stream) -> StreamResult:
         """The same terms without dropout and without a gradient."""
-        return self._run(_Run(stream))
+        (result,) = self._run([_Run(stream)])
+        return result
 
     @torch.no_grad()
     def reference_rows(self, stream: Stream) -> Iterator[list[dict[int, Tensor]]]:
@@ -146,7 +156,7 @@ class StreamRunner:
         def work(piece: Piece) -> list[dict[int, Tensor]]:
             return [execution.kept for execution in self.compared(stream.terms, self._place(stream, piece, Meter()))]
 
-        yield from self._each_piece(stream, stream.sequences, work)
+        yield from self.each_piece(stream, stream.sequences, work)
 
     def compared(self, terms: Iterable[Term], place: Place) -> list[Execution[Term]]:
         """The executions of ``terms`` behind a reference pass over a piece."""
@@ -154,21 +164,30 @@ class StreamRunner:
         reference_pass(place, executions)
         return executions
 
-    def _run(self, run: _Run) -> StreamResult:
-        sequences, meter = run.stream.sequences, Meter()
-        run.shares = self._shares(run)
-        if run.stream.search is not None:
-            run.found = self._search(run, run.stream.search)
-        self._take_sums(run)
-        for done in self._each_of_share(run, sequences, lambda piece: self._piece(run, piece)):
-            meter.merge(done)
-        if run.shares:
-            meter.total(self.ranks)
-        result = StreamResult(torch.zeros((), device=self.device), tokens=sum(map(len, sequences)))
-        for number, term in enumerate(run.stream.terms):
-            execution_of(term).report(term, meter, result, run.sums.get(number))
-        result.weigh(run.stream.weights)
-        return result
+    def _run(self, runs: list[_Run]) -> list[StreamResult]:
+        for run in runs:
+            run.shares = self._shares(run)
+            if run.stream.search is not None:
+                run.found = self._search(run, run.stream.search)
+            self._take_sums(run)
+        for done in self._each_done(runs):
+            for number, meter in done.items():
+                runs[number].meter.merge(meter)
+        for run in runs:
+            if run.shares:
+                run.meter.total(self.ranks)
+        return [run.result(self.device) for run in runs]
+
+    def _each_done(self, runs: Seq[_Run]) -> Iterator[dict[int, Meter]]:
+        """What each batch of the runs measured, by number of the run, when it is done."""
+        if len(runs) == 1:
+            yield from self._each_of_share(
+                runs[0], runs[0].stream.sequences, lambda piece: self._batch(runs, {0: piece})
+            )
+            return
+        own = (run.shares[self.ranks.number] if run.shares else None for run in runs)
+        sources = [Source(run.stream, run.stream.sequences, members) for run, members in zip(runs, own)]
+        yield from self._each_batch(sources, partial(self._batch, runs))
 
     def _search(self, run: _Run, search: Search) -> Found:
         """The stream's perturbation, searched in pieces of whole prompts: those that this process's share begins with.
@@ -185,7 +204,7 @@ class StreamRunner:
 
         deltas: dict[int, Deltas] = {}
         with record_function(ranges.SEARCH):
-            for found in self._each_piece(attacked, search.sequences, work, members, search.prompts):
+            for found in self.each_piece(attacked, search.sequences, work, members, search.prompts):
                 deltas.update(found)
         return Found(search, deltas)
 
@@ -221,24 +240,24 @@ class StreamRunner:
         work: Callable[[Piece], T],
         members: Iterable[int] | None = None,
     ) -> Iterator[T]:
-        """``_each_piece`` on this process's share. In lockstep all run as many pieces: one that has fewer runs some
+        """``each_piece`` on this process's share. In lockstep all run as many pieces: one that has fewer runs some
         again, for nothing.
         """
         if not run.shares:
-            yield from self._each_piece(run.stream, sequences, work, members)
+            yield from self.each_piece(run.stream, sequences, work, members)
             return
         own = run.shares[self.ranks.number]
-        yield from self._each_piece(run.stream, sequences, work, own)
+        yield from self.each_piece(run.stream, sequences, work, own)
         if self.ranks.lockstep:
             size = self.levers.piece_size(run.stream.name)
             pieces = [len(split(sequences, size, self.layout, share)) for share in run.shares]
             shortest = min(own, key=lambda member: len(sequences[member]))
             for _ in range(max(pieces) - pieces[self.ranks.number]):
                 with run.idle():
-                    for _ in self._each_piece(run.stream, sequences, work, (shortest,)):
+                    for _ in self.each_piece(run.stream, sequences, work, (shortest,)):
                         pass
 
-    def _each_piece(
+    def each_piece(
         self,
         stream: Stream,
         sequences: tuple[Sequence, ...],
@@ -249,38 +268,72 @@ class StreamRunner:
         """``work`` on each piece of the sequences, or of those ``members``, in turn, those of one of the ``prompts``
         together. Where memory runs out, what is left is cut anew.
         """
-        waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, members, prompts)
+        chosen = None if members is None else tuple(members)
+        source = Source(stream, sequences, chosen, prompts)
+        yield from self._each_batch([source], lambda pieces: work(pieces[0]))
+
+    def _each_batch(self, sources: Seq[Source], work: Callable[[dict[int, Piece]], T]) -> Iterator[T]:
+        """``work`` on the pieces of each batch, by number of their source. Where memory runs out, what is left is cut
+        anew.
+        """
+        waiting = self._cut(sources)
         while waiting:
-            piece = make_piece(sequences, waiting[0], self.layout, self.device)
-            result = attempt(partial(work, piece), self.device)
+            batch = waiting[0]
+            laid = make_pieces(
+                [(sources[cut.stream].sequences, cut.members) for cut in batch], self.layout, self.device
+            )
+            pieces = {cut.stream: piece for cut, piece in zip(batch, laid)}
+            result = attempt(partial(work, pieces), self.device)
             if isinstance(result, OutOfMemory):
-                passes = split(sequences, self.levers.piece_size(stream.name), self.layout, piece.members)
-                self._retreat(stream, piece, max(map(len, passes)), result)
-                left = [member for members in waiting for member in members]
-                waiting = split(sequences, self.levers.piece_size(stream.name), self.layout, left, prompts)
+                self._retreat(sources, pieces, result)
+                left: list[list[int]] = [[] for _ in sources]
+                for cut in (cut for batch in waiting for cut in batch):
+                    left[cut.stream] += cut.members
+                waiting = self._cut([replace(source, members=tuple(m)) for source, m in zip(sources, left)])
             else:
                 waiting.pop(0)
                 yield result
 
-    def _piece(self, run: _Run, piece: Piece) -> Meter:
-        meter = Meter()
-        meter.tokens = piece.tokens
-        # A first pass that ran out of memory has moved the levers for the piece too.
-        sums = [self._sums(run, piece, number) for number in range(len(run.stream.terms))]
-        place = self._place(run.stream, piece, meter, run.found)
-        executions = [execution_of(term)(term, place, known) for term, known in zip(run.stream.terms, sums)]
+    def _cut(self, sources: Seq[Source]) -> list[list[Cut]]:
+        """The batches of what the sources have, under the levers in force."""
+        sizes = [self.levers.piece_size(source.stream.name) for source in sources]
+        cuts = [
+            Cut(number, members, tuple(len(source.sequences[m]) for m in members), size)
+            for number, (source, size) in enumerate(zip(sources, sizes))
+            for members in split(source.sequences, size, self.layout, source.members, source.prompts)
+        ]
+        return batches(cuts, self.layout, self.levers.merge_streams == "on")
+
+    def _batch(self, runs: Seq[_Run], pieces: dict[int, Piece]) -> dict[int, Meter]:
+        """Both passes over the pieces of one batch, by number of their run, and its backward; what they measured."""
+        meters: dict[int, Meter] = {}
+        executions: dict[int, list[Execution[Term]]] = {}
+        # A first pass that ran out of memory has moved the levers for every piece of the batch.
+        sums = {
+            number: [self._sums(runs[number], piece, term) for term in range(len(runs[number].stream.terms))]
+            for number, piece in pieces.items()
+        }
+        for number, piece in pieces.items():
+            run, meters[number] = runs[number], Meter(piece.tokens)
+            place = self._place(run.stream, piece, meters[number], run.found)
+            executions[number] = [
+                execution_of(term)(term, place, known) for term, known in zip(run.stream.terms, sums[number])
+            ]
+        every = [execution for found in executions.values() for execution in found]
         with record_function(ranges.REFERENCE):
-            reference_pass(place, executions)
-        with lora_dropout(self.model, run.keys(piece)):
+            reference_pass(place, every)
+        scale = runs[number].scale
+        with lora_dropout(self.model, _keys(runs, pieces)):
             with record_function(ranges.ADAPTED):
-                loss = adapted_pass(place, executions)
-            if run.scale is not None and loss.requires_grad:
+                loss = adapted_pass(place, every)
+            if scale is not None and loss.requires_grad:
                 # Recomputed blocks run in here and draw their masks from the same keys.
                 with fresh_gradients(self.parameters), record_function(ranges.BACKWARD):
-                    (loss * run.scale).backward()
+                    (loss * scale).backward()
         # Only now: a piece that ran out of memory is cut anew, and its parts are not in the sums.
-        run.sums = {number: execution.sums for number, execution in enumerate(executions)}
-        return meter
+        for number, found in executions.items():
+            runs[number].sums = {term: execution.sums for term, execution in enumerate(found)}
+        return meters
 
     def _place(self, stream: Stream, piece: Piece, meter: Meter, found: Found | None = None) -> Place:
         return Place(self.parts, stream, piece, self.levers, meter, found.at(piece) if found else None)
@@ -295,13 +348,26 @@ class StreamRunner:
             run.sums[number] = sums
         return sums
 
-    def _retreat(self, stream: Stream, piece: Piece, count: int, failure: OutOfMemory) -> None:
+    def _together(self, source: Source, piece: Piece) -> int:
+        """Sequences of a piece that run together: a search cuts its own pieces further."""
+        size = self.levers.piece_size(source.stream.name)
+        return max(map(len, split(source.sequences, size, self.layout, piece.members)))
+
+    def _retreat(self, sources: Seq[Source], pieces: dict[int, Piece], failure: OutOfMemory) -> None:
         vocabulary = self.head.weight.shape[0] if self.head is not None else 0
-        load = Load(stream.name, count, piece.positions, stream.head_rows(piece.members), vocabulary)
+        streams = [sources[number].stream for number in pieces]
+        load = Load(
+            " and ".join(stream.name for stream in streams),
+            sum(self._together(sources[number], piece) for number, piece in pieces.items()),
+            sum(piece.positions for piece in pieces.values()),
+            max(stream.head_rows(piece.members) for stream, piece in zip(streams, pieces.values())),
+            vocabulary,
+            streams=len(streams),
+        )
         if self.ranks.lockstep:
             raise UserError(
                 f"out of memory ({load}): with distributed.shard=fsdp no process can do a piece again alone; resume "
-                f"with memory.piece_tokens={max(1, piece.positions // 2)} or memory.checkpoint_blocks=all, or start "
+                f"with memory.piece_tokens={max(1, load.positions // 2)} or memory.checkpoint_blocks=all, or start "
                 "more processes"
             )
         self.levers, change = retreat(self.levers, load, self.decoder.num_blocks, self.device)
@@ -309,13 +375,25 @@ class StreamRunner:
             self.on_out_of_memory(f"out of memory ({load}): {change} from here on", failure.reason)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Sequences that are cut into pieces, or those ``members`` of them, under the levers of a stream; those of one of
+    the ``prompts`` together.
+    """
+
+    stream: Stream
+    sequences: tuple[Sequence, ...]
+    members: tuple[int, ...] | None = None
+    prompts: tuple[int, ...] | None = None
+
+
 @dataclass
 class _Run:
-    """One call of ``backward``, or of ``measure`` where ``scale`` and ``seed`` are None.
+    """A stream in one call of ``backward``, or of ``measure`` where ``scale`` and ``seed`` are None.
 
     ``sums``: by number of the term, what its first pass has taken over the whole stream, once that is split. ``found``:
     its perturbation, where it has one. ``shares``: by process, the members that it runs; empty where this one runs them
-    all.
+    all. ``meter``: of the pieces that are done.
     """
 
     stream: Stream
@@ -324,6 +402,7 @@ class _Run:
     sums: dict[int, object] = field(default_factory=dict)
     found: Found | None = None
     shares: list[tuple[int, ...]] = field(default_factory=list)
+    meter: Meter = field(default_factory=Meter)
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -338,6 +417,21 @@ class _Run:
     def keys(self, piece: Piece) -> Tensor | None:
         """The dropout keys of a piece's rows; None = no dropout."""
         return None if self.seed is None else row_keys(piece, self.seed, self.stream.name)
+
+    def result(self, device: torch.device) -> StreamResult:
+        """What the pieces say together."""
+        tokens = sum(map(len, self.stream.sequences))
+        result = StreamResult(torch.zeros((), device=device), tokens=tokens)
+        for number, term in enumerate(self.stream.terms):
+            execution_of(term).report(term, self.meter, result, self.sums.get(number))
+        result.weigh(self.stream.weights)
+        return result
+
+
+def _keys(runs: Seq[_Run], pieces: dict[int, Piece]) -> Tensor | None:
+    """The dropout keys of a batch's rows, each under its own stream's name."""
+    found = [keys for number, piece in pieces.items() if (keys := runs[number].keys(piece)) is not None]
+    return torch.cat(found) if found else None
 
 
 class _FirstPass:
@@ -369,28 +463,3 @@ class _FirstPass:
 
     def _place(self, piece: Piece) -> Place:
         return self._runner._place(self.stream, piece, Meter(), self._run.found)
-
-
-def checked_runner(
-    model: CausalLM, config: Config, levers: Levers, uses_head: bool, ranks: Ranks = ALONE
-) -> StreamRunner:
-    """The runner of a loaded model, prepared for it, under the recipe's autocast, with what passes take for granted
-    shown on a few tokens.
-
-    Where packing leaks between sequences and was not asked for, the runner pads. ``runner.prepared.restore()`` gives
-    the model back. ``ranks`` in lockstep divide its blocks among them.
-
-    Raises:
-        UserError: the head is no plain matrix, or something does not hold (``step.proof``); the model is as before.
-    """
-    shards = resolve_device(config.model.device) if ranks.lockstep else None
-    ready = prepared(model, levers, liger=config.model.liger, shards=shards)
-    try:
-        autocast = autocast_dtype(config, ready.device)
-        runner = StreamRunner(ready, levers, autocast=autocast, uses_head=uses_head, ranks=ranks)
-        runner.proof = prove_model(runner.parts, levers.packing, config.memory.packing)
-    except BaseException:
-        ready.restore()
-        raise
-    runner.levers = replace(levers, packing=runner.proof.packing)
-    return runner

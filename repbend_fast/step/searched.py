@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from repbend_fast.models.layers.lora import lora_dropout
+from repbend_fast.models.layers.packing import to_device
 from repbend_fast.models.perturbation import Perturbation, find_perturbation
 from repbend_fast.objectives.perturbed import Search
 from repbend_fast.step.adapted import adapted_pass
 from repbend_fast.step.parts import ModelParts
-from repbend_fast.step.pieces import Piece, make_piece, split, to_device
+from repbend_fast.step.pieces import Piece, make_piece, split
 from repbend_fast.step.terms import Place, execution_of
 
 Deltas = dict[int, Tensor]

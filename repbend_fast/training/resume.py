@@ -83,7 +83,7 @@ def resume_training(trainer: Trainer, checkpoint: Path) -> None:
             # Nothing measures the steps to come, so what was best so far is no reason to drop them.
             trainer.best_weights = trainer.guard.best = None
     # What ran out of memory once would do so again, unless the levers were set anew.
-    if state.first_levers == trainer.first_levers.as_dict():
+    if state.first_levers and Levers(**state.first_levers) == trainer.first_levers:
         trainer.runner.levers = Levers(**state.last_levers)
     if note := moved_note(checkpoint, trainer.runner.device, trainer.ranks.count):
         say(note)

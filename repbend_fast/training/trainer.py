@@ -315,7 +315,7 @@ class Trainer:
                 streams = [self.kl_weight.weigh(stream) for stream in streams]
             ran += streams
             seed = dropout_seed(settings.seed, self.step, micro_batch)
-            done = [self.runner.backward(stream, scale, dropout_seed=seed) for stream in streams]
+            done = self.runner.backward_all(streams, scale, dropout_seed=seed)
             if self.step == micro_batch == 0 and is_at_start(self.model):
                 self._check_zero(streams, done, seed)
             results += done
@@ -340,6 +340,7 @@ class Trainer:
             return
         seconds = time.perf_counter() - started
         tokens = sum(r.tokens for r in results)
+        results, norm_now = _on_host(results, norm)
         terms, layers = _mean_terms(results, settings.accumulation)
         loss = sum(float(r.loss) for r in results) / settings.accumulation
         self.log.write(
@@ -348,7 +349,7 @@ class Trainer:
             loss=loss,
             terms=terms,
             distance_per_layer=layers,
-            grad_norm=float(norm),
+            grad_norm=norm_now,
             learning_rate=rate,
             tokens=tokens,
             tokens_per_second=tokens / seconds,
@@ -375,9 +376,10 @@ class Trainer:
     def _check_zero(self, streams: list[Stream], results: list[StreamResult], seed: int) -> None:
         for stream, result in zip(streams, results):
             check_zero(stream, result)
-            probe = probe_of(stream, self.runner.decoder.num_blocks)
-            if probe is not None:
-                check_zero(probe, self.runner.backward(probe, dropout_seed=seed))
+        found = (probe_of(stream, self.runner.decoder.num_blocks) for stream in streams)
+        probes = [probe for probe in found if probe is not None]
+        for probe, result in zip(probes, self.runner.backward_all(probes, dropout_seed=seed)):
+            check_zero(probe, result)
 
     def _update(self) -> None:
         try:
@@ -446,6 +448,20 @@ class Trainer:
         if self.stopped:
             self.stopped = f"stopped at step {self.step}: {self.stopped}"
             self.log.write("event", self.step, event="guard_stop", reason=self.stopped)
+
+
+def _on_host(results: list[StreamResult], norm: Tensor) -> tuple[list[StreamResult], float]:
+    """The results with their scalars on the host, and the norm, all read in one wait for the device."""
+    layers = [value for r in results for by_layer in r.layers.values() for value in by_layer.values()]
+    scalars = [norm, *(r.loss for r in results), *(value for r in results for value in r.terms.values()), *layers]
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in scalars) else torch.float32
+    read = iter(torch.stack([value.detach().to(norm.device, dtype) for value in scalars]).cpu().unbind())
+    found = float(next(read))
+    losses = [next(read) for _ in results]
+    terms = [{name: next(read) for name in r.terms} for r in results]
+    by_layers = [{name: {layer: next(read) for layer in of} for name, of in r.layers.items()} for r in results]
+    parts = zip(results, losses, terms, by_layers, strict=True)
+    return [StreamResult(loss, of, by_layer, result.tokens) for result, loss, of, by_layer in parts], found
 
 
 def _mean_terms(results: list[StreamResult], accumulation: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

@@ -18,7 +18,9 @@ def test_all_distances_are_zero_and_recorded(tmp_path: Path, capsys: pytest.Capt
     record = json.loads(path.read_text())
     assert record["versions"]["torch"]
     assert {(row["case"].split("-")[1], row["setting"]) for row in record["rows"]} == {
-        (weights, setting) for weights in ("nf4", "bfloat16") for setting in ("one piece", "recomputed, split")
+        (weights, setting)
+        for weights in ("nf4", "bfloat16")
+        for setting in ("one piece", "streams merged", "recomputed, split")
     }
     split = next(row for row in record["rows"] if row["setting"] == "recomputed, split")
     assert split["levers"]["checkpoint_blocks"] > 0

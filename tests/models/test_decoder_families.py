@@ -14,8 +14,10 @@ from repbend_fast.config.schema import LoraConfig, MemoryConfig
 from repbend_fast.errors import UserError
 from repbend_fast.models import find_decoder, find_head, run_decoder
 from repbend_fast.models.layers.lora import use_low_rank_forward
+from repbend_fast.models.layers.packing import pack
 from repbend_fast.step.proof import check_head
 
+CPU = torch.device("cpu")
 IDS = torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(5))
 
 
@@ -67,13 +69,12 @@ def test_sliding_windows_are_in_use(base, family) -> None:
 
 def test_right_padding_and_packing_change_no_real_row(base) -> None:
     lengths = (13, 8)
-    packed = torch.cat([IDS[i, :n] for i, n in enumerate(lengths)])[None]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    row = torch.cat([IDS[i, :n] for i, n in enumerate(lengths)])[None]
     flatly: dict[int, Tensor] = {}
     with torch.no_grad():
         padded = _visited(base, BLOCKS)
         run_decoder(
-            find_decoder(base), packed, position_ids=positions, stop=BLOCKS, visit=lambda k, h: flatly.setdefault(k, h)
+            find_decoder(base), row, packed=pack(lengths, CPU), stop=BLOCKS, visit=lambda k, h: flatly.setdefault(k, h)
         )
         alone: dict[int, Tensor] = {}
         run_decoder(find_decoder(base), IDS[1:, :8], stop=BLOCKS, visit=lambda k, h: alone.setdefault(k, h))

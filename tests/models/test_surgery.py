@@ -24,13 +24,20 @@ from repbend_fast.models.layers.offload import HostEmbedding
 from repbend_fast.models.layers.switches import evaluation_mode, generation_settings, output_through
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import StreamRunner, checked_runner
-from repbend_fast.step import runner as runner_module
+from repbend_fast.step import checked as checked_module
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.proof import prove_model
 
 CPU = torch.device("cpu")
 DROPOUT = WITHOUT_DROPOUT.model_copy(update={"dropout": 0.3})
-MECHANISMS = ("use_liger", "use_low_rank_forward", "use_lean_layers", "set_dropout_rate", "offload_embedding")
+MECHANISMS = (
+    "use_varlen",
+    "use_liger",
+    "use_low_rank_forward",
+    "use_lean_layers",
+    "set_dropout_rate",
+    "offload_embedding",
+)
 PACKED = Levers(packing="on", checkpoint_blocks=2)
 Kind = str
 
@@ -179,7 +186,7 @@ def test_a_model_that_fails_its_proof_is_given_back(monkeypatch) -> None:
     def fails(*arguments: Any) -> None:
         raise UserError("model type llama cannot be bent")
 
-    monkeypatch.setattr(runner_module, "prove_model", fails)
+    monkeypatch.setattr(checked_module, "prove_model", fails)
     model = adapted()
     before = picture(model)
     config = Config(model=ModelConfig(name="m", device="cpu"), data={"sources": [{"path": "demo"}]})

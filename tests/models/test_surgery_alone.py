@@ -34,9 +34,15 @@ BUILDERS = {
     ("verify/parity.py", "_load"),
 }
 """Loading, quantising, merging and attaching: the model that surgery finds."""
-TENSORS = {("models/layers/offload.py", "get"), ("models/layers/recompute.py", "recomputable")}
+TENSORS = {
+    ("models/layers/offload.py", "get"),
+    ("models/layers/packing.py", "known_mask"),
+    ("models/layers/recompute.py", "recomputable"),
+}
 """Marks on a tensor that is no parameter."""
 MECHANISMS = {
+    "use_masks",
+    "use_varlen",
     "use_liger",
     "replace_modules",
     "use_low_rank_forward",

@@ -98,6 +98,6 @@ def test_a_slow_host_gets_large_pieces(tmp_path: Path) -> None:
     seconds = {}
     for name, rate in {"fast": 1e-12, "slow": 4e-4}.items():
         cost = StepCost(replace(planner.cost.sizes, block=10**9), 4, planner.card, HostCost(rate, rate, rate))
-        seconds[name] = [cost.seconds(retain, Levers(piece_tokens=sizes)) for sizes in ({}, {"*": 1000})]
+        seconds[name] = [cost.seconds([retain], Levers(piece_tokens=sizes)) for sizes in ({}, {"*": 1000})]
     assert seconds["fast"][0] > 2 * seconds["fast"][1]
     assert seconds["slow"][0] < seconds["slow"][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +147,7 @@ def test_levers_from_the_configuration(models) -> None:
     gpu = torch.device("cuda")
     assert default_levers(MemoryConfig(), 4, gpu, "sdpa") == Levers()
     assert default_levers(MemoryConfig(), 4, gpu, "flash_attention_2").packing == "on"
+    assert default_levers(MemoryConfig(merge_streams="on"), 4, CPU, "sdpa").merge_streams == "on"
     assert default_levers(MemoryConfig(packing="off"), 4, CPU, "sdpa").packing == "off"
     memory = MemoryConfig(
         piece_tokens={"safe": 8},
@@ -160,3 +162,15 @@ def test_levers_from_the_configuration(models) -> None:
     every = default_levers(MemoryConfig(piece_tokens=64, checkpoint_blocks=9), 4, gpu, "sdpa")
     assert (every.piece_size("safe"), every.piece_size("mine"), every.checkpoint_blocks) == (64, 64, 4)
     assert Levers(**levers.as_dict()) == levers
+
+
+@pytest.mark.parametrize(("memory", "merged"), [(24, "off"), (80, "on")])
+def test_streams_share_passes_on_large_cards(memory: int, merged: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(total_memory=memory * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    gpu = torch.device("cuda")
+    assert default_levers(MemoryConfig(packing="on"), 4, gpu, "sdpa").merge_streams == merged
+    assert default_levers(MemoryConfig(packing="on", merge_streams="off"), 4, gpu, "sdpa").merge_streams == "off"
+    assert default_levers(MemoryConfig(packing="off"), 4, gpu, "sdpa").merge_streams == "off"
+    assert default_levers(MemoryConfig(packing="on"), 4, CPU, "sdpa").merge_streams == "off"

@@ -290,6 +290,13 @@ LADDER = [
         Levers({"*": 80, "safe": 20}),
         "pieces of at most 20 tokens",
     ),
+    (
+        Levers({"safe": 9}, merge_streams="on"),
+        Load("safe and retain", 1, 40, streams=2),
+        CPU,
+        Levers({"safe": 9}),
+        "one stream after the other",
+    ),
     (Levers({"safe": 9}, 1), Load("safe", 1, 40), CPU, Levers({"safe": 9}, 4), "all blocks recomputed in backward"),
     (
         Levers({}, 4),

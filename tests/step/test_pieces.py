@@ -45,16 +45,18 @@ def test_rows_find_their_tokens(layout) -> None:
     assert piece.input_ids.flatten()[piece.rows(spans)].tolist() == expected
     if layout == "packed":
         assert piece.input_ids.shape == (1, 17)
-        assert piece.position_ids.tolist() == [[*range(9), *range(5), *range(3)]]
+        assert piece.packed.position_ids.tolist() == [[*range(9), *range(5), *range(3)]]
+        assert piece.packed.bounds.tolist() == [0, 9, 14, 17]
+        assert (piece.packed.lengths, piece.packed.longest) == ((9, 5, 3), 9)
     else:
         assert piece.input_ids.shape == (3, 9)
-        assert piece.position_ids is None
+        assert piece.packed is None
 
 
 def test_a_piece_of_one_sequence_has_no_positions() -> None:
     piece = make_piece(SEQUENCES, (1,), "packed", CPU)
     assert piece.input_ids.tolist() == [list(SEQUENCES[1].ids)]
-    assert piece.position_ids is None
+    assert piece.packed is None
 
 
 def test_no_rows() -> None:

@@ -214,7 +214,7 @@ def test_dropout_of_split_pieces_is_that_of_their_rows(packing, checkpointed) ->
             run_decoder(
                 find_decoder(model),
                 piece.input_ids,
-                position_ids=piece.position_ids,
+                packed=piece.packed,
                 stop=max(config.window),
                 visit=visit,
             )

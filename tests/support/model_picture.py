@@ -24,13 +24,14 @@ Picture = dict[str, dict[str, Any]]
 
 
 def picture(model: nn.Module) -> Picture:
-    """Per module: itself, its class, its own attributes, and what its tables hold (submodules, parameters, buffers,
-    hooks); per parameter: itself, device, dtype, whether it requires a gradient, and its hooks. Gradients and values
-    are left out.
+    """Per module: itself, its class, what its configuration says of attention, its own attributes, and what its tables
+    hold (submodules, parameters, buffers, hooks); per parameter: itself, device, dtype, whether it requires a gradient,
+    and its hooks. Gradients and values are left out.
     """
     found: Picture = {}
     for name, module in model.named_modules(remove_duplicate=False):
         parts: dict[str, Any] = {"itself": Same(module), "class": type(module)}
+        parts["attention"] = getattr(getattr(module, "config", None), "_attn_implementation", None)
         for attribute, value in vars(module).items():
             parts[attribute] = (
                 {key: Same(entry) for key, entry in value.items()} if isinstance(value, dict) else Same(value)

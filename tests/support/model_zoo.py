@@ -23,8 +23,8 @@ from repbend_fast.models import attach_lora, find_decoder
 from repbend_fast.models.coverage import WIDE
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.repbend import RepBendConfig
+from repbend_fast.step import checked_runner
 from repbend_fast.step.levers import levers_of
-from repbend_fast.step.runner import checked_runner
 from repbend_fast.step.zero_start import check_zero, probe_of
 
 VOCABULARY = 96

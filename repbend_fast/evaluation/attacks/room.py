@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from repbend_fast.errors import UserError
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
+from repbend_fast.models.layers.varlen import MASKED, NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class Widths:
             inner=max(getattr(shape, "intermediate_size", 0), experts * getattr(shape, "moe_intermediate_size", 0)),
             heads=heads,
             cached=2 * groups * width,
-            scores=getattr(shape, "_attn_implementation", None) not in ("sdpa", "flash_attention_2"),
+            scores=getattr(shape, "_attn_implementation", None)
+            not in ("sdpa", "flash_attention_2", NAMES["sdpa"], MASKED),
         )
 
 

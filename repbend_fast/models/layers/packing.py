@@ -1,39 +1,121 @@
-"""Tells transformers whether a row holds several sequences, which it would otherwise read off the position ids.
+"""Several sequences in one row: what a pass says of them, and the mask that transformers makes of it.
 
-Reading them makes the host wait for the device at the start of every pass, with nothing left for the device to do
-meanwhile.
+transformers reads off the position ids whether a row holds several sequences, which makes the host wait for the device
+at the start of every pass, with nothing left for the device to do meanwhile. The passes of a step know it beforehand.
+They say it in the attention mask: a mask of ones that carries what is known, which the mask functions here understand
+(``layers.varlen`` registers them). A mask without it, as in generation, is treated as transformers treats it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from transformers import masking_utils
 
+_ATTRIBUTE = "_repbend_packed"
 
-@contextmanager
-def known_packing(packed: bool) -> Iterator[None]:
-    """While entered, masks are made for rows of several sequences (``packed``), or of one; in both cases without
-    looking at values.
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences that share the one row of a pass, one behind the other.
+
+    Attributes:
+        lengths: of each.
+        position_ids: int64 [1, T], from 0 in each.
+        bounds: where each begins, and the end of the last, int32 [S + 1].
     """
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = _sequence_numbers if packed else _one_sequence
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
+
+    lengths: tuple[int, ...]
+    position_ids: Tensor
+    bounds: Tensor
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    def numbers(self) -> Tensor:
+        """Which sequence each position belongs to, int64 [1, T]."""
+        return (self.position_ids == 0).cumsum(-1) - 1
+
+    def on(self, device: torch.device) -> Packed:
+        """The same on a device, without waiting for it."""
+        return Packed(self.lengths, *(to_device(tensor, device) for tensor in (self.position_ids, self.bounds)))
 
 
-def _one_sequence(position_ids: Tensor) -> None:
-    del position_ids
+def pack(lengths: Sequence[int], device: torch.device) -> Packed:
+    """Sequences of these lengths in one row."""
+    positions = torch.tensor([[position for length in lengths for position in range(length)]], dtype=torch.int64)
+    bounds = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32)
+    return Packed(tuple(lengths), positions, bounds).on(device)
 
 
-def _sequence_numbers(position_ids: Tensor) -> Tensor:
-    """Which sequence of its row each position belongs to, int64 [B, T]; a new one begins where positions do not go on
-    by 1.
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on ``device``, without waiting for the device: from pageable memory CUDA waits until its queue is
+    empty.
     """
-    follows = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) == 1
-    return (~follows).cumsum(-1)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def known_mask(input_ids: Tensor, packed: Packed | None, device: torch.device) -> Tensor:
+    """The attention mask of a pass that needs none, bool [B, T]: it says which sequences share the row, or that none
+    do.
+    """
+    mask = torch.ones(input_ids.shape, dtype=torch.bool, device=device)
+    setattr(mask, _ATTRIBUTE, (packed,))
+    return mask
+
+
+Mask = Callable[..., Tensor | None]
+
+
+def for_varlen(make: Mask) -> Mask:
+    """A mask function for an attention that keeps the sequences of a row apart by itself.
+
+    For them it gives None where each position sees all before it, and the pass's own mask, bool [B, 1, 1, T], which
+    stands for no pattern, where it sees less. Else it gives what ``make`` does.
+    """
+
+    def mask(
+        *,
+        mask_function: object = masking_utils.causal_mask_function,
+        attention_mask: Tensor | None = None,
+        **shape: object,
+    ) -> Tensor | None:
+        known: tuple[Packed | None] | None = getattr(attention_mask, _ATTRIBUTE, None)
+        if known is None:
+            return make(mask_function=mask_function, attention_mask=attention_mask, **shape)
+        if known[0] is None:
+            return make(mask_function=mask_function, attention_mask=None, **shape)
+        if attention_mask is None or mask_function is masking_utils.causal_mask_function:
+            return None
+        return attention_mask[:, None, None, :]
+
+    return mask
+
+
+def for_any_attention(make: Mask) -> Mask:
+    """A mask function for an attention that follows its mask alone: ``make``'s mask, and between sequences nothing."""
+
+    def mask(
+        *,
+        mask_function: Callable[..., object] = masking_utils.causal_mask_function,
+        attention_mask: Tensor | None = None,
+        **shape: object,
+    ) -> Tensor | None:
+        known: tuple[Packed | None] | None = getattr(attention_mask, _ATTRIBUTE, None)
+        if known is None:
+            return make(mask_function=mask_function, attention_mask=attention_mask, **shape)
+        if known[0] is None:
+            return make(mask_function=mask_function, attention_mask=None, **shape)
+        apart = masking_utils.packed_sequence_mask_function(known[0].numbers())
+        shape["allow_is_causal_skip"] = False
+        return make(mask_function=masking_utils.and_masks(mask_function, apart), attention_mask=None, **shape)
+
+    return mask

@@ -1,7 +1,16 @@
 """One file per kind of term: how it is computed, behind what ``objectives/terms`` declares."""
 
 from repbend_fast.step.terms import answer_loss, boundary, distance, head_kl, lowered_label, pairwise, triplets
-from repbend_fast.step.terms.execution import EXECUTIONS, Execution, FirstPass, Place, by_layer, executes, execution_of
+from repbend_fast.step.terms.execution import (
+    EXECUTIONS,
+    Execution,
+    FirstPass,
+    Place,
+    by_layer,
+    executes,
+    execution_of,
+    visiting,
+)
 
 __all__ = [
     "EXECUTIONS",
@@ -18,4 +27,5 @@ __all__ = [
     "lowered_label",
     "pairwise",
     "triplets",
+    "visiting",
 ]

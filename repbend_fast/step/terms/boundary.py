@@ -8,9 +8,10 @@ from repbend_kernels.blocks import accumulate_dtype
 from torch import Tensor
 
 from repbend_fast.models.decoder import run_decoder
+from repbend_fast.models.layers.packing import to_device
 from repbend_fast.objectives.terms import BoundaryCosine
 from repbend_fast.step.meter import Meter, StreamResult
-from repbend_fast.step.pieces import make_piece, to_device
+from repbend_fast.step.pieces import make_piece
 from repbend_fast.step.terms.execution import Execution, Place, executes
 
 
@@ -38,9 +39,7 @@ class BoundaryExecution(Execution[BoundaryCosine]):
                 self.kept[layer] = mean_directions(hidden.reshape(-1, hidden.shape[-1])[rows], member, len(others))
             return hidden
 
-        run_decoder(
-            place.parts.decoder, piece.input_ids, position_ids=piece.position_ids, stop=max(term.layers), visit=visit
-        )
+        run_decoder(place.parts.decoder, piece.input_ids, packed=piece.packed, stop=max(term.layers), visit=visit)
 
     def tap(self, layer: int, hidden: Tensor) -> Tensor:
         term, piece = self.term, self.place.piece

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from repbend_fast.data.records import Sequence
 from repbend_fast.models.decoder import run_decoder
+from repbend_fast.models.layers.packing import to_device
 from repbend_fast.objectives.terms import Direction, Distance, Span
 from repbend_fast.step.meter import Meter, StreamResult
-from repbend_fast.step.pieces import make_piece, to_device
+from repbend_fast.step.pieces import make_piece
 from repbend_fast.step.terms.execution import Execution, Place, executes
 
 
@@ -64,7 +65,7 @@ class DistanceExecution(Execution[Distance]):
         run_decoder(
             parts.decoder,
             other_piece.input_ids,
-            position_ids=other_piece.position_ids,
+            packed=other_piece.packed,
             stop=max(term.layers),
             visit=visit,
         )

@@ -178,6 +178,15 @@ def execution_of(term: Term) -> type[Execution[Term]]:
     )
 
 
+def visiting(executions: Seq[Execution[Term]], then: Visit) -> Visit:
+    """What a pass over the executions' pieces visits its hidden states with: ``then`` behind each piece's
+    perturbation.
+    """
+    for place in {id(execution.place): execution.place for execution in executions}.values():
+        then = place.visit(then)
+    return then
+
+
 def by_layer(
     executions: Seq[Execution[Term]], layers_of: Callable[[Term], Iterable[int]]
 ) -> dict[int, list[Execution[Term]]]:

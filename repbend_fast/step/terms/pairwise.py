@@ -71,7 +71,7 @@ class PairwiseExecution(Execution[PairwiseCosine]):
         return total
 
     def tap(self, layer: int, hidden: Tensor) -> Tensor:
-        hidden, self._states[layer] = tap_rows(hidden, self.place.piece.rows(self.term.spans))
+        hidden, self._states[layer] = tap_rows(hidden, self.rows)
         return hidden
 
     def losses(self) -> list[Tensor]:
@@ -115,7 +115,7 @@ def pairwise_sums(first: FirstPass, term: PairwiseCosine, prompts: Piece) -> Pai
         run_decoder(
             parts.decoder,
             prompts.input_ids,
-            position_ids=prompts.position_ids,
+            packed=prompts.packed,
             stop=max(term.layers),
             visit=first.visit(prompts, visit),
         )

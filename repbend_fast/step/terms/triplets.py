@@ -157,7 +157,7 @@ def triplet_sums(
         run_decoder(
             parts.decoder,
             piece.input_ids,
-            position_ids=piece.position_ids,
+            packed=piece.packed,
             stop=max(term.layers),
             visit=first.visit(piece, visit),
         )
