@@ -5,6 +5,7 @@ measures it.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from tiny_run import TinyRun, rows, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GraniteConfig
 
 from repbend_fast.cli import main
+from repbend_fast.config import load_config
 from repbend_fast.evaluation import generate
 from repbend_fast.evaluation.rates import GROUP_KEYS, KEYS, TITLES
-from repbend_fast.models import load_model
+from repbend_fast.models import decoder, load_model, load_tokenizer
+from repbend_fast.objectives import roles_of
+from repbend_fast.runs.prepare import prepare_data
 from repbend_fast.training.trainer import Trainer
 
 PROMPTS = [
@@ -178,11 +182,9 @@ def test_eval_of_a_recipe_is_the_model_as_it_is(evaluated: TinyRun, tmp_path: Pa
     assert json.loads(out.read_text(encoding="utf-8")) == {"before": evaluation(evaluated.path)["before"]}
 
 
-def test_numbers_that_the_head_alone_does_not_give_are_refused(
-    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Granite divides its logits by a setting; perplexity from its head's matrix would be another model's."""
-    folder = write_model(tmp_path / "granite")
+def granite(folder: Path) -> Path:
+    """A tiny Granite, whose logits are divided by a setting."""
+    write_model(folder)
     llama = AutoConfig.from_pretrained(folder).to_dict()
     kept = (
         "vocab_size",
@@ -195,9 +197,39 @@ def test_numbers_that_the_head_alone_does_not_give_are_refused(
     )
     config = GraniteConfig(**{key: llama[key] for key in kept}, pad_token_id=llama["pad_token_id"], logits_scaling=8.0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_numbers_that_the_head_alone_does_not_give_are_refused(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody knew of Granite's divisor, perplexity from its head's matrix would be another model's."""
+    monkeypatch.setattr(decoder, "_head_scale", lambda _: None)
+    folder = granite(tmp_path / "granite")
     code = main(["eval", str(tiny.recipe), f"model.name={folder}", f"evaluation.prompts.path={prompt_file(tmp_path)}"])
     assert code == 2
     assert "granite transforms its logits" in capsys.readouterr().err
+
+
+def test_logits_that_a_setting_divides_give_the_model_s_own_perplexity(tiny: TinyRun, tmp_path: Path) -> None:
+    folder, out = granite(tmp_path / "granite"), tmp_path / "e.json"
+    settings = [
+        f"model.name={folder}",
+        f"evaluation.prompts.path={prompt_file(tmp_path)}",
+        "evaluation.max_new_tokens=4",
+    ]
+    assert main(["eval", str(tiny.recipe), *settings, "--out", str(out)]) == 0
+    config = load_config(str(tiny.recipe), {"model.name": str(folder)})
+    data = prepare_data(config, load_tokenizer(config.model), roles_of(config.objective))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total, count = 0.0, 0
+    for sequence in data.chat:
+        ids = torch.tensor([sequence.ids])
+        total += model(ids, labels=ids).loss.item() * (len(sequence) - 1)
+        count += len(sequence) - 1
+    assert json.loads(out.read_text(encoding="utf-8"))["before"]["perplexity"] == pytest.approx(
+        math.exp(total / count), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
