@@ -138,7 +138,7 @@ STEP = [
     Mutant("offload: states lie in pageable memory", OFFLOAD, "pin_memory=self._streams", "pin_memory=False", ORDER),
     Mutant(
         "pieces: host tensors lie in pageable memory",
-        "repbend_fast/step/pieces.py",
+        f"{MODELS}/layers/packing.py",
         "tensor.pin_memory().to(device, non_blocking=True)",
         "tensor.to(device, non_blocking=True)",
         ("tests/step/test_host_syncs.py",),
@@ -175,8 +175,8 @@ STEP = [
     Mutant(
         "keys: the sequences of a stream share masks",
         "repbend_fast/step/pieces.py",
-        "index * 2**32 + within",
-        "index * 0 + within",
+        "m * 2**32 + position",
+        "m * 0 + position",
         ("tests/step/test_levers.py", "tests/step/test_step_gradient.py"),
     ),
 ]
