@@ -87,11 +87,16 @@ def _same_settings(training: Training) -> bool:
         found = load_config(str(training.run.config))
     except UserError:
         return False
-    return _trained(found) == _trained(training.config(test=False))
+    wanted = training.config(test=False)
+    return _trained(found, wanted) == _trained(wanted, wanted)
 
 
-def _trained(config: Config) -> dict[str, object]:
-    return config.model_dump(exclude={"evaluation": True, "output": True})
+def _trained(config: Config, wanted: Config) -> dict[str, object]:
+    """What ``config`` trains, in the words of ``wanted``: a run's own file names the layers that ``auto`` stood for."""
+    found = config.model_dump(exclude={"evaluation": True, "output": True})
+    if wanted.lora.target_modules == "auto":
+        found["lora"]["target_modules"] = "auto"
+    return found
 
 
 def train(training: Training) -> RunRecord:
