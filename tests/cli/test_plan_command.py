@@ -57,7 +57,11 @@ def test_a_plan_in_words_and_as_json(recipe: str, capsys: pytest.CaptureFixture[
         assert part in words
     assert "tokens/s" not in words  # no time is promised for a CPU
     assert main(["plan", recipe, "--card", "4060", "--json"]) == 0
+    shared = json.loads(capsys.readouterr().out)
+    assert set(shared["stream_bytes"]) == {"merged"}  # so small a model's streams share their passes
+    assert main(["plan", recipe, "--card", "4060", "--json", "memory.merge_streams=off"]) == 0
     record = json.loads(capsys.readouterr().out)
+    assert max(record["stream_bytes"].values()) < shared["stream_bytes"]["merged"]
     assert record["card"] == "RTX 4060 8 GB"
     assert record["budget_bytes"] == 8 * 10**9
     assert set(record["stream_bytes"]) == {"safe", "unsafe", "retain"}
