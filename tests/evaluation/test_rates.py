@@ -48,7 +48,7 @@ def calls(monkeypatch) -> list[dict[str, int]]:
     """How many prompts each call had of each prefill."""
     seen: list[dict[str, int]] = []
 
-    def fake(model, encoder, prompts, *, prefills, max_new_tokens, batch_size, done):
+    def fake(model, encoder, prompts, *, prefills, max_new_tokens, batch_size, ranks, done):
         done(len(prompts))
         seen.append(dict(Counter(prefills)))
         return [answer_of(p, prefill) for p, prefill in zip(prompts, prefills, strict=True)]

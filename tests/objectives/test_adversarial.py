@@ -24,6 +24,7 @@ from repbend_fast.objectives.lat import LATConfig
 from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.step.levers import EVERY_STREAM, Levers
+from repbend_fast.step.runner import _Run
 from repbend_fast.step.searched import Found
 
 ATTACK = AdversarialConfig(weight=0.5, states=[0, 2], radius=0.5, search_steps=3, step_size=0.1)
@@ -51,7 +52,7 @@ def found_by(model: Any, stream: Stream, **levers: Any) -> Found:
     """What the stream's search finds."""
     runner = runner_on(model, Levers(**levers))
     assert stream.search is not None
-    return runner._search(stream, stream.search)
+    return runner._search(_Run(stream), stream.search)
 
 
 def plain_loss(model: Any, deltas: dict[int, list[Tensor]], answers: str) -> Tensor:
@@ -202,7 +203,7 @@ def test_radius_and_steps_count_in_the_reference_s_units() -> None:
     stream = streams_of(config)["perturbed"]
     runner = runner_on(model, Levers())
     runner.units.update({0: 0.1, 2: 10.0})
-    deltas = runner._search(stream, stream.search).deltas[0]
+    deltas = runner._search(_Run(stream), stream.search).deltas[0]
     for state, radius in ((0, 0.05), (2, 5.0)):
         assert float(deltas[state].norm(dim=-1).max()) == pytest.approx(radius, rel=1e-4)
     assert [t.layers for t in stream.search.measured] == [(0, 2)]
