@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
-MODEL_FILES = ("config.json", "adapter_config.json", "state.json")
+MODEL_FILES = ("config.json", "adapter_config.json", "state.json", "state.pt")
 _MOST_NAMES = 10_000
 LIKENESS = 0.7
 

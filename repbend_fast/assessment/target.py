@@ -25,7 +25,7 @@ from repbend_fast.nearby import holds_model, names_model, nearest
 from repbend_fast.objectives import build_objective
 from repbend_fast.runs.folder import RunFolder
 from repbend_fast.runs.token_ids import check_special_tokens
-from repbend_fast.training.checkpoint import load_checkpoint_adapter
+from repbend_fast.training.checkpoint import check_intact, load_checkpoint_adapter
 
 MOST_PROMPT_TOKENS = 4096
 LEAST_PROMPT_TOKENS = 64
@@ -69,7 +69,7 @@ def find_subject(
     path = Path(target).expanduser()
     if path.is_dir() and (path / "config.yaml").is_file():
         return _of_run(path, adapter, overrides, overlays)
-    if path.is_dir() and (path / "state.json").is_file():
+    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "state.pt")):
         return _of_checkpoint(path, adapter, overrides, overlays)
     if target in recipe_names() or target.endswith(SUFFIXES):
         config = load_config(target, overrides, overlays=overlays)
@@ -102,6 +102,7 @@ def _of_checkpoint(path: Path, adapter: str | None, overrides: Overrides, overla
     if adapter is not None:
         raise UserError(f"{path}: a checkpoint brings an adapter of its own; name the run or its model with --adapter")
     config = load_config(str(run.config), overrides, overlays=overlays)
+    check_intact(path)  # before the base is asked, which takes minutes
 
     def bend(model: CausalLM) -> CausalLM:
         objective = build_objective(config.objective, find_decoder(model).num_blocks, config.training.steps)

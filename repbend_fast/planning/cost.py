@@ -92,6 +92,7 @@ class StepCost:
         self.host = host
         self._known: dict[tuple[object, ...], list[Passes]] = {}
         self._known_searches: dict[tuple[object, ...], int] = {}
+        self._streams: dict[int, Stream] = {}
 
     @property
     def quantized(self) -> bool:
@@ -130,7 +131,7 @@ class StepCost:
 
     def _batches(self, streams: list[Stream], levers: Levers) -> list[Passes]:
         sizes = [levers.piece_size(stream.name) for stream in streams]
-        key = (*map(id, streams), *sizes, levers.packing, levers.merge_streams)
+        key = (*map(self._identity, streams), *sizes, levers.packing, levers.merge_streams)
         if key not in self._known:
             cuts = [
                 Cut(number, members, tuple(len(stream.sequences[m]) for m in members), size)
@@ -140,6 +141,11 @@ class StepCost:
             found = batches(cuts, levers.layout, levers.merge_streams == "on")
             self._known[key] = [self._of_batch(streams, batch, levers) for batch in found]
         return self._known[key]
+
+    def _identity(self, stream: Stream) -> int:
+        """A number that no other stream ever has: the stream is kept, since the id of one that is gone is given anew."""
+        self._streams[id(stream)] = stream
+        return id(stream)
 
     def _of_batch(self, streams: list[Stream], batch: list[Cut], levers: Levers) -> Passes:
         lengths = [length for cut in batch for length in cut.lengths]
@@ -171,7 +177,7 @@ class StepCost:
 
     def _search(self, stream: Stream, search: Search, levers: Levers) -> int:
         """FLOPs of a stream's search, its head included."""
-        key = (id(stream), levers.piece_size(stream.name), levers.packing, levers.checkpoint_blocks)
+        key = (self._identity(stream), levers.piece_size(stream.name), levers.packing, levers.checkpoint_blocks)
         if key not in self._known_searches:
             alone = replace(stream.attacked, search=None)
             groups = _lengths(alone, levers, search.prompts)

@@ -257,14 +257,23 @@ def load_checkpoint(path: Path, config: Config, model: CausalLM) -> TrainingStat
     return TrainingState.of(saved, values)
 
 
+def check_intact(path: Path) -> None:
+    """Say at once what would stop a checkpoint from being read: it takes no model.
+
+    Raises:
+        UserError: not a checkpoint, a damaged one, or one of another version.
+    """
+    with _reading(path):
+        checked_manifest(path)
+
+
 def load_checkpoint_adapter(path: Path, model: CausalLM) -> None:
     """Put the adapter alone into ``model``.
 
     Raises:
         UserError: not a checkpoint, a damaged one, or the adapter is of another shape.
     """
-    with _reading(path):
-        checked_manifest(path)
+    check_intact(path)
     load_adapter_weights(model, _adapter_in(path, model))
 
 

@@ -1,5 +1,10 @@
 """Runs that are killed: forks of one process that has imported everything train, and SIGKILL meets them in a step, in a
 validation or while they save.
+
+    python killed_runs.py MODEL WHOLE FOLDER SEED COUNT
+
+prints each kill as JSON. The process that forks has to be one that has computed nothing: autograd and thread pools do
+not survive a fork.
 """
 
 from __future__ import annotations
@@ -9,6 +14,8 @@ import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +55,17 @@ def kills(whole: TinyRun, folder: Path, seed: int, count: int) -> Iterator[Kill]
 
     ``whole`` is the same run without an interruption.
     """
+    arguments = (whole.model, whole.folder, folder, seed, count)
+    process = subprocess.Popen([sys.executable, __file__, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process, process.stdout as lines:
+        for line in lines:
+            if line.startswith("{"):
+                yield Kill(**json.loads(line))
+    assert process.returncode == 0
+
+
+def _kills(whole: TinyRun, folder: Path, seed: int, count: int) -> Iterator[Kill]:
     draw = random.Random(seed)
     calm = TinyRun(whole.model, folder / "calm")
     marks = list(_marks(calm.recipe))
@@ -157,3 +175,10 @@ def _train(recipe: Path, say: Callable[[str], object]) -> None:
         os._exit(main(["train", str(recipe)]))
     finally:
         os._exit(9)
+
+
+if __name__ == "__main__":
+    for each in _kills(
+        TinyRun(Path(sys.argv[1]), Path(sys.argv[2])), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+    ):
+        print("\n" + json.dumps(each.as_dict()), flush=True)

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_an_earlier_version_is_one_line(
 ) -> None:
     shutil.copytree(whole.path, tiny.path)
     for path in RunFolder(tiny.path).all_checkpoints():
-        for name in (MANIFEST, "state.safetensors", "adapter_model.safetensors", "adapter_config.json"):
+        for name in (MANIFEST, "state.json", "state.safetensors", "adapter_model.safetensors", "adapter_config.json"):
             (path / name).unlink()
         torch.save({}, path / "state.pt")
     for argv in (["train", "--resume", str(tiny.path)], ["eval", str(path)]):
