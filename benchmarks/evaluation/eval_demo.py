@@ -1,0 +1,159 @@
+"""The demo's adapters under every built-in attack: ``benchmarks/results/eval_demo.json``.
+
+    python -m benchmarks.evaluation.eval_demo "with refusal=runs/demo" "published terms=runs/demo-published-terms" …
+
+Each adapter is one run's. Quick attacks are asked of more prompts than those that search for each prompt, or train for
+each model. An evaluation that was interrupted goes on; a stage is recorded as soon as it is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, cast
+
+from benchmarks.harness import RESULTS
+from repbend_fast.assessment.json_rows import GroupRow, Rate, Summary
+from repbend_fast.environment import environment
+
+RESULT = RESULTS / "eval_demo.json"
+SUITE = "demo-final"
+LABELS = ("comply", "refuse", "degenerate")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Attacks that are asked of the same number of prompts (``limit`` of each kind)."""
+
+    name: str
+    limit: int
+    attacks: tuple[str, ...]
+
+
+STAGES = (
+    Stage("quick", 24, ("direct", "prefill", "template", "rounding", "refusal-ablation", "latent")),
+    Stage(
+        "searching",
+        6,
+        (
+            "embedding-weak:steps=100",
+            "embedding-strong:steps=150",
+            "relearning:records=16,learning_rates=1e-3,steps=8,held=16,asked=6",
+            "gcg:profile=small,steps=32,candidates=32",
+        ),
+    ),
+)
+
+
+class Shares(TypedDict):
+    """Of the first judge: a rate of each label, and of helpful answers where the kind of prompt has such."""
+
+    count: int
+    shares: dict[str, Rate | None]
+
+
+class AttackRow(TypedDict):
+    """One attack on one kind of prompts, both sides."""
+
+    adapter: str
+    attack: str
+    kind: str
+    base: Shares
+    bent: Shares
+
+
+def rows_of(adapter: str, groups: Sequence[GroupRow]) -> list[AttackRow]:
+    """Base and bent side by side, in the order of the evaluation."""
+    sides: dict[tuple[str, str], dict[str, Shares]] = {}
+    for group in groups:
+        shares = next(iter(group["judges"].values()))
+        found: Shares = {"count": group["count"], "shares": shares}
+        sides.setdefault((group["attack"], group["kind"]), {})[group["side"]] = found
+    return [
+        {"adapter": adapter, "attack": attack, "kind": kind, "base": both["base"], "bent": both["bent"]}
+        for (attack, kind), both in sides.items()
+    ]
+
+
+def measure(run: Path, stage: Stage) -> tuple[Summary, float]:
+    """One stage of one run, into ``RUN/eval-STAGE``, and its seconds."""
+    from repbend_fast import assess
+
+    started = time.perf_counter()
+    found = assess(
+        run, suites=[SUITE], attacks=stage.attacks, limit=stage.limit, out=run / f"eval-{stage.name}", say=print
+    )
+    return found.summary, time.perf_counter() - started
+
+
+def attack_table(record: dict[str, object]) -> str:
+    """Markdown: a row an attack, a column for the base and each adapter; complied / refused / degenerate in percent."""
+    rows = [row for row in cast(list[AttackRow], record["rows"]) if row["kind"] == "attack"]
+    adapters = list(dict.fromkeys(row["adapter"] for row in rows))
+    heads = "| attack | prompts | base | " + " | ".join(adapters) + " |"
+    lines = [heads, "| --- | ---: |" + " ---: |" * (len(adapters) + 1)]
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        of = {row["adapter"]: row for row in rows if row["attack"] == attack}
+        first = next(iter(of.values()))
+        cells = [_three(first["base"]), *(_three(of[name]["bent"]) if name in of else "–" for name in adapters)]
+        lines.append(f"| `{attack}` | {first['bent']['count']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _three(shares: Shares) -> str:
+    rates = [shares["shares"].get(label) for label in LABELS]
+    return " / ".join("–" if rate is None or rate["rate"] is None else f"{100 * rate['rate']:.0f}" for rate in rates)
+
+
+def strongest(record: dict[str, object], adapter: str) -> AttackRow:
+    """The attack that most prompts comply with under ``adapter``; of several the first."""
+    rows = cast(list[AttackRow], record["rows"])
+    return max((r for r in rows if r["adapter"] == adapter and r["kind"] == "attack"), key=_complied)
+
+
+def _complied(row: AttackRow) -> float:
+    rate = row["bent"]["shares"]["comply"]
+    return -1.0 if rate is None or rate["rate"] is None else rate["rate"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    named = [(text, *text.partition("=")[::2]) for text in arguments.runs]
+    for text, name, run in named:
+        if not name or not run or not Path(run).is_dir():
+            parser.error(f"{text}: give NAME=RUN with the folder of a finished run")
+    rows: list[AttackRow] = []
+    seconds: dict[str, dict[str, float]] = {}
+    more: dict[str, dict[str, object]] = {}
+    for _, name, run in named:
+        for stage in STAGES:
+            summary, took = measure(Path(run), stage)
+            rows += rows_of(name, summary["groups"])
+            seconds.setdefault(name, {})[stage.name] = round(took, 1)
+            more.setdefault(name, {})[stage.name] = {
+                "usefulness": summary["usefulness"],
+                "rounding": summary["rounding"],
+                "failed": summary["failed"],
+            }
+            record = {
+                **environment(),
+                "suite": SUITE,
+                "stages": [{"name": s.name, "limit": s.limit, "attacks": s.attacks} for s in STAGES],
+                "seconds": seconds,
+                "rows": rows,
+                "more": more,
+            }
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(attack_table(record))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,74 @@
+"""The record of the demo's adapters under attack: how it is made, its table, and what the docs say of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import TinyRun
+
+from benchmarks.evaluation import eval_demo
+from benchmarks.evaluation.eval_demo import Stage, attack_table, strongest
+
+ROOT = Path(__file__).parents[2]
+
+
+def shares(count: int, comply: int, refuse: int) -> dict[str, Any]:
+    counts = {"comply": comply, "refuse": refuse, "degenerate": count - comply - refuse}
+    rates = {label: {"count": n, "rate": n / count, "interval": [0.0, 1.0]} for label, n in counts.items()}
+    return {"count": count, "shares": rates}
+
+
+def row(adapter: str, attack: str, bent: dict[str, Any], kind: str = "attack") -> dict[str, Any]:
+    return {"adapter": adapter, "attack": attack, "kind": kind, "base": shares(4, 4, 0), "bent": bent}
+
+
+RECORD: dict[str, Any] = {
+    "rows": [
+        row("ours", "direct", shares(4, 0, 3)),
+        row("ours", "direct", shares(4, 4, 0), "ordinary"),
+        row("ours", "gcg", shares(4, 2, 1)),
+        row("plain", "direct", shares(4, 1, 0)),
+    ]
+}
+
+
+def test_a_table_has_a_row_for_each_attack_and_a_column_for_each_adapter() -> None:
+    assert attack_table(RECORD).splitlines() == [
+        "| attack | prompts | base | ours | plain |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| `direct` | 4 | 100 / 0 / 0 | 0 / 75 / 25 | 25 / 0 / 75 |",
+        "| `gcg` | 4 | 100 / 0 / 0 | 50 / 25 / 25 | – |",
+    ]
+
+
+def test_the_strongest_attack_is_the_one_that_most_comply_with() -> None:
+    assert strongest(RECORD, "ours")["attack"] == "gcg"
+    assert strongest(RECORD, "plain")["attack"] == "direct"
+
+
+def test_a_stage_is_recorded_and_goes_on(whole: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eval_demo, "STAGES", (Stage("quick", 1, ("direct",)), Stage("searching", 1, ("prefill",))))
+    out = tmp_path / "record.json"
+    monkeypatch.setattr(sys, "argv", ["eval_demo", f"ours={whole.path}", "--out", str(out)])
+    assert eval_demo.main() == 0
+    first = json.loads(out.read_text(encoding="utf-8"))
+    assert {(r["attack"], r["kind"]) for r in first["rows"]} >= {("direct", "attack"), ("direct", "ordinary")}
+    assert first["seconds"]["ours"].keys() == {"quick", "searching"}
+    answers = (whole.path / "eval-quick" / "answers.jsonl").read_bytes()
+    assert eval_demo.main() == 0
+    assert (whole.path / "eval-quick" / "answers.jsonl").read_bytes() == answers
+    assert json.loads(out.read_text(encoding="utf-8"))["rows"] == first["rows"]
+
+
+@pytest.mark.parametrize("argument", ["runs/none", "ours=", "ours=no-such-folder"])
+def test_a_run_that_is_not_there_is_named(
+    argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["eval_demo", argument])
+    with pytest.raises(SystemExit):
+        eval_demo.main()
+    assert f"{argument}: give NAME=RUN" in capsys.readouterr().err
