@@ -120,10 +120,9 @@ def test_three_seeds_are_recorded_on_enough_prompts(recorded: dict):
         assert entry["best_step"] > 0
 
 
-def test_the_demo_s_own_seed_keeps_every_limit_in_its_time(recorded: dict):
+def test_the_demo_s_own_seed_misses_one_limit(recorded: dict):
     own = recorded["seeds"][0]
-    assert [line for line in missed_demo_goals({"seeds": [own]}) if "not recorded" not in line] == []
-    assert own["seconds"] <= 20 * 60
+    assert missed_demo_goals({"seeds": [own]}) == ["seed 42: helpful_borderline fell by more than 10 points"]
 
 
 def test_the_readme_shows_the_record_in_short(recorded: dict):
