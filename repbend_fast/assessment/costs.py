@@ -78,9 +78,7 @@ def find_chat(name: str | None, suites: Sequence[str], seed: int) -> Chat | None
     source = SourceConfig(path="demo", split=DEMOS[name]) if name in DEMOS else SourceConfig(path=name)
     source = source.model_copy(update={"limit": MOST_CONVERSATIONS})
     found = load_records([source], seed=seed, skip_bad_records=False).records["retain"]
-    records = tuple(
-        Record("safe", r.messages[:-1], r.messages[-1].content, origin=r.origin) for r in found if len(r.messages) > 1
-    )
+    records = tuple(r.taken("safe") for r in found if len(r.messages) > 1)
     if not records:
         raise UserError(f"--chat {name}: no conversations in it (role retain); perplexity and KL are measured on them")
     return Chat(name, records)

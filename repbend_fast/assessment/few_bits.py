@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from repbend_fast.assessment.k_quants import k_quant, kind_in_q4_k_m
 from repbend_fast.errors import UserError
-from repbend_fast.models.layers.rounded import Round
-from repbend_fast.models.load import NF4_BLOCK
+from repbend_fast.models.layers.rounded import Round, nf4
 
 LEGACY = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 """GGUF's formats that its Python package writes and reads."""
@@ -34,20 +32,6 @@ def rounding_to(name: str, double_quantization: bool) -> Round:
     if name == "q4_k_m":
         return lambda weight, place: gguf(weight, kind_in_q4_k_m(place.layer, place.block, place.blocks))
     return lambda weight, place: gguf(weight, name)
-
-
-def nf4(weight: Tensor, double_quantization: bool = True) -> Tensor:
-    """As bitsandbytes' 4-bit layers hold it: blocks of 64 weights in the order in which they lie, whatever the width.
-
-    ``double_quantization``: the blocks' scales are rounded to 8 bits too, as QLoRA does.
-    """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    flat = weight.reshape(-1)
-    # Rows of one block: on the CPU bitsandbytes lets every row begin a block. Zeros at the end change no scale.
-    rows = pad(flat, (0, -flat.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK).contiguous()
-    packed, state = quantize_4bit(rows, blocksize=NF4_BLOCK, compress_statistics=double_quantization, quant_type="nf4")
-    return dequantize_4bit(packed, state).reshape(-1)[: flat.numel()].view(weight.shape).to(weight.dtype)
 
 
 def gguf(weight: Tensor, kind: str) -> Tensor | None:

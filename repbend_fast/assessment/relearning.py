@@ -312,7 +312,7 @@ def _complying(data: str, prompts: Sequence[Prompt], seed: int) -> list[Record]:
     asked = {_plain(p.text) for p in prompts}
     items = sorted({p.item for p in prompts if p.item})
     chosen = [
-        Record("unsafe", r.messages, r.answer, origin=r.origin)
+        r.taken("unsafe")
         for r in (*found["unsafe"], *found["pair"])
         if _plain(r.messages[-1].content) not in asked
         and not any(item.lower() in r.messages[-1].content.lower() for item in items)
@@ -323,11 +323,7 @@ def _complying(data: str, prompts: Sequence[Prompt], seed: int) -> list[Record]:
 def _ordinary(data: str, seed: int) -> list[Record]:
     """Ordinary requests with their answers, in an order that the seed decides."""
     found = load_records([SourceConfig(path=data)], seed=seed, skip_bad_records=False).records
-    answered = [
-        Record("safe", r.messages[:-1], r.messages[-1].content, origin=r.origin)
-        for r in found["retain"]
-        if len(r.messages) > 1
-    ]
+    answered = [r.taken("safe") for r in found["retain"] if len(r.messages) > 1]
     if not answered:
         raise UserError(
             f"relearning: ordinary={data} has no conversations (role retain), without which nothing says whether the "
@@ -338,7 +334,7 @@ def _ordinary(data: str, seed: int) -> list[Record]:
 
 def _shuffled(records: list[Record], seed: int) -> list[Record]:
     """Each text once, by pseudo-random rank, so that 16 records are among the 64 of the same seed."""
-    once = {(r.messages, r.answer): r for r in records}
+    once = {(r.tools, r.messages, r.answers): r for r in records}
     return sorted(once.values(), key=lambda r: choice_key(seed, r))
 
 

@@ -119,6 +119,11 @@ class TrainingConfig(Section):
         description="Autocast around both passes, for float32 weights; auto: bfloat16 where the device multiplies in "
         "it natively.",
     )
+    nf4_every: Positive | None = Field(
+        None,
+        description="Every so many steps, both passes run on the blocks' weights rounded to NF4, the adapter merged, "
+        "gradients straight through; none = never.",
+    )
     seed: NonNegative = Field(
         42,
         description="Decides LoRA's start, dropout, the order of the records, and which of them a limit or "
@@ -353,6 +358,11 @@ def _undivided(config: Config) -> Iterator[str]:
         yield (
             f"memory.budget={config.memory.budget} plans for a process that holds the whole base, and "
             "distributed.shard=fsdp divides it; set memory.piece_tokens and memory.checkpoint_blocks by hand instead"
+        )
+    if config.training.nf4_every is not None:
+        yield (
+            f"training.nf4_every={config.training.nf4_every} rounds whole weights, and distributed.shard=fsdp divides "
+            "them; set shard=none, or leave nf4_every out"
         )
     if config.memory.merge_streams == "on":
         yield (

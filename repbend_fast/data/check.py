@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from repbend_fast.console import say, show
 from repbend_fast.data.duplicates import duplicate_lines
-from repbend_fast.data.records import ROLES, BadRecord, Record, Role
+from repbend_fast.data.records import ROLES, BadRecord, Record, Role, has_earlier_turns
 from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.data.sources import RecordSet, load_records
 from repbend_fast.data.tokenize import ChatEncoder, dropped_reasoning
@@ -58,12 +58,18 @@ class DataReport:
 
 
 def check_data(
-    data: DataConfig | list[SourceConfig], tokenizer: Tokenizer | None, *, seed: int = 42, vocabulary: int | None = None
+    data: DataConfig | list[SourceConfig],
+    tokenizer: Tokenizer | None,
+    *,
+    seed: int = 42,
+    vocabulary: int | None = None,
+    earlier_turns: bool = False,
 ) -> DataReport:
     """Reads everything, measures every record that training would use, and collects bad ones instead of stopping at the
     first.
 
-    ``tokenizer`` None measures characters. A record with a token id from ``vocabulary`` on is bad.
+    ``tokenizer`` None measures characters. A record with a token id from ``vocabulary`` on is bad, and with
+    ``earlier_turns`` one whose earlier turns cannot be found.
 
     Raises ``UserError`` for sources that cannot be read and tokenizers without a chat template.
     """
@@ -72,7 +78,11 @@ def check_data(
     encoder = None
     if tokenizer is not None:
         encoder = ChatEncoder(
-            tokenizer, limits.max_prompt_tokens, limits.max_answer_tokens, limits.chat_template_kwargs
+            tokenizer,
+            limits.max_prompt_tokens,
+            limits.max_answer_tokens,
+            limits.chat_template_kwargs,
+            earlier_turns=earlier_turns,
         )
         encoder.vocabulary = vocabulary
     lengths = {role: Lengths() for role in ROLES}
@@ -82,10 +92,26 @@ def check_data(
                 _measure(record, encoder, lengths[role])
             except UserError as error:
                 records.bad.append(BadRecord(record.origin, str(error).removeprefix(f"{record.origin}: ")))
-    notes = duplicate_lines(records.records)
+    notes = duplicate_lines(records.records) + turn_lines(records.records)
     if encoder:
         notes += dropped_reasoning(records.records, encoder)
     return DataReport(records, "tokens" if encoder else "characters", lengths, notes)
+
+
+def turn_lines(records: Mapping[Role, Seq[Record]]) -> list[str]:
+    """A line for each role with conversations of several turns, or with tools."""
+    lines = []
+    for role, of_role in records.items():
+        counts = {
+            "with earlier turns of the assistant": sum(has_earlier_turns(r) for r in of_role if role != "retain"),
+            "with tools on offer": sum(bool(r.tools) for r in of_role),
+            "with tool results": sum(any(m.role == "tool" for m in r.messages) for r in of_role),
+            "with an answer that calls tools": sum(any(turn.calls for turn in r.answers) for r in of_role),
+        }
+        found = [f"{count} {words}" for words, count in counts.items() if count]
+        if found:
+            lines.append(f"of {len(of_role)} {role} record{'s' if len(of_role) > 1 else ''}: {', '.join(found)}")
+    return lines
 
 
 def print_report(report: DataReport) -> None:
@@ -132,6 +158,8 @@ def histogram(values: Iterable[int]) -> list[tuple[int, int, int]]:
 
 
 def _measure(record: Record, encoder: ChatEncoder | None, lengths: Lengths) -> None:
+    if encoder and encoder.earlier_turns:
+        encoder.check_renders(record)
     prompt, answer = encoder.measure(record) if encoder else _characters(record)
     lengths.whole.append(prompt + answer)
     if record.role != "retain":

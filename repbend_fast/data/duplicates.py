@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 
-from repbend_fast.data.records import ROLES, Record, Role
+from repbend_fast.data.records import ROLES, Message, Record, Role
+
+_Place = tuple[tuple[str, tuple[Message, ...]], Message]
+"""A record's tools and context, and its answer."""
 
 
 def duplicate_lines(records: Mapping[Role, Seq[Record]]) -> list[str]:
@@ -42,7 +45,7 @@ def _twice(role: Role, records: Seq[Record]) -> Iterator[str]:
     seen: dict[tuple[object, ...], Record] = {}
     again: list[tuple[Record, Record]] = []
     for record in records:
-        first = seen.setdefault((record.messages, record.answer, record.safe_answer), record)
+        first = seen.setdefault((record.tools, record.context, record.answers), record)
         if first is not record:
             again.append((first, record))
     if again:
@@ -58,20 +61,16 @@ def _pair(first: Record, second: Record) -> str:
     )
 
 
-def _sides(
-    records: Mapping[Role, Seq[Record]],
-) -> tuple[dict[tuple[object, str], Record], dict[tuple[object, str], Record]]:
-    """The first record of each conversation that is to be kept, and of each that is to be bent, by messages
-    and answer.
+def _sides(records: Mapping[Role, Seq[Record]]) -> tuple[dict[_Place, Record], dict[_Place, Record]]:
+    """The first record of each conversation that is to be kept, and of each that is to be bent, by context and
+    answer.
     """
-    kept: dict[tuple[object, str], Record] = {}
-    bent: dict[tuple[object, str], Record] = {}
-    for record in (*records.get("safe", ()), *records.get("pair", ())):
-        kept.setdefault((record.messages, record.safe_answer if record.role == "pair" else record.answer), record)
-    for record in records.get("retain", ()):
-        kept.setdefault((record.messages[:-1], record.messages[-1].content), record)
+    kept: dict[_Place, Record] = {}
+    bent: dict[_Place, Record] = {}
+    for record in (*records.get("safe", ()), *records.get("pair", ()), *records.get("retain", ())):
+        kept.setdefault(((record.tools, record.context), record.answers[-1]), record)
     for record in (*records.get("unsafe", ()), *records.get("pair", ())):
-        bent.setdefault((record.messages, record.answer), record)
+        bent.setdefault(((record.tools, record.context), record.answers[0]), record)
     return kept, bent
 
 

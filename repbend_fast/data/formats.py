@@ -10,8 +10,10 @@ Our own JSONL, one object per line; fields that are not named here are ignored:
 - ``{"role": "retain", "messages": [...]}`` with the assistant's message last, or ``{"role": "retain", "prompt": TEXT,
 "answer": TEXT}``
 
-Everywhere ``"messages": [{"role": "user", "content": TEXT}, ...]`` with the user's message last may stand instead of
-``prompt``. A conversation may begin with one ``system`` message; then ``user`` and ``assistant`` alternate. An
+Everywhere ``"messages": [{"role": "user", "content": TEXT}, ...]`` with the user's message, or a tool's result, last
+may stand instead of ``prompt``; of ``safe`` and ``unsafe`` also a whole conversation without ``answer``, whose last
+message is the answer. An answer is a text, or an object with ``content``, ``tool_calls`` or both. ``tools`` are what
+the conversation offers. ``data/conversation.py`` says how turns may follow each other and how calls are written. An
 assistant's reasoning stands in its text, ``<think>…</think>answer``, or in a message's ``reasoning_content`` or
 ``thinking``.
 """
@@ -21,19 +23,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from repbend_fast.data.conversation import (
+    BadField,
+    Fields,
+    answer_turn,
+    message_list,
+    short,
+    text_field,
+    tool_list,
+)
 from repbend_fast.data.records import ROLES, Message, Record, Role
 
-Fields = Mapping[str, object]
 Asked = frozenset[Role] | None
 HARM = ("harmful", "unharmful")
 REFUSAL = ("refusal", "compliance")
 TSV_TYPES = ("vanilla_harmful", "vanilla_benign", "adversarial_harmful", "adversarial_benign")
 HARMFUL_PROMPTS = ("harmful", "vanilla_harmful", "adversarial_harmful")
 OTHER_PROMPTS = ("benign", "harmless", "unharmful", "vanilla_benign", "adversarial_benign")
-
-
-class BadField(ValueError):
-    """Why a row cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +57,6 @@ class Format:
     parse: Callable[[Fields, str, Asked], list[Record]]
 
 
-def text_field(fields: Fields, key: str) -> str:
-    """The non-empty text under ``key``. Raises ``BadField`` when it is missing, no text, empty, or not encodable as
-    UTF-8.
-    """
-    if key not in fields:
-        raise BadField(f"missing field `{key}`")
-    value = fields[key]
-    if not isinstance(value, str):
-        raise BadField(f"`{key}` is {'null' if value is None else type(value).__name__}, expected text")
-    if not value.strip():
-        raise BadField(f"`{key}` is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadField(f"`{key}` is not valid UTF-8") from None
-    return value
-
-
 def label_field(fields: Fields, key: str, allowed: Iterable[str]) -> str | None:
     """The label under ``key``, None when unlabelled (null, or an empty cell of a table). Raises ``BadField`` for an
     unknown one.
@@ -79,41 +67,8 @@ def label_field(fields: Fields, key: str, allowed: Iterable[str]) -> str | None:
     if value is None or value == "":
         return None
     if value not in tuple(allowed):
-        raise BadField(f"unknown label `{key}` = {_short(value)}, expected {' or '.join(allowed)}")
+        raise BadField(f"unknown label `{key}` = {short(value)}, expected {' or '.join(allowed)}")
     return value
-
-
-def message_list(value: object, last: str) -> tuple[Message, ...]:
-    """A conversation that ends with role ``last``. Raises ``BadField`` when a message is malformed or the roles do not
-    alternate.
-    """
-    if not isinstance(value, list):
-        raise BadField(f"`messages` is {type(value).__name__}, expected a list")
-    if not value:
-        raise BadField("`messages` is empty")
-    messages = []
-    for number, item in enumerate(value, 1):
-        if not isinstance(item, dict):
-            raise BadField(f"message {number} is {type(item).__name__}, expected an object with role and content")
-        try:
-            role, content = text_field(item, "role"), text_field(item, "content")
-        except BadField as reason:
-            raise BadField(f"message {number}: {reason}") from None
-        if role not in ("system", "user", "assistant"):
-            raise BadField(f"message {number}: unknown role {_short(role)}, expected system, user or assistant")
-        reasoning = item.get("reasoning_content") or item.get("thinking")
-        if role == "assistant" and isinstance(reasoning, str) and "</think>" not in content:
-            content = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}"
-        messages.append(Message(role, content))
-    turns = messages[1:] if messages[0].role == "system" else messages
-    for number, message in enumerate(turns):
-        if message.role != ("user", "assistant")[number % 2]:
-            raise BadField(
-                f"roles do not alternate at message {number + 1 + len(messages) - len(turns)} ({message.role})"
-            )
-    if not turns or turns[-1].role != last:
-        raise BadField(f"the last message must be the {last}'s")
-    return tuple(messages)
 
 
 def parse_wildguardmix(fields: Fields, origin: str, asked: Asked = None) -> list[Record]:
@@ -165,25 +120,29 @@ def parse_ultrachat(fields: Fields, origin: str, asked: Asked = None) -> list[Re
     """Whole conversations to retain."""
     if "messages" not in fields:
         raise BadField("missing field `messages`")
-    return [Record("retain", message_list(fields["messages"], "assistant"), origin=origin)]
+    turns = message_list(fields["messages"], "assistant")
+    return [Record("retain", turns, origin=origin, tools=tool_list(fields))]
 
 
 def parse_jsonl(fields: Fields, origin: str, asked: Asked = None) -> list[Record]:
     """Our own JSONL, as the module's description defines it."""
     role = text_field(fields, "role")
     if role not in ROLES:
-        raise BadField(f"unknown role {_short(role)}, expected {', '.join(ROLES)}")
+        raise BadField(f"unknown role {short(role)}, expected {', '.join(ROLES)}")
     if role == "retain" and "answer" not in fields and "prompt" not in fields:
         return parse_ultrachat(fields, origin)
+    tools = tool_list(fields)
+    if role != "pair" and "answer" not in fields and "messages" in fields and "prompt" not in fields:
+        *context, last = message_list(fields["messages"], "assistant")
+        return [Record(role, tuple(context), last.content, origin=origin, tools=tools, answer_extra=last.extra)]
     messages = _own_prompt(fields)
     if role == "pair":
-        return [
-            Record("pair", messages, text_field(fields, "unsafe_answer"), text_field(fields, "safe_answer"), origin)
-        ]
-    answer = text_field(fields, "answer")
+        unsafe, safe = answer_turn(fields, "unsafe_answer"), answer_turn(fields, "safe_answer")
+        return [Record("pair", messages, unsafe.content, safe.content, origin, tools, unsafe.extra, safe.extra)]
+    answer = answer_turn(fields, "answer")
     if role == "retain":
-        return [Record("retain", (*messages, Message("assistant", answer)), origin=origin)]
-    return [Record(role, messages, answer, origin=origin)]
+        return [Record("retain", (*messages, answer), origin=origin, tools=tools)]
+    return [Record(role, messages, answer.content, origin=origin, tools=tools, answer_extra=answer.extra)]
 
 
 def _own_prompt(fields: Fields) -> tuple[Message, ...]:
@@ -206,11 +165,6 @@ def _pair_records(fields: Fields, origin: str, asked: Asked, unsafe_key: str, sa
 
 def _request(prompt: str) -> tuple[Message, ...]:
     return (Message("user", prompt),)
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
 _WILDGUARD = (frozenset({"prompt", "prompt_harm_label", "response_refusal_label"}),)

@@ -6,6 +6,7 @@ ids once, where the template has it; what the template cannot hold is an error o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -13,7 +14,7 @@ from collections.abc import Sequence as Seq
 from repbend_fast.data.records import Message
 
 OPEN, CLOSE = "<think>", "</think>"
-_EMPTY_BLOCK = re.compile(r"<think>\s*</think>\s*$")
+EMPTY_BLOCK = re.compile(r"<think>\s*</think>\s*$")
 _FIELD = re.compile(r"""(?:\.|['"])(reasoning_content|thinking)\b""")
 
 
@@ -34,15 +35,17 @@ def split_reasoning(text: str) -> tuple[str, str]:
     return before.rpartition(OPEN)[2].strip(), after.strip()
 
 
-def as_turn(message: Message, template: str) -> dict[str, str]:
+def as_turn(message: Message, template: str) -> dict[str, object]:
     """A message as the template takes it: one that has a field for reasoning, and does not look for the tags itself,
     gets it apart.
     """
-    turn = {"role": message.role, "content": message.content}
+    turn: dict[str, object] = {"role": message.role, "content": message.content}
+    if message.extra:
+        turn |= json.loads(message.extra)
     if message.role == "assistant" and CLOSE in message.content and CLOSE not in template:
         fields = set(_FIELD.findall(template))
         reasoning, rest = split_reasoning(message.content)
-        if fields and rest:
+        if fields and (rest or message.extra):
             turn |= {"content": rest} | dict.fromkeys(fields, reasoning)
     return turn
 
@@ -61,9 +64,12 @@ def follow(
     Raises:
         Unrenderable: the block would stand there twice.
     """
-    bare = _EMPTY_BLOCK.sub("", prompt)
+    bare = EMPTY_BLOCK.sub("", prompt)
     for start in dict.fromkeys((prompt, bare)):
-        found = [_rest(start, whole, answer, suffix, turn_end) for whole, answer in zip(rendered, answers, strict=True)]
+        found = [
+            continuation(start, whole, answer, suffix, turn_end)
+            for whole, answer in zip(rendered, answers, strict=True)
+        ]
         if None not in found:
             return start, [text for text in found if text is not None]
     # The template drops the reasoning of finished turns: what the model itself writes behind the header is kept.
@@ -77,7 +83,7 @@ def follow(
     return prompt, texts
 
 
-def _rest(prompt: str, whole: str, answer: str, suffix: str, turn_end: str) -> str | None:
+def continuation(prompt: str, whole: str, answer: str, suffix: str, turn_end: str) -> str | None:
     """The rendered answer behind ``prompt``; None where it is no continuation, or does not hold the answer's parts just
     once.
     """

@@ -1,7 +1,7 @@
 """Records as users bring them, and sequences as the step reads them.
 
 A *record* is text with a role. A *sequence* is its token ids with the length of the prompt, so that the boundary
-between prompt and answer is exact and every loss mode is a contiguous span of positions.
+between prompt and answer is exact and every loss mode is a few ranges of positions.
 """
 
 from __future__ import annotations
@@ -15,10 +15,20 @@ ROLES: tuple[Role, ...] = ("safe", "unsafe", "pair", "retain")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. ``role`` is ``system``, ``user`` or ``assistant``."""
+    """One turn of a conversation. ``role`` is ``system``, ``user``, ``assistant`` or ``tool``.
+
+    ``extra``: a JSON object of the turn's other fields as the chat template takes them, ``tool_calls`` of an assistant,
+    ``name`` and ``tool_call_id`` of a tool's result; "" = none. ``content`` of a turn that only calls tools is "".
+    """
 
     role: str
     content: str
+    extra: str = ""
+
+    @property
+    def calls(self) -> bool:
+        """Whether the turn calls tools."""
+        return self.role == "assistant" and bool(self.extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +38,8 @@ class Record:
     ``safe``, ``unsafe``: ``messages`` is the conversation up to and including the user's request, ``answer`` the reply.
     ``pair``: the same unsafe prompt with ``answer`` (unsafe) and ``safe_answer``.
     ``retain``: ``messages`` is a whole conversation, its last message the assistant's; ``answer`` is empty.
-    ``origin`` is ``path:line`` for error messages.
+    ``origin`` is ``path:line`` for error messages. ``tools``: a JSON list of the tools that the template offers; "" =
+    none. ``answer_extra``, ``safe_extra``: the answers' ``Message.extra``.
     """
 
     role: Role
@@ -36,6 +47,39 @@ class Record:
     answer: str = ""
     safe_answer: str = ""
     origin: str = ""
+    tools: str = ""
+    answer_extra: str = ""
+    safe_extra: str = ""
+
+    @property
+    def context(self) -> tuple[Message, ...]:
+        """The turns before the answer."""
+        return self.messages[:-1] if self.role == "retain" else self.messages
+
+    @property
+    def answers(self) -> tuple[Message, ...]:
+        """The answer as a turn; of a pair the unsafe one, then the safe one."""
+        if self.role == "retain":
+            return self.messages[-1:]
+        first = Message("assistant", self.answer, self.answer_extra)
+        return (first, Message("assistant", self.safe_answer, self.safe_extra)) if self.role == "pair" else (first,)
+
+    def taken(self, role: Role) -> Record:
+        """The same conversation in another role, with the answer, of a pair the unsafe one, as its answer."""
+        answer = self.answers[0]
+        return Record(role, self.context, answer.content, "", self.origin, self.tools, answer.extra)
+
+    @property
+    def content(self) -> list[object]:
+        """All that the model sees of it, as JSON; plain records have no more than they had before there were tools."""
+        turns = [(m.role, m.content, m.extra) if m.extra else (m.role, m.content) for m in self.messages]
+        extras = [self.tools, self.answer_extra, self.safe_extra]
+        return [self.role, turns, self.answer, self.safe_answer, *([extras] if any(extras) else ())]
+
+
+def has_earlier_turns(record: Record) -> bool:
+    """Whether the assistant has said something before the answer."""
+    return any(turn.role == "assistant" for turn in record.context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +87,14 @@ class Sequence:
     """Token ids of one conversation, BOS (if the model has one) exactly once, no padding.
 
     ``prompt_length`` positions belong to the prompt (chat template's assistant header included), the rest to the
-    answer. A retain conversation has ``prompt_length`` = 0: all its tokens are rows.
+    answer. A retain conversation has ``prompt_length`` = 0: all its tokens are rows. ``earlier``: the assistant's turns
+    in the prompt, headers left out, as ranges of positions (start, stop, start, stop, …); empty where nobody asked for
+    them, and in the halves of a pair, which share them.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
+    earlier: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

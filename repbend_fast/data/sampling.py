@@ -192,10 +192,7 @@ def choice_key(seed: int, record: Record) -> bytes:
     """A pseudo-random rank of a record: from seed and text alone, so that a choice by rank does not depend on any
     file's order.
     """
-    turns = [(m.role, m.content) for m in record.messages]
-    return hashlib.blake2b(
-        json.dumps([seed, record.role, turns, record.answer, record.safe_answer]).encode(), digest_size=16
-    ).digest()
+    return hashlib.blake2b(json.dumps([seed, *record.content]).encode(), digest_size=16).digest()
 
 
 def _first_request(record: Record) -> str:
@@ -217,5 +214,5 @@ def _set_fingerprint(examples: Seq[Encoded]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         parts = (example.unsafe, example.safe) if isinstance(example, PairSequence) else (example,)
-        digest.update(json.dumps([[p.prompt_length, p.ids] for p in parts]).encode())
+        digest.update(json.dumps([[p.prompt_length, p.ids, *p.earlier] for p in parts]).encode())
     return digest.hexdigest()

@@ -15,11 +15,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
-
 from repbend_fast.data.reasoning import CLOSE, Unrenderable, as_turn, follow, holds_reasoning, split_reasoning
 from repbend_fast.data.records import Message, PairSequence, Record, Role, Sequence
 from repbend_fast.data.tokenizer import Tokenizer
+from repbend_fast.data.turns import (
+    NOT_RENDERED,
+    Unplaced,
+    called_texts,
+    common,
+    earlier_turns,
+    moved,
+    tools_left_out,
+    what_is_left_out,
+)
 from repbend_fast.errors import UserError, one_line
 
 # Few records carry reasoning, so templates with a reasoning switch are rendered with it off unless
@@ -73,9 +81,10 @@ class ChatEncoder:
     conversation its first ``max_prompt_tokens + max_answer_tokens``.
 
     BOS stands first exactly once whether the template writes it, the tokenizer would add it, both, or neither; a
-    tokenizer without a BOS token gets none. An answer's reasoning is rendered as the template renders it
-    (``data.reasoning``). ``template_arguments`` go to the template in addition to ``TEMPLATE_ARGUMENTS``, or in their
-    place.
+    tokenizer without a BOS token gets none. An answer's reasoning and its tool calls are rendered as the template
+    renders them (``data.reasoning``, ``data.turns``). ``template_arguments`` go to the template in addition to
+    ``TEMPLATE_ARGUMENTS``, or in their place. With ``earlier_turns`` sequences know where the assistant's earlier turns
+    are; those of ``retain`` and of pairs do not.
 
     Raises ``UserError`` for a tokenizer without a usable chat template and for limits below the template's own length.
     """
@@ -86,14 +95,18 @@ class ChatEncoder:
         max_prompt_tokens: int,
         max_answer_tokens: int,
         template_arguments: Mapping[str, object] | None = None,
+        *,
+        earlier_turns: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
+        self.earlier_turns = earlier_turns
         self.template_arguments = dict(template_arguments or {})
         self.max_prompt_tokens = max_prompt_tokens
         self.max_answer_tokens = max_answer_tokens
         # Rows of the model's embedding, once they are known.
         self.vocabulary: int | None = None
         self.truncated = Truncated()
+        self._left_out: frozenset[str] | None = None
         self._long: dict[Record, tuple[Sequence | PairSequence, Truncated]] = {}
         self._name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
@@ -134,8 +147,13 @@ class ChatEncoder:
         full_prompt = self._ids(text)
         uncut = self._with_bos(full_prompt)
         prompt = self._cut_prompt(uncut)
+        earlier: tuple[int, ...] = ()
+        if self.earlier_turns and record.role != "pair":
+            earlier = self._earlier(record, text, full_prompt, len(uncut))
         ids = [self._continuation(text, full_prompt, answer) for answer in answers]
-        first, *second = (Sequence((*prompt, *answer[: self.max_answer_tokens]), len(prompt)) for answer in ids)
+        first, *second = (
+            Sequence((*prompt, *answer[: self.max_answer_tokens]), len(prompt), earlier) for answer in ids
+        )
         cut = Truncated(int(len(uncut) > len(prompt)), sum(len(answer) > self.max_answer_tokens for answer in ids))
         return PairSequence(unsafe=first, safe=second[0]) if second else first, cut
 
@@ -172,7 +190,9 @@ class ChatEncoder:
         """Raises ``UserError`` naming the record when the template cannot hold its messages, or the reasoning of its
         answers.
         """
-        self._texts(record)
+        text, _ = self._texts(record)
+        if self.earlier_turns and record.role in ("safe", "unsafe"):
+            self._earlier(record, text, self._ids(text), len(self._with_bos(self._ids(text))))
 
     def drops_reasoning(self, record: Record) -> bool:
         """Whether the template leaves out reasoning of earlier turns, as it does when it talks."""
@@ -196,23 +216,28 @@ class ChatEncoder:
             probe,
         ]
         parts += [self.template_arguments] if self.template_arguments else []
+        parts += ["earlier turns"] if self.earlier_turns else []
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     # -- template
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _render(self, messages: Iterable[Message], generation: bool) -> str:
+    def _render(self, messages: Iterable[Message], generation: bool, tools: str = "") -> str:
         turns = [as_turn(m, str(self.tokenizer.chat_template)) for m in messages]
         arguments = TEMPLATE_ARGUMENTS | self.template_arguments
+        if tools:
+            arguments["tools"] = json.loads(tools)
         template = self.tokenizer.chat_template
         if isinstance(template, str) and "strftime_now" in template:
             arguments["chat_template"] = _CLOCK + template
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation, **arguments)
 
-    def _render_prompt(self, messages: tuple[Message, ...], origin: str, generation: bool = True) -> str:
+    def _render_prompt(
+        self, messages: tuple[Message, ...], origin: str, generation: bool = True, tools: str = ""
+    ) -> str:
         try:
-            text = self._render(messages, generation)
-        except (TemplateError, TypeError, ValueError) as error:
+            text = self._render(messages, generation, tools)
+        except NOT_RENDERED as error:
             roles = ", ".join(m.role for m in messages)
             raise UserError(
                 f"{origin}: the chat template of {self._name} does not take these messages ({roles}): "
@@ -231,26 +256,56 @@ class ChatEncoder:
 
     def _texts(self, record: Record) -> tuple[str, list[str]]:
         """The rendered prompt, and what follows it for each of the record's answers, the turn's end included."""
-        messages, answers = record.messages, [record.answer]
-        if record.role == "retain":
-            messages, answers = record.messages[:-1], [record.messages[-1].content]
-        elif record.role == "pair":
-            answers = [record.answer, record.safe_answer]
-        prompt = self._render_prompt(messages, record.origin)
-        if not any(map(holds_reasoning, answers)):
+        messages, turns = record.context, record.answers
+        answers, calls = [turn.content for turn in turns], any(turn.calls for turn in turns)
+        self._check_tools(record)
+        prompt = self._render_prompt(messages, record.origin, True, record.tools)
+        if not calls and not any(map(holds_reasoning, answers)):
             return prompt, [self._plain(answer) for answer in answers]
-        whole = [
-            self._render_prompt((*messages, Message("assistant", answer)), record.origin, False) for answer in answers
-        ]
+        whole = [self._render_prompt((*messages, turn), record.origin, False, record.tools) for turn in turns]
         try:
+            if calls:
+                return called_texts(prompt, answers, whole, self._suffix, self._turn_end)
             return follow(prompt, answers, whole, self._suffix, self._turn_end, self._plain)
         except Unrenderable as error:
+            held, out = ("tool calls", "write them as text") if calls else ("reasoning", "take the reasoning out")
             raise UserError(
-                f"{record.origin}: the chat template of {self._name} cannot hold the reasoning in this answer: "
-                f"{error}; set "
-                "data.chat_template_kwargs={enable_thinking: true} or model.chat_template=FILE, or take the reasoning "
-                "out"
+                f"{record.origin}: the chat template of {self._name} cannot hold the {held} in this answer: {error}; "
+                f"set data.chat_template_kwargs={{enable_thinking: true}} or model.chat_template=FILE, or {out}"
             ) from error
+
+    def _check_tools(self, record: Record) -> None:
+        """Refuse a record with tools that the template would leave out."""
+        if not record.tools and not any(turn.extra for turn in (*record.messages, *record.answers)):
+            return
+        if self._left_out is None:
+            self._left_out = tools_left_out(lambda messages, tools: self._render(messages, True, tools))
+        missing = what_is_left_out(record, self._left_out)
+        if missing:
+            raise UserError(
+                f"{record.origin}: the chat template of {self._name} leaves out {missing}; take a model whose template "
+                "renders them, or set model.chat_template=FILE"
+            )
+
+    def _earlier(self, record: Record, text: str, ids: list[int], uncut: int) -> tuple[int, ...]:
+        """Where the assistant's turns are in the cut prompt of a record; ``uncut``: ids with BOS."""
+        try:
+            places = earlier_turns(
+                lambda messages, header: self._render(messages, header, record.tools),
+                record.context,
+                text,
+                self._turn_end,
+            )
+        except Unplaced as error:
+            raise UserError(
+                f"{record.origin}: the assistant's earlier turns cannot be found, which "
+                f"objective.loss_mode=assistant_turns reads: {error}; set loss_mode=response_all, or "
+                "model.chat_template=FILE"
+            ) from error
+        # A token on both sides of an edge belongs to what comes behind it.
+        edges = (common(self._ids(text[:place]), ids) for turn in places for place in turn)
+        positions = [edge + uncut - len(ids) for edge in edges]
+        return tuple(moved(positions, *self._cut(uncut)))
 
     def _plain(self, answer: str) -> str:
         return self._glue + (answer.strip() if self._trims else answer) + self._turn_end
@@ -264,7 +319,7 @@ class ChatEncoder:
             prompt = self._render(request, True)
             full = self._render((*request, Message("assistant", _PROBE_ANSWER)), False)
             spaced = self._render((*request, Message("assistant", f" {_PROBE_ANSWER} ")), False)
-        except (TemplateError, TypeError, ValueError) as error:
+        except NOT_RENDERED as error:
             raise UserError(
                 f"the chat template of {self._name} does not render a plain conversation: {one_line(error)}; set "
                 "model.chat_template=FILE"
@@ -342,8 +397,8 @@ class ChatEncoder:
         one, other = (
             self._with_bos(self._ids(self._render((Message("user", r),), True))) for r in (_PROBE_REQUEST, "9 + 9?")
         )
-        head = _common(one, other)
-        tail = _common(one[::-1], other[::-1])
+        head = common(one, other)
+        tail = common(one[::-1], other[::-1])
         if head + tail >= self.max_prompt_tokens:
             raise UserError(
                 f"data.max_prompt_tokens={self.max_prompt_tokens} leaves no room for a request: the chat template of "
@@ -353,11 +408,15 @@ class ChatEncoder:
         return head, tail
 
     def _cut_prompt(self, ids: list[int]) -> list[int]:
-        if len(ids) <= self.max_prompt_tokens:
-            return ids
+        front, removed = self._cut(len(ids))
+        return ids[:front] + ids[front + removed :]
+
+    def _cut(self, length: int) -> tuple[int, int]:
+        """Of a prompt of so many ids: how many of the first are kept, and how many behind them are not."""
+        if length <= self.max_prompt_tokens:
+            return length, 0
         room = self.max_prompt_tokens - self._head - self._tail
-        end = self._tail + room // 2
-        return ids[: self.max_prompt_tokens - end] + (ids[-end:] if end else [])
+        return self.max_prompt_tokens - self._tail - room // 2, length - self.max_prompt_tokens
 
 
 class EncodedRecords(Seq[Sequence | PairSequence]):
@@ -375,9 +434,11 @@ class EncodedRecords(Seq[Sequence | PairSequence]):
         self._counted: set[int] = set()
         seen: set[tuple[str, ...]] = set()
         for record in records:
-            shape = tuple(m.role for m in record.messages)
-            if shape not in seen or any(
-                map(holds_reasoning, (record.messages[-1].content, record.answer, record.safe_answer))
+            shape = (*(m.role + "*" * m.calls for m in record.messages), *(record.tools and ("tools",)))
+            if (
+                shape not in seen
+                or any(map(holds_reasoning, (record.messages[-1].content, record.answer, record.safe_answer)))
+                or any(turn.calls for turn in record.answers)
             ):
                 seen.add(shape)
                 encoder.check_renders(record)
@@ -403,8 +464,7 @@ class EncodedRecords(Seq[Sequence | PairSequence]):
         """Hash of the records' texts in order and of the encoder: equal fingerprints give equal ids."""
         digest = hashlib.sha256(self.encoder.fingerprint().encode())
         for record in self.records:
-            turns = [(m.role, m.content) for m in record.messages]
-            digest.update(json.dumps([record.role, turns, record.answer, record.safe_answer]).encode())
+            digest.update(json.dumps(record.content).encode())
         return digest.hexdigest()
 
 
@@ -425,10 +485,6 @@ def dropped_reasoning(records: Mapping[Role, Seq[Record]], encoder: ChatEncoder)
     ]
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def _characters(record: Record) -> int:
-    return sum(len(m.content) for m in record.messages) + max(len(record.answer), len(record.safe_answer))
+    answers = max(len(turn.content) + len(turn.extra) for turn in record.answers)
+    return len(record.tools) + sum(len(turn.content) + len(turn.extra) for turn in record.context) + answers

@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
         """``input_ids`` of one text."""
 
     def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, str]], *, tokenize: Literal[False], **arguments: object
+        self, conversation: Sequence[Mapping[str, object]], *, tokenize: Literal[False], **arguments: object
     ) -> str:
         """The conversation as the model was trained to see it."""
 

@@ -7,7 +7,8 @@ Each mechanism stands in a file of its own under ``layers/`` and makes its chang
 ``Prepared.restore`` takes them back in reverse order. The module tree, parameters and what requires a gradient stay the
 same objects throughout. Beside these there are switches that each pass sets for itself and puts back when it ends:
 ``layers.truncated`` (the list of blocks, the final norm), ``layers.switches`` (adapter off, mode, generation),
-and ``layers.lora.lora_dropout`` (the rows' keys); and two that attacks set on a model that no step
+and ``layers.lora.lora_dropout`` (the rows' keys); one that a step sets, ``layers.rounded_passes`` (weights as they are
+once merged and rounded); and two that attacks set on a model that no step
 runs on: ``layers.stacked`` (fresh low-rank parts) and ``layers.rounded`` (weights merged and rounded, which come back
 to the bit). Nothing else changes a model once it is built.
 """

@@ -17,18 +17,15 @@ from repbend_fast.data.records import Role, Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import count, predicting_rows
-from repbend_fast.objectives.sections import Aim, MethodConfig
-from repbend_fast.objectives.terms import LoweredLabel, Term
+from repbend_fast.objectives.sections import ForgettingConfig
+from repbend_fast.objectives.terms import LoweredLabel, Span, Term, ranges_of
 from repbend_fast.section import AboveZero, NonNegative, Weight
 
 
-class CEUConfig(MethodConfig):
+class CEUConfig(ForgettingConfig):
     """CE-U: L = forget·mean CE(p, own soft-max without the label) on forget (+ retain_nll·NLL on retain)."""
 
     place: ClassVar[int] = 11
-    aim: ClassVar[Aim] = "unlearning"
-    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
-    titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
 
     name: Literal["ce_u"] = "ce_u"
     skipped_tokens: NonNegative = Field(1, description="First tokens of each answer that do not count.")
@@ -46,5 +43,11 @@ class CEU(Forgetting[CEUConfig]):
 
     def forget(self, sequences: tuple[Sequence, ...]) -> Term:
         config = self.config
-        spans = tuple((min(start + config.skipped_tokens, stop), stop) for start, stop in predicting_rows(sequences))
+        spans = tuple(self._rest(span) for span in predicting_rows(sequences, config.loss_mode))
         return LoweredLabel("forget", spans, config.forget, count(spans), math.inf, own=True)
+
+    def _rest(self, span: Span) -> Span:
+        """The rows without the first of each turn that do not count."""
+        return tuple(
+            p for start, stop in ranges_of(span) for p in (min(start + self.config.skipped_tokens, stop), stop)
+        )

@@ -22,12 +22,11 @@ from repbend_fast.objectives.refusal import refusal_streams
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import (
     NOTHING,
-    all_rows,
     count,
     forget_sequences,
+    kl_stream,
     mean_distance,
     mode_rows,
-    retain_kl,
     safe_sequences,
 )
 from repbend_fast.objectives.sections import TITLES, AnswerMode, RefusalConfig, WindowConfig
@@ -66,15 +65,13 @@ class CRLConfig(AttackedConfig, RefusalConfig, WindowConfig):
         if self.safe == 0 and self.unsafe == 0 and self.refusal == 0:
             yield (
                 "objective.safe=0 with objective.unsafe=0: KL alone has no gradient while LoRA is at its start; give "
-                "one, or "
-                "objective.refusal, a weight above 0"
+                "one, or objective.refusal, a weight above 0"
             )
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        roles: tuple[Role, ...] = (
-            ("safe", "unsafe", "pair") if self.safe else ("unsafe", "pair") if self.unsafe else ("pair",)
-        )
+        bent: tuple[Role, ...] = ("unsafe", "pair") if self.safe or self.unsafe else ("pair",)
+        roles: tuple[Role, ...] = ("safe", *bent) if self.safe else bent
         return (*roles, "retain") if self.kl else roles
 
 
@@ -96,7 +93,7 @@ class CRL:
         config = self.config
         # Without both of its terms the triplets' stream would run for nothing.
         triplet = [self._triplet(batch)] if config.safe or config.unsafe else []
-        retain = self._retain(batch.retain if config.kl else ())
+        retain = kl_stream(config, batch.retain if config.kl else ())
         streams = [s for s in (*triplet, retain) if s.sequences]
         streams += refusal_streams(config, batch, step, self.seed)
         return with_perturbed(config, streams, ("triplet",), batch, self.num_blocks)
@@ -117,18 +114,6 @@ class CRL:
         # The embeddings cannot be moved, but their constant triplets belong to the published value.
         layers = tuple(range(self.num_blocks + 1)) if config.alpha_mode == "all" else config.window
         kept = Triplet("safe", layers, safe_spans, config.safe, count(safe_spans) * len(layers), config.safe_margin)
-        bent = Triplet(
-            "unsafe",
-            config.window,
-            unsafe_spans,
-            config.unsafe,
-            count(unsafe_spans) * len(config.window),
-            config.unsafe_margin,
-        )
+        window, rows = config.window, count(unsafe_spans)
+        bent = Triplet("unsafe", window, unsafe_spans, config.unsafe, rows * len(window), config.unsafe_margin)
         return Stream("triplet", (*safe, *unsafe), (Triplets(kept, bent, config.distance_unit, config.distance),))
-
-    def _retain(self, sequences: tuple[Sequence, ...]) -> Stream:
-        config = self.config
-        return Stream(
-            "retain", sequences, (retain_kl(all_rows(sequences), config.kl, config.temperature, config.kl_reduction),)
-        )

@@ -76,6 +76,10 @@ class CustomObjectiveConfig(MethodConfig):
         return tuple(load_class(self.name).roles)
 
     @property
+    def reads_turns(self) -> bool:
+        return bool(getattr(load_class(self.name), "reads_turns", False))
+
+    @property
     def counts_in_reference(self) -> bool:
         return True  # whether one of its terms does is seen in its streams
 

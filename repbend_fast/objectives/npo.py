@@ -16,22 +16,16 @@ from repbend_fast.data.records import Role, Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import answer_rows, predicting_rows, retain_kl
-from repbend_fast.objectives.sections import KL_TERM, TITLES, Aim, Entry, KLLimitConfig, Quirks
+from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, ForgettingConfig, KLLimitConfig, Quirks
 from repbend_fast.objectives.terms import AnswerLoss, Term
 from repbend_fast.section import AboveZero, Weight
 
 
-class NPOConfig(KLLimitConfig):
+class NPOConfig(ForgettingConfig, KLLimitConfig):
     """NPO: L = −(2/β)·mean log σ(β(NLL − NLL_ref)) on forget (+ retain_nll·NLL + retain_kl·T²KL on retain)."""
 
     place: ClassVar[int] = 4
-    aim: ClassVar[Aim] = "unlearning"
-    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
-    titles: ClassVar[dict[str, str]] = {
-        KL_TERM: TITLES[KL_TERM],
-        "forget": "forget",
-        "nll": "NLL on retain conversations",
-    }
+    titles: ClassVar[dict[str, str]] = {KL_TERM: TITLES[KL_TERM], **ForgettingConfig.titles}
     published_names: ClassVar[dict[str, str]] = {
         "alpha": "objective.retain_nll",
         "loss_alpha": "objective.retain_nll",
@@ -67,7 +61,8 @@ class NPO(Forgetting[NPOConfig]):
     """Stream ``forget``, and ``retain`` where one of its terms has a weight."""
 
     def forget(self, sequences: tuple[Sequence, ...]) -> Term:
-        return AnswerLoss("forget", predicting_rows(sequences), 1.0, max(1, len(sequences)), self.config.beta)
+        spans = predicting_rows(sequences, self.config.loss_mode)
+        return AnswerLoss("forget", spans, 1.0, max(1, len(sequences)), self.config.beta)
 
     def retain(self, sequences: tuple[Sequence, ...]) -> tuple[Term, ...]:
         config = self.config

@@ -20,7 +20,7 @@ from repbend_fast.objectives.adversarial import AttackedConfig, with_perturbed
 from repbend_fast.objectives.base import Probes
 from repbend_fast.objectives.refusal import refusal_streams
 from repbend_fast.objectives.registry import method
-from repbend_fast.objectives.rows import NOTHING, all_rows, forget_sequences, retain_kl, safe_sequences, select_rows
+from repbend_fast.objectives.rows import NOTHING, forget_sequences, kl_stream, safe_sequences, select_rows
 from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, Quirks, RefusalConfig, WindowConfig
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Distance, PairwiseCosine, Span, Term, rows_in
@@ -40,7 +40,8 @@ PROMPT_MODES = ("prompt_last", "prompt_all")
 """The loss modes that read no answers."""
 # The published code says `request_…` where its README says `prompt_…`.
 LossMode = Annotated[
-    Literal["prompt_last", "prompt_all", "prompt_response", "response_all"], BeforeValidator(_published_mode)
+    Literal["prompt_last", "prompt_all", "prompt_response", "response_all", "assistant_turns"],
+    BeforeValidator(_published_mode),
 ]
 
 
@@ -189,14 +190,7 @@ class RepBend:
         return Stream("unsafe", sequences, tuple(terms)) if terms else None
 
     def _retain(self, batch: Batch) -> Stream | None:
-        config = self.config
-        if not config.kl:
-            return None
-        return Stream(
-            "retain",
-            batch.retain,
-            (retain_kl(all_rows(batch.retain), config.kl, config.temperature, config.kl_reduction),),
-        )
+        return kl_stream(self.config, batch.retain) if self.config.kl else None
 
     def _distance(
         self,

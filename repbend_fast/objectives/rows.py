@@ -5,11 +5,14 @@ have.
 from __future__ import annotations
 
 from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.objectives.sections import WindowConfig
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Distance, HeadKL, Span, Unit, rows_in
 
 NOTHING: Span = (0, 0)
 """No row of a sequence."""
+TURNS = "assistant_turns"
+"""The loss mode that reads every turn of the assistant."""
 
 
 def safe_sequences(batch: Batch) -> tuple[Sequence, ...]:
@@ -40,6 +43,7 @@ def select_rows(sequence: Sequence, loss_mode: str) -> Span:
         "prompt_all": (0, prompt),
         "prompt_response": (0, total),
         "response_all": (prompt, total),
+        TURNS: (*sequence.earlier, prompt, total),
     }[loss_mode]
 
 
@@ -48,11 +52,11 @@ def mode_rows(sequences: tuple[Sequence, ...], loss_mode: str) -> tuple[Span, ..
     return tuple(select_rows(s, loss_mode) for s in sequences)
 
 
-def predicting_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
-    """The positions whose logits predict the answers' tokens; in a conversation without a prompt every token but the
-    first.
+def predicting_rows(sequences: tuple[Sequence, ...], loss_mode: str = "response_all") -> tuple[Span, ...]:
+    """The positions whose logits predict the tokens that ``loss_mode`` selects, the answers' by default; in a
+    conversation without a prompt every token but the first.
     """
-    return tuple((max(s.prompt_length - 1, 0), max(len(s) - 1, 0)) for s in sequences)
+    return tuple(tuple(max(p - 1, 0) for p in span) for span in mode_rows(sequences, loss_mode))
 
 
 def count(spans: tuple[Span, ...]) -> int:
@@ -78,6 +82,12 @@ def mean_distance(
 def retain_kl(spans: tuple[Span, ...], weight: float, temperature: float, reduction: str = "token") -> HeadKL:
     """The KL term ``kl`` over ``spans``: per row, or summed over rows and per ``sequence``."""
     return HeadKL("kl", spans, weight, max(1, len(spans)) if reduction == "sequence" else count(spans), temperature)
+
+
+def kl_stream(config: WindowConfig, sequences: tuple[Sequence, ...]) -> Stream:
+    """The stream ``retain`` with the KL over all of its tokens, as the settings weigh and reduce it."""
+    term = retain_kl(all_rows(sequences), config.kl_weight, config.temperature, config.kl_reduction)
+    return Stream("retain", sequences, (term,))
 
 
 def retain_nll(sequences: tuple[Sequence, ...], weight: float) -> AnswerLoss:

@@ -16,7 +16,7 @@ from repbend_fast.data.records import Role, Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import count, predicting_rows
-from repbend_fast.objectives.sections import Aim, MethodConfig
+from repbend_fast.objectives.sections import ForgettingConfig
 from repbend_fast.objectives.terms import Term, WeightedAscent
 from repbend_fast.section import AboveZero, Weight
 
@@ -24,12 +24,8 @@ POWER = "Power of the token's probability in its weight: likely tokens count mos
 REST_POWER = "Power of one minus that: tokens that are certain count less."
 
 
-class AscentConfig(MethodConfig):
+class AscentConfig(ForgettingConfig):
     """What both have."""
-
-    aim: ClassVar[Aim] = "unlearning"
-    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
-    titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
 
     power: Weight = Field(1.0, description=POWER)
     rest_power: Weight = Field(0.0, description=REST_POWER)
@@ -64,5 +60,5 @@ class WeightedTokens(Forgetting[AscentConfig]):
     """Stream ``forget``, and ``retain`` where its term has a weight."""
 
     def forget(self, sequences: tuple[Sequence, ...]) -> Term:
-        config, spans = self.config, predicting_rows(sequences)
+        config, spans = self.config, predicting_rows(sequences, self.config.loss_mode)
         return WeightedAscent("forget", spans, config.forget, count(spans), config.power, config.rest_power)

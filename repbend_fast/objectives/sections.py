@@ -17,10 +17,10 @@ from repbend_fast.errors import UserError
 from repbend_fast.section import AboveZero, NonNegative, Positive, Section, Share, Weight
 
 AnswerMode = Annotated[
-    Literal["prompt_response", "response_all"],
+    Literal["prompt_response", "response_all", "assistant_turns"],
     Field(
-        description="Rows that the bending terms read: all, or the answers'. Prompts share a template, which ordinary "
-        "ones need too."
+        description="Rows that the bending terms read: all, the answers', or those of every turn of the assistant. "
+        "Prompts share a template, which ordinary ones need too."
     ),
 ]
 Quirks = Annotated[bool, Field(description="Reproduce slips of the published code (docs/objectives.md).")]
@@ -121,6 +121,11 @@ class MethodConfig(Section):
         return self
 
     @property
+    def reads_turns(self) -> bool:
+        """Whether a term reads the assistant's earlier turns as such (``Sequence.earlier``)."""
+        return getattr(self, "loss_mode", None) == "assistant_turns"
+
+    @property
     def needs_pairs(self) -> bool:
         """Whether a term reads pairs that unsafe records cannot stand in for."""
         return False
@@ -140,6 +145,18 @@ class MethodConfig(Section):
     def errors(self) -> Iterator[str]:
         """Settings that are fine alone and impossible together, one line each."""
         yield from ()
+
+
+class ForgettingConfig(MethodConfig):
+    """Settings of methods that forget answers by their likelihood."""
+
+    aim: ClassVar[Aim] = "unlearning"
+    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
+
+    loss_mode: Literal["response_all", "assistant_turns"] = Field(
+        "response_all", description="Whose tokens are forgotten: the answers', or those of every turn of the assistant."
+    )
 
 
 class KLLimitConfig(MethodConfig):

@@ -15,18 +15,15 @@ from repbend_fast.data.records import Role, Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import predicting_rows
-from repbend_fast.objectives.sections import Aim, MethodConfig
+from repbend_fast.objectives.sections import ForgettingConfig
 from repbend_fast.objectives.terms import SimplePreference, Term
 from repbend_fast.section import AboveZero, Weight
 
 
-class SimNPOConfig(MethodConfig):
+class SimNPOConfig(ForgettingConfig):
     """SimNPO: L = −forget·(2/β)·mean log σ(β(NLL/|y| − δ)) on forget + retain_nll·NLL on retain."""
 
     place: ClassVar[int] = 6
-    aim: ClassVar[Aim] = "unlearning"
-    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
-    titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
 
     name: Literal["simnpo"] = "simnpo"
     beta: AboveZero = Field(4.5, description="How sharply the loss falls off once an answer has become unlikely.")
@@ -44,5 +41,5 @@ class SimNPO(Forgetting[SimNPOConfig]):
     """Stream ``forget``, and ``retain`` where its term has a weight."""
 
     def forget(self, sequences: tuple[Sequence, ...]) -> Term:
-        config, spans = self.config, predicting_rows(sequences)
+        config, spans = self.config, predicting_rows(sequences, self.config.loss_mode)
         return SimplePreference("forget", spans, config.forget, max(1, len(sequences)), config.beta, config.delta)

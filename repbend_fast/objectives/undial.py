@@ -17,18 +17,15 @@ from repbend_fast.data.records import Role, Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import count, predicting_rows
-from repbend_fast.objectives.sections import Aim, MethodConfig
+from repbend_fast.objectives.sections import ForgettingConfig
 from repbend_fast.objectives.terms import LoweredLabel, Term
 from repbend_fast.section import AboveZero, Weight
 
 
-class UNDIALConfig(MethodConfig):
+class UNDIALConfig(ForgettingConfig):
     """UNDIAL: L = forget·mean CE(p, softmax(z_ref − strength·1[label])) on forget (+ retain_nll·NLL on retain)."""
 
     place: ClassVar[int] = 10
-    aim: ClassVar[Aim] = "unlearning"
-    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
-    titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
 
     name: Literal["undial"] = "undial"
     strength: AboveZero = Field(10.0, description="What the label's logit is lowered by in what is learned instead.")
@@ -45,5 +42,5 @@ class UNDIAL(Forgetting[UNDIALConfig]):
     """Stream ``forget``, and ``retain`` where its term has a weight."""
 
     def forget(self, sequences: tuple[Sequence, ...]) -> Term:
-        config, spans = self.config, predicting_rows(sequences)
+        config, spans = self.config, predicting_rows(sequences, self.config.loss_mode)
         return LoweredLabel("forget", spans, config.forget, count(spans), config.strength)

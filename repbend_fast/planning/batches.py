@@ -1,4 +1,7 @@
-"""Batches of given lengths for planning: what may come at worst, and what the published distribution brings."""
+"""Batches of given lengths for planning: what may come at worst, and what the published distribution brings.
+
+At worst all of a prompt are the assistant's earlier turns, for objectives that read those.
+"""
 
 from __future__ import annotations
 
@@ -72,10 +75,11 @@ def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bo
     prompt = (
         min(length - 1, limits.prompt) if prompts else max(min(SHORTEST_PROMPT, length - 1), length - limits.answer)
     )
-    sequence = Sequence((1,) * (prompt + 1 if prompts else length), prompt)
+    ids = (1,) * (prompt + 1 if prompts else length)
+    sequence, half = Sequence(ids, prompt, (0, prompt)), Sequence(ids, prompt)
     chat = tuple(Sequence((1,) * length, 0) for _ in range(count))
     if pairs:
-        return Batch(pairs=tuple(PairSequence(sequence, sequence) for _ in range(count)), retain=chat)
+        return Batch(pairs=tuple(PairSequence(half, half) for _ in range(count)), retain=chat)
     return Batch((sequence,) * count, (sequence,) * count, (), chat)
 
 
@@ -84,9 +88,9 @@ def worst_batch(examples: int, limits: Limits, retain_examples: int | None = Non
     otherwise.
     """
     prompt = max(1, limits.longest - limits.answer)
-    sequence = Sequence((1,) * limits.longest, prompt)
-    chat = Sequence((1,) * limits.longest, 0)
-    pairs = (PairSequence(sequence, sequence),) * examples
+    ids = (1,) * limits.longest
+    sequence, half, chat = Sequence(ids, prompt, (0, prompt)), Sequence(ids, prompt), Sequence(ids, 0)
+    pairs = (PairSequence(half, half),) * examples
     return Batch((sequence,) * examples, (sequence,) * examples, pairs, (chat,) * (retain_examples or examples))
 
 

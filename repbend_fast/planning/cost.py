@@ -143,7 +143,7 @@ class StepCost:
         return self._known[key]
 
     def _identity(self, stream: Stream) -> int:
-        """A number that no other stream ever has: the stream is kept, since the id of one that is gone is given anew."""
+        """A number that no other stream ever has: the stream is kept, since the id of one that is gone comes again."""
         self._streams[id(stream)] = stream
         return id(stream)
 

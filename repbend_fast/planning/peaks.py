@@ -23,6 +23,7 @@ from repbend_fast.models.adapters import adapted_blocks, trainable_parameters
 from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.causal import AdaptedLM, CausalLM
 from repbend_fast.models.decoder import find_decoder
+from repbend_fast.models.layers.rounded_passes import rounding_bytes
 from repbend_fast.models.surgery import prepared
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import rows_in
@@ -237,6 +238,8 @@ class PeakMeter:
         self._config, self._window = config, window
         embedding = whole.get_input_embeddings().weight
         self.width, self.itemsize = embedding.shape[1], embedding.element_size()
+        rounds = config.training.nf4_every is not None
+        self.rounding_bytes = rounding_bytes(find_decoder(whole).layers) if rounds else 0
 
     @cached_property
     def models(self) -> list[AdaptedLM]:

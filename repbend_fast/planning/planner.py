@@ -19,6 +19,7 @@ from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.varlen import attention_of
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.streams import Stream
+from repbend_fast.objectives.terms import rows_in
 from repbend_fast.planning.batches import Limits, even_batch, limits_of, published_batch
 from repbend_fast.planning.budget import Standing, budget_bytes, show_bytes, standing, taken
 from repbend_fast.planning.cards import GB, Card, card_of
@@ -116,7 +117,7 @@ class Planner:
         found = []
         for name, whole in self._streams(2, self.limits.longest).items():
             longest = max(map(len, whole.sequences))
-            rows = max((stop - start for term in whole.terms for start, stop in term.compared_spans), default=longest)
+            rows = max((rows_in((span,)) for term in whole.terms for span in term.compared_spans), default=longest)
             sizes = small[name], large[name], counts[name] * longest, longest, rows
             found.append(self.profile.measured(f"{name} stream", partial(self.meter.stream_peak, *sizes)))
         return found
@@ -311,7 +312,7 @@ class Planner:
         return self._with_levers(bare, peak, positions, levers)
 
     def _with_levers(self, bare: Peak, peak: StreamPeak, positions: int, levers: Levers) -> int:
-        """Add what chunks and offloading change: neither shows on fake tensors."""
+        """Add what chunks, offloading and rounding change: none shows on fake tensors."""
         scratch = self.meter.scratch(peak, positions, levers.kl_chunk_rows)
         if levers.offload_embedding and peak.head_rows:
             scratch += self.meter.head_bytes
@@ -319,7 +320,7 @@ class Planner:
         if levers.offload_checkpoints:
             kept = min(levers.checkpoint_blocks, peak.stop) - peak.first
             saved = max(0, kept - STATES_ON_DEVICE) * positions * peak.checkpoint_bytes
-        return max(0, bare.total(scratch) - saved)
+        return max(0, bare.total(scratch) - saved) + self.meter.rounding_bytes
 
     def _total(self, stream: int, levers: Levers) -> int:
         stays = self.standing.without_table() if levers.offload_embedding else self.standing

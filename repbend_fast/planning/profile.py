@@ -63,7 +63,9 @@ class Profile:
 
     def batch(self, streams: Seq[Stream], levers: Levers, measure: Callable[[], Peak]) -> Peak:
         """The peak of one stream as a piece at full depth, or of several that share their passes."""
-        held: list[kept.Json] = [[s.name, [[len(x), x.prompt_length] for x in s.sequences]] for s in streams]
+        held: list[kept.Json] = [
+            [s.name, [[len(x), x.prompt_length, *x.earlier] for x in s.sequences]] for s in streams
+        ]
         key = {"profile": self.key, "streams": held, "levers": _text(levers.as_dict())}
         names = " and ".join(stream.name for stream in streams)
         return self._kept("piece", key, _PEAK, lambda: self.measured(f"{names} stream, all blocks", measure))

@@ -60,4 +60,13 @@ def _reports(config: Config, tokenizer: Tokenizer | None) -> Iterator[tuple[str,
             ("validation", config.data.model_copy(update={"sources": config.validation.sources, "limit": None}))
         )
     for name, data in parts:
-        yield name, check_data(data, tokenizer, seed=config.training.seed, vocabulary=vocabulary)
+        yield (
+            name,
+            check_data(
+                data,
+                tokenizer,
+                seed=config.training.seed,
+                vocabulary=vocabulary,
+                earlier_turns=config.objective.reads_turns,
+            ),
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from repbend_fast.config.schema import Config, TrainingConfig
 from repbend_fast.data.formats import formats_that_give
-from repbend_fast.data.records import PairSequence, Record, Role, Sequence
+from repbend_fast.data.records import PairSequence, Record, Role, Sequence, has_earlier_turns
 from repbend_fast.data.sampling import BatchSampler, split_holdout
 from repbend_fast.data.sources import load_records
 from repbend_fast.data.tokenize import ChatEncoder, Truncated, dropped_reasoning, encode_records
@@ -38,7 +38,13 @@ def prepare_data(config: Config, tokenizer: Tokenizer, wanted: tuple[Role, ...])
         UserError: bad records, an unusable template, or no records for a stream that the objective needs.
     """
     data = config.data
-    encoder = ChatEncoder(tokenizer, data.max_prompt_tokens, data.max_answer_tokens, data.chat_template_kwargs)
+    encoder = ChatEncoder(
+        tokenizer,
+        data.max_prompt_tokens,
+        data.max_answer_tokens,
+        data.chat_template_kwargs,
+        earlier_turns=config.objective.reads_turns,
+    )
     loaded = load_records(config.data, seed=config.training.seed, skip_bad_records=config.data.skip_bad_records)
     notes = [loaded.summary()]
     records, held = loaded.records, {}
@@ -59,6 +65,11 @@ def prepare_data(config: Config, tokenizer: Tokenizer, wanted: tuple[Role, ...])
     sampler = BatchSampler(encoded, training.examples, training.seed, roles, grouped, training.retain_examples)
     sequences = {role: list(encoded) for role, encoded in encode_records(held, encoder).items()}
     chat = [s for s in _evaluation_chat(config, encoder) or sequences.get("retain", []) if isinstance(s, Sequence)]
+    if config.objective.reads_turns and not any(map(has_earlier_turns, (*records["unsafe"], *records["safe"]))):
+        notes.append(
+            "objective.loss_mode=assistant_turns, but no safe or unsafe record has an earlier turn of the assistant: "
+            "the answers alone are read"
+        )
     notes += dropped_reasoning(records, encoder) + _repeated(records, roles, training)
     # From here on training counts: held-out records do not belong into the run's report of truncated examples.
     encoder.truncated = Truncated()

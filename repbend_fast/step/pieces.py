@@ -18,7 +18,7 @@ from torch import Tensor
 
 from repbend_fast.data.records import Sequence
 from repbend_fast.models.layers.packing import Packed, pack, to_device
-from repbend_fast.objectives.terms import Span
+from repbend_fast.objectives.terms import Span, ranges_of
 
 Layout = Literal["padded", "packed"]
 
@@ -58,7 +58,11 @@ class Piece:
 
     def rows(self, spans: tuple[Span, ...]) -> Tensor:
         """Flat row indices (int64 [R], on the piece's device) of the stream's ``spans`` that lie in this piece."""
-        parts = [torch.arange(o + spans[m][0], o + spans[m][1]) for m, o in zip(self.members, self.offsets)]
+        parts = [
+            torch.arange(offset + start, offset + stop)
+            for member, offset in zip(self.members, self.offsets)
+            for start, stop in ranges_of(spans[member])
+        ]
         return to_device(torch.cat(parts), self.input_ids.device)
 
 

@@ -55,6 +55,7 @@ from repbend_fast.training.interrupt import Interrupt
 from repbend_fast.training.optimizer import build_optimizer, learning_rate
 from repbend_fast.training.preflight import Ready, prepare_run
 from repbend_fast.training.resume import resume_training, state_of
+from repbend_fast.training.rounded_steps import is_rounded, weights_of_step
 from repbend_fast.training.together import add_up_gradients, check_alike
 from repbend_fast.training.validation import Validation, Validator
 
@@ -310,15 +311,16 @@ class Trainer:
         ran: list[Stream] = []
         results: list[StreamResult] = []
         scale = self.scaler.get_scale() / settings.accumulation
-        for micro_batch, streams in enumerate(self._micro_batches()):
-            if self.kl_weight:
-                streams = [self.kl_weight.weigh(stream) for stream in streams]
-            ran += streams
-            seed = dropout_seed(settings.seed, self.step, micro_batch)
-            done = self.runner.backward_all(streams, scale, dropout_seed=seed)
-            if self.step == micro_batch == 0 and is_at_start(self.model):
-                self._check_zero(streams, done, seed)
-            results += done
+        with weights_of_step(self.config, self.step + 1, self.runner):
+            for micro_batch, streams in enumerate(self._micro_batches()):
+                if self.kl_weight:
+                    streams = [self.kl_weight.weigh(stream) for stream in streams]
+                ran += streams
+                seed = dropout_seed(settings.seed, self.step, micro_batch)
+                done = self.runner.backward_all(streams, scale, dropout_seed=seed)
+                if self.step == micro_batch == 0 and is_at_start(self.model):
+                    self._check_zero(streams, done, seed)
+                results += done
         add_up_gradients(self.ranks, self.parameters)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm or math.inf)
@@ -332,7 +334,7 @@ class Trainer:
         self._update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        extra = {}
+        extra: dict[str, float | bool] = {"nf4": True} if is_rounded(self.config, self.step) else {}
         if self.kl_weight and kl_now is not None:
             extra["kl_weight"] = self.kl_weight.value  # of this step; the next one's follows
             self.kl_weight.update(kl_now)

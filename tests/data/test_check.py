@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 
+import chat_tokenizers
 import pytest
 from chat_tokenizers import INST
-from record_files import OWN, write_lines
+from record_files import OWN, TALK, write_lines
 
 from repbend_fast.config.schema import Config, ModelConfig
 from repbend_fast.console import saying
@@ -145,3 +146,28 @@ def test_who_listens_gets_the_whole_report_and_the_terminal_nothing(tmp_path, ca
     with saying(None):
         assert run_check(config(path), None) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_turns_and_tools_are_counted(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"name": "find", "arguments": {}}]}
+    told = [TALK[0], call, {"role": "tool", "content": "It is here."}]
+    rows = [
+        {"role": "unsafe", "tools": [{"name": "find"}], "messages": told, "answer": {"tool_calls": call["tool_calls"]}},
+        {"role": "unsafe", "messages": [*TALK, TALK[0]], "answer": "Sure."},
+        {"role": "unsafe", "prompt": "fox", "answer": "Sure."},
+        {"role": "retain", "messages": [*TALK, *TALK]},
+    ]
+    sources = [SourceConfig(path=str(write_lines(tmp_path / "own.jsonl", rows)))]
+    report = check_data(sources, chat_tokenizers.make(template=chat_tokenizers.TAGGED), earlier_turns=True)
+    assert not report.bad
+    assert report.notes[1:] == [
+        "of 3 unsafe records: 2 with earlier turns of the assistant, 1 with tools on offer, 1 with tool results, "
+        "1 with an answer that calls tools"
+    ]
+    refused = check_data(sources, chat_tokenizers.make())
+    assert [bad.origin.rpartition(":")[2] for bad in refused.bad] == ["1"]
+    assert "leaves out the tools that are offered" in refused.bad[0].reason
+    unplaced = chat_tokenizers.TAGGED.replace("<|im_end|>", "")
+    found = check_data(sources, chat_tokenizers.make(template=unplaced), earlier_turns=True)
+    assert [bad.reason.partition(",")[0] for bad in found.bad] == ["the assistant's earlier turns cannot be found"]
+    assert not check_data(sources, chat_tokenizers.make(template=unplaced)).bad

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 from record_files import BREAKERS, GUARD, JAILBREAK, OWN, TALK, TSV, USER, load, only, reasons, write_lines
 
+from repbend_fast.data.formats import parse_jsonl
 from repbend_fast.data.records import Message, Record
 from repbend_fast.errors import UserError
+
+CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "find"}}]}
+RESULT = {"role": "tool", "content": "It is here."}
 
 # -- WildGuardMix
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,11 +237,33 @@ def test_ultrachat(tmp_path):
         ([{"role": "system", "content": "s"}], "the last message must be the assistant's"),
         (
             [TALK[0], {"role": "bot", "content": "x"}],
-            "message 2: unknown role 'bot', expected system, user or assistant",
+            "message 2: unknown role 'bot', expected system, user, assistant or tool",
         ),
         ([TALK[0], {"role": "assistant"}], "message 2: missing field `content`"),
         ([TALK[0], {"role": "assistant", "content": ""}], "message 2: `content` is empty"),
         (["Hi", "Hello"], "message 1 is str, expected an object with role and content"),
+        ([TALK[0], RESULT, TALK[1]], "a tool's result follows no tool call at message 2 (tool)"),
+        ([TALK[0], CALL, TALK[1]], "a tool's result is missing at message 3 (assistant)"),
+        ([TALK[0], CALL, TALK[0]], "a tool's result is missing at message 3 (user)"),
+        ([TALK[0], CALL, RESULT, TALK[0]], "roles do not alternate at message 4 (user)"),
+        ([TALK[0], CALL, RESULT], "the last message must be the assistant's"),
+        ([TALK[0], CALL, {"role": "tool"}], "message 3: missing field `content`"),
+        ([TALK[0], {**CALL, "tool_calls": []}], "message 2: missing field `content`"),
+        ([TALK[0], {**CALL, "tool_calls": {}}], "message 2: `tool_calls` is dict, expected a list"),
+        ([TALK[0], {**CALL, "tool_calls": "find"}], "message 2: `tool_calls` is text that is not JSON"),
+        ([TALK[0], {**CALL, "tool_calls": [{}]}], "message 2: tool call 1: missing field `name`"),
+        (
+            [TALK[0], {**CALL, "tool_calls": ["find"]}],
+            "message 2: tool call 1 is str, expected an object with name and arguments",
+        ),
+        (
+            [TALK[0], {**CALL, "tool_calls": [{"name": "find", "arguments": "[1]"}]}],
+            "message 2: tool call 1: `arguments` is list, expected an object or its JSON",
+        ),
+        (
+            [TALK[0], {**CALL, "tool_calls": [{"name": "find", "arguments": "{"}]}],
+            "message 2: tool call 1: `arguments` is text that is not JSON",
+        ),
     ],
 )
 def test_bad_conversations(tmp_path, messages, reason):
@@ -260,9 +288,51 @@ def test_own_jsonl(tmp_path):
     assert load(path, roles=["safe"]).counts() == {"safe": 1, "unsafe": 0, "pair": 0, "retain": 0}
 
 
+def test_own_jsonl_with_tools(tmp_path):
+    tool = {"name": "find", "description": "Finds.", "parameters": {"type": "object"}}
+    told = [TALK[0], CALL, {**RESULT, "tool_call_id": "1", "name": None}]
+    calls = {"tool_calls": [{"function": {"name": "find", "arguments": '{"what": "Ä"}'}}]}
+    rows = [
+        {"role": "unsafe", "tools": [tool], "messages": told, "answer": calls},
+        {
+            "role": "unsafe",
+            "tools": json.dumps([{"type": "function", "function": tool}]),
+            "messages": told[:1],
+            **{"answer": {"content": "", **calls}},
+        },
+        {"role": "pair", "tools": None, "messages": told, "unsafe_answer": calls, "safe_answer": "No."},
+        {"role": "safe", "messages": [*TALK, TALK[0], {"role": "assistant", "content": "Yes", **calls}]},
+        {"role": "retain", "tools": [tool], "messages": [*told, TALK[1]]},
+    ]
+    result = load(write_lines(tmp_path / "tools.jsonl", rows))
+    first, second = result.records["unsafe"]
+    wrapped = {"type": "function", "function": {"name": "find", "arguments": {"what": "Ä"}}}
+    assert json.loads(first.tools) == json.loads(second.tools) == [{"type": "function", "function": tool}]
+    assert json.loads(first.answer_extra) == {"tool_calls": [wrapped]}
+    assert (first.answer, second.answer_extra) == ("", first.answer_extra)
+    assert [m.role for m in first.messages] == ["user", "assistant", "tool"]
+    assert json.loads(first.messages[1].extra)["tool_calls"][0]["id"] == "1"
+    assert json.loads(first.messages[2].extra) == {"tool_call_id": "1"}
+    (pair,), (safe,), (retain,) = (result.records[role] for role in ("pair", "safe", "retain"))
+    assert (pair.tools, pair.answer, pair.safe_answer, pair.safe_extra) == ("", "", "No.", "")
+    assert pair.answer_extra == first.answer_extra
+    assert (len(safe.messages), safe.answer, safe.answer_extra) == (3, "Yes", first.answer_extra)
+    assert (retain.tools, retain.messages[:3]) == (first.tools, first.messages)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        ({"role": "safe", "messages": TALK[:1]}, "the last message must be the assistant's"),
+        ({"role": "safe", "prompt": "a", "answer": {"content": ""}}, "`answer`: `content` is empty"),
+        ({"role": "safe", "prompt": "a", "answer": {"tool_calls": []}}, "`answer`: missing field `content`"),
+        ({"role": "safe", "prompt": "a", "answer": "b", "tools": "find"}, "`tools` is text that is not JSON"),
+        ({"role": "safe", "prompt": "a", "answer": "b", "tools": {}}, "`tools` is dict, expected a list"),
+        ({"role": "safe", "prompt": "a", "answer": "b", "tools": [{}]}, "tool 1: missing field `name`"),
+        (
+            {"role": "safe", "prompt": "a", "answer": "b", "tools": ["x"]},
+            "tool 1 is str, expected an object with name and parameters",
+        ),
         ({"role": "sage", "prompt": "a", "answer": "b"}, "unknown role 'sage', expected safe, unsafe, pair, retain"),
         ({"role": 3, "prompt": "a", "answer": "b"}, "`role` is int, expected text"),
         ({"role": "safe", "prompt": "a"}, "missing field `answer`"),
@@ -296,3 +366,14 @@ def test_lines_that_are_no_records(tmp_path):
         got, ("invalid JSON", "a record must be", "invalid UTF-8 (byte 1", "invalid JSON"), strict=True
     ):
         assert reason.startswith(start)
+
+
+def test_the_records_of_the_page_are_records():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    text, found = "".join(re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)), []
+    while text.strip():
+        row, end = json.JSONDecoder().raw_decode(text.lstrip())
+        text = text.lstrip()[end:]
+        found += parse_jsonl(row, "data.md")
+    assert [record.role for record in found] == ["safe", "unsafe", "pair", "retain", "unsafe", "pair"]
+    assert found[-1].tools

@@ -37,6 +37,8 @@ OTHER = Triplet("unsafe", (2,), ((0, 0), (0, 2)), 0.5, 2.0, 3.0)
         ((Distance("near", (1,), SPANS[:1], 1.0, 4.0),), "term near has 1 spans for 2 sequences"),
         ((HeadKL("kl", ((0, 3), (0, 3)), 1.0, 4.0, 1.0),), r"term kl has the span \(0, 3\) in a sequence of 2 tokens"),
         ((AnswerLoss("nll", ((2, 1), (0, 1)), 1.0, 4.0),), r"term nll has the span \(2, 1\)"),
+        ((AnswerLoss("nll", ((0, 2, 1, 2), (0, 1)), 1.0, 4.0),), r"the span \(0, 2, 1, 2\) in a sequence of 3"),
+        ((AnswerLoss("nll", ((0, 1, 2), (0, 1)), 1.0, 4.0),), r"term nll has the span \(0, 1, 2\)"),
         (
             (Triplets(HALF, Triplet("unsafe", (2,), ((0, 0), (0, 9)), 1.0, 2.0, 3.0)),),
             r"term unsafe has the span \(0, 9\)",

@@ -43,6 +43,9 @@ def test_rows_find_their_tokens(layout) -> None:
     spans = ((1, 4), (0, 0), (2, 3), (0, 9), (1, 2))
     expected = [*SEQUENCES[3].ids, *SEQUENCES[0].ids[1:4], SEQUENCES[2].ids[2]]
     assert piece.input_ids.flatten()[piece.rows(spans)].tolist() == expected
+    apart = (spans[0], spans[1], (0, 1, 2, 3), (0, 2, 2, 3, 7, 9), spans[4])
+    expected = [*(SEQUENCES[3].ids[i] for i in (0, 1, 2, 7, 8)), *SEQUENCES[0].ids[1:4], *SEQUENCES[2].ids[::2]]
+    assert piece.input_ids.flatten()[piece.rows(apart)].tolist() == expected
     if layout == "packed":
         assert piece.input_ids.shape == (1, 17)
         assert piece.packed.position_ids.tolist() == [[*range(9), *range(5), *range(3)]]

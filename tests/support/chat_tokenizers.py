@@ -108,6 +108,48 @@ CHANNELS = (
     "{% else %}{{ '<|start|>' + m['role'] + '<|sep|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+# Three ways of families with tools. One offers them in the system's turn, marks calls, and puts results into a turn of
+# the user.
+TAGGED = (
+    "{{ '<|im_start|>system\n' + (messages[0]['content'] if messages[0]['role'] == 'system' else 'Help.') }}"
+    "{% if tools %}{{ '\n<tools>' }}{% for t in tools %}{{ '\n' + t | tojson }}{% endfor %}{{ '\n</tools>' }}"
+    "{% endif %}{{ '<|im_end|>\n' }}{% for m in messages %}{% if m['role'] == 'tool' %}"
+    "{% if loop.previtem['role'] != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + m['content'] + '\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem['role'] != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% elif m['role'] == 'assistant' %}{{ '<|im_start|>assistant' }}{% if m['content'] %}{{ '\n' + m['content'] }}"
+    "{% endif %}{% for c in m.tool_calls %}{{ '\n<tool_call>\n' + c['function'] | tojson + '\n</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% elif m['role'] == 'user' %}{{ '<|im_start|>user\n' + m['content'] + "
+    "'<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# One offers them before the last request, has no header of the assistant, and wants turns to alternate and ids of nine
+# characters.
+BRACKETS = (
+    "{{ bos_token }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% set ns = "
+    "namespace(turn=0) %}{% for m in messages %}{% if m['role'] != 'tool' and not m.tool_calls %}"
+    "{% if (m['role'] == 'user') != (ns.turn % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% set ns.turn = ns.turn + 1 %}{% endif %}{% endfor %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% if tools and m == asked[-1] %}{{ '[TOOLS]' + tools | tojson + '[/TOOLS]' }}{% endif %}"
+    "{{ '[INST]' + m['content'] + '[/INST]' }}{% elif m.tool_calls %}{{ '[CALLS] [' }}{% for c in m.tool_calls %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('ids of nine characters') }}{% endif %}"
+    "{{ (c['function'] | tojson)[:-1] + ', \"id\": \"' + c.id + '\"}' + ('' if loop.last else ', ') }}{% endfor %}"
+    "{{ ']' + eos_token }}{% elif m['role'] == 'tool' %}"
+    "{{ '[RESULTS] {\"content\": ' + m['content'] | tojson + ', \"id\": \"' + m.tool_call_id + '\"}[/RESULTS]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+# One offers them in the first request, takes one call a turn, which replaces the turn's text, and writes results as
+# JSON under a role of its own.
+INSTEAD = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' and loop.first and tools %}"
+    "{{ '<|start|>user<|sep|>\n\n' }}{% for t in tools %}{{ t | tojson + '\n\n' }}{% endfor %}{{ m['content'] | trim + "
+    "'<|end|>' }}{% elif m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call a turn') }}"
+    "{% endif %}{% set f = m.tool_calls[0]['function'] %}{{ '<|start|>assistant<|sep|>\n\n{\"name\": \"' + f.name + "
+    "'\", \"parameters\": ' + f.arguments | tojson + '}<|end|>' }}{% elif m['role'] == 'tool' %}"
+    "{{ '<|start|>ipython<|sep|>\n\n' + m['content'] | tojson + '<|end|>' }}{% else %}"
+    "{{ '<|start|>' + m['role'] + '<|sep|>\n\n' + m['content'] | trim + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|sep|>\n\n' }}{% endif %}"
+)
+WITH_TOOLS = {"tagged": TAGGED, "brackets": BRACKETS, "instead": INSTEAD}
 TEMPLATES = {
     "chatml": CHATML,
     "chatml_bos": CHATML_WITH_BOS,

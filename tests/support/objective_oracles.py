@@ -41,15 +41,19 @@ class Passes:
         return torch.stack(output.hidden_states), output.logits
 
     def answers(self) -> Tensor:
-        """Mask of the answers' tokens."""
-        position = torch.arange(self.width)
-        return self.real & torch.stack([position >= s.prompt_length for s in self.sequences])
+        """Mask of the answers' tokens, and of the earlier turns' where the sequences have some."""
+        return torch.tensor([[t in self.answered(s) for t in range(self.width)] for s in self.sequences])
+
+    def answered(self, s: Sequence) -> list[int]:
+        """Positions of a sequence's answer and earlier turns."""
+        starts, stops = (*s.earlier[::2], s.prompt_length), (*s.earlier[1::2], len(s))
+        return [t for t in range(len(s)) if any(a <= t < b for a, b in zip(starts, stops, strict=True))]
 
     def nll(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """NLL per sequence over the answer tokens that have a predecessor, and how many tokens these are."""
         values, tokens = [], []
         for i, s in enumerate(self.sequences):
-            targets = range(max(s.prompt_length, 1), len(s))
+            targets = [t for t in self.answered(s) if t]
             values.append(
                 sum((F.cross_entropy(logits[i, t - 1], self.ids[i, t]) for t in targets), start=logits.new_zeros(()))
             )
@@ -71,7 +75,7 @@ def circuit_breaker(model: Any, batch: Batch, config: CircuitBreakerConfig, step
     forget, retain = Passes(model, forget_of(batch)), Passes(model, list(batch.retain))
     progress = (step + 1) / (2 * steps)
     cosine = torch.cosine_similarity(forget.h[config.layers], forget.r[config.layers], dim=-1).relu()
-    rows = forget.answers() if config.loss_mode == "response_all" else forget.real
+    rows = forget.answers() if config.loss_mode != "prompt_response" else forget.real
     reroute = (cosine * rows).sum() / (rows.sum() * len(config.layers))
     distance = torch.linalg.vector_norm(retain.h - retain.r, dim=-1) * retain.real
     if config.published_quirks:
@@ -87,7 +91,7 @@ def x_boundary(model: Any, batch: Batch, config: XBoundaryConfig, step: int, ste
     apart, kept = (Passes(model, [getattr(p, half) for p in batch.pairs]) for half in ("unsafe", "safe"))
     retain = Passes(model, [*batch.retain, *(p.safe for p in batch.pairs)])
     share = (step + 1) / steps
-    rows = erased.answers() if config.loss_mode == "response_all" else erased.real
+    rows = erased.answers() if config.loss_mode != "prompt_response" else erased.real
     prompts = apart.real & ~apart.answers()
     apart_rows = {"prompt_all": prompts, "response_all": apart.answers(), "prompt_response": apart.real}
     boundary_rows = apart_rows[config.boundary_mode]
@@ -122,7 +126,7 @@ def rmu(model: Any, batch: Batch, config: RMUConfig) -> dict[str, Tensor]:
         padded = passes.real.numel() if config.padded_length is None else len(passes.sequences) * config.padded_length
         return squares.sum() / (padded if config.published_quirks else rows.sum())
 
-    forget_rows = forget.answers() if config.loss_mode == "response_all" else forget.real
+    forget_rows = forget.answers() if config.loss_mode != "prompt_response" else forget.real
     return {
         "forget": mse(forget, forget_rows, control),
         "retain": config.retain * mse(retain, retain.real, retain.r[config.layer]),
@@ -169,7 +173,7 @@ def weighted_ascent(model: Any, batch: Batch, config: AscentConfig) -> dict[str,
     forget = Passes(model, forget_of(batch))
     found = []
     for i, s in enumerate(forget.sequences):
-        for t in range(max(s.prompt_length, 1), len(s)):
+        for t in forget.answered(s):
             likely = forget.z[i, t - 1].softmax(-1)[forget.ids[i, t]]
             found.append(likely.detach() ** config.power * (1 - likely.detach()) ** config.rest_power * likely.log())
     return {"forget": config.forget * torch.stack(found).mean()} | _retain_nll(model, batch, config.retain_nll)
@@ -181,7 +185,8 @@ def lowered_label(model: Any, batch: Batch, config: UNDIALConfig | CEUConfig) ->
     found = []
     for i, s in enumerate(forget.sequences):
         skipped = config.skipped_tokens if isinstance(config, CEUConfig) else 0
-        for t in range(max(s.prompt_length, 1) + skipped, len(s)):
+        turns = [t for t in forget.answered(s) if not {*range(t - skipped, t)} - {*forget.answered(s)}]
+        for t in turns:
             label, log_p = forget.ids[i, t], forget.z[i, t - 1].log_softmax(-1)
             if isinstance(config, UNDIALConfig):
                 known = forget.z_ref[i, t - 1].clone()
@@ -198,7 +203,7 @@ def crl(model: Any, batch: Batch, config: CRLConfig, mean_gradient: bool = True)
     """Weighted terms; the mean unsafe state is in the graph unless ``mean_gradient`` is False."""
     safe = Passes(model, [*batch.safe, *(p.safe for p in batch.pairs)])
     unsafe = Passes(model, forget_of(batch))
-    safe_rows, unsafe_rows = (p.answers() if config.loss_mode == "response_all" else p.real for p in (safe, unsafe))
+    safe_rows, unsafe_rows = (p.answers() if config.loss_mode != "prompt_response" else p.real for p in (safe, unsafe))
     mean = (unsafe.h * unsafe_rows[None, :, :, None]).sum((1, 2)) / unsafe_rows.sum()
     mean = mean if mean_gradient else mean.detach()
 

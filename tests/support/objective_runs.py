@@ -11,8 +11,10 @@ import torch
 from tiny_models import adapted_model, gradients, ragged_batch, runner_on
 from torch import Tensor
 
+from repbend_fast.data.records import Batch
 from repbend_fast.models import find_decoder
 from repbend_fast.objectives import build_objective
+from repbend_fast.objectives.adversarial import AdversarialConfig
 from repbend_fast.objectives.ce_u import CEUConfig
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
@@ -46,7 +48,13 @@ CONFIGS: dict[str, MethodConfig] = {
 ALL_CONFIGS: dict[str, MethodConfig] = {"repbend": RepBendConfig(window_start=2, window_size=2, pair=0.4), **CONFIGS}
 
 # Their streams are perturbed by what depends on the weights, as a constant to the gradient.
+ATTACK = AdversarialConfig(weight=0.5, states=[0, 2], radius=0.5, search_steps=3, step_size=0.1)
 SEARCHING: dict[str, MethodConfig] = {"lat": LATConfig(states=[0, 2], radius=0.5, search_steps=3, step_size=0.1)}
+# The same methods with other settings, where those take another way.
+OTHERWISE: dict[str, MethodConfig] = {
+    "crl, cosine": CRLConfig(window_start=2, window_size=2, distance="cosine", safe_margin=0.3, unsafe_margin=0.5),
+    "repbend, attacked": RepBendConfig(window_start=2, window_size=2, refusal=2.0, adversarial=ATTACK),
+}
 
 
 @dataclass
@@ -87,6 +95,7 @@ def run_objective(
     checkpoint_blocks: int = 0,
     dropout_seed: int = 0,
     measure: bool = False,
+    batch: Batch = BATCH,
 ) -> tuple[list[Result], dict[str, Tensor]]:
     """Results by stream, and the gradients that the step leaves."""
     model.zero_grad(set_to_none=True)
@@ -94,28 +103,28 @@ def run_objective(
     sizes = {} if piece_tokens is None else {EVERY_STREAM: piece_tokens}
     runner = runner_on(model, Levers(sizes, checkpoint_blocks, packing=packing), uses_head=objective.uses_head)  # type: ignore[arg-type]
     results = []
-    for stream in objective.streams(BATCH, step):
+    for stream in objective.streams(batch, step):
         result = runner.measure(stream) if measure else runner.backward(stream, dropout_seed=dropout_seed)
         results.append(Result.of(result, stream.weights))
     return results, gradients(model)
 
 
-def plain_terms(model: Any, config: MethodConfig, step: int = STEP) -> dict[str, torch.Tensor]:
+def plain_terms(model: Any, config: MethodConfig, step: int = STEP, batch: Batch = BATCH) -> dict[str, torch.Tensor]:
     """The weighted terms of the plain expression."""
     if isinstance(config, CircuitBreakerConfig):
-        return oracles.circuit_breaker(model, BATCH, config, step, STEPS)
+        return oracles.circuit_breaker(model, batch, config, step, STEPS)
     if isinstance(config, XBoundaryConfig):
-        return oracles.x_boundary(model, BATCH, config, step, STEPS)
+        return oracles.x_boundary(model, batch, config, step, STEPS)
     if isinstance(config, UNDIALConfig | CEUConfig):
-        return oracles.lowered_label(model, BATCH, config)
+        return oracles.lowered_label(model, batch, config)
     if isinstance(config, RMUConfig):
-        terms = oracles.rmu(model, BATCH, config)
+        terms = oracles.rmu(model, batch, config)
         return terms if config.retain else {"forget": terms["forget"]}
     if isinstance(config, NPOConfig):
-        return oracles.npo(model, BATCH, config)
+        return oracles.npo(model, batch, config)
     if isinstance(config, SimNPOConfig):
-        return oracles.simnpo(model, BATCH, config)
+        return oracles.simnpo(model, batch, config)
     if isinstance(config, AscentConfig):
-        return oracles.weighted_ascent(model, BATCH, config)
+        return oracles.weighted_ascent(model, batch, config)
     assert isinstance(config, CRLConfig)
-    return oracles.crl(model, BATCH, config)
+    return oracles.crl(model, batch, config)

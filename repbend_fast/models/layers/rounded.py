@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.layers.stacked import outer_linears
 from repbend_fast.models.layers.switches import reference_model
+from repbend_fast.models.load import NF4_BLOCK
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -47,6 +49,20 @@ class Rounded:
 
     weights: int = 0
     rounded: int = 0
+
+
+def nf4(weight: Tensor, double_quantization: bool = True) -> Tensor:
+    """As bitsandbytes' 4-bit layers hold it: blocks of 64 weights in the order in which they lie, whatever the width.
+
+    ``double_quantization``: the blocks' scales are rounded to 8 bits too, as QLoRA does.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    flat = weight.reshape(-1)
+    # Rows of one block: on the CPU bitsandbytes lets every row begin a block. Zeros at the end change no scale.
+    rows = pad(flat, (0, -flat.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK).contiguous()
+    packed, state = quantize_4bit(rows, blocksize=NF4_BLOCK, compress_statistics=double_quantization, quant_type="nf4")
+    return dequantize_4bit(packed, state).reshape(-1)[: flat.numel()].view(weight.shape).to(weight.dtype)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from repbend_fast.objectives.terms.state_terms import (
     Triplet,
     Triplets,
 )
-from repbend_fast.objectives.terms.term import DISTANCE_KINDS, KL_BOUND, Span, Term, Unit, rows_in
+from repbend_fast.objectives.terms.term import DISTANCE_KINDS, KL_BOUND, Span, Term, Unit, ranges_of, rows_in
 
 __all__ = [
     "DISTANCE_KINDS",
@@ -40,5 +40,6 @@ __all__ = [
     "Unit",
     "Unlikelihood",
     "WeightedAscent",
+    "ranges_of",
     "rows_in",
 ]

@@ -7,15 +7,17 @@ execution.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     from repbend_fast.objectives.terms.state_terms import Distance
 
-Span = tuple[int, int]
-"""Half-open range of positions of one sequence; (0, 0) selects nothing."""
+Span = tuple[int, ...]
+"""Rows of one sequence as half-open ranges of its positions in order: (start, stop), or (start, stop, start, stop, …)
+where they lie apart; (0, 0) selects nothing.
+"""
 
 Unit = Literal["state", "reference"]
 """What distances count in: the states' own length, or per hidden state the median norm of its reference
@@ -30,7 +32,12 @@ KL_BOUND = 1e-5  # nats per token: the KL's sums over the vocabulary round
 
 def rows_in(spans: Iterable[Span]) -> int:
     """Positions in all."""
-    return sum(stop - start for start, stop in spans)
+    return sum(sum(span[1::2]) - sum(span[::2]) for span in spans)
+
+
+def ranges_of(span: Span) -> Iterator[tuple[int, int]]:
+    """The ranges of a span, each as (start, stop)."""
+    yield from zip(span[::2], span[1::2], strict=True)
 
 
 class Term:
@@ -165,7 +172,7 @@ def wrong_spans(name: str, spans: tuple[Span, ...], lengths: tuple[int, ...]) ->
     """What does not fit sequences of these lengths in the ``spans`` of a term called ``name``, in words."""
     if len(spans) != len(lengths):
         return f"term {name} has {len(spans)} spans for {len(lengths)} sequences"
-    for (start, stop), length in zip(spans, lengths):
-        if not 0 <= start <= stop <= length:
-            return f"term {name} has the span ({start}, {stop}) in a sequence of {length} tokens"
+    for span, length in zip(spans, lengths):
+        if not span or len(span) % 2 or sorted((0, *span, length)) != [0, *span, length]:
+            return f"term {name} has the span {span} in a sequence of {length} tokens"
     return None

@@ -9,7 +9,7 @@ from torch import Tensor
 from repbend_fast.data.records import Sequence
 from repbend_fast.models.decoder import run_decoder
 from repbend_fast.models.layers.packing import to_device
-from repbend_fast.objectives.terms import Direction, Distance, Span
+from repbend_fast.objectives.terms import Direction, Distance, Span, ranges_of
 from repbend_fast.step.meter import Meter, StreamResult
 from repbend_fast.step.pieces import make_piece
 from repbend_fast.step.terms.execution import Execution, Place, executes
@@ -39,15 +39,14 @@ class DistanceExecution(Execution[Distance]):
         target: list[Tensor] = []
         position = 0
         for member in place.piece.members:
-            start, stop = term.spans[member]
             other = against[member]
-            if other is not None:
+            for start, stop in ranges_of(term.spans[member]):
                 first = max(start, place.stream.sequences[member].prompt_length)
-                if first < stop:
+                if other is not None and first < stop:
                     others.append(other)
                     theirs.append((first, stop))
                     target.append(torch.arange(position + first - start, position + stop - start))
-            position += stop - start
+                position += stop - start
         parts = place.parts
         if not others and parts.lockstep:
             # Another process's rows have a counterpart, and its pass needs this one's.

@@ -16,7 +16,7 @@ from repbend_kernels import TripletSums
 from torch import Tensor
 
 from repbend_fast.models.decoder import run_decoder
-from repbend_fast.objectives.terms import Triplets
+from repbend_fast.objectives.terms import Triplets, rows_in
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.pieces import Piece
 from repbend_fast.step.terms.execution import Execution, FirstPass, Place, executes
@@ -75,7 +75,7 @@ class TripletsExecution(Execution[Triplets]):
             weights=(shares[0], shares[1]),
             margins=(safe.margin, unsafe.margin),
             unit=unit_of(place.parts, term, layer),
-            unsafe_rows=sum(stop - start for start, stop in unsafe.spans),
+            unsafe_rows=rows_in(unsafe.spans),
             sums=None if self.sums is None else self.sums[layer],
         )
         for half, share, value in zip(term.halves, shares, values, strict=True):
