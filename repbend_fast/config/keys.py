@@ -75,6 +75,7 @@ class Place:
         return any(get_origin(arm) is dict and get_args(arm)[1] is Any for arm in arms(self.annotation))
 
 
+@cache
 def arms(annotation: object) -> tuple[object, ...]:
     """The alternatives of a type, without their ``Annotated`` wrapping."""
     if get_origin(annotation) is Annotated:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from repbend_fast.errors import one_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -64,15 +68,27 @@ class NotPlainError(Exception):
     """An adapter that is more than low-rank products of linear layers; the text says what it has."""
 
 
+@contextmanager
+def _reading() -> Iterator[None]:
+    """PEFT takes settings as they are: any of them may be what arithmetic or a file cannot take."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
+        raise NotPlainError(f"it cannot be read: {one_line(error)}") from error
+
+
 class LowRanks:
     """The low-rank products in a PEFT folder, by the layer's name in the model; read when they are asked for.
 
     Raises:
-        NotPlainError: an adapter of another kind, or with anything besides.
-        OSError, ValueError: it cannot be read.
+        NotPlainError: an adapter of another kind, with anything besides, or one that cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
+        with _reading():
+            self._open(folder)
+
+    def _open(self, folder: Path) -> None:
         from peft import LoraConfig, PeftConfig
 
         settings = PeftConfig.from_pretrained(str(folder))
@@ -93,9 +109,12 @@ class LowRanks:
             raise NotPlainError(f"it has {min(products ^ self.keys)}")
 
     def __getitem__(self, layer: str) -> LowRank:
-        with safe_open(self._path, framework="pt") as file:
-            a, b = (file.get_tensor(f"{_PREFIX}{layer}.lora_{side}.weight") for side in "AB")
-        return LowRank(a, b, _scale(self._settings, layer, a.shape[0]))
+        with _reading():
+            with safe_open(self._path, framework="pt") as file:
+                a, b = (file.get_tensor(f"{_PREFIX}{layer}.lora_{side}.weight") for side in "AB")
+            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+                raise NotPlainError(f"{layer} has no product of {tuple(b.shape)} and {tuple(a.shape)}")
+            return LowRank(a, b, _scale(self._settings, layer, a.shape[0]))
 
 
 def _more_than_products(settings: LoraConfig) -> str | None:
