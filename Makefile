@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo compare test test-faults test-models models fuzz lint bench docs mutants wheels clean
+.PHONY: install demo compare test test-faults test-models models fuzz lint bench docs mutants wheels test-wheels clean
 
 install: $(STAMP)
 
@@ -69,6 +69,10 @@ mutants: $(STAMP)
 # Both distributions, to be installed elsewhere: pip install dist/*.whl
 wheels: $(STAMP)
 	REPBEND_RELEASE=1 $(BIN)/python -m pip wheel --quiet --no-deps -w dist ./kernels .
+
+# The wheels in an environment of their own, away from the clone: nothing missing, help at once, a step of the demo.
+test-wheels: wheels
+	.ci/wheels $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

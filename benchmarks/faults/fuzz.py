@@ -2,8 +2,8 @@
 
 A case is drawn from its seed alone, so that a number is enough to have it again. What fails is kept in ``corpus/`` as
 it is, and is the first thing that is run from then on. A fault is anything but ``UserError``: another error, a case
-that takes longer than ``LONGEST`` seconds, rows that are dropped without a word, a file opened for writing outside of
-the case's own folder.
+that computes for longer than ``LONGEST`` seconds or waits for longer than ``WAITED``, rows that are dropped without a
+word, a file opened for writing outside of the case's own folder.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from repbend_fast.errors import UserError
 CORPUS = Path(__file__).parent / "corpus"
 RECORD = Path(__file__).parents[1] / "results" / "fuzz.json"
 LONGEST = 10.0
+"""Processor time, which other work on the machine does not lengthen."""
+WAITED = 600.0
 IMPORTED = ("repbend_fast.verify.parity", "repbend_fast.exports.low_rank", "repbend_fast.evaluation.judges.endpoint")
 """Before the first case, whose time would be theirs."""
 MOST_FAULTS = 5
@@ -54,7 +56,7 @@ class Count:
 
 
 class TooLong(Exception):
-    """A case took longer than ``LONGEST``."""
+    """A case took longer than ``LONGEST`` or ``WAITED``."""
 
 
 @dataclass
@@ -80,7 +82,14 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _alarm(number: int, frame: FrameType | None) -> None:
-    raise TooLong(f"more than {LONGEST:g} s")
+    computed = number == signal.SIGPROF
+    raise TooLong(f"{'computes' if computed else 'waits'} for more than {LONGEST if computed else WAITED:g} s")
+
+
+def _limit(computed: float, waited: float) -> None:
+    """0 = none."""
+    signal.setitimer(signal.ITIMER_PROF, computed)
+    signal.setitimer(signal.ITIMER_REAL, waited)
 
 
 @contextlib.contextmanager
@@ -89,14 +98,15 @@ def watched() -> Iterator[None]:
     if not getattr(watched, "hooked", False):
         sys.addaudithook(_audit)
         watched.hooked = True  # type: ignore[attr-defined]
-    before = signal.signal(signal.SIGALRM, _alarm)
+    before = {number: signal.signal(number, _alarm) for number in (signal.SIGALRM, signal.SIGPROF)}
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), saying(None):
             warnings.simplefilter("ignore")
             yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        _limit(0, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_case(name: str, files: Files, folder: Path) -> bool:
@@ -109,7 +119,7 @@ def run_case(name: str, files: Files, folder: Path) -> bool:
     for file, data in files.items():
         (folder / file).write_bytes(data)
     _watch.inside, _watch.elsewhere = folder, None
-    signal.setitimer(signal.ITIMER_REAL, LONGEST)
+    _limit(LONGEST, WAITED)
     try:
         TARGETS[name].run(folder, files)
     except UserError as error:
@@ -117,7 +127,7 @@ def run_case(name: str, files: Files, folder: Path) -> bool:
             raise ValueError("an error without a word") from error
         return False
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _limit(0, 0)
         _watch.inside = None
         if _watch.elsewhere is not None:
             raise ValueError(f"written outside of its folder: {_watch.elsewhere}")
@@ -200,7 +210,9 @@ def main() -> int:
             print(name, found[name], flush=True)
     if not bad:
         before = json.loads(RECORD.read_text(encoding="utf-8"))["parsers"] if arguments.only and RECORD.exists() else {}
-        record = {**environment(), "first_case": arguments.first, "parsers": before | found}
+        parsers = before | found
+        whole = {name: parsers[name] for name in TARGETS if name in parsers}
+        record = {**environment(), "first_case": arguments.first, "parsers": whole}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return int(bad)
 

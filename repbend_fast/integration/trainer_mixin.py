@@ -28,8 +28,9 @@ from repbend_fast.models import find_decoder, load_tokenizer
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.layers.switches import evaluation_mode
 from repbend_fast.objectives import build_objective, roles_of
+from repbend_fast.objectives.sections import KLLimitConfig
 from repbend_fast.runs.prepare import prepare_data
-from repbend_fast.step import StreamResult, checked_runner, dropout_seed
+from repbend_fast.step import checked_runner, dropout_seed
 from repbend_fast.step.levers import levers_of
 from repbend_fast.step.units import measure_units
 from repbend_fast.step.zero_start import check_zero, is_at_start
@@ -67,10 +68,12 @@ class BendingMixin(_Loop):
             and accumulation are the loop's.
 
     Raises:
-        UserError: from ``train``; a model without a PEFT adapter, or a loop that divides the adapter among processes.
+        UserError: a recipe that only the trainer's own loop can follow; from ``train``, a model without a PEFT adapter,
+            or a loop that divides the adapter among processes.
     """
 
     def __init__(self, *arguments: object, bending: Config, **named: object) -> None:
+        _check_recipe(bending)
         super().__init__(*arguments, **named)
         self.bending = bending
         self._bender: Bender | None = None
@@ -117,6 +120,20 @@ class BendingMixin(_Loop):
         return bender
 
 
+def _check_recipe(config: Config) -> None:
+    """What would otherwise be left out without a word."""
+    objective = config.objective
+    if isinstance(objective, KLLimitConfig) and objective.kl_limit is not None:
+        raise UserError(
+            f"objective.kl_limit={objective.kl_limit:g}: a weight that moves with the KL is kept by repbend-fast train "
+            "alone; set it to null here, and the weight by hand"
+        )
+    if config.training.normalize == "step":
+        raise UserError(
+            "training.normalize=step: the micro-batches of this loop come one at a time; set it to micro_batch here"
+        )
+
+
 class Bender:
     """The bending part of somebody else's loop on ``model``, which is prepared for it until ``close``.
 
@@ -155,14 +172,13 @@ class Bender:
     def backward(self, step: int, scale: float) -> Tensor:
         """Add ``scale`` × the gradient of the next micro-batch to the adapter. Returns its loss, detached."""
         batch, seed = self._next(), dropout_seed(self.seed, self._drawn, self.turn)
-        results: list[StreamResult] = []
         # A model's own dropout, on in the loop's mode, would make the adapted pass differ from the reference.
         with evaluation_mode(self.runner.model):
-            for stream in self.objective.streams(batch, step):
-                result = self.runner.backward(stream, scale, dropout_seed=seed)
-                if not self._checked:
-                    check_zero(stream, result)
-                results.append(result)
+            streams = list(self.objective.streams(batch, step))
+            results = self.runner.backward_all(streams, scale, dropout_seed=seed)
+        for stream, result in zip(streams, results):
+            if not self._checked:
+                check_zero(stream, result)
         self._checked = True
         for result in results:
             for name, value in result.terms.items():

@@ -55,10 +55,16 @@ def hang(folder: Path, files: Files) -> None:
     time.sleep(5)
 
 
-@pytest.mark.parametrize("fault", [crash, write_elsewhere, hang])
+def compute(folder: Path, files: Files) -> None:
+    end = time.process_time() + 5
+    while time.process_time() < end:
+        pass
+
+
+@pytest.mark.parametrize("fault", [crash, write_elsewhere, hang, compute])
 def test_faults_are_found_and_kept(fault: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "CORPUS", tmp_path / "corpus")
-    monkeypatch.setattr(fuzz, "LONGEST", 0.05)
+    monkeypatch.setattr(fuzz, "LONGEST" if fault is compute else "WAITED", 0.05)
     monkeypatch.setitem(TARGETS, "gguf", Target(TARGETS["gguf"].make, fault))  # type: ignore[arg-type]
     count, faults = fuzz.fuzz("gguf", range(9), tmp_path / "case")
     assert faults == [0, 1, 2, 3, 4]

@@ -67,7 +67,9 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_objective_in_two_processes(name: str, found) -> None:
-    """Dropout on, streams cut into pieces, blocks recomputed; each process's terms are those of the whole batch."""
+    """Dropout on, streams cut into pieces that share passes where the base is whole, blocks recomputed; each process's
+    terms are those of the whole batch.
+    """
     alone = five_steps(EVERY[name], ALONE, WHOLE)
     assert len({len(process["objectives"][how][name]["terms"]) for process in found for how in HOW}) == 1
     for how in HOW:

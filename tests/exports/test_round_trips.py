@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from export_runs import ATTENTION, ExportRun, greedy
+from tiny_models import FAMILIES
 
 from repbend_fast.cli import main
 from repbend_fast.config.schema import ModelConfig
@@ -71,6 +72,23 @@ def test_what_is_loaded_again_is_what_was_trained(base: str, kind: str, tmp_path
         assert greedy(model, IDS) == greedy(trained, IDS)
     assert len(check.rows) == 2 + (run.quantization == "nf4")
     assert json.loads((out / "check.json").read_text())["passed"] is True
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_it_was_trained(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight by weight, with an adapter on every linear layer; three of the families have a tied head here."""
+    run = ExportRun(tmp_path, family, tied=family.startswith(("gemma", "qwen3"))).write()
+    monkeypatch.setattr(merged, "load_model", lambda *arguments: pytest.fail("loaded"))
+    export_run(Request(run.run, run.folder / "out", check=False))
+    model, base = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (run.folder / "out", run.base)
+    )
+    trained = run.trained()
+    with torch.no_grad():
+        ours, theirs, below = (each(input_ids=IDS, use_cache=False).logits for each in (model, trained, base))
+    assert float((theirs - below).abs().max()) > 0.1
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert greedy(model, IDS) == greedy(trained, IDS)
 
 
 GGUF: dict[str, dict[str, Any]] = {

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from bent_loop import RATE, after_one_step, gradient_by_hand, model_of, trainer_of
+from bent_loop import RATE, BentTrainer, after_one_step, gradient_by_hand, model_of, trainer_of
 from kernel_compare import assert_matches
 from tiny_run import TinyRun
 from torch import Tensor
 
+from benchmarks.measure import peak_bytes
+from benchmarks.memory import loop_memory
 from repbend_fast.errors import UserError
+from repbend_fast.integration.trainer_mixin import Bender
+from repbend_fast.models import load_tokenizer
 from repbend_fast.training.checkpoint import adapter_weights
 
 
@@ -67,3 +71,27 @@ def test_what_a_loop_must_be(tiny: TinyRun, tmp_path: Path) -> None:
     trainer.accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"))  # type: ignore[assignment]
     with pytest.raises(UserError, match="divides the adapter among processes"):
         trainer._begin(model)
+
+
+@pytest.mark.parametrize("setting", ["objective.kl_limit=0.1", "training.normalize=step"])
+def test_what_this_loop_cannot_follow_is_said(setting: str, tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(setting)
+    with pytest.raises(UserError, match=rf"{setting}: .* here"):
+        trainer_of(model_of(config), config, tmp_path / "loop")
+
+
+class Measured(loop_memory.Measured, BentTrainer):
+    """Its second micro-batch is measured."""
+
+
+def test_the_loop_takes_no_more_memory_than_its_bending_alone(tiny: TinyRun, tmp_path: Path) -> None:
+    """Of one micro-batch, above the model with its adapter's gradients: what a pass keeps is gone before the next."""
+    config = tiny.config("memory.piece_tokens=40")
+    model = model_of(config)
+    trainer = trainer_of(model, config, tmp_path / "loop", kind=Measured, gradient_accumulation_steps=2)
+    trainer.train()
+    bender = Bender(config, model, load_tokenizer(config.model), steps=1)
+    bender.backward(0, 1.0)
+    alone = peak_bytes(lambda: bender.backward(0, 1.0), torch.device("cpu"))
+    assert 0 < alone < 2**20
+    assert 0.9 * alone < trainer.peak < 1.1 * alone

@@ -50,7 +50,7 @@ def model_of(config: Config, start: bool = False) -> Any:
     return model
 
 
-def trainer_of(model: Any, config: Config, folder: Path, **settings: Any) -> BentTrainer:
+def trainer_of(model: Any, config: Config, folder: Path, kind: Any = BentTrainer, **settings: Any) -> Any:
     """The loop, in the order of its data, without anything that changes a gradient afterwards."""
     arguments = TrainingArguments(
         str(folder),
@@ -67,7 +67,7 @@ def trainer_of(model: Any, config: Config, folder: Path, **settings: Any) -> Ben
         train_sampling_strategy="sequential",
     )
     tokenizer = load_tokenizer(config.model)
-    return BentTrainer(model=model, args=arguments, train_dataset=Talk(8), processing_class=tokenizer, bending=config)
+    return kind(model=model, args=arguments, train_dataset=Talk(8), processing_class=tokenizer, bending=config)
 
 
 def after_one_step(config: Config, folder: Path) -> dict[str, Tensor]:

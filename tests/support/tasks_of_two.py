@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ EVERY = ALL_CONFIGS | SEARCHING
 DROPOUT = LoraConfig(r=3, alpha=6, dropout=0.25)
 PIECES = Levers({EVERY_STREAM: 14}, checkpoint_blocks=2, packing="on")
 WHOLE = Levers()
-HOW: dict[str, tuple[bool, Levers]] = {"pieces": (False, PIECES), "fsdp": (True, PIECES)}
-"""By name: whether the base is divided, and the levers."""
+MERGED = replace(PIECES, merge_streams="on")
+HOW: dict[str, tuple[bool, Levers]] = {"merged pieces": (False, MERGED), "fsdp": (True, PIECES)}
+"""By name: whether the base is divided, and the levers. A base that is divided has its streams apart."""
 
 
 def here(lockstep: bool = False) -> Ranks:
@@ -54,8 +56,8 @@ def five_steps(config: MethodConfig, ranks: Ranks, levers: Levers, steps: int = 
     optimizer = torch.optim.AdamW(own.parameters, lr=1e-3)
     terms, first = [], None
     for step in range(steps):
-        for stream in objective.streams(ragged_batch(), step):
-            result = own.backward(stream, dropout_seed=dropout_seed(5, step, 0))
+        streams = list(objective.streams(ragged_batch(), step))
+        for result in own.backward_all(streams, dropout_seed=dropout_seed(5, step, 0)):
             terms += [float(result.loss), *(float(value) for _, value in sorted(result.terms.items()))]
             terms += [float(v) for _, by in sorted(result.layers.items()) for _, v in sorted(by.items())]
         add_up_gradients(ranks, own.parameters)
