@@ -47,7 +47,7 @@ class Measured(Trainer):
         found: list[Tensor] = []
 
         def step() -> None:
-            found.append(cast(Tensor, super(Measured, self).training_step(model, *arguments, **named)))
+            found.append(super(Measured, self).training_step(model, *arguments, **named))  # type: ignore[arg-type]
 
         if self.peak is None:
             step()
@@ -57,11 +57,11 @@ class Measured(Trainer):
         return found[0]
 
 
-class _Bending(BendingMixin, Trainer):
+class _Bending(BendingMixin, Trainer):  # type: ignore[misc]
     """Below ``Measured``, so that both losses are."""
 
 
-class Bent(Measured, _Bending):
+class Bent(Measured, _Bending):  # type: ignore[misc]
     """With bending."""
 
 
