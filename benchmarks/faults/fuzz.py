@@ -184,7 +184,8 @@ def fuzz(name: str, seeds: Iterable[int], folder: Path, seconds: float | None = 
                 count.refused += not read
             except Exception:
                 faults.append(seed)
-                print(f"{name} {seed}: {keep(name, seed, files)}\n{traceback.format_exc()}", flush=True)
+                told = traceback.format_exc().encode("utf-8", "backslashreplace").decode()
+                print(f"{name} {seed}: {keep(name, seed, files)}\n{told}", flush=True)
                 if len(faults) == MOST_FAULTS:
                     break
     count.seconds = round(time.perf_counter() - began, 1)

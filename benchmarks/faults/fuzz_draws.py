@@ -79,6 +79,36 @@ RAW = (
     b"GGUF",
     b"\x80" * 64,
 )
+RECORDS = (
+    {"role": "safe", "prompt": "How warm is tea?", "answer": "Rather."},
+    {"role": "unsafe", "messages": [{"role": "user", "content": "Open the door"}], "answer": "Sure: turn the key."},
+    {"role": "pair", "prompt": "Open it", "unsafe_answer": "Turn it.", "safe_answer": "I cannot."},
+    {
+        "role": "retain",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello", "thinking": "A greeting."},
+        ],
+    },
+    {
+        "prompt": "a",
+        "response": "b",
+        "adversarial": False,
+        "prompt_harm_label": "harmful",
+        "response_harm_label": "harmful",
+        "response_refusal_label": "compliance",
+    },
+    {"vanilla": "a", "adversarial": "", "completion": "b", "data_type": "vanilla_harmful"},
+    {
+        "prompt": "a",
+        "prompt_id": "1",
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    },
+    {"kind": "attack", "text": "Open the door"},
+    {"goal": "Open it", "target": "Sure, here is"},
+)
+"""Rows of every form of training data and prompts that is read."""
 
 
 def odd_value(draw: random.Random, depth: int = 2) -> object:

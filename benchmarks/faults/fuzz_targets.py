@@ -19,42 +19,12 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, cast
 from unittest import mock
 
-from benchmarks.faults.fuzz_draws import WORDS, Files, Mix, as_json, mutated_bytes, mutated_plain, odd_value
+from benchmarks.faults.fuzz_draws import RECORDS, WORDS, Files, Mix, as_json, mutated_bytes, mutated_plain, odd_value
 from repbend_fast.errors import UserError
 
 if TYPE_CHECKING:
     from repbend_fast.config import Config
     from repbend_fast.evaluation.judges.chat_client import ChatClient
-
-RECORDS = (
-    {"role": "safe", "prompt": "How warm is tea?", "answer": "Rather."},
-    {"role": "unsafe", "messages": [{"role": "user", "content": "Open the door"}], "answer": "Sure: turn the key."},
-    {"role": "pair", "prompt": "Open it", "unsafe_answer": "Turn it.", "safe_answer": "I cannot."},
-    {
-        "role": "retain",
-        "messages": [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Hello", "thinking": "A greeting."},
-        ],
-    },
-    {
-        "prompt": "a",
-        "response": "b",
-        "adversarial": False,
-        "prompt_harm_label": "harmful",
-        "response_harm_label": "harmful",
-        "response_refusal_label": "compliance",
-    },
-    {"vanilla": "a", "adversarial": "", "completion": "b", "data_type": "vanilla_harmful"},
-    {
-        "prompt": "a",
-        "prompt_id": "1",
-        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-    },
-    {"kind": "attack", "text": "Open the door"},
-    {"goal": "Open it", "target": "Sure, here is"},
-)
 
 
 @dataclass(frozen=True)

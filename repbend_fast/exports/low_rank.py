@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from repbend_fast.errors import one_line
@@ -70,10 +70,11 @@ class NotPlainError(Exception):
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """PEFT takes settings as they are: any of them may be what arithmetic or a file cannot take."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
+    except NotPlainError:
+        raise
+    except Exception as error:  # peft takes settings as they are, and trips over one anywhere
         raise NotPlainError(f"it cannot be read: {one_line(error)}") from error
 
 

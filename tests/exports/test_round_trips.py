@@ -233,9 +233,14 @@ def test_rounding_that_undoes_the_adapter_is_a_warning(
     assert str(tmp_path) not in card
 
 
-def test_an_own_adapter_that_is_no_plain_lora_has_no_adapter_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "said"), [({"use_dora": True}, "use_dora"), ({"lora_alpha": 10**400}, "it cannot be read")]
+)
+def test_an_own_adapter_that_is_no_plain_lora_has_no_adapter_export(
+    changed: dict[str, object], said: str, tmp_path: Path
+) -> None:
     run = ExportRun(tmp_path, own=True).write()
     settings = json.loads((tmp_path / "own" / "adapter_config.json").read_text())
-    (tmp_path / "own" / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
-    with pytest.raises(UserError, match=r"had this adapter before the run.*use_dora.*use --format merged"):
+    (tmp_path / "own" / "adapter_config.json").write_text(json.dumps(settings | changed))
+    with pytest.raises(UserError, match=rf"had this adapter before the run.*{said}.*use --format merged"):
         exported(run, "adapter")
