@@ -137,3 +137,11 @@ def test_the_results_show_the_record_and_what_it_misses(recorded: dict):
     assert ("Limits that a seed misses" in readme) == bool(missed)
     said = readme.partition("Limits that a seed misses")[2].partition("\n\n")[0]
     assert all(line in said for line in missed)
+
+
+def test_the_results_show_what_the_general_recipe_does_here():
+    record = json.loads((ROOT / "benchmarks/results/any_on_demo.json").read_text(encoding="utf-8"))
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert demo_table(record) in results
+    assert missed_demo_goals(record) == ["seed 42: helpful_borderline fell by more than 10 points"]
+    assert "It keeps every limit of the demo but one:" in results
