@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from benchmarks.faults.mutant import KERNELS, Mutant
+from benchmarks.faults.mutant import KERNELS, MODELS, Mutant
 
 OPS = ("tests/kernels/test_low_rank.py",)
+SHARED = ("tests/kernels/test_shared_down.py",)
+READERS = ("tests/models/test_readers.py",)
+WIDENED = ("tests/kernels/test_dequantize_nf4.py",)
+NF4 = f"{KERNELS}/triton/dequantize_nf4.py"
 WIDE = ("tests/kernels/test_wide_offsets.py", "-k", "low_rank")
 KERNEL, LAUNCH = f"{KERNELS}/triton/low_rank.py", f"{KERNELS}/triton/low_rank_launch.py"
 
@@ -84,6 +88,84 @@ LOW_RANK = [
         "few = tl.arange(0, PRODUCT_RANK).to(tl.int64)",
     ),
     _kernel("down backward: slabs write one part", "grad_a + slab * part", "grad_a"),
+    _kernel(
+        "shared: the second matrix is read from its first rank on for every rank",
+        "within = tl.where(ranks < end_one, ranks, ranks - end_one)",
+        "within = tl.where(ranks < end_one, ranks, ranks * 0)",
+        tests=SHARED,
+    ),
+    _kernel(
+        "shared: the third matrix is the second's",
+        "base = tl.where(ranks < end_two, base, three)",
+        "base = tl.where(ranks < end_two, base, two)",
+        tests=SHARED,
+    ),
+    _kernel(
+        "shared: the third Q has the second's ranks",
+        "length = tl.where(ranks < end_two, length, rank - end_two)",
+        "length = length",
+        tests=SHARED,
+    ),
+    _kernel(
+        "shared: matrices of other strides read in the first one's",
+        "if any(each.stride() != a[0].stride() for each in a):",
+        "if False:",
+        file=LAUNCH,
+        tests=SHARED,
+    ),
+    Mutant(
+        "shared: a part that nothing used takes the first one's gradient",
+        f"{KERNELS}/low_rank.py",
+        "some.new_zeros((x.shape[0], rank)) if up is None else up",
+        "some[:, :1].expand(-1, rank) if up is None else up",
+        SHARED,
+    ),
+    Mutant(
+        "readers: what was made of another tensor is taken",
+        f"{MODELS}/layers/readers.py",
+        "if self._x is not x or self._version != _version_of(x):",
+        "if False:",
+        READERS,
+    ),
+    Mutant(
+        "readers: a tensor changed in place counts as the same",
+        f"{MODELS}/layers/readers.py",
+        "if self._x is not x or self._version != _version_of(x):",
+        "if self._x is not x:",
+        READERS,
+    ),
+    Mutant(
+        "readers: a pass that failed leaves its tensors behind",
+        f"{MODELS}/layers/lora.py",
+        "            readers.forget()\n",
+        "            pass\n",
+        READERS,
+    ),
+    Mutant(
+        "readers: layers with other dropout are served together",
+        f"{MODELS}/layers/lora.py",
+        'if getattr(one, "p", 0.0) != getattr(two, "p", 0.0) or one.training != two.training:',
+        "if one.training != two.training:",
+        READERS,
+    ),
+    _kernel(
+        "nf4: the lower half of a byte comes first",
+        "tl.interleave(tl.load(table + (both >> 4)), tl.load(table + (both & 15)))",
+        "tl.interleave(tl.load(table + (both & 15)), tl.load(table + (both >> 4)))",
+        file=NF4,
+        tests=WIDENED,
+    ),
+    _kernel("nf4: no offset", " + tl.load(offset)", "", file=NF4, tests=WIDENED),
+    _kernel(
+        "nf4: the first outer scale for all", "outer + blocks // OUTER", "outer + blocks * 0", file=NF4, tests=WIDENED
+    ),
+    Mutant(
+        "nf4: the torch path's chunks begin with the first one's scales",
+        f"{KERNELS}/dequantize_nf4.py",
+        "first = 2 * start // block",
+        "first = 0",
+        WIDENED,
+    ),
     _kernel("sums: only the first part", "        place += part\n", ""),
     _kernel("sums: no factor", "(total * factor).to(", "total.to("),
     _kernel("sums: the second reads from its middle", "block - first, count_two", "block, count_two"),

@@ -20,7 +20,7 @@ LORA = [
     Mutant(
         "lora: all layers share a mask",
         f"{MODELS}/layers/lora.py",
-        'changes.entry(vars(layer), "place", place)',
+        'changes.entry(vars(layer), "place", places[group[0]] if readers else places[name])',
         'changes.entry(vars(layer), "place", 0)',
         FORWARD,
     ),

@@ -34,6 +34,7 @@ from repbend_kernels.low_rank_sizes import (
     tiles,
     up_back_rows,
 )
+from repbend_kernels.triton import dequantize_nf4 as nf4
 from repbend_kernels.triton import keyed_dropout as dropout
 from repbend_kernels.triton import linear_kl_div as kl
 from repbend_kernels.triton import linear_log_prob as log_prob
@@ -52,6 +53,12 @@ LOW_RANKS = {
     "fp32": (("fp32", 16), ("fp32", 128)),
     "bf16": (("fp32", 16), ("bf16", 16), ("fp32", 128)),
     "fp16": (("fp32", 16), ("fp16", 16)),
+}
+# (adapter's dtype, rank of each, layers): of layers that read one x, q, k and v or gate and up.
+SHARED_RANKS = {
+    "fp32": (("fp32", 16, 3),),
+    "bf16": (("fp32", 16, 2), ("fp32", 16, 3), ("bf16", 16, 3)),
+    "fp16": (("fp32", 16, 3),),
 }
 # A block of 8 warps at 128 registers leaves two blocks on every architecture here, and its shared memory at least that
 # many; nothing may touch local memory.
@@ -180,18 +187,25 @@ def _dropout_case(dtype: str, keys: str) -> Case:
     return Case(name, dropout.keyed_dropout_kernel, dtype, types, constants, dropout.WARPS, loose)
 
 
-def _low_rank_cases(dtype: str, weight: str, rank: int) -> list[Case]:
-    """LoRA's kernels at one rank; the adapter's weights in ``weight``."""
+def _low_rank_cases(dtype: str, weight: str, each: int, shared: int = 1) -> list[Case]:
+    """LoRA's kernels at one rank; the adapter's weights in ``weight``. Of ``shared`` layers that read one x, those that
+    serve all of them.
+    """
+    rank = each * shared
     wide, pointer, adapter = "*fp32", f"*{dtype}", f"*{weight}"
     sizes = tiles(rank, 4096, TORCH_DTYPES[dtype], TORCH_DTYPES[weight])
-    block = {"RANK": sizes.rank}
+    block: dict[str, object] = {"RANK": sizes.rank, "SHARED": shared}
     flags = {"HAS_MASK": True, "HAS_X": True, "HAS_A": True, "HAS_UP": True, "HAS_B": True}
     lines = ("x_row", "a_row", "y_row", "p_row", "b_row", "g_row", "part", "up_part", "b_part")
-    numbers = dict.fromkeys(("start", "threshold", "count", "width", "rank", "steps", *lines), "i32") | {
-        "factor": "fp32"
-    }
+    numbers = dict.fromkeys(
+        ("start", "threshold", "count", "width", "rank", "end_one", "end_two", "steps", *lines), "i32"
+    ) | {"factor": "fp32"}
     pointers = {**dict.fromkeys(("x", "grad", "grad_x", "result"), pointer), **dict.fromkeys(("a", "b"), adapter)}
     pointers |= {**dict.fromkeys(("down", "up", "grad_a", "grad_b"), wide), "hashes": "*i32"}
+    for number, name in enumerate(("one", "two", "three")):
+        pointers |= {f"a_{name}": adapter, f"up_{name}": wide}
+        if number >= shared:
+            block |= {f"a_{name}": None, f"up_{name}": None}
     flat = dict.fromkeys(("x_column", "a_column", "p_column", "b_column", "g_column", "y_column"), 1)
     cases = [
         (
@@ -219,6 +233,8 @@ def _low_rank_cases(dtype: str, weight: str, rank: int) -> list[Case]:
     ]
     loose = frozenset({"start", "threshold", "count", "steps"})
     tag = f"r{rank}" if weight == dtype else f"r{rank},{weight} adapter"
+    if shared > 1:
+        tag, cases = f"{tag},{shared} layers", [case for case in cases if case[0].startswith("lora_down")]
     found = []
     for name, kernel, tile_rows, columns, warps in cases:
         known = {**flat, **flags, **block, "ROWS": tile_rows, "COLUMNS": columns}
@@ -244,6 +260,17 @@ def _sum_case(dtype: str) -> Case:
     )
 
 
+def _dequantize_case(dtype: str, nested: bool) -> Case:
+    """Of bitsandbytes' blocks of 64 weights."""
+    wide = dict.fromkeys(("table", "code", "outer", "offset", "levels"), "*fp32")
+    types = {"packed": "*u8", **wide, **({"levels": "*u8"} if nested else {}), "out": f"*{dtype}", "count": "i32"}
+    sizes: dict[str, object] = {"OUTER": nf4.OUTER_BLOCK, "HALF": 32, "BLOCKS": nf4.WEIGHTS // 64}
+    if not nested:
+        sizes |= dict.fromkeys(("code", "outer", "offset"))
+    tag = "[two levels]" if nested else ""
+    return Case(f"dequantize_nf4{tag}", nf4.dequantize_nf4_kernel, dtype, types, sizes, nf4.WARPS)
+
+
 def _head_cases(dtype: str) -> list[Case]:
     grad, packed = f"*{dtype}", dtype != "fp32"
     numbers = dict.fromkeys(("vocabulary", "row_stride", "grad_stride"), "i32")
@@ -267,7 +294,8 @@ def all_cases(dtypes: tuple[str, ...] = DTYPES) -> list[Case]:
         cases += [*_distance_cases(dtype), _add_rows_case(dtype), *_pairwise_cases(dtype), *_head_cases(dtype)]
         cases += [_dropout_case(dtype, keys) for keys in ("*i32", "*i64")]
         cases += [case for weight, rank in LOW_RANKS[dtype] for case in _low_rank_cases(dtype, weight, rank)]
-        cases.append(_sum_case(dtype))
+        cases += [case for shared in SHARED_RANKS[dtype] for case in _low_rank_cases(dtype, *shared)]
+        cases += [_sum_case(dtype), *(_dequantize_case(dtype, nested) for nested in (False, True))]
     return cases
 
 
@@ -275,16 +303,19 @@ def digest(case: Case) -> str:
     """Changes when the kernel, or a function or constant it may use, changes; a recorded row with another digest is
     stale.
     """
-    functions = {
-        n: v for n, v in sys.modules[case.kernel.fn.__module__].__dict__.items() if isinstance(v, triton.JITFunction)
-    }
-    text = "".join(functions[name].src for name in sorted(functions))
-    modules = {sys.modules[function.fn.__module__] for function in functions.values()}
-    constants = {
-        n: v.value for module in modules for n, v in vars(module).items() if isinstance(v, triton.language.constexpr)
-    }
-    text += str(sorted(constants.items()))
-    return hashlib.sha256(f"{text}{case.types}{case.constants}{case.warps}".encode()).hexdigest()[:12]
+    functions: dict[str, triton.JITFunction] = {}
+    constants: dict[str, object] = {}
+    left = [case.kernel]
+    while left:
+        function = left.pop()
+        words = set(re.findall(r"\w+", function.src))
+        named = {n: v for n, v in vars(sys.modules[function.fn.__module__]).items() if n in words}
+        constants |= {n: v.value for n, v in named.items() if isinstance(v, triton.language.constexpr)}
+        left += [v for n, v in named.items() if isinstance(v, triton.JITFunction) and n not in functions]
+        functions[function.fn.__name__] = function
+    text = "".join(functions[name].src for name in sorted(functions)) + str(sorted(constants.items()))
+    types = {name: kind for name, kind in case.types.items() if name in case.kernel.arg_names}
+    return hashlib.sha256(f"{text}{sorted(types.items())}{case.constants}{case.warps}".encode()).hexdigest()[:12]
 
 
 def compile_case(case: Case, sm: int) -> tuple[bytes, int]:

@@ -1,13 +1,18 @@
 """What ops and trainers of one's own can be built of: the parts of the ops that are held stable for others."""
 
 from .checks import accumulate_dtype
+from .dequantize_nf4 import Nf4Scales, dequantize_nf4
 from .head import default_chunk_rows, head_scratch, hidden_gradient, logits_into
 from .keyed_dropout import KeyedMask, row_hashes
+from .low_rank_sizes import MOST_SHARED_RANK
 
 __all__ = [
+    "MOST_SHARED_RANK",
     "KeyedMask",
+    "Nf4Scales",
     "accumulate_dtype",
     "default_chunk_rows",
+    "dequantize_nf4",
     "head_scratch",
     "hidden_gradient",
     "logits_into",

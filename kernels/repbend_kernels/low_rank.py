@@ -8,6 +8,9 @@ part:
     backward     dx += keep · (Q A)    dA = Qᵀ m                   Q = f · G B    dB = f · Gᵀ P
                  in place: the base layer's gradient is fresh
 
+Up to three layers that read one x (q, k and v; gate and up) share one mask: their A count as one matrix,
+[A_1; A_2; A_3], x is read once for all of them, and each gets its P.
+
 Kept for backward: x by reference, or what it can be made of again; P; and the rows' hashed keys. Memory above the
 inputs: forward, P; backward, Q and the gradients of A and B. The kernels add parts of the sums (Q, dA, dB), which grow
 with N·r and with (D + O)·r; the torch path chunks of rows (``low_rank_chunks``).
@@ -18,6 +21,7 @@ Legend: N rows (tokens), D inputs, O outputs, r rank, G gradient of y.
 """
 
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -26,22 +30,26 @@ from . import checks, low_rank_chunks
 from .checks import accumulate_dtype, in_own_dtypes
 from .context import Context, Gradients
 from .keyed_dropout import mask_arguments
-from .low_rank_sizes import parts_bytes
+from .low_rank_sizes import MOST_SHARED, parts_bytes
 from .oracles import lora_down_reference, lora_up_reference
 from .scratch import scratch_rule
-from .selection import resolve
+from .selection import launches_alone, resolve
 
 Remake = tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Tensor]]
 """What backward keeps in place of a tensor, and how it makes the tensor of that."""
 
 
-def _down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float, implementation: str) -> Tensor:
+def _stacked(matrices: list[Tensor], dim: int = 0) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
+
+
+def _down(x: Tensor, a: list[Tensor], hashes: Tensor | None, place: int, p: float, implementation: str) -> Tensor:
     if implementation == "triton":
         from .triton.low_rank_launch import launch_down
 
         return launch_down(x, a, hashes, *mask_arguments(place, p))
     with in_own_dtypes(x.device):
-        return low_rank_chunks.down_product(x, a, hashes, place, p)
+        return low_rank_chunks.down_product(x, _stacked(a), hashes, place, p)
 
 
 def _add_up_(result: Tensor, down: Tensor, b: Tensor, factor: float, implementation: str) -> None:
@@ -54,59 +62,87 @@ def _add_up_(result: Tensor, down: Tensor, b: Tensor, factor: float, implementat
         low_rank_chunks.add_up_(result, down, b, factor)
 
 
+def _add_down_gradient_(
+    grad_x: Tensor,
+    x: Tensor,
+    a: list[Tensor],
+    up: list[Tensor],
+    hashes: Tensor | None,
+    place: int,
+    p: float,
+    needs: list[bool],
+    implementation: str,
+) -> Tensor | None:
+    if implementation == "triton":
+        from .triton.low_rank_launch import launch_down_backward
+
+        return launch_down_backward(grad_x, x, a, up, hashes, *mask_arguments(place, p), needs)
+    with in_own_dtypes(x.device):
+        stacked = _stacked(a), _stacked(up, 1)
+        return low_rank_chunks.add_down_gradient_(grad_x, x, *stacked, hashes, place, p, needs)
+
+
+def _up_gradients(
+    grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool], implementation: str
+) -> tuple[Tensor | None, Tensor | None]:
+    if implementation == "triton":
+        from .triton.low_rank_launch import launch_up_backward
+
+        return launch_up_backward(grad, down, b, factor, needs)
+    with in_own_dtypes(grad.device):
+        return low_rank_chunks.up_gradients(grad, down, b, factor, needs)
+
+
 @torch.library.custom_op("repbend_kernels::low_rank_down", mutates_args=())
-def low_rank_down(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float, implementation: str) -> Tensor:
-    """P = (keep · x) Aᵀ, [N, r] in float32 (float64 for float64), of ``x`` [N, D]; ``hashes`` are the rows' hashed
-    keys, int32 [N].
+def low_rank_down(
+    x: Tensor, a: list[Tensor], hashes: Tensor | None, place: int, p: float, implementation: str
+) -> Tensor:
+    """P = (keep · x) Aᵀ, [N, r] in float32 (float64 for float64), of ``x`` [N, D] and A, one or several matrices below
+    each other, r rows in all; ``hashes`` are the rows' hashed keys, int32 [N].
     """
     return _down(x, a, hashes, place, p, implementation)
 
 
 @low_rank_down.register_fake
-def _(x: Tensor, a: Tensor, hashes: Tensor | None, place: int, p: float, implementation: str) -> Tensor:
-    return x.new_empty((x.shape[0], a.shape[0]), dtype=accumulate_dtype(x.dtype))
+def _(x: Tensor, a: list[Tensor], hashes: Tensor | None, place: int, p: float, implementation: str) -> Tensor:
+    return x.new_empty((x.shape[0], sum(each.shape[0] for each in a)), dtype=accumulate_dtype(x.dtype))
 
 
 @torch.library.custom_op("repbend_kernels::add_low_rank_gradient_", mutates_args={"grad_x"})
 def add_low_rank_gradient_(
     grad_x: Tensor,
     x: Tensor,
-    a: Tensor,
-    up: Tensor,
+    a: list[Tensor],
+    up: list[Tensor],
     hashes: Tensor | None,
     place: int,
     p: float,
     needs: list[bool],
     implementation: str,
 ) -> Tensor:
-    """``grad_x`` [N, D] += keep · (Q A) in place and dA = Qᵀ (keep · x) in A's dtype, of them what ``needs`` asks for
-    (dA else [0, D]).
+    """``grad_x`` [N, D] += keep · (Q A) in place and dA = Qᵀ (keep · x) [r, D] in A's dtype, of them what ``needs``
+    asks for (dA else [0, D]).
 
-    ``up`` is Q [N, r] in float32 (float64 for float64), in which the sum over rows runs.
+    ``a`` are one or several matrices, r rows in all, ``up`` the Q [N, rows] of each in float32 (float64 for float64),
+    in which the sum over rows runs.
     """
-    if implementation == "triton":
-        from .triton.low_rank_launch import launch_down_backward
-
-        grad_a = launch_down_backward(grad_x, x, a, up, hashes, *mask_arguments(place, p), needs)
-    else:
-        with in_own_dtypes(x.device):
-            grad_a = low_rank_chunks.add_down_gradient_(grad_x, x, a, up, hashes, place, p, needs)
-    return a.new_empty((0, a.shape[1])) if grad_a is None else grad_a
+    grad_a = _add_down_gradient_(grad_x, x, a, up, hashes, place, p, needs, implementation)
+    return a[0].new_empty((0, x.shape[1])) if grad_a is None else grad_a
 
 
 @add_low_rank_gradient_.register_fake
 def _(
     grad_x: Tensor,
     x: Tensor,
-    a: Tensor,
-    up: Tensor,
+    a: list[Tensor],
+    up: list[Tensor],
     hashes: Tensor | None,
     place: int,
     p: float,
     needs: list[bool],
     implementation: str,
 ) -> Tensor:
-    return a.new_empty((a.shape[0] if needs[1] else 0, a.shape[1]))
+    return a[0].new_empty((sum(each.shape[0] for each in a) if needs[1] else 0, x.shape[1]))
 
 
 @torch.library.custom_op("repbend_kernels::add_low_rank_up_", mutates_args={"result"})
@@ -122,13 +158,7 @@ def low_rank_up_gradients(
     """Those of Q = f · G B [N, r] in P's dtype and dB = f · Gᵀ P in B's that ``needs`` asks for; the sum over rows runs
     in P's dtype.
     """
-    if implementation == "triton":
-        from .triton.low_rank_launch import launch_up_backward
-
-        results = launch_up_backward(grad, down, b, factor, needs)
-    else:
-        with in_own_dtypes(grad.device):
-            results = low_rank_chunks.up_gradients(grad, down, b, factor, needs)
+    results = _up_gradients(grad, down, b, factor, needs, implementation)
     return [result for result in results if result is not None]
 
 
@@ -138,38 +168,51 @@ def _(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool], i
 
 
 class _Down(torch.autograd.Function):
-    """``(x, P)``. The base layer reads this x: its gradient comes through here and takes the low-rank part in."""
+    """``(x, P of each a)``. The base layers read this x: its gradient comes through here and takes the low-rank part
+    in.
+    """
 
     @staticmethod
     def forward(
         ctx: Context,
         x: Tensor,
-        a: Tensor,
         hashes: Tensor | None,
         place: int,
         p: float,
-        remake: Remake | None = None,
-        implementation: str = "torch",
-    ) -> tuple[Tensor, Tensor]:
+        remake: Remake | None,
+        implementation: str,
+        *a: Tensor,
+    ) -> tuple[Tensor, ...]:
         kept, ctx.make = ((x,), None) if remake is None else remake
-        ctx.save_for_backward(a, hashes, *kept)
-        ctx.settings, ctx.implementation = (place, p), implementation
+        ctx.save_for_backward(hashes, *a, *kept)
+        ctx.settings, ctx.implementation, ctx.ranks = (place, p), implementation, [each.shape[0] for each in a]
         ctx.set_materialize_grads(False)
-        return x, low_rank_down(x, a, hashes, place, p, implementation)
+        run = _down if launches_alone(implementation, x) else low_rank_down
+        return x, *_parts_of(run(x, list(a), hashes, place, p, implementation), ctx.ranks)
 
     @staticmethod
-    def backward(ctx: Context, grad_x: Tensor | None, up: Tensor | None) -> Gradients:
-        needs = list(ctx.needs_input_grad[:2])
-        if up is None:
-            return grad_x, *[None] * 6
+    def backward(ctx: Context, grad_x: Tensor | None, *ups: Tensor | None) -> Gradients:
+        needs = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[6:])]
+        some = next((up for up in ups if up is not None), None)
+        if some is None:
+            return grad_x, *[None] * (5 + len(ups))
         checks.check_first_derivative("lora_down")
-        a, hashes, *kept = ctx.saved_tensors
+        hashes, *kept = ctx.saved_tensors
+        a, kept = kept[: len(ups)], kept[len(ups) :]
         x = kept[0] if ctx.make is None else ctx.make(kept)
         x = x.reshape(-1, x.shape[-1])
         if grad_x is None:
             grad_x = torch.zeros_like(x) if needs[0] else x.new_empty((0, x.shape[1]))
-        grad_a = add_low_rank_gradient_(grad_x, x, a, up, hashes, *ctx.settings, needs, ctx.implementation)
-        return grad_x if needs[0] else None, grad_a if needs[1] else None, *[None] * 5
+        up = [some.new_zeros((x.shape[0], rank)) if up is None else up for up, rank in zip(ups, ctx.ranks)]
+        run = _add_down_gradient_ if launches_alone(ctx.implementation, x) else add_low_rank_gradient_
+        grad_a = run(grad_x, x, a, up, hashes, *ctx.settings, needs, ctx.implementation)
+        grads = grad_a.split(ctx.ranks) if needs[1] else [None] * len(ups)
+        asked = ctx.needs_input_grad[6:]
+        return grad_x if needs[0] else None, *[None] * 5, *(g if needed else None for g, needed in zip(grads, asked))
+
+
+def _parts_of(down: Tensor, ranks: list[int]) -> Sequence[Tensor]:
+    return [down] if len(ranks) == 1 else down.split(ranks, dim=1)
 
 
 class _Up(torch.autograd.Function):
@@ -183,7 +226,8 @@ class _Up(torch.autograd.Function):
             result = result.clone()
         else:
             ctx.mark_dirty(result)
-        add_low_rank_up_(result, down, b, factor, implementation)
+        run = _add_up_ if launches_alone(implementation, result) else add_low_rank_up_
+        run(result, down, b, factor, implementation)
         ctx.save_for_backward(down, b)
         ctx.settings = factor, implementation
         return result
@@ -193,10 +237,13 @@ class _Up(torch.autograd.Function):
         checks.check_first_derivative("lora_up")
         needs = list(ctx.needs_input_grad[1:3])
         factor, implementation = ctx.settings
+        if launches_alone(implementation, grad):
+            return grad, *_up_gradients(grad, *ctx.saved_tensors, factor, needs, implementation), None, None
         found = iter(low_rank_up_gradients(grad, *ctx.saved_tensors, factor, needs, implementation))
         return grad, *(next(found) if needed else None for needed in needs), None, None
 
 
+@overload
 def lora_down(
     x: Tensor,
     a: Tensor,
@@ -206,37 +253,68 @@ def lora_down(
     *,
     remake: Remake | None = None,
     implementation: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def lora_down(
+    x: Tensor,
+    a: Sequence[Tensor],
+    hashes: Tensor | None = None,
+    place: int = 0,
+    p: float = 0.0,
+    *,
+    remake: Remake | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, list[Tensor]]: ...
+
+
+def lora_down(
+    x: Tensor,
+    a: Tensor | Sequence[Tensor],
+    hashes: Tensor | None = None,
+    place: int = 0,
+    p: float = 0.0,
+    *,
+    remake: Remake | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor | list[Tensor]]:
     """The first half of a low-rank adapter, P = (keep · x) Aᵀ, and x for the base layer; differentiable in ``x`` and
     ``a``.
 
     Args:
         x: [N, D], what the adapted layer reads.
-        a: [r, D], of ``x``'s dtype or a wider one.
+        a: [r, D], of ``x``'s dtype or a wider one; or up to three such matrices of one dtype, of layers that all read
+            this x: they share its mask and one reading of it.
         hashes: int32 [N], ``blocks.row_hashes`` of the rows' keys; None for no dropout.
-        place: names the layer, as :func:`keyed_dropout`'s ``column_seed`` does.
+        place: names the layer, or what the layers share, as :func:`keyed_dropout`'s ``column_seed`` does.
         p: probability of dropping, 0 < p < 1 with ``hashes``. The factor 1/(1 − p) belongs into :func:`lora_up`'s.
         remake: ``(kept, make)``: backward keeps the tensors ``kept`` in place of x, and ``make(kept)`` gives x again,
             [..., D].
         implementation: overrides the switch for this call.
 
     Returns:
-        ``(x, P)``: x for the base layer to read, and P [N, r] in float32 (float64 for float64). Backward adds to the
-        gradient that comes back through that x **in place**, so only an operation that makes a fresh one, such as a
-        matrix product, may read it.
+        ``(x, P)``: x for the base layer to read, and P [N, r] in float32 (float64 for float64), a list of them for
+        several ``a``. Backward adds to the gradient that comes back through that x **in place**, so only operations
+        that make fresh ones, such as matrix products, may read it.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or probability.
         RuntimeError: ``triton`` asked for where it cannot run; in backward, ``create_graph=True``.
     """
-    _check_down(x, a, hashes, p)
+    weights = [a] if isinstance(a, Tensor) else list(a)
+    _check_down(x, weights, hashes, p)
     chosen = resolve(implementation, x)
+    downs: Sequence[Tensor]
     if chosen == "eager":
-        return lora_down_reference(x, a, hashes, *((0, 0) if hashes is None else mask_arguments(place, p)))
-    if hashes is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        mask = (0, 0) if hashes is None else mask_arguments(place, p)
+        downs = [lora_down_reference(x, weight, hashes, *mask)[1] for weight in weights]
+    elif hashes is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Generating comes here for each token, where an op and an autograd function cost more than their work.
-        return x, _down(x, a, None, place, p, chosen)
-    return _Down.apply(x, a, hashes, place, p, remake, chosen)
+        downs = _parts_of(_down(x, weights, None, place, p, chosen), [weight.shape[0] for weight in weights])
+    else:
+        x, *downs = _Down.apply(x, hashes, place, p, remake, chosen, *weights)
+    return x, downs[0] if isinstance(a, Tensor) else list(downs)
 
 
 def lora_up(result: Tensor, down: Tensor, b: Tensor, factor: float, *, implementation: str | None = None) -> Tensor:
@@ -280,10 +358,16 @@ def _check_matrix(name: str, tensor: Tensor, rows: str | int, columns: str | int
         raise ValueError(f"{name}: expected shape [{rows}, {columns}], got {list(shape)}")
 
 
-def _check_down(x: Tensor, a: Tensor, hashes: Tensor | None, p: float) -> None:
+def _check_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, p: float) -> None:
     _check_matrix("x", x, "N", "D")
-    _check_matrix("a", a, "r", x.shape[1])
-    checks.check_device("a", a, "x", x)
+    if not 0 < len(a) <= MOST_SHARED:
+        raise ValueError(f"a: expected one to {MOST_SHARED} matrices, got {len(a)}")
+    for index, each in enumerate(a):
+        name = "a" if len(a) == 1 else f"a[{index}]"
+        _check_matrix(name, each, "r", x.shape[1])
+        checks.check_device(name, each, "x", x)
+        if each.dtype != a[0].dtype:
+            raise TypeError(f"{name}: expected a[0]'s dtype {a[0].dtype}, got {each.dtype}")
     if hashes is None:
         return
     if not isinstance(hashes, Tensor) or hashes.dtype != torch.int32:
@@ -315,16 +399,22 @@ def _parts_bytes(device: torch.device, rows: Tensor, weight: Tensor, rank: int) 
     return parts_bytes(rows.shape[0], rows.shape[1], rank, rows.dtype, weight.dtype)
 
 
+def _down_bytes(device: torch.device, x: Tensor, a: list[Tensor], hashes: Tensor | None, *, gradient: bool) -> int:
+    rank = sum(each.shape[0] for each in a)
+    # Several matrices are copied below each other on the torch path, and their Q beside each other.
+    copied = 0 if len(a) == 1 else rank * (x.shape[1] * a[0].element_size() + gradient * 4 * x.shape[0])
+    inside = low_rank_chunks.down_scratch(device, x, rank, hashes, gradient=gradient) + copied
+    return max(inside, _parts_bytes(device, x, a[0], rank))
+
+
 @scratch_rule("low_rank_down")
-def _(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None) -> int:
-    inside = low_rank_chunks.down_scratch(device, x, a, hashes, gradient=False)
-    return max(inside, _parts_bytes(device, x, a, a.shape[0]))
+def _(device: torch.device, x: Tensor, a: list[Tensor], hashes: Tensor | None) -> int:
+    return _down_bytes(device, x, a, hashes, gradient=False)
 
 
 @scratch_rule("add_low_rank_gradient_")
-def _(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None) -> int:
-    inside = low_rank_chunks.down_scratch(device, x, a, hashes, gradient=True)
-    return max(inside, _parts_bytes(device, x, a, a.shape[0]))
+def _(device: torch.device, x: Tensor, a: list[Tensor], hashes: Tensor | None) -> int:
+    return _down_bytes(device, x, a, hashes, gradient=True)
 
 
 @scratch_rule("add_low_rank_up_")

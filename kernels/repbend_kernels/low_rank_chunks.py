@@ -150,7 +150,7 @@ def _in_chunks(rows: Tensor, device: torch.device) -> int:
     return min(_chunk_rows(rows.shape[1], device), rows.shape[0])
 
 
-def down_scratch(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | None, *, gradient: bool) -> int:
+def down_scratch(device: torch.device, x: Tensor, rank: int, hashes: Tensor | None, *, gradient: bool) -> int:
     """Bytes inside :func:`down_product` or, with ``gradient``, :func:`add_down_gradient_`."""
     # Chunks of rows of x [N, D] are masked, in backward together with what is added to their gradient, into copies, and
     # a 16-bit one is widened on the way; a block of 32-bit hashes lies beside them. A masked 32-bit product goes into a
@@ -160,7 +160,7 @@ def down_scratch(device: torch.device, x: Tensor, a: Tensor, hashes: Tensor | No
     mask = 4 * min(HASHES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else chunk, chunk)
     masked = chunk * (x.element_size() + 8) + mask
     widened = 4 * chunk if gradient and hashes is not None and x.element_size() < 4 else 0
-    return (narrow if hashes is None else masked) + widened + 8 * a.numel()
+    return (narrow if hashes is None else masked) + widened + 8 * rank * x.shape[1]
 
 
 def up_scratch(device: torch.device, rows: Tensor, down: Tensor, b: Tensor) -> int:

@@ -7,12 +7,15 @@ such a tile over a slab of rows; slabs are as many as fill the device, since eac
 Legend: N rows, W columns (D or O), r rank.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 __all__ = [
     "DOWN_BACK_ROWS",
+    "MOST_SHARED",
+    "MOST_SHARED_RANK",
     "SUM_BLOCK",
     "UP_COLUMNS",
     "UP_RANK",
@@ -31,6 +34,8 @@ DOWN_BACK_ROWS = 16
 # lora_up's tile, and the ranks of one of its products.
 UP_ROWS, UP_COLUMNS, UP_RANK = 64, 64, 16
 SUM_BLOCK = 512
+# Matrices that one launch takes for one x, and the ranks of them together for which its kernels compile without spills.
+MOST_SHARED, MOST_SHARED_RANK = 3, 128
 # Columns of a span of lora_down, and rows of a slab, at least.
 LEAST_SPAN, LEAST_SLAB = 512, 64
 # Parts begin at multiples of so many elements, whatever the sizes are, so that they are read 16 bytes at a time.
@@ -58,6 +63,7 @@ def _power_of_two(size: int) -> int:
     return max(16, 1 << max(size - 1, 0).bit_length())
 
 
+@cache
 def tiles(rank: int, width: int, rows: torch.dtype, weight: torch.dtype) -> Tiles:
     """For ``width`` columns of ``rows`` that meet a ``weight``. Products in tf32 hold twice the registers of narrow
     ones, of operands twice as large.

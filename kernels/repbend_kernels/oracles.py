@@ -17,6 +17,7 @@ from .checks import accumulate_dtype
 __all__ = [
     "bend_distance_reference",
     "bend_tap_reference",
+    "dequantize_nf4_reference",
     "gated_product_reference",
     "head_logits_reference",
     "keyed_dropout_reference",
@@ -223,6 +224,15 @@ def lora_down_reference(
 def lora_up_reference(result: Tensor, down: Tensor, b: Tensor, factor: float) -> Tensor:
     """``result`` + factor · P Bᵀ, rounded once."""
     return (result.to(down.dtype) + factor * (down @ b.to(down.dtype).T)).to(result.dtype)
+
+
+def dequantize_nf4_reference(
+    packed: Tensor, table: Tensor, scales: Tensor, shape: tuple[int, int], block: int, dtype: torch.dtype
+) -> Tensor:
+    """table[bits] · scale of the weight's block, the upper half of each byte first; ``scales`` [blocks]."""
+    codes = packed.reshape(-1).long()
+    values = table[torch.stack((codes >> 4, codes & 15), dim=1)].reshape(-1)
+    return (values * scales.repeat_interleave(block)[: values.numel()]).to(dtype).view(shape)
 
 
 def triplet_values_reference(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "eager")
 
@@ -89,6 +90,15 @@ def resolve(name: str | None, tensor: Tensor) -> str:
     if chosen == "triton":
         _require_triton(tensor)
     return chosen
+
+
+def launches_alone(chosen: str, tensor: Tensor) -> bool:
+    """Whether a kernel is launched without its op around it, which costs the host more than the launch: not where
+    somebody traces the ops, or where a tensor on a GPU has no memory.
+    """
+    if chosen != "triton" or torch.compiler.is_compiling():
+        return False
+    return not (isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda")
 
 
 def _require_triton(tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What a model goes through before a step runs on it, in one place and one order, and back.
 
-    blocks divided  →  attention  →  Liger's layers  →  low-rank forwards  →  lean forwards  →  LoRA's dropout rate
-    →  embedding and head to the host
+    blocks divided  →  attention  →  Liger's layers  →  NF4 products  →  low-rank forwards  →  lean forwards
+    →  LoRA's dropout rate  →  embedding and head to the host
 
 Each mechanism stands in a file of its own under ``layers/`` and makes its changes through ``layers.changes``;
 ``Prepared.restore`` takes them back in reverse order. The module tree, parameters and what requires a gradient stay the
@@ -26,6 +26,7 @@ from repbend_fast.models.layers.changes import Changes
 from repbend_fast.models.layers.lean import use_lean_layers
 from repbend_fast.models.layers.liger import Setting, use_liger
 from repbend_fast.models.layers.lora import set_dropout_rate, use_low_rank_forward
+from repbend_fast.models.layers.nf4 import use_nf4_products
 from repbend_fast.models.layers.offload import offload_embedding
 from repbend_fast.models.layers.sharded import shard_blocks
 from repbend_fast.models.layers.varlen import use_masks, use_varlen
@@ -100,6 +101,7 @@ def prepared(
     try:
         use_varlen(decoder.body, decoder.device, changes)
         use_liger(model, liger, decoder.device, changes)
+        use_nf4_products(model, decoder.device, changes)
         use_low_rank_forward(model, changes)
         use_lean_layers(model, changes)
         if dropout is not None:

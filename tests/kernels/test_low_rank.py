@@ -105,10 +105,10 @@ def test_16_bit_rows_lose_nothing_of_a_wide_adapter(implementation, device, case
     of = leaves(case, device)
     exact, dtype = in_float64(of), of["x"].dtype
     rounded = {name: leaf.to(dtype).double() for name, leaf in of.items()}
-    down = low_rank.low_rank_down(of["x"], of["a"], None, 0, 0.0, implementation)
+    down = low_rank.low_rank_down(of["x"], [of["a"]], None, 0, 0.0, implementation)
     up, grad_b = low_rank.low_rank_up_gradients(of["grad"], down, of["b"], SCALING, [True, True], implementation)
     grad_a = low_rank.add_low_rank_gradient_(
-        torch.zeros_like(of["x"]), of["x"], of["a"], up, None, 0, 0.0, [True, True], implementation
+        torch.zeros_like(of["x"]), of["x"], [of["a"]], [up], None, 0, 0.0, [True, True], implementation
     )
     found = {
         "P": (down, lambda v: v["x"] @ v["a"].T),
@@ -154,10 +154,10 @@ def test_the_mask_is_that_of_keyed_dropout(implementation, device) -> None:
     x = torch.where(kept, spread((rows, inner), FP32, device, 1), float("nan"))
     a, up = spread((4, inner), FP32, device, 2), spread((rows, 4), FP32, device, 3)
     plain = torch.where(kept, x, 0.0)
-    down = low_rank.low_rank_down(x, a, hashes, PLACE, P, implementation)
+    down = low_rank.low_rank_down(x, [a], hashes, PLACE, P, implementation)
     assert_matches(down, plain.double() @ a.double().T, tolerance=EXACT)
     grad = torch.zeros_like(x)
-    grad_a = low_rank.add_low_rank_gradient_(grad, x, a, up, hashes, PLACE, P, [True, True], implementation)
+    grad_a = low_rank.add_low_rank_gradient_(grad, x, [a], [up], hashes, PLACE, P, [True, True], implementation)
     assert_matches(grad_a, up.double().T @ plain.double(), tolerance=EXACT)
     assert torch.equal(grad != 0, kept)
     assert_matches(grad, kept * (up.double() @ a.double()), tolerance=EXACT)
@@ -185,7 +185,7 @@ def test_any_strides(implementation, device, layout) -> None:
     assert_matches(base, expected, tolerance=TOLERANCE[BF16])
     grad, up = strided(of["x"], layout), strided(spread((18, 33), FP32, device, 7), layout)
     expected = grad.double() + up.double() @ of["a"].double()
-    low_rank.add_low_rank_gradient_(grad, of["x"], of["a"], up, None, 0, 0.0, [True, False], implementation)
+    low_rank.add_low_rank_gradient_(grad, of["x"], [of["a"]], [up], None, 0, 0.0, [True, False], implementation)
     assert_matches(grad, expected, tolerance=TOLERANCE[BF16])
 
 
@@ -193,7 +193,7 @@ def test_hashes_with_gaps(implementation, device) -> None:
     x, a = spread((18, 45), FP32, device, 1), spread((4, 45), FP32, device, 2)
     hashes = hashes_of(36, device)[::2]
     got, expected = (
-        low_rank.low_rank_down(x, a, keys, PLACE, P, implementation) for keys in (hashes, hashes.contiguous())
+        low_rank.low_rank_down(x, [a], keys, PLACE, P, implementation) for keys in (hashes, hashes.contiguous())
     )
     assert torch.equal(got, expected)
 
@@ -204,7 +204,7 @@ def test_rows_that_share_memory_are_not_written_to(implementation, device) -> No
         lora_up(row.expand(3, 8), down, b, 1.0, implementation=implementation)
     with pytest.raises(RuntimeError, match=r"clone\(\)"):
         low_rank.add_low_rank_gradient_(
-            row.expand(3, 8), down @ b.T, b.T, down, None, 0, 0.0, [True, True], implementation
+            row.expand(3, 8), down @ b.T, [b.T], [down], None, 0, 0.0, [True, True], implementation
         )
 
 
@@ -231,9 +231,9 @@ def test_the_parts_take_what_the_rule_says(implementation, device, monkeypatch, 
     down = spread((rows, rank), FP32, device, 5)
     # The sizes alone matter: without the kernels' work the test is quick.
     calls = {
-        "low_rank_down": (x, a, None, 0, 0.0, implementation),
+        "low_rank_down": (x, [a], None, 0, 0.0, implementation),
         "low_rank_up_gradients": (grad, down, b, SCALING, [True, True], implementation),
-        "add_low_rank_gradient_": (grad, x, a, down, None, 0, 0.0, [True, True], implementation),
+        "add_low_rank_gradient_": (grad, x, [a], [down], None, 0, 0.0, [True, True], implementation),
     }
     stub_kernels(monkeypatch)
     for name, arguments in calls.items():

@@ -95,6 +95,9 @@ CASES = {
         r"activation: expected one of silu, gelu_tanh, got 'relu'",
     ),
     "lora rows": (lambda: lora_down(H, R), ValueError, r"x: expected shape \[N, D\], got \[2, 3, 8\]"),
+    "lora matrices": (lambda: lora_down(FLAT, [R] * 4), ValueError, r"a: expected one to 3 matrices, got 4"),
+    "lora dtypes": (lambda: lora_down(FLAT, [R, R.double()]), TypeError, r"a\[1\]: expected a\[0\]'s dtype"),
+    "lora widths": (lambda: lora_down(FLAT, [R, R[:, :7]]), ValueError, r"a\[1\]: expected shape \[r, 8\]"),
     "lora width": (lambda: lora_down(FLAT, R[:, :7]), ValueError, r"a: expected shape \[r, 8\], got \[2, 7\]"),
     "lora keys not hashed": (
         lambda: lora_down(FLAT, R, TARGETS, 0, 0.5),

@@ -34,6 +34,8 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
     triplets = (hidden.detach(), values(3, 8), ROWS, 2, values(8, 8)[0], [2.0, 0.5], 1.5)
     both = [True, True]
     scales = torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-5)
+    packed = torch.arange(192, dtype=torch.uint8)
+    nf4 = packed[:6], values(2, 128).view(256), values(1, 8)[0], values(1, 1)[0, 0]
     return {
         "bend_tap_forward": (hidden.detach(), values(3, 8), None, ROWS, "l2", implementation),
         "bend_tap_backward": (values(2, 3, 8), values(3, 8), ROWS, place, torch.tensor(0.5), [2, 3, 8], implementation),
@@ -69,10 +71,11 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
         "rms_norm_gradient": (values(6, 8, seed=2), rows, values(8, 8)[0], scales, True),
         "gated_product": (rows, values(6, 8, seed=2), "silu"),
         "gated_product_gradients": (values(6, 8, seed=3), rows, values(6, 8, seed=2), "gelu_tanh"),
-        "low_rank_down": (rows, up, HASHES, 3, 0.4, implementation),
-        "add_low_rank_gradient_": (values(6, 8, seed=2), rows, up, down, HASHES, 3, 0.4, both, implementation),
+        "low_rank_down": (rows, [up, up[:1] * 2], HASHES, 3, 0.4, implementation),
+        "add_low_rank_gradient_": (values(6, 8, seed=2), rows, [up], [down], HASHES, 3, 0.4, both, implementation),
         "add_low_rank_up_": (rows.clone(), down, values(8, 2, seed=2), 1.5, implementation),
         "low_rank_up_gradients": (values(6, 8, seed=2), down, values(8, 2, seed=2), 1.5, both, implementation),
+        "dequantize_nf4": (packed, values(2, 8).view(16), *nf4, 6, 64, 64, torch.bfloat16, implementation),
         "linear_log_prob": (wide, weight, None, TARGETS, 2.0, None, 4, True, implementation, None, -100),
         "linear_lowered_label": (wide, values(6, 8), weight, None, TARGETS, 4.0, 3.0, 4, True),
     }

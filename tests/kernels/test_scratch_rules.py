@@ -66,6 +66,9 @@ def calls(dtype: torch.dtype) -> dict[str, tuple]:
     triplets = (hidden, picked, rows, R // 2, row / row.norm(), [2.0, 2.0], 1.0)
     scales = torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + 1e-5)
     narrow = row.to(dtype)
+    packed, table = torch.randint(0, 256, (R * D // 2, 1), dtype=torch.uint8), values(2, 8).view(16)
+    levels = torch.randint(0, 256, (R * D // 64,), dtype=torch.uint8)
+    scales4 = levels, values(2, 128).view(256), values(1, -(-levels.numel() // 256))[0], values(1, 1)[0, 0]
     return {
         "bend_tap_forward": (hidden, picked, None, rows, "cosine", "torch"),
         "bend_tap_backward": (other, picked, rows, place, torch.tensor(0.5), [N, D], "torch"),
@@ -89,8 +92,19 @@ def calls(dtype: torch.dtype) -> dict[str, tuple]:
         "rms_norm_gradient": (other, hidden, narrow, scales, True),
         "gated_product": (hidden, other, "gelu_tanh"),
         "gated_product_gradients": (picked, hidden[:R], other[:R], "silu"),
-        "low_rank_down": (hidden, a, hashes, 3, 0.4, "torch"),
-        "add_low_rank_gradient_": (other, hidden, a, down, hashes, 3, 0.4, [True, True], "torch"),
+        "dequantize_nf4": (packed, table, *scales4, R, D, 64, torch.bfloat16, "torch"),
+        "low_rank_down": (hidden, [a, a[:1]], hashes, 3, 0.4, "torch"),
+        "add_low_rank_gradient_": (
+            other,
+            hidden,
+            [a, a[:1]],
+            [down, down[:, :1]],
+            hashes,
+            3,
+            0.4,
+            [True, True],
+            "torch",
+        ),
         "add_low_rank_up_": (other, down, b, 1.5, "torch"),
         "low_rank_up_gradients": (other, down, b, 1.5, [True, True], "torch"),
     }

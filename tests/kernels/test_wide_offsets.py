@@ -94,9 +94,9 @@ def test_low_rank_columns_beyond_32_bits(implementation, device, far_apart, far)
         down, up = spread((ROWS, WIDTH), torch.float32, device, 8), spread((ROWS, ROWS), torch.float32, device, 9)
         low_rank.add_low_rank_up_(near["result"], down, near["b"][:WIDTH], 1.5, chosen)
         grads = low_rank.low_rank_up_gradients(near["grad"], down, near["b"][:WIDTH], 1.5, [True, True], chosen)
-        found = low_rank.low_rank_down(near["x"], near["a"], hashes, 3, 0.4, chosen)
+        found = low_rank.low_rank_down(near["x"], [near["a"]], hashes, 3, 0.4, chosen)
         grad_a = low_rank.add_low_rank_gradient_(
-            near["grad_x"], near["x"], near["a"], up, hashes, 3, 0.4, [True, True], chosen
+            near["grad_x"], near["x"], [near["a"]], [up], hashes, 3, 0.4, [True, True], chosen
         )
         results.append([near["result"].clone(), *grads, found, grad_a, near["grad_x"].clone()])
     for got, expected in zip(*results):

@@ -322,7 +322,7 @@ def test_fake_tensors(dtype) -> None:
         x = torch.empty(1, rows, INNER, dtype=dtype, requires_grad=True)
         base, a, b = torch.empty(OUTER, INNER, dtype=dtype), torch.empty(8, INNER), torch.empty(OUTER, 8)
         hashes = torch.empty(rows, dtype=torch.int32)
-        source, down = low_rank._Down.apply(x.reshape(rows, INNER), a.requires_grad_(), hashes, 0, P)
+        source, down = low_rank._Down.apply(x.reshape(rows, INNER), hashes, 0, P, None, "torch", a.requires_grad_())
         y = low_rank._Up.apply(source @ base.T, down, b.requires_grad_(), 1.5)
         y.sum().backward()
     assert (y.shape, y.dtype) == ((rows, OUTER), dtype)

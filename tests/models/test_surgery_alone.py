@@ -45,6 +45,7 @@ MECHANISMS = {
     "use_varlen",
     "use_liger",
     "replace_modules",
+    "use_nf4_products",
     "use_low_rank_forward",
     "use_lean_layers",
     "set_dropout_rate",

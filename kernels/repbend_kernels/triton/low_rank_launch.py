@@ -3,12 +3,15 @@
 Legend: N rows, W columns (D or O), r rank.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
 from ..launch import on_device_of
 from ..low_rank_sizes import (
     DOWN_BACK_ROWS,
+    MOST_SHARED,
     SUM_BLOCK,
     UP_COLUMNS,
     UP_RANK,
@@ -31,13 +34,14 @@ from .low_rank import (
 )
 
 
-def launch_down(x: Tensor, a: Tensor, hashes: Tensor | None, start: int, threshold: int) -> Tensor:
-    """P [N, r] in float32; ``hashes`` int32 [N] or None."""
-    (count, width), rank = x.shape, a.shape[0]
+def launch_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, start: int, threshold: int) -> Tensor:
+    """P [N, r] in float32; ``a`` are up to three matrices, r the sum of their ranks, ``hashes`` int32 [N] or None."""
+    (count, width), (a, ends) = x.shape, _shared(a)
+    rank = ends[-1]
     down = torch.empty((count, rank), dtype=torch.float32, device=x.device)
     if not down.numel():
         return down
-    sizes = tiles(rank, width, x.dtype, a.dtype)
+    sizes = tiles(rank, width, x.dtype, a[0].dtype)
     rows = down_rows(count)
     steps = span_steps(count, width, rows, sizes.walked)
     spans, part = blocks(width, steps * sizes.walked), part_stride(down.numel())
@@ -45,18 +49,19 @@ def launch_down(x: Tensor, a: Tensor, hashes: Tensor | None, start: int, thresho
     with on_device_of(x):
         lora_down_kernel[(blocks(count, rows), spans)](
             x,
-            a,
+            *_three(a),
             down if hashes is None else hashes.contiguous(),
             parts,
             start,
             threshold,
             count,
             width,
-            rank,
+            *_ranks(ends),
             steps,
             part,
             *x.stride(),
-            *a.stride(),
+            *a[0].stride(),
+            SHARED=len(a),
             HAS_MASK=hashes is not None,
             ROWS=rows,
             COLUMNS=sizes.walked,
@@ -138,23 +143,24 @@ def launch_up_backward(
 def launch_down_backward(
     grad_x: Tensor,
     x: Tensor,
-    a: Tensor,
-    up: Tensor,
+    a: list[Tensor],
+    up: list[Tensor],
     hashes: Tensor | None,
     start: int,
     threshold: int,
     needs: list[bool],
 ) -> Tensor | None:
-    """``grad_x`` [N, W] += keep · (Q A) in place where ``needs[0]``; dA = Qᵀ (keep · x) in A's dtype where
-    ``needs[1]``.
+    """``grad_x`` [N, W] += keep · (Q A) in place where ``needs[0]``; dA = Qᵀ (keep · x) [r, W] in A's dtype where
+    ``needs[1]``. ``a`` and ``up`` are up to three matrices each, r the sum of their ranks.
     """
-    (count, width), rank = x.shape, a.shape[0]
-    grad_a = torch.empty((rank, width), dtype=a.dtype, device=x.device) if needs[1] else None
+    (count, width), (a, ends) = x.shape, _shared(a)
+    rank = ends[-1]
+    grad_a = torch.empty((rank, width), dtype=a[0].dtype, device=x.device) if needs[1] else None
     if not x.numel() or not rank or not any(needs):
         return None if grad_a is None else grad_a.zero_()
     if needs[0]:
         _check_writable("the gradient of x", grad_x)
-    sizes = tiles(rank, width, x.dtype, a.dtype)
+    sizes = tiles(rank, width, x.dtype, a[0].dtype)
     steps = slab_steps(count, width, DOWN_BACK_ROWS, sizes.down)
     slabs = blocks(count, steps * DOWN_BACK_ROWS)
     parts = _parts(grad_a, slabs)
@@ -162,20 +168,21 @@ def launch_down_backward(
         lora_down_backward_kernel[(blocks(width, sizes.down), slabs)](
             grad_x,
             x,
-            a,
-            up.contiguous(),
-            up if hashes is None else hashes.contiguous(),
-            up if parts is None else parts,
+            *_three(a),
+            *_three([each.contiguous() for each in up]),
+            up[0] if hashes is None else hashes.contiguous(),
+            up[0] if parts is None else parts,
             start,
             threshold,
             count,
             width,
-            rank,
+            *_ranks(ends),
             steps,
             part_stride(rank * width),
             *grad_x.stride(),
             *x.stride(),
-            *a.stride(),
+            *a[0].stride(),
+            SHARED=len(a),
             HAS_MASK=hashes is not None,
             HAS_X=needs[0],
             HAS_A=needs[1],
@@ -187,6 +194,22 @@ def launch_down_backward(
         if parts is not None and grad_a is not None:
             _sum([(parts, grad_a)], 1.0)
     return grad_a
+
+
+def _shared(a: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The matrices in one layout, and where each ends among the ranks of all."""
+    if any(each.stride() != a[0].stride() for each in a):
+        a = [each.contiguous() for each in a]
+    return a, list(accumulate(each.shape[0] for each in a))
+
+
+def _three(tensors: list[Tensor]) -> list[Tensor | None]:
+    return [*tensors, *[None] * (MOST_SHARED - len(tensors))]
+
+
+def _ranks(ends: list[int]) -> tuple[int, int, int]:
+    """All ranks, and where the first and the second matrix end."""
+    return ends[-1], ends[0], ends[min(1, len(ends) - 1)]
 
 
 def _parts(out: Tensor | None, count: int) -> Tensor | None:

@@ -3,7 +3,9 @@
 PEFT's layers keep their weights, names, saving, merging and switching off; only what ``forward`` does with the low-rank
 part is replaced, by ``repbend_kernels.lora_down`` and ``lora_up`` around the base layer, whatever that is.
 
-Kept for backward: x by reference (q, k and v share one) or, where ``layers.recompute`` knows how it was made, what it
+Layers that read one x (``layers.readers``: q, k and v; gate and up) share one mask and one reading of x.
+
+Kept for backward: x by reference or, where ``layers.recompute`` knows how it was made, what it
 was made of; A's product with it; and the rows' hashed keys, which all layers share. PEFT keeps x, the mask, the dropped
 x (in A's dtype, so in 32 bits for a 16-bit model), A's product, and makes up to four tensors of the output's size on
 the way.
@@ -19,16 +21,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from repbend_kernels import lora_down, lora_up
-from repbend_kernels.blocks import row_hashes
+from repbend_kernels.blocks import MOST_SHARED_RANK, row_hashes
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.layers.changes import Changes
+from repbend_fast.models.layers.readers import Readers, groups_of
 from repbend_fast.models.layers.recompute import Origin, origin_of
 
 
@@ -36,12 +39,29 @@ class DropoutKeys:
     """What all adapted layers of a model share.
 
     ``rows`` are the hashed keys (int32 [N]) of the rows that the pass in progress runs, None for no dropout. ``given``
-    says whether :func:`lora_dropout` decides; where it does not, dropout follows the layers' training mode.
+    says whether :func:`lora_dropout` decides; where it does not, dropout follows the layers' training mode. ``readers``
+    are the groups of layers that read one tensor.
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         self.given = False
+        self.readers: list[_Readers] = []
+
+
+class _Down(NamedTuple):
+    """One adapter's part of a layer, before B: P [N, r], and the share of x that dropout has kept."""
+
+    adapter: str
+    product: Tensor
+    kept: float
+
+
+class _Read(NamedTuple):
+    """What a layer makes of x: x [N, D] for the base layer, and the adapters' parts."""
+
+    source: Tensor
+    downs: list[_Down]
 
 
 class _Adapted(Protocol):
@@ -59,30 +79,49 @@ class _Adapted(Protocol):
 
 
 class LowRankForward(nn.Module):
-    """What an adapted layer of PEFT gets in front of its own class: the same layer, with this module's forward."""
+    """What an adapted layer of PEFT gets in front of its own class: the same layer, with this module's forward.
+
+    ``place`` names its dropout masks, which ``readers``, where there are several of one x, have in common.
+    """
 
     dropout_keys: DropoutKeys
     place: int
+    readers: _Readers | None
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The base layer's output plus the active adapters' parts, [..., O] in the base layer's dtype."""
         layer = cast(_Adapted, self)
         if layer.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
+        read = self._read(x) if _active(layer) else _Read(x.reshape(-1, x.shape[-1]), [])
+        result = layer.base_layer(read.source)
+        for name, down, kept in read.downs:
+            result = lora_up(result, down, layer.lora_B[name].weight, float(layer.scaling[name] / kept))
+        return result.view(*x.shape[:-1], result.shape[-1])
+
+    def _read(self, x: Tensor) -> _Read:
+        readers = self.readers
+        if readers is not None and not torch.compiler.is_compiling():
+            if (made := readers.taken(self, x)) is not None:
+                return made
+            if not readers.apart and _alike(readers.layers):
+                return readers.give(self, x, self._make(readers.layers, x))
+        return self._make([self], x)[0]
+
+    def _make(self, layers: list[LowRankForward], x: Tensor) -> list[_Read]:
+        """What each of ``layers``, which have the same adapters, makes of ``x``."""
         # Two dimensions: with three, a bias makes the output a view, and adding to it in place would copy its gradient.
         flat, origin = x.reshape(-1, x.shape[-1]), origin_of(x)
-        names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
-        downs = []
-        for name in names:
-            dropout = self._dropout(name, flat)
-            source, down = self._down(flat, name, origin, *dropout)
-            downs.append((name, down, *dropout))
+        downs: list[list[_Down]] = [[] for _ in layers]
+        for name in _active(cast(_Adapted, self)):
+            hashes, p = self._dropout(name, flat)
+            weights = [cast(_Adapted, layer).lora_A[name].weight for layer in layers]
+            source, products = self._down(flat, weights, origin, hashes, p)
+            for own, product in zip(downs, products):
+                own.append(_Down(name, product, 1.0 if hashes is None else 1 - p))
             # Where x needs no gradient the base layer has none to make.
             flat = source if x.requires_grad else flat
-        result = layer.base_layer(flat)
-        for name, down, hashes, p in downs:
-            result = self._add_up(result, down, name, hashes, p)
-        return result.view(*x.shape[:-1], result.shape[-1])
+        return [_Read(flat, own) for own in downs]
 
     def _dropout(self, name: str, x: Tensor) -> tuple[Tensor | None, float]:
         """The hashed keys of x's rows, and p; None = no dropout."""
@@ -101,19 +140,44 @@ class LowRankForward(nn.Module):
         return keys.rows, p
 
     def _down(
-        self, x: Tensor, name: str, origin: Origin | None, hashes: Tensor | None, p: float
-    ) -> tuple[Tensor, Tensor]:
-        a = cast(_Adapted, self).lora_A[name].weight
+        self, x: Tensor, weights: list[Tensor], origin: Origin | None, hashes: Tensor | None, p: float
+    ) -> tuple[Tensor, list[Tensor]]:
         remake = None
-        if origin is not None and torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
+        if (
+            origin is not None
+            and torch.is_grad_enabled()
+            and (x.requires_grad or any(a.requires_grad for a in weights))
+        ):
             origin.recomputation.readers += 1
             remake = origin.inputs, origin.recomputation.read
-        return lora_down(x, a, hashes, self.place, p, remake=remake)
+        return lora_down(x, weights, hashes, self.place, p, remake=remake)
 
-    def _add_up(self, result: Tensor, down: Tensor, name: str, hashes: Tensor | None, p: float) -> Tensor:
-        layer = cast(_Adapted, self)
-        factor = float(layer.scaling[name] / (1 - p) if hashes is not None else layer.scaling[name])
-        return lora_up(result, down, layer.lora_B[name].weight, factor)
+
+_Readers = Readers[LowRankForward, _Read]
+
+
+def _active(layer: _Adapted) -> list[str]:
+    """The adapters that take part in a pass."""
+    return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _alike(layers: list[LowRankForward]) -> bool:
+    """Whether one launch serves all layers: the same adapters in one dtype, dropout alike, and few ranks in all."""
+    first = cast(_Adapted, layers[0])
+    names = _active(first)
+    for layer in (cast(_Adapted, each) for each in layers[1:]):
+        if layer.merged or _active(layer) != names or layers[0].training != cast(nn.Module, layer).training:
+            return False
+        for name in names:
+            one, two = first.lora_dropout[name], layer.lora_dropout[name]
+            if getattr(one, "p", 0.0) != getattr(two, "p", 0.0) or one.training != two.training:
+                return False
+            if first.lora_A[name].weight.dtype != layer.lora_A[name].weight.dtype:
+                return False
+    return all(
+        sum(cast(_Adapted, layer).lora_A[name].weight.shape[0] for layer in layers) <= MOST_SHARED_RANK
+        for name in names
+    )
 
 
 @cache
@@ -132,7 +196,7 @@ def use_low_rank_forward(model: CausalLM, changes: Changes | None = None) -> Non
 
     layers = [(name, cast(_Adapted, module)) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     changes, keys = changes or Changes(), DropoutKeys()
-    for place, (name, layer) in enumerate(layers):
+    for name, layer in layers:
         if isinstance(layer, LowRankForward):
             return
         if type(layer).__name__ not in ("Linear", "Linear4bit"):
@@ -145,9 +209,22 @@ def use_low_rank_forward(model: CausalLM, changes: Changes | None = None) -> Non
                 f"the adapter on {name} is not plain LoRA (use_dora, lora_bias or another variant); train one without "
                 "it"
             )
-        changes.kind(layer, _with_low_rank_forward(layer.__class__))
-        changes.entry(vars(layer), "dropout_keys", keys)
-        changes.entry(vars(layer), "place", place)
+    places, by_name = {name: place for place, (name, _) in enumerate(layers)}, dict(layers)
+    for group in groups_of(places):
+        readers: _Readers | None = None
+        if len(group) > 1 and len({_inputs(by_name[name]) for name in group}) == 1:
+            readers = Readers([cast(LowRankForward, by_name[name]) for name in group])
+            keys.readers.append(readers)
+        for name in group:
+            layer = by_name[name]
+            changes.kind(layer, _with_low_rank_forward(layer.__class__))
+            changes.entry(vars(layer), "dropout_keys", keys)
+            changes.entry(vars(layer), "place", places[group[0]] if readers else places[name])
+            changes.entry(vars(layer), "readers", readers)
+
+
+def _inputs(layer: _Adapted) -> int:
+    return next(iter(layer.lora_A.values())).weight.shape[1]
 
 
 def set_dropout_rate(model: CausalLM, p: float, changes: Changes | None = None) -> None:
@@ -189,3 +266,5 @@ def lora_dropout(model: CausalLM, keys: Tensor | None) -> Iterator[None]:
         yield
     finally:
         shared.rows, shared.given = previous
+        for readers in shared.readers:
+            readers.forget()

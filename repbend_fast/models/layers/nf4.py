@@ -1,0 +1,106 @@
+"""Products with NF4 weights on a GPU: bitsandbytes' layers with their weight made wide in one launch instead of three.
+
+Layer, weight and what is saved stay bitsandbytes'; only ``forward`` is taken over, for as many rows as a training pass
+has. Fewer rows go bitsandbytes' way, which has a kernel of its own for them. Reference and adapted pass have the same
+rows, so both go the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Protocol, cast
+
+import torch
+from repbend_kernels.blocks import Nf4Scales, dequantize_nf4
+from repbend_kernels.context import Context
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from repbend_fast.models.causal import CausalLM
+from repbend_fast.models.layers.changes import Changes
+
+LEAST_ROWS = 257
+"""bitsandbytes multiplies up to 64 to 256 rows, by card, without a wide weight."""
+
+
+class _Nested(Protocol):
+    absmax: Tensor
+    code: Tensor
+    blocksize: int
+
+
+class _QuantState(Protocol):
+    """What is read of bitsandbytes' ``QuantState``."""
+
+    absmax: Tensor
+    code: Tensor
+    shape: torch.Size
+    blocksize: int
+    quant_type: str
+    nested: bool
+    offset: Tensor | None
+    state2: _Nested | None
+
+
+class _Layer(Protocol):
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    compute_dtype: torch.dtype | None
+
+
+class _Product(torch.autograd.Function):
+    """y = x Wᵀ + bias, with nothing kept but the packed weight, which is frozen."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, packed: Tensor, state: _QuantState, bias: Tensor | None) -> Tensor:
+        ctx.weight = packed, state
+        return F.linear(x, _wide(packed, state, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad @ _wide(*ctx.weight, grad.dtype), None, None, None
+
+
+def _wide(packed: Tensor, state: _QuantState, dtype: torch.dtype) -> Tensor:
+    """W [O, D] in ``dtype``."""
+    nested = state.state2
+    scales = (
+        Nf4Scales(state.absmax) if nested is None else Nf4Scales(state.absmax, nested.code, nested.absmax, state.offset)
+    )
+    rows, width = state.shape
+    return dequantize_nf4(packed, state.code, scales, (rows, width), dtype, block=state.blocksize)
+
+
+def _forward(layer: nn.Module, x: Tensor) -> Tensor:
+    own = cast(_Layer, layer)
+    state: _QuantState | None = getattr(own.weight, "quant_state", None)
+    if state is None or not _takes(own, state, x):
+        return cast(Tensor, type(layer).forward(layer, x))
+    bias = None if own.bias is None else own.bias.to(x.dtype)
+    return _Product.apply(x, own.weight.detach(), state, bias)
+
+
+def _takes(layer: _Layer, state: _QuantState, x: Tensor) -> bool:
+    return (
+        x.shape[-1] == state.shape[1]
+        and x.numel() >= LEAST_ROWS * x.shape[-1]
+        and x.dtype == (layer.compute_dtype or x.dtype)
+        and state.quant_type == "nf4"
+        and not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling())
+        and not (layer.bias is not None and layer.bias.requires_grad)
+        and (state.state2 is None or state.state2.blocksize == 256)
+    )
+
+
+def use_nf4_products(model: CausalLM, device: torch.device, changes: Changes | None = None) -> None:
+    """Give bitsandbytes' 4-bit layers this module's forward, in place, where ``device`` is a GPU; a second call changes
+    nothing.
+    """
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if device.type != "cuda" or bitsandbytes is None:
+        return
+    changes = changes or Changes()
+    for module in model.modules():
+        if type(module) is bitsandbytes.nn.Linear4bit and "forward" not in vars(module):
+            changes.entry(vars(module), "forward", partial(_forward, module))
