@@ -8,6 +8,7 @@ OPS = ("tests/kernels/test_low_rank.py",)
 SHARED = ("tests/kernels/test_shared_down.py",)
 READERS = ("tests/models/test_readers.py",)
 WIDENED = ("tests/kernels/test_dequantize_nf4.py",)
+SHARED_KERNEL = f"{KERNELS}/triton/shared_down.py"
 NF4 = f"{KERNELS}/triton/dequantize_nf4.py"
 WIDE = ("tests/kernels/test_wide_offsets.py", "-k", "low_rank")
 KERNEL, LAUNCH = f"{KERNELS}/triton/low_rank.py", f"{KERNELS}/triton/low_rank_launch.py"
@@ -92,18 +93,21 @@ LOW_RANK = [
         "shared: the second matrix is read from its first rank on for every rank",
         "within = tl.where(ranks < end_one, ranks, ranks - end_one)",
         "within = tl.where(ranks < end_one, ranks, ranks * 0)",
+        file=SHARED_KERNEL,
         tests=SHARED,
     ),
     _kernel(
         "shared: the third matrix is the second's",
         "base = tl.where(ranks < end_two, base, three)",
         "base = tl.where(ranks < end_two, base, two)",
+        file=SHARED_KERNEL,
         tests=SHARED,
     ),
     _kernel(
         "shared: the third Q has the second's ranks",
         "length = tl.where(ranks < end_two, length, rank - end_two)",
         "length = length",
+        file=SHARED_KERNEL,
         tests=SHARED,
     ),
     _kernel(

@@ -38,7 +38,7 @@ from repbend_kernels.triton import dequantize_nf4 as nf4
 from repbend_kernels.triton import keyed_dropout as dropout
 from repbend_kernels.triton import linear_kl_div as kl
 from repbend_kernels.triton import linear_log_prob as log_prob
-from repbend_kernels.triton import low_rank
+from repbend_kernels.triton import low_rank, shared_down
 from repbend_kernels.triton import pairwise_cosine as pairwise
 from repbend_kernels.triton import row_distance as rows
 from triton.backends.compiler import GPUTarget
@@ -64,7 +64,7 @@ SHARED_RANKS = {
 # many; nothing may touch local memory.
 LIMITS = {"registers": 128, "shared_bytes": 20 * 1024, "spill_bytes": 0}
 # A matrix product's operands wait in shared memory, its sums in registers: two blocks of 4 warps fit everywhere.
-MATRIX_KERNELS = ("lora_down", "lora_up")
+MATRIX_KERNELS = ("lora_down", "lora_up", "shared_down")
 MATRIX_LIMITS = {"registers": 255, "shared_bytes": 48 * 1024, "spill_bytes": 0}
 
 
@@ -187,25 +187,18 @@ def _dropout_case(dtype: str, keys: str) -> Case:
     return Case(name, dropout.keyed_dropout_kernel, dtype, types, constants, dropout.WARPS, loose)
 
 
-def _low_rank_cases(dtype: str, weight: str, each: int, shared: int = 1) -> list[Case]:
-    """LoRA's kernels at one rank; the adapter's weights in ``weight``. Of ``shared`` layers that read one x, those that
-    serve all of them.
-    """
-    rank = each * shared
+def _low_rank_cases(dtype: str, weight: str, rank: int) -> list[Case]:
+    """LoRA's kernels at one rank; the adapter's weights in ``weight``."""
     wide, pointer, adapter = "*fp32", f"*{dtype}", f"*{weight}"
     sizes = tiles(rank, 4096, TORCH_DTYPES[dtype], TORCH_DTYPES[weight])
-    block: dict[str, object] = {"RANK": sizes.rank, "SHARED": shared}
+    block = {"RANK": sizes.rank}
     flags = {"HAS_MASK": True, "HAS_X": True, "HAS_A": True, "HAS_UP": True, "HAS_B": True}
     lines = ("x_row", "a_row", "y_row", "p_row", "b_row", "g_row", "part", "up_part", "b_part")
-    numbers = dict.fromkeys(
-        ("start", "threshold", "count", "width", "rank", "end_one", "end_two", "steps", *lines), "i32"
-    ) | {"factor": "fp32"}
+    numbers = dict.fromkeys(("start", "threshold", "count", "width", "rank", "steps", *lines), "i32") | {
+        "factor": "fp32"
+    }
     pointers = {**dict.fromkeys(("x", "grad", "grad_x", "result"), pointer), **dict.fromkeys(("a", "b"), adapter)}
     pointers |= {**dict.fromkeys(("down", "up", "grad_a", "grad_b"), wide), "hashes": "*i32"}
-    for number, name in enumerate(("one", "two", "three")):
-        pointers |= {f"a_{name}": adapter, f"up_{name}": wide}
-        if number >= shared:
-            block |= {f"a_{name}": None, f"up_{name}": None}
     flat = dict.fromkeys(("x_column", "a_column", "p_column", "b_column", "g_column", "y_column"), 1)
     cases = [
         (
@@ -233,8 +226,6 @@ def _low_rank_cases(dtype: str, weight: str, each: int, shared: int = 1) -> list
     ]
     loose = frozenset({"start", "threshold", "count", "steps"})
     tag = f"r{rank}" if weight == dtype else f"r{rank},{weight} adapter"
-    if shared > 1:
-        tag, cases = f"{tag},{shared} layers", [case for case in cases if case[0].startswith("lora_down")]
     found = []
     for name, kernel, tile_rows, columns, warps in cases:
         known = {**flat, **flags, **block, "ROWS": tile_rows, "COLUMNS": columns}
@@ -243,6 +234,36 @@ def _low_rank_cases(dtype: str, weight: str, each: int, shared: int = 1) -> list
         known = {n: v for n, v in known.items() if n in kernel.arg_names}
         types = {**numbers, **pointers}
         found.append(Case(f"{name}[{tag}]", kernel, dtype, types, known, warps, loose))
+    return found
+
+
+def _shared_cases(dtype: str, weight: str, each: int, shared: int) -> list[Case]:
+    """The kernels of ``shared`` layers of rank ``each`` that read one x."""
+    sizes = tiles(shared * each, 4096, TORCH_DTYPES[dtype], TORCH_DTYPES[weight])
+    names = ("one", "two", "three")
+    pointers = {
+        **dict.fromkeys(("x", "grad_x"), f"*{dtype}"),
+        **dict.fromkeys((f"a_{name}" for name in names), f"*{weight}"),
+        **dict.fromkeys((*(f"up_{name}" for name in names), "down", "grad_a"), "*fp32"),
+        "hashes": "*i32",
+    }
+    scalars = ("start", "threshold", "count", "width", "rank", "end_one", "end_two", "steps", "part")
+    lines = ("x_row", "a_row", "g_row")
+    known: dict[str, object] = {"HAS_MASK": True, "HAS_X": True, "HAS_A": True, "SHARED": shared, "RANK": sizes.rank}
+    known |= dict.fromkeys(("x_column", "a_column", "g_column"), 1)
+    known |= {f"{matrix}_{name}": None for name in names[shared:] for matrix in ("a", "up")}
+    tag = f"{shared} x r{each}" if weight == dtype else f"{shared} x r{each},{weight} adapter"
+    found = []
+    for name, kernel, rows_of_tile, columns in (
+        ("shared_down", shared_down.shared_down_kernel, down_rows(1456), sizes.walked),
+        ("shared_down_backward", shared_down.shared_down_backward_kernel, DOWN_BACK_ROWS, sizes.down),
+    ):
+        constants = {
+            n: v for n, v in {**known, "ROWS": rows_of_tile, "COLUMNS": columns}.items() if n in kernel.arg_names
+        }
+        types = {**pointers, **dict.fromkeys((*scalars, *lines), "i32")}
+        loose = frozenset({"start", "threshold", "count", "steps"})
+        found.append(Case(f"{name}[{tag}]", kernel, dtype, types, constants, WARPS, loose))
     return found
 
 
@@ -294,7 +315,7 @@ def all_cases(dtypes: tuple[str, ...] = DTYPES) -> list[Case]:
         cases += [*_distance_cases(dtype), _add_rows_case(dtype), *_pairwise_cases(dtype), *_head_cases(dtype)]
         cases += [_dropout_case(dtype, keys) for keys in ("*i32", "*i64")]
         cases += [case for weight, rank in LOW_RANKS[dtype] for case in _low_rank_cases(dtype, weight, rank)]
-        cases += [case for shared in SHARED_RANKS[dtype] for case in _low_rank_cases(dtype, *shared)]
+        cases += [case for shared in SHARED_RANKS[dtype] for case in _shared_cases(dtype, *shared)]
         cases += [_sum_case(dtype), *(_dequantize_case(dtype, nested) for nested in (False, True))]
     return cases
 
@@ -303,19 +324,16 @@ def digest(case: Case) -> str:
     """Changes when the kernel, or a function or constant it may use, changes; a recorded row with another digest is
     stale.
     """
-    functions: dict[str, triton.JITFunction] = {}
-    constants: dict[str, object] = {}
-    left = [case.kernel]
-    while left:
-        function = left.pop()
-        words = set(re.findall(r"\w+", function.src))
-        named = {n: v for n, v in vars(sys.modules[function.fn.__module__]).items() if n in words}
-        constants |= {n: v.value for n, v in named.items() if isinstance(v, triton.language.constexpr)}
-        left += [v for n, v in named.items() if isinstance(v, triton.JITFunction) and n not in functions]
-        functions[function.fn.__name__] = function
-    text = "".join(functions[name].src for name in sorted(functions)) + str(sorted(constants.items()))
-    types = {name: kind for name, kind in case.types.items() if name in case.kernel.arg_names}
-    return hashlib.sha256(f"{text}{sorted(types.items())}{case.constants}{case.warps}".encode()).hexdigest()[:12]
+    functions = {
+        n: v for n, v in sys.modules[case.kernel.fn.__module__].__dict__.items() if isinstance(v, triton.JITFunction)
+    }
+    text = "".join(functions[name].src for name in sorted(functions))
+    modules = {sys.modules[function.fn.__module__] for function in functions.values()}
+    constants = {
+        n: v.value for module in modules for n, v in vars(module).items() if isinstance(v, triton.language.constexpr)
+    }
+    text += str(sorted(constants.items()))
+    return hashlib.sha256(f"{text}{case.types}{case.constants}{case.warps}".encode()).hexdigest()[:12]
 
 
 def compile_case(case: Case, sm: int) -> tuple[bytes, int]:

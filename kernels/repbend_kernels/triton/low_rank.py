@@ -7,15 +7,11 @@ mask in registers.
     lora_down_backward_kernel    dx += keep · (Q A) in place, and Qᵀ (keep · x) in parts
     sum_parts_kernel             adds parts in the order in which they lie
 
-Up to three layers that read one x share the two kernels of ``lora_down``: their A lie one below the other, without
-being copied there, as do their Q beside each other; x is read and masked once for all of them.
-
 A program of a backward kernel owns a tile of columns and a slab of rows. What it adds up over its columns (Q) or over
 its rows (dA, dB) is one part of the sum, so nothing is added atomically and results repeat to the bit. Launches are in
 ``low_rank_launch``, sizes of tiles and slabs in ``low_rank_sizes``.
 
-Legend: N rows, W columns (D or O), r rank (of layers that share x the sum of theirs), R the rank's block (r up to a
-power of two, at least 16).
+Legend: N rows, W columns (D or O), r rank, R the rank's block (r up to a power of two, at least 16).
 """
 
 import os
@@ -101,49 +97,10 @@ def kept(
     return element_hash(row, column_hash(columns, start)) > threshold
 
 
-@triton.jit
-def rows_of(
-    ranks: tl.tensor,
-    one: tl.tensor,
-    two: tl.tensor,
-    three: tl.tensor,
-    end_one: tl.tensor,
-    end_two: tl.tensor,
-    stride: tl.tensor,
-    SHARED: tl.constexpr,
-) -> tl.tensor:
-    """Where the ranks' rows begin in matrices that count as one below the other; ``one`` ends before rank ``end_one``,
-    ``two`` before ``end_two``. Pointers [ranks].
-    """
-    base, within = one, ranks
-    if SHARED > 1:
-        base = tl.where(ranks < end_one, one, two)
-        within = tl.where(ranks < end_one, ranks, ranks - end_one)
-    if SHARED > 2:
-        base = tl.where(ranks < end_two, base, three)
-        within = tl.where(ranks < end_two, within, ranks - end_two)
-    return base + within * stride
-
-
-@triton.jit
-def lengths_of(
-    ranks: tl.tensor, rank: tl.tensor, end_one: tl.tensor, end_two: tl.tensor, SHARED: tl.constexpr
-) -> tl.tensor:
-    """How many ranks the matrix of each rank has."""
-    length = ranks * 0 + rank
-    if SHARED > 1:
-        length = tl.where(ranks < end_one, end_one, end_two - end_one)
-    if SHARED > 2:
-        length = tl.where(ranks < end_two, length, rank - end_two)
-    return length
-
-
 @triton.jit(do_not_specialize=["start", "threshold", "count", "steps"], do_not_specialize_on_alignment=["hashes"])
 def lora_down_kernel(
     x: tl.tensor,
-    a_one: tl.tensor,
-    a_two: tl.tensor,
-    a_three: tl.tensor,
+    a: tl.tensor,
     hashes: tl.tensor,
     down: tl.tensor,
     start: tl.tensor,
@@ -151,26 +108,22 @@ def lora_down_kernel(
     count: tl.tensor,
     width: tl.tensor,
     rank: tl.tensor,
-    end_one: tl.tensor,
-    end_two: tl.tensor,
     steps: tl.tensor,
     part: tl.tensor,
     x_row: tl.tensor,
     x_column: tl.tensor,
     a_row: tl.tensor,
     a_column: tl.tensor,
-    SHARED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
-    """down[s] = (keep · x) Aᵀ over the columns of span s; A is one to three matrices (``SHARED``)."""
+    """down[s] = (keep · x) Aᵀ over the columns of span s."""
     # int64 before any stride multiplication: rows times width passes 2³¹.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = rows < count
-    ranks = tl.arange(0, RANK).to(tl.int64)
-    a_rows = rows_of(ranks, a_one, a_two, a_three, end_one, end_two, a_row, SHARED)
+    ranks = tl.arange(0, RANK)
     total = tl.zeros([ROWS, RANK], dtype=tl.float32)
     DEPTH: tl.constexpr = 3 if RANK <= 64 else 2
     for step in tl.range(0, steps, num_stages=DEPTH):
@@ -183,7 +136,9 @@ def lora_down_kernel(
         if HAS_MASK:
             m = tl.where(kept(hashes, rows, known, columns, start, threshold), m, 0.0)
         w = tl.load(
-            a_rows[:, None] + wide[None, :] * a_column, mask=(ranks < rank)[:, None] & inside[None, :], other=0.0
+            a + ranks.to(tl.int64)[:, None] * a_row + wide[None, :] * a_column,
+            mask=(ranks < rank)[:, None] & inside[None, :],
+            other=0.0,
         )
         total = product(m, tl.trans(w), total)
     place = down + tl.program_id(1).to(tl.int64) * part + rows[:, None] * rank + ranks[None, :]
@@ -278,6 +233,26 @@ def lora_up_backward_kernel(
 
 
 @triton.jit
+def product_in_turn(
+    left: tl.tensor,
+    right: tl.tensor,
+    known: tl.tensor,
+    inside: tl.tensor,
+    rank: tl.tensor,
+    right_row: tl.tensor,
+    total: tl.tensor,
+) -> tl.tensor:
+    """total + left · right, a few ranks at a time; ``left`` points at its rows, ``right`` at its columns."""
+    for first in tl.range(0, rank, PRODUCT_RANK, num_stages=1):
+        few = first + tl.arange(0, PRODUCT_RANK).to(tl.int64)
+        used = few < rank
+        q = tl.load(left + few[None, :], mask=known & used[None, :], other=0.0)
+        w = tl.load(right + few[:, None] * right_row, mask=used[:, None] & inside, other=0.0)
+        total = product(q, w, total)
+    return total
+
+
+@triton.jit
 def add_at(place: tl.tensor, added: tl.tensor, some: tl.tensor) -> None:
     """What lies at ``place`` += ``added``, rounded once."""
     value = tl.load(place, mask=some, other=0.0).to(tl.float32) + added
@@ -288,12 +263,8 @@ def add_at(place: tl.tensor, added: tl.tensor, some: tl.tensor) -> None:
 def lora_down_backward_kernel(
     grad_x: tl.tensor,
     x: tl.tensor,
-    a_one: tl.tensor,
-    a_two: tl.tensor,
-    a_three: tl.tensor,
-    up_one: tl.tensor,
-    up_two: tl.tensor,
-    up_three: tl.tensor,
+    a: tl.tensor,
+    up: tl.tensor,
     hashes: tl.tensor,
     grad_a: tl.tensor,
     start: tl.tensor,
@@ -301,8 +272,6 @@ def lora_down_backward_kernel(
     count: tl.tensor,
     width: tl.tensor,
     rank: tl.tensor,
-    end_one: tl.tensor,
-    end_two: tl.tensor,
     steps: tl.tensor,
     part: tl.tensor,
     g_row: tl.tensor,
@@ -311,7 +280,6 @@ def lora_down_backward_kernel(
     x_column: tl.tensor,
     a_row: tl.tensor,
     a_column: tl.tensor,
-    SHARED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_X: tl.constexpr,
     HAS_A: tl.constexpr,
@@ -319,26 +287,20 @@ def lora_down_backward_kernel(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
-    """grad_x += keep · (Q A) in place, rounded once; grad_a[s] = Qᵀ (keep · x) over the rows of slab s. A and Q are one
-    to three matrices (``SHARED``), each Q [N, its ranks].
-    """
+    """grad_x += keep · (Q A) in place, rounded once; grad_a[s] = Qᵀ (keep · x) over the rows of slab s."""
     slab = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     wide, ranks = columns.to(tl.int64), tl.arange(0, RANK).to(tl.int64)
     inside, used = columns < width, ranks < rank
     held = used[:, None] & inside[None, :]
-    q_first = rows_of(ranks, up_one, up_two, up_three, end_one, end_two, 1, SHARED)
-    q_row = lengths_of(ranks, rank, end_one, end_two, SHARED)
     if HAS_X and RANK <= PRODUCT_RANK:
-        a_rows = rows_of(ranks, a_one, a_two, a_three, end_one, end_two, a_row, SHARED)
-        w = tl.load(a_rows[:, None] + wide[None, :] * a_column, mask=held, other=0.0)
+        w = tl.load(a + ranks[:, None] * a_row + wide[None, :] * a_column, mask=held, other=0.0)
     total = tl.zeros([RANK, COLUMNS], dtype=tl.float32)
     for step in tl.range(0, steps, num_stages=2):
         rows = (slab * steps + step) * ROWS + tl.arange(0, ROWS)
         known = rows < count
         some = known[:, None] & inside[None, :]
-        q_place = q_first[None, :] + rows[:, None] * q_row[None, :]
-        q = tl.load(q_place, mask=known[:, None] & used[None, :], other=0.0)
+        q = tl.load(up + rows[:, None] * rank + ranks[None, :], mask=known[:, None] & used[None, :], other=0.0)
         keep = some
         if HAS_MASK:
             keep = kept(hashes, rows, known, columns, start, threshold)
@@ -347,15 +309,8 @@ def lora_down_backward_kernel(
             if RANK <= PRODUCT_RANK:
                 added = product(q, w, added)
             else:
-                for first in tl.range(0, rank, PRODUCT_RANK, num_stages=1):
-                    few = first + tl.arange(0, PRODUCT_RANK).to(tl.int64)
-                    some_q, some_w = known[:, None] & (few < rank)[None, :], (few < rank)[:, None] & inside[None, :]
-                    starts = rows_of(few, up_one, up_two, up_three, end_one, end_two, 1, SHARED)
-                    length = lengths_of(few, rank, end_one, end_two, SHARED)
-                    q_few = tl.load(starts[None, :] + rows[:, None] * length[None, :], mask=some_q, other=0.0)
-                    a_rows = rows_of(few, a_one, a_two, a_three, end_one, end_two, a_row, SHARED)
-                    w_few = tl.load(a_rows[:, None] + wide[None, :] * a_column, mask=some_w, other=0.0)
-                    added = product(q_few, w_few, added)
+                q_rows, w_columns = up + rows[:, None] * rank, a + wide[None, :] * a_column
+                added = product_in_turn(q_rows, w_columns, known[:, None], inside[None, :], rank, a_row, added)
             add_at(grad_x + rows[:, None] * g_row + wide[None, :] * g_column, tl.where(keep, added, 0.0), some)
         if HAS_A:
             m = tl.load(x + rows[:, None] * x_row + wide[None, :] * x_column, mask=some, other=0.0)

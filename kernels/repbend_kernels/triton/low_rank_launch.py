@@ -32,6 +32,7 @@ from .low_rank import (
     lora_up_kernel,
     sum_parts_kernel,
 )
+from .shared_down import shared_down_backward_kernel, shared_down_kernel
 
 
 def launch_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, start: int, threshold: int) -> Tensor:
@@ -47,9 +48,10 @@ def launch_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, start: int, t
     spans, part = blocks(width, steps * sizes.walked), part_stride(down.numel())
     parts = down if spans == 1 else torch.empty((spans, part), dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        lora_down_kernel[(blocks(count, rows), spans)](
+        kernel = lora_down_kernel if len(a) == 1 else shared_down_kernel
+        kernel[(blocks(count, rows), spans)](
             x,
-            *_three(a),
+            *_matrices(a),
             down if hashes is None else hashes.contiguous(),
             parts,
             start,
@@ -61,7 +63,7 @@ def launch_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, start: int, t
             part,
             *x.stride(),
             *a[0].stride(),
-            SHARED=len(a),
+            **_shared_constant(a),
             HAS_MASK=hashes is not None,
             ROWS=rows,
             COLUMNS=sizes.walked,
@@ -165,11 +167,12 @@ def launch_down_backward(
     slabs = blocks(count, steps * DOWN_BACK_ROWS)
     parts = _parts(grad_a, slabs)
     with on_device_of(x):
-        lora_down_backward_kernel[(blocks(width, sizes.down), slabs)](
+        kernel = lora_down_backward_kernel if len(a) == 1 else shared_down_backward_kernel
+        kernel[(blocks(width, sizes.down), slabs)](
             grad_x,
             x,
-            *_three(a),
-            *_three([each.contiguous() for each in up]),
+            *_matrices(a),
+            *_matrices([each.contiguous() for each in up]),
             up[0] if hashes is None else hashes.contiguous(),
             up[0] if parts is None else parts,
             start,
@@ -182,7 +185,7 @@ def launch_down_backward(
             *grad_x.stride(),
             *x.stride(),
             *a[0].stride(),
-            SHARED=len(a),
+            **_shared_constant(a),
             HAS_MASK=hashes is not None,
             HAS_X=needs[0],
             HAS_A=needs[1],
@@ -203,13 +206,18 @@ def _shared(a: list[Tensor]) -> tuple[list[Tensor], list[int]]:
     return a, list(accumulate(each.shape[0] for each in a))
 
 
-def _three(tensors: list[Tensor]) -> list[Tensor | None]:
-    return [*tensors, *[None] * (MOST_SHARED - len(tensors))]
+def _matrices(tensors: list[Tensor]) -> list[Tensor | None]:
+    """As the kernel of one matrix or that of several takes them."""
+    return [*tensors] if len(tensors) == 1 else [*tensors, *[None] * (MOST_SHARED - len(tensors))]
 
 
-def _ranks(ends: list[int]) -> tuple[int, int, int]:
-    """All ranks, and where the first and the second matrix end."""
-    return ends[-1], ends[0], ends[min(1, len(ends) - 1)]
+def _ranks(ends: list[int]) -> tuple[int, ...]:
+    """All ranks and, of several matrices, where the first and the second end."""
+    return (ends[-1],) if len(ends) == 1 else (ends[-1], *ends[:2])
+
+
+def _shared_constant(a: list[Tensor]) -> dict[str, int]:
+    return {} if len(a) == 1 else {"SHARED": len(a)}
 
 
 def _parts(out: Tensor | None, count: int) -> Tensor | None:
