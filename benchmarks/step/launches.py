@@ -43,7 +43,7 @@ NOTHING = frozenset(
 WRITE_ONLY = frozenset(f"aten::{name}" for name in ("copy_", "fill_", "zero_", "uniform_", "normal_"))
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 KINDS = (
-    ("LoRA", ("low_rank", "lora")),
+    ("LoRA", ("low_rank", "lora", "shared_down")),
     ("head", ("linear_kl_div", "linear_log_prob")),
     ("distances", ("bend_tap", "window_distance", "pairwise_cosine", "tap_rows", "triplet", "row_distance")),
     ("dropout", ("keyed_dropout",)),
@@ -79,7 +79,7 @@ class LaunchCounter(TorchDispatchMode):
     Attributes:
         found: by part of the step and kind of work.
         names: launches by operation or kernel, to see where they come from.
-        calls: calls of the project's own ops, by part.
+        calls: calls of the project's own ops, by part; LoRA's kernels count where no op surrounds them.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,11 @@ class LaunchCounter(TorchDispatchMode):
         """A Triton kernel. A tensor that it reads more than once is counted once."""
         access = access_of(kernel)
         size = sum(_size(t) * max(1, (n in access.read) + (n in access.written)) for n, t in tensors.items())
-        self._add(kernel.__name__, kernel.__module__, 1, size)
+        name, module = kernel.__name__, kernel.__module__
+        self._add(name, module, 1, size)
+        if not self._within and self._kind(name, module) == "LoRA":
+            # Sums of parts come behind the kernel that left them, in the same call.
+            self.calls[self._part()] += name != "sum_parts_kernel"
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None

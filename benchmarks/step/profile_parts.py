@@ -25,7 +25,19 @@ OPTIMIZER = "Optimizer.step#"
 OUTSIDE = "outside"
 KINDS = (
     ("head", ("repbend_kernels::linear_",)),
-    ("LoRA", ("repbend_kernels::low_rank", "repbend_kernels::add_low_rank", "repbend_kernels::keyed_dropout")),
+    (
+        "LoRA",
+        (
+            "repbend_kernels::low_rank",
+            "repbend_kernels::add_low_rank",
+            "repbend_kernels::keyed_dropout",
+            # Launched without an op around them.
+            "lora_down_",
+            "lora_up_",
+            "shared_down_",
+            "sum_parts_",
+        ),
+    ),
     (
         "norms and gates",
         ("repbend_kernels::rms_norm", "repbend_kernels::gated_product", "Liger", "aten::silu", "aten::rsqrt"),

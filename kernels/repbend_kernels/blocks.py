@@ -1,7 +1,7 @@
 """What ops and trainers of one's own can be built of: the parts of the ops that are held stable for others."""
 
 from .checks import accumulate_dtype
-from .dequantize_nf4 import Nf4Scales, dequantize_nf4
+from .dequantize_nf4 import Nf4Scales, dequantize_nf4, nf4_linear
 from .head import default_chunk_rows, head_scratch, hidden_gradient, logits_into
 from .keyed_dropout import KeyedMask, row_hashes
 from .low_rank_sizes import MOST_SHARED_RANK
@@ -16,5 +16,6 @@ __all__ = [
     "head_scratch",
     "hidden_gradient",
     "logits_into",
+    "nf4_linear",
     "row_hashes",
 ]

@@ -7,6 +7,7 @@ i/2 where i is even) and b = i / block. With two-level scales
 
 and otherwise s_b is given. Products and sums are float32's, each rounded, and then rounded once to the result's dtype:
 the values of bitsandbytes' own three kernels to the bit, without their float32 scales in memory.
+``nf4_linear`` is the product with such a matrix.
 
 Memory above the inputs: the matrix that it returns; on the torch path blocks of it and the float32 scales.
 
@@ -17,7 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from .context import Context, Gradients
 from .oracles import dequantize_nf4_reference
 from .scratch import scratch_rule
 from .selection import launches_alone, resolve
@@ -137,6 +140,61 @@ def dequantize_nf4(
     if launches_alone(path, packed):
         return _dequantize(packed, table, scales, shape, block, dtype, path)
     return dequantize_nf4_op(packed, table, *scales, *shape, block, dtype, path)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + bias. Nothing is kept but the packed weight, of which W is made again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        x: Tensor,
+        packed: Tensor,
+        table: Tensor,
+        scales: Nf4Scales,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        block: int,
+        implementation: str | None,
+    ) -> Tensor:
+        # A function, not the parts of the weight: they are frozen, and nobody shall offload or pack them as saved ones.
+        ctx.wide = lambda dtype: dequantize_nf4(
+            packed, table, scales, shape, dtype, block=block, implementation=implementation
+        )
+        return F.linear(x, ctx.wide(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
+        return grad @ ctx.wide(grad.dtype), *[None] * 7
+
+
+def nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    table: Tensor,
+    scales: Nf4Scales,
+    shape: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    block: int = 64,
+    implementation: str | None = None,
+) -> Tensor:
+    """x Wᵀ + bias of a frozen 4-bit W, which is made wide for each product; differentiable in ``x`` alone.
+
+    Args:
+        x: [..., D], in the dtype of the products.
+        packed, table, scales, shape, block, implementation: as :func:`dequantize_nf4` takes them.
+        bias: [O] of ``x``'s dtype.
+
+    Returns:
+        [..., O] in ``x``'s dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`dequantize_nf4`; ``x`` of another width.
+    """
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"x: expected width {shape[1]}, got {x.shape[-1]}")
+    return _Product.apply(x, packed, table, scales, shape, bias, block, implementation)
 
 
 def _check(packed: Tensor, table: Tensor, scales: Nf4Scales, count: int, block: int) -> None:

@@ -187,8 +187,11 @@ class _Down(torch.autograd.Function):
         ctx.save_for_backward(hashes, *a, *kept)
         ctx.settings, ctx.implementation, ctx.ranks = (place, p), implementation, [each.shape[0] for each in a]
         ctx.set_materialize_grads(False)
-        run = _down if launches_alone(implementation, x) else low_rank_down
-        return x, *_parts_of(run(x, list(a), hashes, place, p, implementation), ctx.ranks)
+        if launches_alone(implementation, x):
+            down = _down(x, list(a), hashes, place, p, implementation)
+        else:
+            down = low_rank_down(x, list(a), hashes, place, p, implementation)
+        return x, *_parts_of(down, ctx.ranks)
 
     @staticmethod
     def backward(ctx: Context, grad_x: Tensor | None, *ups: Tensor | None) -> Gradients:
@@ -204,9 +207,13 @@ class _Down(torch.autograd.Function):
         if grad_x is None:
             grad_x = torch.zeros_like(x) if needs[0] else x.new_empty((0, x.shape[1]))
         up = [some.new_zeros((x.shape[0], rank)) if up is None else up for up, rank in zip(ups, ctx.ranks)]
-        run = _add_down_gradient_ if launches_alone(ctx.implementation, x) else add_low_rank_gradient_
-        grad_a = run(grad_x, x, a, up, hashes, *ctx.settings, needs, ctx.implementation)
-        grads = grad_a.split(ctx.ranks) if needs[1] else [None] * len(ups)
+        (place, p), chosen = ctx.settings, ctx.implementation
+        grad_a: Tensor | None
+        if launches_alone(chosen, x):
+            grad_a = _add_down_gradient_(grad_x, x, a, up, hashes, place, p, needs, chosen)
+        else:
+            grad_a = add_low_rank_gradient_(grad_x, x, a, up, hashes, place, p, needs, chosen)
+        grads = [None] * len(ups) if grad_a is None or not needs[1] else grad_a.split(ctx.ranks)
         asked = ctx.needs_input_grad[6:]
         return grad_x if needs[0] else None, *[None] * 5, *(g if needed else None for g, needed in zip(grads, asked))
 
@@ -226,8 +233,10 @@ class _Up(torch.autograd.Function):
             result = result.clone()
         else:
             ctx.mark_dirty(result)
-        run = _add_up_ if launches_alone(implementation, result) else add_low_rank_up_
-        run(result, down, b, factor, implementation)
+        if launches_alone(implementation, result):
+            _add_up_(result, down, b, factor, implementation)
+        else:
+            add_low_rank_up_(result, down, b, factor, implementation)
         ctx.save_for_backward(down, b)
         ctx.settings = factor, implementation
         return result
@@ -236,10 +245,10 @@ class _Up(torch.autograd.Function):
     def backward(ctx: Context, grad: Tensor) -> Gradients:
         checks.check_first_derivative("lora_up")
         needs = list(ctx.needs_input_grad[1:3])
-        factor, implementation = ctx.settings
+        (factor, implementation), (down, b) = ctx.settings, ctx.saved_tensors
         if launches_alone(implementation, grad):
-            return grad, *_up_gradients(grad, *ctx.saved_tensors, factor, needs, implementation), None, None
-        found = iter(low_rank_up_gradients(grad, *ctx.saved_tensors, factor, needs, implementation))
+            return grad, *_up_gradients(grad, down, b, factor, needs, implementation), None, None
+        found = iter(low_rank_up_gradients(grad, down, b, factor, needs, implementation))
         return grad, *(next(found) if needed else None for needed in needs), None, None
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "eager")
 
@@ -98,7 +97,9 @@ def launches_alone(chosen: str, tensor: Tensor) -> bool:
     """
     if chosen != "triton" or torch.compiler.is_compiling():
         return False
-    return not (isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda")
+    # By its attribute: to import the class would import Triton and more.
+    fake: torch.device | None = getattr(tensor, "fake_device", None)
+    return fake is None or fake.type != "cuda"
 
 
 def _require_triton(tensor: Tensor) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_compare import spread
-from repbend_kernels.blocks import Nf4Scales, dequantize_nf4
+from kernel_compare import assert_matches, spread
+from repbend_kernels.blocks import Nf4Scales, dequantize_nf4, nf4_linear
 from torch import Tensor
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -77,6 +77,22 @@ def test_bitsandbytes_own_weights(implementation, device) -> None:
         theirs = functional.dequantize_4bit(packed, state)
         assert torch.equal(got, theirs)
         assert 0 < float((got - weight).norm() / weight.norm()) < 0.15
+
+
+def test_products_keep_nothing_of_x(implementation, device) -> None:
+    given, bias = weights((96, 128), True, device, 64), spread((96,), FP32, device, 9)
+    matrix = dequantize_nf4(*given, (96, 128), torch.float32, implementation="eager").double()
+    x = spread((5, 128), FP32, device, 10).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = nf4_linear(x, *given, (96, 128), bias, implementation=implementation)
+    grad = spread((5, 96), FP32, device, 11)
+    y.backward(grad)
+    assert kept == []
+    assert_matches(y, x.double() @ matrix.T + bias, tolerance=1e-6)
+    assert_matches(x.grad, grad.double() @ matrix, tolerance=1e-6)
+    with pytest.raises(ValueError, match="x: expected width 128, got 64"):
+        nf4_linear(x[:, :64], *given, (96, 128), implementation=implementation)
 
 
 def test_no_weights(implementation, device) -> None:

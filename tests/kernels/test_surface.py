@@ -19,7 +19,16 @@ DECLARED = {
     *(f"{NAME}.{module}" for module in ("blocks", "low_rank_sizes", "oracles", "scratch", "triton")),
     *(
         f"{NAME}.triton.{op}"
-        for op in ("keyed_dropout", "linear_kl_div", "linear_log_prob", "low_rank", "pairwise_cosine", "row_distance")
+        for op in (
+            "dequantize_nf4",
+            "keyed_dropout",
+            "linear_kl_div",
+            "linear_log_prob",
+            "low_rank",
+            "pairwise_cosine",
+            "row_distance",
+            "shared_down",
+        )
     ),
 }
 

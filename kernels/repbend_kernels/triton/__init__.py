@@ -6,4 +6,13 @@ declare the kernels and the launch parameters that a tool which compiles them ne
 one kernel, and ``low_rank_launch`` launches those of ``low_rank``.
 """
 
-__all__ = ["keyed_dropout", "linear_kl_div", "linear_log_prob", "low_rank", "pairwise_cosine", "row_distance"]
+__all__ = [
+    "dequantize_nf4",
+    "keyed_dropout",
+    "linear_kl_div",
+    "linear_log_prob",
+    "low_rank",
+    "pairwise_cosine",
+    "row_distance",
+    "shared_down",
+]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..dequantize_nf4 import OUTER_BLOCK, Nf4Scales
 from ..launch import on_device_of
 
-__all__ = ["WARPS", "WEIGHTS", "dequantize_nf4_kernel"]
+__all__ = ["OUTER_BLOCK", "WARPS", "WEIGHTS", "dequantize_nf4_kernel"]
 
 WEIGHTS, WARPS = 4096, 4
 """Of a program: 32 weights a thread are 16 bytes of codes, and four stores of 16 bytes in 16 bits."""

@@ -12,10 +12,8 @@ from functools import partial
 from typing import Protocol, cast
 
 import torch
-from repbend_kernels.blocks import Nf4Scales, dequantize_nf4
-from repbend_kernels.context import Context
+from repbend_kernels.blocks import Nf4Scales, nf4_linear
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.layers.changes import Changes
@@ -49,36 +47,17 @@ class _Layer(Protocol):
     compute_dtype: torch.dtype | None
 
 
-class _Product(torch.autograd.Function):
-    """y = x Wᵀ + bias, with nothing kept but the packed weight, which is frozen."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, packed: Tensor, state: _QuantState, bias: Tensor | None) -> Tensor:
-        ctx.weight = packed, state
-        return F.linear(x, _wide(packed, state, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad @ _wide(*ctx.weight, grad.dtype), None, None, None
-
-
-def _wide(packed: Tensor, state: _QuantState, dtype: torch.dtype) -> Tensor:
-    """W [O, D] in ``dtype``."""
-    nested = state.state2
-    scales = (
-        Nf4Scales(state.absmax) if nested is None else Nf4Scales(state.absmax, nested.code, nested.absmax, state.offset)
-    )
-    rows, width = state.shape
-    return dequantize_nf4(packed, state.code, scales, (rows, width), dtype, block=state.blocksize)
-
-
 def _forward(layer: nn.Module, x: Tensor) -> Tensor:
     own = cast(_Layer, layer)
     state: _QuantState | None = getattr(own.weight, "quant_state", None)
     if state is None or not _takes(own, state, x):
         return cast(Tensor, type(layer).forward(layer, x))
-    bias = None if own.bias is None else own.bias.to(x.dtype)
-    return _Product.apply(x, own.weight.detach(), state, bias)
+    bias, nested = None if own.bias is None else own.bias.to(x.dtype), state.state2
+    scales = (
+        Nf4Scales(state.absmax) if nested is None else Nf4Scales(state.absmax, nested.code, nested.absmax, state.offset)
+    )
+    rows, width = state.shape
+    return nf4_linear(x, own.weight.detach(), state.code, scales, (rows, width), bias, block=state.blocksize)
 
 
 def _takes(layer: _Layer, state: _QuantState, x: Tensor) -> bool:
