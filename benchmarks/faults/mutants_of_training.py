@@ -69,8 +69,8 @@ LORA = [
     Mutant(
         "lora: what is kept is not scaled up",
         f"{MODELS}/layers/lora.py",
-        "layer.scaling[name] / (1 - p) if hashes",
-        "layer.scaling[name] if hashes",
+        "float(layer.scaling[name] / kept)",
+        "float(layer.scaling[name])",
         MODES,
     ),
     Mutant(
