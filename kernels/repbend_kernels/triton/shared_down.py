@@ -102,40 +102,15 @@ def shared_down_kernel(
     tl.store(place, total, mask=known[:, None] & (ranks < rank)[None, :])
 
 
+# fmt: off
 @triton.jit(do_not_specialize=["start", "threshold", "count", "steps"], do_not_specialize_on_alignment=["hashes"])
 def shared_down_backward_kernel(
-    grad_x: tl.tensor,
-    x: tl.tensor,
-    a_one: tl.tensor,
-    a_two: tl.tensor,
-    a_three: tl.tensor,
-    up_one: tl.tensor,
-    up_two: tl.tensor,
-    up_three: tl.tensor,
-    hashes: tl.tensor,
-    grad_a: tl.tensor,
-    start: tl.tensor,
-    threshold: tl.tensor,
-    count: tl.tensor,
-    width: tl.tensor,
-    rank: tl.tensor,
-    end_one: tl.tensor,
-    end_two: tl.tensor,
-    steps: tl.tensor,
-    part: tl.tensor,
-    g_row: tl.tensor,
-    g_column: tl.tensor,
-    x_row: tl.tensor,
-    x_column: tl.tensor,
-    a_row: tl.tensor,
-    a_column: tl.tensor,
-    SHARED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_X: tl.constexpr,
-    HAS_A: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
+    grad_x: tl.tensor, x: tl.tensor, a_one: tl.tensor, a_two: tl.tensor, a_three: tl.tensor, up_one: tl.tensor,
+    up_two: tl.tensor, up_three: tl.tensor, hashes: tl.tensor, grad_a: tl.tensor, start: tl.tensor,
+    threshold: tl.tensor, count: tl.tensor, width: tl.tensor, rank: tl.tensor, end_one: tl.tensor, end_two: tl.tensor,
+    steps: tl.tensor, part: tl.tensor, g_row: tl.tensor, g_column: tl.tensor, x_row: tl.tensor, x_column: tl.tensor,
+    a_row: tl.tensor, a_column: tl.tensor, SHARED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_X: tl.constexpr,
+    HAS_A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ) -> None:
     """grad_x += keep · (Q A) in place, rounded once; grad_a[s] = Qᵀ (keep · x) over the rows of slab s. A and Q are two
     or three matrices (``SHARED``), each Q [N, its ranks].
@@ -180,3 +155,4 @@ def shared_down_backward_kernel(
             total = product(tl.trans(q), tl.where(keep, m, 0.0), total)
     if HAS_A:
         tl.store(grad_a + slab * part + ranks[:, None] * width + wide[None, :], total, mask=held)
+# fmt: on
