@@ -59,8 +59,10 @@ bench: $(STAMP)
 
 # The docs as a site, in build/site; its tools are an extra of their own.
 docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	# As above: the line before has put a copy of the ops in the clone's place.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps -e ./kernels
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Faults put into a copy of the code one at a time: which do the tests notice? (docs/contributing.md). MUTANTS="--only offload" runs some.
 mutants: $(STAMP)

@@ -58,7 +58,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         "trackio": ["trackio>=0.2"],
         "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "latex2mathml>=3.77"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import itertools
 from pathlib import Path
 
@@ -33,6 +34,25 @@ def is_hub_name(name: str) -> bool:
 def holds_model(folder: Path) -> bool:
     """Whether a folder has a model, an adapter, or the state of a checkpoint in it."""
     return any((folder / name).is_file() for name in MODEL_FILES) or any(folder.glob("*.gguf"))
+
+
+def package_folder(package: str) -> Path | None:
+    """The folder of an installed Python package; None where there is none. It is not imported: a package that only
+    carries a model's file may ask for modules that are not installed.
+    """
+    try:
+        spec = importlib.util.find_spec(package) if package else None
+    except (ImportError, ValueError):  # the parent of a dotted name is missing, or the name is none
+        return None
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places))) if places else None
+
+
+def gguf_files(folder: Path) -> list[str]:
+    """The names of the GGUF files in a folder that holds no model of another kind."""
+    if any((folder / name).is_file() for name in MODEL_FILES):
+        return []
+    return sorted(entry.name for entry in folder.glob("*.gguf"))
 
 
 def names_model(name: str) -> bool:

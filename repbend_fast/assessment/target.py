@@ -21,7 +21,7 @@ from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model
 from repbend_fast.models.load import base_revision, model_parts
 from repbend_fast.models.merge import put_adapter
-from repbend_fast.nearby import holds_model, names_model, nearest
+from repbend_fast.nearby import gguf_files, holds_model, names_model, nearest, package_folder
 from repbend_fast.objectives import build_objective
 from repbend_fast.runs.folder import RunFolder
 from repbend_fast.runs.token_ids import check_special_tokens
@@ -129,15 +129,16 @@ def _model_settings(target: str, path: Path, overrides: Overrides) -> dict[str, 
         raise UserError(
             f"{target}: neither a run nor a model, it holds no config.yaml, config.json, adapter or GGUF file"
         )
-    elif path.is_dir() and not (path / "config.json").is_file() and "gguf_file" not in given:
-        found = sorted(entry.name for entry in path.glob("*.gguf"))
-        if len(found) > 1:
-            raise UserError(f"{target}: holds {', '.join(found)}; name one of these files")
-        file = found[0] if found else None
     elif not path.is_dir() and not names_model(target):
         raise UserError(
             f"{target}: no run, model, recipe or hub name; give a folder, a GGUF file or owner/name{nearest(target)}"
         )
+    folder = package_folder(target.removeprefix("package:")) if target.startswith("package:") else path
+    if file is None and "gguf_file" not in given and folder is not None and folder.is_dir():
+        found = gguf_files(folder)
+        if len(found) > 1:
+            raise UserError(f"{target}: holds {', '.join(found)}; choose one with model.gguf_file=NAME")
+        file = found[0] if found else None
     device = resolve_device(str(given.get("device", "auto")))
     settings: dict[str, object] = {
         "model.name": name,

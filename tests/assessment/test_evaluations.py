@@ -313,8 +313,9 @@ def test_every_kind_of_model_is_found(whole: TinyRun, tmp_path: Path, monkeypatc
         assert (model.name, model.gguf_file) == (str(tmp_path), "tiny.Q4_0.gguf")
     (tmp_path / "__init__.py").write_text("", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path.parent)
-    packaged = find_subject(f"package:{tmp_path.name}", overrides=[f"model.gguf_file={gguf.name}"])
-    assert packaged.config.model.gguf_file == gguf.name
+    for given in ([], [f"model.gguf_file={gguf.name}"]):
+        packaged = find_subject(f"package:{tmp_path.name}", overrides=given)
+        assert packaged.config.model.gguf_file == gguf.name
     quantized = find_subject("owner/model", overrides=["quantization=nf4", "model.dtype=float16"]).config.model
     mapped = find_subject("owner/model", overrides={"quantization": "nf4", "model.dtype": "float16"}).config.model
     assert mapped == quantized
@@ -351,7 +352,7 @@ def test_what_is_no_model_is_one_line(
         (str(tmp_path / "none"), "no run, model, recipe or hub name"),
         (str(prompts.parent), "neither a run nor a model"),
         (str(tmp_path / "none.gguf"), "no such file"),
-        (str(two), "holds a.gguf, b.gguf; name one of these files"),
+        (str(two), "holds a.gguf, b.gguf; choose one with model.gguf_file=NAME"),
         (str(unfinished), "no adapter yet; resume the run"),
         ("nonsense", "no run, model, recipe or hub name"),
     ):

@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 
 from repbend_fast.cli.api_page import api_page, functions
 from repbend_fast.cli.parser import parse
@@ -77,26 +76,6 @@ def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE)) | {"install", "bench", "lint", "clean"}:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-
-
-def nav_pages(part: object) -> list[str]:
-    if isinstance(part, str):
-        return [part]
-    return [page for inner in (part.values() if isinstance(part, dict) else part) for page in nav_pages(inner)]
-
-
-def test_the_site_has_every_page_once() -> None:
-    """A new page in docs/ belongs into the ``nav`` of mkdocs.yml."""
-    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert site["docs_dir"] == "docs"
-    assert sorted(nav_pages(site["nav"])) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
-def test_pages_of_the_site_link_to_nothing_outside_of_it(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
-    assert [target for target in targets if not (ROOT / "docs" / target).is_file() or "/" in target] == []
 
 
 def test_the_page_of_functions_is_up_to_date() -> None:

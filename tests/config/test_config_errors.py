@@ -129,6 +129,13 @@ def test_file_errors(text: str, expected: str, tmp_path: Path) -> None:
     assert expected in message(str(path))
 
 
+def test_a_folder_with_a_gguf_file_alone_names_it(tmp_path: Path) -> None:
+    (tmp_path / "tiny.Q4_0.gguf").write_bytes(b"")
+    config = load_config("demo", [f"model.name={tmp_path}", "model.gguf_file=null"])
+    expected = f"model.name={tmp_path}: the folder holds no config.json; set model.gguf_file=tiny.Q4_0.gguf"
+    assert expected in list(missing_files(config))
+
+
 def test_missing_and_unreadable_recipes(tmp_path: Path) -> None:
     assert "did you mean demo?" in message("demmo")
     assert "`repbend-fast recipes ls` lists the" in message("zzz")

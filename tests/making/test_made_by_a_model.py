@@ -28,7 +28,8 @@ def test_a_model_writes_the_same_whatever_the_batch_size(
     policy = write_policy(counts=counts, answer_tokens=8)
     said: list[str] = []
     for name, size in (("a", 8), ("b", 3)):
-        repbend_fast.make_data(policy, tiny_model, tmp_path / name, batch_size=size, say=said.append)
+        given = ["training.autocast=none"]  # bfloat16 rounds by the shape of a batch
+        repbend_fast.make_data(policy, tiny_model, tmp_path / name, given, batch_size=size, say=said.append)
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "rejected.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     answers = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]

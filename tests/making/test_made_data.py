@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scripted_model import LOOP, REFUSAL, ScriptedModel, helpful
 
+from repbend_fast.assessment.target import Subject, find_subject
 from repbend_fast.cli import main
 from repbend_fast.data.prompts import Prompt, load_prompts
 from repbend_fast.data.settings import PromptsConfig, SourceConfig
@@ -213,6 +215,35 @@ def test_another_policy_does_not_go_on_in_a_folder(write_policy: Write, made: Pa
         make_data(request(write_policy(), made, seed=3), ScriptedModel())
     with pytest.raises(UserError, match="was begun with another answer_tokens"):
         make_data(request(write_policy(answer_tokens=9), made), ScriptedModel())
+
+
+def test_a_folder_without_an_answer_is_begun_anew(write_policy: Write, tmp_path: Path) -> None:
+    def broken(subject: object, answer_tokens: int, batch_size: int) -> Any:
+        raise UserError("model.name=other: no tokenizer could be loaded")
+
+    with pytest.raises(UserError, match="no tokenizer"):
+        make_data(request(write_policy(seed=3), tmp_path / "made"), broken)
+    make_data(request(write_policy(seed=4), tmp_path / "made"), ScriptedModel())
+    assert json.loads((tmp_path / "made" / "settings.json").read_text())["seed"] == 4
+
+
+@pytest.mark.parametrize(("computed", "dtype"), [(torch.bfloat16, "bfloat16"), (None, "float32")])
+def test_a_model_writes_in_the_dtype_that_training_computes_in(
+    computed: torch.dtype | None, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Subject] = []
+
+    def load(subject: Subject) -> Any:
+        loaded.append(subject)
+        raise UserError("enough")
+
+    monkeypatch.setattr(make, "autocast_dtype", lambda config, device: computed)
+    monkeypatch.setattr(make, "load_base", load)
+    subject = find_subject("demo")
+    with pytest.raises(UserError, match="enough"):
+        make.model_generator(subject, 8, 4)
+    assert loaded[0].config.model.dtype == dtype
+    assert subject.config.model.dtype == "float32"
 
 
 def test_a_model_that_never_complies_is_said_so(write_policy: Write, tmp_path: Path) -> None:
