@@ -63,6 +63,8 @@ class _Parser(argparse.ArgumentParser):
         return groups
 
     def error(self, message: str) -> NoReturn:
+        if self.commands and message.endswith("required: COMMAND"):
+            message = f"a command is missing: {', '.join(self.commands)}"
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 

@@ -146,7 +146,7 @@ def suggestion(name: str, among: list[str] | None = None, *, objective: str = DE
     keys = all_keys(objective)
     known = among if among is not None else [*keys, *(key.rpartition(".")[2] for key in keys), *NAMES]
     lower = {key.lower(): key for key in known}
-    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.65)
     if close:
         return f"; did you mean {lower[close[0]]}?"
     if among is not None:

@@ -73,7 +73,9 @@ def explain(
         if required:
             key = locate((*path, required[0]), objective)
             return f"{name}: {place.name} is missing; set {key.name}, which must be {allowed(key)}"
-        return f"{name}: {place.name} is missing; it must be {allowed(place)}"
+        in_list = any(isinstance(part, int) for part in path)
+        how = "" if in_list else f"set it in a recipe or as {place.name}=VALUE; "
+        return f"{name}: {place.name} is missing; {how}it must be {allowed(place)}"
     return _wrong_value(place, _whole_value(place, path, value, found), _origin(origins, path), name, first)
 
 

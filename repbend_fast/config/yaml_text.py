@@ -64,12 +64,15 @@ def parse_value(text: str) -> object:
         loader.dispose()
 
 
-def read_yaml(path: Path, name: str) -> tuple[dict[str, object], dict[Key, int]]:
+def read_yaml(
+    path: Path, name: str, expected: str = "sections such as `model:` and `training:`"
+) -> tuple[dict[str, object], dict[Key, int]]:
     """A YAML file as nested values, and the line of every key.
 
     Args:
         path: The file.
         name: How error messages call it.
+        expected: What its top level should hold, for the message of one that is no mapping.
 
     Returns:
         The mapping, and ``{("training", "steps"): line, …}``.
@@ -97,7 +100,7 @@ def read_yaml(path: Path, name: str) -> tuple[dict[str, object], dict[Key, int]]
         if loader is not None:
             loader.dispose()
     if not isinstance(value, dict):
-        raise UserError(f"{name}: holds a {type(value).__name__}, expected sections such as `model:` and `training:`")
+        raise UserError(f"{name}: holds a {type(value).__name__}, expected {expected}")
     return value, lines
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from repbend_fast.config.shipped import find_policy
 from repbend_fast.config.yaml_text import Key, read_yaml
@@ -30,7 +30,7 @@ KNOWN_PLACEHOLDERS = ("item", "name")
 
 
 class TopicConfig(Section):
-    """Something that is not to be answered. All of a topic lies in one split."""
+    """Something that is not to be answered. All of a topic lies in one split. A text is a topic of that name."""
 
     name: Text = Field(description="What is restricted; the item where no items are named.")
     form: Form = Field(
@@ -46,6 +46,11 @@ class TopicConfig(Section):
         default_factory=list, description="What looks alike and stays allowed, asked for in the same wordings."
     )
     split: Split | None = Field(None, description="The split that the topic lies in; none = drawn by the seed.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class RefusalConfig(Section):
@@ -159,7 +164,7 @@ def read_policy(policy: str) -> Policy:
     path = find_policy(policy)
     if not path.is_file():
         raise UserError(f"{policy}: no such policy file{nearest(policy)}")
-    values, lines = read_yaml(path, policy)
+    values, lines = read_yaml(path, policy, "keys such as `name:` and `topics:`")
     try:
         config = PolicyConfig.model_validate(values)
     except ValidationError as error:
@@ -198,7 +203,9 @@ def _explain(error: ValidationError, name: str, lines: Mapping[Key, int]) -> str
         return f"{where}: unknown key {spelled}; " + (f"did you mean {near[0]}?" if near else f"it may be {_or(known)}")
     if first["type"] == "missing":
         return f"{where}: {spelled} is missing; every policy needs `name`, and every topic too"
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"][0].lower() + first["msg"][1:].replace("nput should be", "t must be", 1)
+    if first["type"] == "string_pattern_mismatch" and key == ("name",):
+        message = "use letters, digits, -, _ and . alone, as the run's folder is called after it"
     shown = repr(first["input"])
     return f"{where}: {spelled}: {message}; it is {shown if len(shown) <= 60 else shown[:57] + '...'}"
 

@@ -136,10 +136,11 @@ def _draw(policy: Policy, what: str, count: int, fixed: Mapping[int, Split]) -> 
     missing = [split for split in SPLITS if split not in fixed.values()]
     free = [number for number in range(count) if number not in fixed]
     if len(free) < len(missing):
-        alike = "" if what == "wordings" else "; what is alike stays together"
+        key = what.partition(" ")[0]
         raise UserError(
-            f"{policy.name}: {what}: {count} that differ are too few for training, validation and test without "
-            f"sharing any; give at least {count + len(missing) - len(free)}{alike}"
+            f"{policy.at(key)}: {what}: {count} that differ {'is' if count == 1 else 'are'} too few, as training, "
+            f"validation and test share none; give at least {count + len(missing) - len(free)}; what is alike counts "
+            "as one"
         )
     wanted = {"validation": max(1, round(shares.validation * count)), "test": max(1, round(shares.test * count))}
     random.Random(f"{policy.config.seed}:{what}").shuffle(free)

@@ -180,7 +180,9 @@ def _from_pretrained(source: str, config: ModelConfig, device: torch.device, dir
     from transformers import AutoModelForCausalLM
 
     arguments = _hub_arguments(config) | {"dtype": DTYPES[config.dtype]}
-    if not config.gguf_file:
+    if config.gguf_file:
+        arguments |= _unpacked()
+    else:
         arguments["use_safetensors"] = True
     if config.attention != "auto":
         arguments["attn_implementation"] = config.attention
@@ -191,6 +193,16 @@ def _from_pretrained(source: str, config: ModelConfig, device: torch.device, dir
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         near = "" if Path(config.name).exists() else nearest(config.name)
         raise UserError(f"model.name={config.name}: cannot be loaded ({one_line(error)}){near}") from error
+
+
+def _unpacked() -> dict[str, object]:
+    """Has a GGUF file's weights unpacked as they are read: where transformers finds kernels for them it keeps them
+    packed, in layers that LoRA does not know and that have no backward. Older versions always unpack.
+    """
+    import transformers
+
+    settings = getattr(transformers, "GgufConfig", None)
+    return {} if settings is None else {"quantization_config": settings(dequantize=True)}
 
 
 def load_sequence_classifier(config: ModelConfig) -> SequenceClassifier:

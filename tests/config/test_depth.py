@@ -90,7 +90,7 @@ def test_the_recipe_for_any_model_asks_for_model_and_data_and_nothing_else() -> 
         assert (
             str(caught.value)
             == (
-                "any.yaml: model.name is missing; it must be text",
+                "any.yaml: model.name is missing; set it in a recipe or as model.name=VALUE; it must be text",
                 "any.yaml: data is missing; set data.sources, which must be a list of sources, at least 1",
             )[missing]
         )

@@ -73,9 +73,11 @@ def test_the_demos_world_keeps_its_splits() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"topics": list(TOPICS[:1])}, "1 that differ is too few, as training, validation and test share none; give at"),
+        ({"topics": [7, *TOPICS]}, "topics.0: it must be a valid dictionary"),
         ({"topics": []}, "policy.yaml:2: no topics and no requests; name what is restricted"),
         ({"topics": None}, "no topics and no requests"),
-        ({"topics": list(TOPICS[:2])}, "2 that differ are too few for training, validation and test"),
+        ({"topics": list(TOPICS[:2])}, "topics and requests: 2 that differ are too few, as training, validation and test share none"),
         ({"topic": []}, "unknown key topic; did you mean topics?"),
         ({"counts": {"attack": 3}}, "unknown key counts.attack; did you mean attacks?"),
         ({"topics": [*TOPICS, {"name": "A Bell Locks"}]}, "topic A Bell Locks is there twice (first at "),
@@ -86,8 +88,8 @@ def test_the_demos_world_keeps_its_splits() -> None:
         ({"topics": [*TOPICS, {"name": " "}]}, "topics.5.name: "),
         ({"topics": "dusk"}, "topics: "),
         ({"name": None}, "name is missing"),
-        ({"name": "a b"}, "name: "),
-        ({"counts": {"attacks": 0}}, "counts.attacks: "),
+        ({"name": "a b"}, "name: use letters, digits, -, _ and . alone, as the run's folder is called after it; it is"),
+        ({"counts": {"attacks": 0}}, "counts.attacks: it must be greater than or equal to 1; it is 0"),
         ({"splits": {"test": 0.7}}, "splits.test: "),
         ({"wordings": ["Make it."]}, "a wording needs {item} or {name}"),
         ({"wordings": ["Make {thing}."]}, "unknown placeholder {thing}; there are {item} and {name}"),
@@ -123,7 +125,7 @@ def test_files_that_are_no_policy(tmp_path: Path) -> None:
     path.write_bytes(b"name: caf\xe9\n")
     assert "not valid UTF-8 at byte 9" in refused(str(path))
     path.write_text("- a\n")
-    assert "holds a list" in refused(str(path))
+    assert "holds a list, expected keys such as `name:` and `topics:`" in refused(str(path))
     path.write_text("name: a\nname: b\n")
     assert "policy.yaml:2: name is given twice" in refused(str(path))
     (tmp_path / "odd.txt").write_bytes(b"caf\xe9\n")
@@ -139,6 +141,12 @@ def test_requests_come_from_files_beside_the_policy(write_policy: Write, tmp_pat
     policy = read_policy(write_policy(requests="asked.txt", allowed_requests="near.jsonl"))
     assert policy.requests == ("Open the gate.", "Paint the fox.")
     assert policy.allowed_requests == ("Open a jar.",)
+
+
+def test_a_text_is_a_topic_of_that_name(write_policy: Write) -> None:
+    topics = read_policy(write_policy(topics=["dusk powders", {"name": "bell locks"}, "frost pipes"])).config.topics
+    assert [topic.name for topic in topics] == ["dusk powders", "bell locks", "frost pipes"]
+    assert topics[0].form == "thing"
 
 
 def test_wordings_are_filled_with_and_without_the_article() -> None:
