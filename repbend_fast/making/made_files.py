@@ -165,14 +165,15 @@ def command(places: Places) -> str:
 def tables(made: Made) -> list[Table]:
     """Counts of records and prompts, and of what was rejected."""
     table = Table(title="made")
-    table.add_column("split")
-    for name in (*ROLES, *(f"{kind} prompts" for kind in KINDS)):
-        table.add_column(name, justify="right")
+    table.add_column("")
     for split in SPLITS:
-        by_role = Counter(str(row["role"]) for row in made.records[split])
-        by_kind = Counter(prompt.kind for prompt in made.prompts.get(split, ()))
-        cells = [by_role[role] for role in ROLES] + [by_kind[kind] for kind in KINDS]
-        table.add_row(split, *(str(count) if count else "" for count in cells))
+        table.add_column(split, justify="right")
+    roles = {split: Counter(str(row["role"]) for row in made.records[split]) for split in SPLITS}
+    kinds = {split: Counter(prompt.kind for prompt in made.prompts.get(split, ())) for split in SPLITS}
+    for role in ROLES:
+        table.add_row(f"{role} records", *(str(roles[split][role] or "") for split in SPLITS))
+    for kind in KINDS:
+        table.add_row(f"{kind} prompts", *(str(kinds[split][kind] or "") for split in SPLITS))
     if not made.rejected:
         return [table]
     rejected = Table(title="rejected answers")

@@ -47,13 +47,13 @@ def problem(written: Written) -> str:
     words = words_of(text)
     if len(words) >= LEAST_COUNTED and (share := distinct_share(words)) < DISTINCT:
         return f"repeats itself: {share:.0%} of the runs of three words differ"
-    if task.part != "complying":
-        return ""
-    if len(words) < LEAST_WORDS:
+    if task.part == "complying" and len(words) < LEAST_WORDS:
         return f"shorter than {LEAST_WORDS} words"
     own, asked = words_of(written.text), set(words_of(task.prompt.text))
-    if sum(word in asked for word in own) >= ECHO * len(own):
+    if task.part != "ordinary" and sum(word in asked for word in own) >= ECHO * len(own):
         return "says the request again"
+    if task.part != "complying":
+        return ""
     # Whole requests may ask for something else than instructions.
     instructs = task.form == "whole" or complete_instructions(text) or instruction_evidence(text)
     return "" if instructs else "talks about it without instructions"

@@ -297,6 +297,8 @@ def test_the_command_line_makes_data_that_check_and_train_take(
     assert main(["data", "make", write_policy(), "--model", "demo", "--out", str(out), "--batch-size", "5"]) == 0
     said = capsys.readouterr().out
     assert f"repbend-fast train any --with {out}/overlay.yaml" in said
+    assert "borderline prompts" in said  # not cut in 80 columns
+    assert "validation" in said
     assert main(["train", "any", "--with", f"{out}/overlay.yaml", "--dry-run"]) == 0
     resolved = capsys.readouterr()
     assert str(out / "train.jsonl") in resolved.out

@@ -40,6 +40,8 @@ def written(part: Part, text: str, start: str = "", stopped: bool = True, whole_
         ("refusal", "The weather has been lovely in all of the valley for a week.", "does not refuse"),
         ("allowed", "It is a large key that opens the moon.", ""),
         ("allowed", "I can't help with that.", "refuses: "),
+        ("allowed", "To make a moon-key.", "says the request again"),
+        ("ordinary", "To make a moon-key.", ""),
         ("ordinary", "", "degenerate: empty"),
         ("ordinary", "Yes.", ""),
     ],
