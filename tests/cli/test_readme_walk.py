@@ -21,7 +21,8 @@ SMALLER = {
     "data": ["--limit", "6"],
     "plan": ["training.examples=2", "training.retain_examples=2"],
     "train": [
-        "steps=2",
+        "training.steps=2",
+        "training.warmup_steps=1",
         "training.examples=2",
         "training.retain_examples=2",
         "validation.every=2",
