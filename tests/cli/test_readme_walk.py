@@ -23,6 +23,7 @@ SMALLER = {
     "train": [
         "training.steps=2",
         "training.warmup_steps=1",
+        "training.optimizer=adamw",
         "training.examples=2",
         "training.retain_examples=2",
         "validation.every=2",
