@@ -236,7 +236,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row | Unreadable]:
                     yield Row(f"{name}:{number}", batch.slice(index, 1).to_pylist()[0])
                 except UnicodeDecodeError:
                     yield Unreadable(f"{name}:{number}", "invalid UTF-8", "utf8")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter from names of columns
         raise UserError(f"{name}: not a readable parquet file ({_brief(error)}); fetch it again") from error
 
 
