@@ -5,6 +5,7 @@ from .dequantize_nf4 import Nf4Scales, dequantize_nf4, nf4_linear
 from .head import default_chunk_rows, head_scratch, hidden_gradient, logits_into
 from .keyed_dropout import KeyedMask, row_hashes
 from .low_rank_sizes import MOST_SHARED_RANK
+from .made_linear import made_linear
 
 __all__ = [
     "MOST_SHARED_RANK",
@@ -16,6 +17,7 @@ __all__ = [
     "head_scratch",
     "hidden_gradient",
     "logits_into",
+    "made_linear",
     "nf4_linear",
     "row_hashes",
 ]

@@ -15,14 +15,14 @@ change within an optimizer step. So pieces, recomputed blocks and a resumed run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
+from repbend_kernels.blocks import made_linear
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from repbend_fast.models.layers.changes import Changes
@@ -52,25 +52,6 @@ class _Packed(Protocol):
     quant_state: QuantState
 
 
-class _Context(Protocol):
-    """What a product keeps for its backward."""
-
-    weights: Callable[[], Tensor]
-
-
-class _Product(torch.autograd.Function):
-    """``x`` [N, I] times weights [O, I] that are made anew for each direction."""
-
-    @staticmethod
-    def forward(ctx: _Context, x: Tensor, bias: Tensor | None, weights: Callable[[], Tensor]) -> Tensor:
-        ctx.weights = weights
-        return linear(x, weights().to(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad @ ctx.weights().to(grad.dtype), None, None
-
-
 @contextmanager
 def rounded_passes(blocks: nn.ModuleList, rounding: Round) -> Iterator[None]:
     """The passes inside, their backward included, run on rounded weights of the linear layers of ``blocks``.
@@ -98,7 +79,7 @@ def _forward(base: nn.Module, layer: nn.Module, rounding: Round, place: Place, x
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weights = partial(_weights, base, adapted if on else None, rounding, place)
-    return cast(Tensor, _Product.apply(x, base.bias, weights))
+    return made_linear(x, cast("Tensor | None", base.bias), weights)
 
 
 @torch.no_grad()
