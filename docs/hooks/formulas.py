@@ -21,7 +21,9 @@ def on_page_content(content: str, **_: object) -> str:
 
 def _drawn(found: re.Match[str]) -> str:
     is_block = found[1] == "div"
-    formula = convert(html.unescape(found[2]), display="block" if is_block else "inline")
+    # The converter takes what \texttt holds as it stands, a backslash before `_` too.
+    text = re.sub(r"\\texttt\{[^}]*\}", lambda name: name[0].replace(r"\_", "_"), html.unescape(found[2]))
+    formula = convert(text, display="block" if is_block else "inline")
     if unknown := re.search(r"\\\w+", formula):
         raise ValueError(f"{unknown[0]} in {found[2]!r}: write it with other commands")
     return f'<div class="formula">{formula}</div>' if is_block else str(formula)
