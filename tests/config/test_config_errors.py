@@ -39,8 +39,8 @@ def message(recipe: str, *overrides: str) -> str:
         ("quantization=int8", "quantization=int8: model.quantization must be one of none, nf4"),
         (
             "loss_mode=respons_all",
-            "objective.loss_mode must be one of prompt_last, prompt_all, prompt_response, response_all, assistant_turns; did "
-            "you mean",
+            "objective.loss_mode must be one of prompt_last, prompt_all, prompt_response, response_all, "
+            "assistant_turns; did you mean",
         ),
         ("double_quantization=yes", "double_quantization=yes: model.double_quantization must be true or false"),
         (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import op_calls
@@ -21,25 +22,27 @@ from repbend_kernels import (
     keyed_dropout,
     linear_kl_div,
     linear_log_prob,
+    lora_down,
     pairwise_cosine,
     window_distance,
 )
+from repbend_kernels.blocks import Nf4Scales, dequantize_nf4, row_hashes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def kernels() -> dict[str, tuple[Any, Any]]:
-    """Every kernel of the package by name, with the module that launches it."""
+def kernels() -> dict[str, list[ModuleType]]:
+    """Every kernel of the package by name, with the modules that know it: one of them launches it."""
     folder = Path(repbend_kernels.__file__).parent / "triton"
     modules = [
         importlib.import_module(f"repbend_kernels.triton.{path.stem}") for path in sorted(folder.glob("[!_]*.py"))
     ]
-    return {
-        name: (module, kernel)
-        for module in modules
-        for name, kernel in vars(module).items()
-        if name.endswith("_kernel")
-    }
+    found: dict[str, list[ModuleType]] = {}
+    for module in modules:
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                found.setdefault(name, []).append(module)
+    return found
 
 
 class Noticed:
@@ -70,14 +73,30 @@ def wide_calls(dtype: torch.dtype) -> None:
     for softcap in (None, 5.0):
         loss = linear_kl_div(states, spread((5, 33), dtype, DEVICE, 5), weight, softcap=softcap, chunk_rows=2)
         (loss + linear_log_prob(states, weight, targets, softcap=softcap).sum()).backward()
+    shared_calls(dtype)
+
+
+def shared_calls(dtype: torch.dtype) -> None:
+    """Adapters that read one tensor, and a weight in 4 bits with scales of either kind."""
+    x, hashes = spread((70, 96), dtype, DEVICE, 6).requires_grad_(), row_hashes(torch.arange(70, device=DEVICE))
+    downs = [spread((rank, 96), dtype, DEVICE, rank).requires_grad_() for rank in (5, 8)]
+    _, products = lora_down(x, downs, hashes, 3, 0.3)
+    torch.stack([product.float().sum() for product in products]).sum().backward()
+    packed = torch.arange(40 * 96 // 2, device=DEVICE).to(torch.uint8)
+    table, levels = spread((16,), torch.float32, DEVICE, 7), torch.arange(60, device=DEVICE)
+    number = torch.tensor(0.5, device=DEVICE)
+    two_level = Nf4Scales(levels.to(torch.uint8), spread((256,), torch.float32, DEVICE, 8), number[None], number)
+    for scales in (Nf4Scales(levels.float()), two_level):
+        dequantize_nf4(packed, table, scales, (40, 96), dtype)
 
 
 def main() -> None:
     """Runs every small call and the wide ones in two dtypes."""
     launched: set[str] = set()
     found = kernels()
-    for name, (module, kernel) in found.items():
-        setattr(module, name, Noticed(name, kernel, launched))
+    for name, modules in found.items():
+        for module in modules:
+            setattr(module, name, Noticed(name, getattr(module, name), launched))
     for name, value in vars(op_calls).items():
         if isinstance(value, torch.Tensor):
             setattr(op_calls, name, value.to(DEVICE))
