@@ -72,3 +72,18 @@ def test_a_run_that_is_not_there_is_named(
     with pytest.raises(SystemExit):
         eval_demo.main()
     assert f"{argument}: give NAME=RUN" in capsys.readouterr().err
+
+
+def test_the_docs_show_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks/results/eval_demo.json").read_text(encoding="utf-8"))
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert attack_table(record) in results
+    worst = strongest(record, "with refusal")
+    complied = worst["bent"]["shares"]["comply"]
+    assert complied is not None
+    assert complied["rate"] is not None
+    said = f"on {100 * complied['rate']:.0f} % of the requests"
+    assert worst["attack"] == "prefill"
+    assert f"What still works of the attacks measured so far: several forced starts in turn, {said}." in (
+        ROOT / "README.md"
+    ).read_text(encoding="utf-8")
