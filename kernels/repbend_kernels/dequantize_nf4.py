@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .context import Context, Gradients
+from .made_linear import made_linear
 from .oracles import dequantize_nf4_reference
 from .scratch import scratch_rule
 from .selection import launches_alone, resolve
@@ -142,32 +141,6 @@ def dequantize_nf4(
     return dequantize_nf4_op(packed, table, *scales, *shape, block, dtype, path)
 
 
-class _Product(torch.autograd.Function):
-    """x Wᵀ + bias. Nothing is kept but the packed weight, of which W is made again in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Context,
-        x: Tensor,
-        packed: Tensor,
-        table: Tensor,
-        scales: Nf4Scales,
-        shape: tuple[int, int],
-        bias: Tensor | None,
-        block: int,
-        implementation: str | None,
-    ) -> Tensor:
-        # A function, not the parts of the weight: they are frozen, and nobody shall offload or pack them as saved ones.
-        ctx.wide = lambda dtype: dequantize_nf4(
-            packed, table, scales, shape, dtype, block=block, implementation=implementation
-        )
-        return F.linear(x, ctx.wide(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> Gradients:
-        return grad @ ctx.wide(grad.dtype), *[None] * 7
-
-
 def nf4_linear(
     x: Tensor,
     packed: Tensor,
@@ -194,7 +167,12 @@ def nf4_linear(
     """
     if x.shape[-1] != shape[1]:
         raise ValueError(f"x: expected width {shape[1]}, got {x.shape[-1]}")
-    return _Product.apply(x, packed, table, scales, shape, bias, block, implementation)
+    # A function, not the parts of the weight: they are frozen, and nobody shall offload or pack them as saved ones.
+    return made_linear(
+        x,
+        bias,
+        lambda dtype: dequantize_nf4(packed, table, scales, shape, dtype, block=block, implementation=implementation),
+    )
 
 
 def _check(packed: Tensor, table: Tensor, scales: Nf4Scales, count: int, block: int) -> None:

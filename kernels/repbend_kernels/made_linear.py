@@ -14,22 +14,22 @@ from .context import Context
 
 class _MadeLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, x: Tensor, bias: Tensor | None, weights: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx: Context, x: Tensor, bias: Tensor | None, weights: Callable[[torch.dtype], Tensor]) -> Tensor:
         ctx.weights = weights
-        return F.linear(x, weights().to(x.dtype), bias)
+        return F.linear(x, weights(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad @ ctx.weights().to(grad.dtype), None, None
+        return grad @ ctx.weights(grad.dtype), None, None
 
 
-def made_linear(x: Tensor, bias: Tensor | None, weights: Callable[[], Tensor]) -> Tensor:
+def made_linear(x: Tensor, bias: Tensor | None, weights: Callable[[torch.dtype], Tensor]) -> Tensor:
     """x Wᵀ + b, [..., O] in the dtype of ``x``.
 
     Args:
         x: [..., I].
         bias: [O] in the dtype of ``x``, or None.
-        weights: gives W [O, I], in any floating dtype; called once forward and once backward, and has to give the same
-            bits both times.
+        weights: gives W [O, I] in the dtype that it is called with; called once forward and once backward, and has to
+            give the same bits both times.
     """
     return _MadeLinear.apply(x, bias, weights)

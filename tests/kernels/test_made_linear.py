@@ -18,9 +18,9 @@ def test_values_and_gradient_are_those_of_linear(bias: bool, dtype: torch.dtype)
     other.data.copy_(x.data)
     made: list[int] = []
 
-    def weights() -> torch.Tensor:
+    def weights(wanted: torch.dtype) -> torch.Tensor:
         made.append(1)
-        return weight.clone()
+        return weight.to(wanted)
 
     found, expected = made_linear(x, shift, weights), F.linear(other, weight.to(dtype), shift)
     towards = torch.randn_like(expected)

@@ -78,7 +78,10 @@ def _forward(base: nn.Module, layer: nn.Module, rounding: Round, place: Place, x
     on = base is not layer and not (adapted.disable_adapters or adapted.merged)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    weights = partial(_weights, base, adapted if on else None, rounding, place)
+
+    def weights(dtype: torch.dtype) -> Tensor:
+        return _weights(base, adapted if on else None, rounding, place).to(dtype)
+
     return made_linear(x, cast("Tensor | None", base.bias), weights)
 
 
