@@ -31,8 +31,9 @@ COMPARE ?= --jobs 2 --rates 2e-3 3e-3 training.steps=100 training.examples=1 \
 compare: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/repbend-fast compare $(COMPARE)
 
+# A worker for each core, eight at most for the memory; with a thread each, since threads that wait for each other take turns on busy cores.
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # What a run survives, 30 kills at random moments among it (docs/reliability.md).
 test-faults: $(STAMP)

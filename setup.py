@@ -63,6 +63,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.15",
             "mypy>=1.15",
             "types-PyYAML",

@@ -11,6 +11,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 # Plans of tests depend neither on this machine's speed nor on what an earlier run has kept.
 os.environ["REPBEND_CACHE"] = "off"
+# A run of pytest that a test starts is nobody's worker, and times what it is asked to.
+for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.pop(name, None)
 
 import pytest
 
