@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FUNCTION_LINES, FILE_LINES, LINE_CHARACTERS = 60, 500, 120
+METHOD_LINES = 120
 # A comment for a checker stands on the line that it is about, so it counts for nothing, as in the linter.
 FOR_CHECKERS = re.compile(r"\s*# (?:type: ignore|noqa)\b.*$")
 
@@ -46,6 +47,14 @@ def test_no_file_holds_anything_too_large() -> None:
     assert len(files) > 200
     found = [f"{path.relative_to(ROOT)}:{what}" for path in files for what in too_large(path.read_text("utf-8"))]
     assert not found, "\n".join(found)
+
+
+def test_a_method_reads_on_a_page_and_a_half() -> None:
+    """Settings and streams of one method, in one file of less than 120 lines."""
+    texts = {p.name: p.read_text("utf-8") for p in (ROOT / "repbend_fast" / "objectives").glob("*.py")}
+    methods = {name: text.count("\n") for name, text in texts.items() if "\n@method(" in text}
+    assert len(methods) > 10
+    assert {name: lines for name, lines in methods.items() if lines >= METHOD_LINES} == {}
 
 
 @pytest.mark.parametrize(

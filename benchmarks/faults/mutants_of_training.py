@@ -268,16 +268,16 @@ STREAMS = ("tests/objectives/test_repbend_streams.py",)
 OBJECTIVES = [
     Mutant(
         "repbend: rows do not count in the denominator",
-        "repbend_fast/objectives/repbend.py",
-        "max(1, rows_in(spans) * counted)",
-        "max(1, counted)",
+        "repbend_fast/objectives/rows.py",
+        "max(1, rows_in(spans) * len(layers))",
+        "max(1, len(layers))",
         STREAMS,
     ),
     Mutant(
         "repbend: the embeddings' layer is not counted",
-        "repbend_fast/objectives/repbend.py",
-        "len(layers) + every",
-        "len(layers)",
+        "repbend_fast/objectives/rows.py",
+        "max(1, rows_in(spans) * len(layers))",
+        "max(1, rows_in(spans) * len([x for x in layers if x]))",
         STREAMS,
     ),
     Mutant(

@@ -14,9 +14,10 @@ from pydantic import Field
 
 from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.errors import UserError
+from repbend_fast.objectives.choices import Auto
 from repbend_fast.objectives.perturbed import Search
 from repbend_fast.objectives.rows import NOTHING, count, forget_sequences, predicting_rows
-from repbend_fast.objectives.sections import Aim, Auto, MethodConfig, at_share
+from repbend_fast.objectives.sections import Aim, MethodConfig, at_share
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Span, Term, Unit, Unlikelihood
 from repbend_fast.section import AboveZero, NonNegative, Positive, Section, Weight
@@ -107,6 +108,11 @@ class AttackedConfig(MethodConfig):
                 f"objective.adversarial.weight={self.adversarial.weight:g} perturbs prompts towards their answers, and "
                 f"objective.loss_mode={mode} reads none; set loss_mode=response_all, or the weight to 0"
             )
+
+
+def with_copies(*names: str, of: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of a method's streams, and of those that are perturbed copies: ``of`` these, and of the refusal."""
+    return (*names, *(PREFIX + name for name in (*of, "refusal")))
 
 
 def with_perturbed(

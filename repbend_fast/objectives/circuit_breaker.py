@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from repbend_fast.data.records import Batch
+from repbend_fast.objectives.adversarial import with_copies
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rerouting import Rerouting, ReroutingConfig
 from repbend_fast.objectives.rows import count, forget_sequences, mode_rows
@@ -29,10 +30,7 @@ class CircuitBreakerConfig(ReroutingConfig):
     """
 
     place: ClassVar[int] = 2
-    stream_names: ClassVar[tuple[str, ...]] = (
-        *("forget", "retain", "refusal"),
-        *("perturbed_forget", "perturbed_refusal"),
-    )
+    stream_names: ClassVar[tuple[str, ...]] = with_copies("forget", "retain", "refusal", of=("forget",))
     titles: ClassVar[dict[str, str]] = {
         "reroute": "reroute: cosine to the reference",
         "retain": "retain: kept at the reference",

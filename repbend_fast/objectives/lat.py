@@ -17,9 +17,10 @@ from pydantic import Field
 from repbend_fast.data.records import Batch, Role
 from repbend_fast.objectives.adversarial import SearchConfig, away_and_towards, prompt_rows
 from repbend_fast.objectives.base import Probes
+from repbend_fast.objectives.choices import DistanceUnit
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import NOTHING, count, mean_distance, predicting_rows, retain_kl, retain_nll
-from repbend_fast.objectives.sections import KL_TERM, TITLES, Aim, DistanceUnit, KLLimitConfig
+from repbend_fast.objectives.sections import KL_TERM, TITLES, Aim, KLLimitConfig
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Term, Unlikelihood
 from repbend_fast.section import AboveZero, Weight

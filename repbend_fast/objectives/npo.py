@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from repbend_fast.data.records import Role, Sequence
+from repbend_fast.objectives.choices import Quirks
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import answer_rows, predicting_rows, retain_kl
-from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, ForgettingConfig, KLLimitConfig, Quirks
+from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, ForgettingConfig, KLLimitConfig
 from repbend_fast.objectives.terms import AnswerLoss, Term
 from repbend_fast.section import AboveZero, Weight
 

@@ -12,17 +12,10 @@ from pydantic import Field
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.objectives.adversarial import AttackedConfig, with_perturbed
 from repbend_fast.objectives.base import Probes
+from repbend_fast.objectives.choices import AnswerMode, Auto, DistanceUnit, PaddedLength, Quirks
 from repbend_fast.objectives.refusal import refusal_streams
 from repbend_fast.objectives.rows import all_rows, count, forget_sequences, mean_distance, padded_count
-from repbend_fast.objectives.sections import (
-    AnswerMode,
-    Auto,
-    DistanceUnit,
-    PaddedLength,
-    Quirks,
-    RefusalConfig,
-    at_share,
-)
+from repbend_fast.objectives.sections import RefusalConfig, at_share
 from repbend_fast.objectives.states import check_states
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Distance

@@ -8,24 +8,17 @@ the answers') and the width; no pass goes beyond hidden state ℓ.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
 from repbend_fast.data.records import Batch, Role, Sequence
 from repbend_fast.objectives.base import Probes
+from repbend_fast.objectives.choices import AnswerMode, Auto, DistanceUnit, PaddedLength, Quirks
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import all_rows, count, forget_sequences, mean_distance, mode_rows, padded_count
-from repbend_fast.objectives.sections import (
-    Aim,
-    AnswerMode,
-    Auto,
-    DistanceUnit,
-    MethodConfig,
-    PaddedLength,
-    Quirks,
-    at_share,
-)
+from repbend_fast.objectives.sections import Aim, MethodConfig, at_share
 from repbend_fast.objectives.states import check_states
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import Direction, Distance, Span
@@ -95,28 +88,20 @@ class RMU:
 
     def streams(self, batch: Batch, step: int) -> list[Stream]:
         del step
-        target = Direction(self.config.direction_seed, self.config.coefficient)
-        forget = forget_sequences(batch)
-        streams = [self._stream("forget", forget, mode_rows(forget, self.config.loss_mode), 1.0, target)]
-        if self.config.retain:
-            streams.append(self._stream("retain", batch.retain, all_rows(batch.retain), self.config.retain, None))
-        return streams
+        config, sequences = self.config, forget_sequences(batch)
+        rows, target = mode_rows(sequences, config.loss_mode), Direction(config.direction_seed, config.coefficient)
+        forget = replace(self._mse("forget", sequences, rows, 1.0), target=target)
+        retain = self._mse("retain", batch.retain, all_rows(batch.retain), config.retain)
+        streams = [Stream("forget", sequences, (forget,)), Stream("retain", batch.retain, (retain,))]
+        return streams if config.retain else streams[:1]
 
     def probes(self, batch: Batch) -> Probes:
         layers, unit = (self.last_state,), self.config.distance_unit
         bent = mean_distance("forget", forget_sequences(batch), layers, unit)
         return Probes(bent, mean_distance("retain", batch.retain, layers, unit))
 
-    def _stream(
-        self,
-        name: str,
-        sequences: tuple[Sequence, ...],
-        spans: tuple[Span, ...],
-        weight: float,
-        target: Direction | None,
-    ) -> Stream:
-        rows = padded_count(sequences, self.config.padded_length) if self.config.published_quirks else count(spans)
-        term = Distance(
-            name, (self.last_state,), spans, weight, rows, kind="mse", target=target, unit=self.config.distance_unit
-        )
-        return Stream(name, sequences, (term,))
+    def _mse(self, name: str, sequences: tuple[Sequence, ...], spans: tuple[Span, ...], weight: float) -> Distance:
+        """The mean over ``spans`` and the width of the squared error against the reference."""
+        config = self.config
+        rows = padded_count(sequences, config.padded_length) if config.published_quirks else count(spans)
+        return Distance(name, (self.last_state,), spans, weight, rows, kind="mse", unit=config.distance_unit)

@@ -69,6 +69,39 @@ def padded_count(sequences: tuple[Sequence, ...], length: int | None) -> int:
     return max(1, len(sequences) * max([length or 0, *(len(s) for s in sequences)]))
 
 
+def layered_distance(
+    name: str,
+    spans: tuple[Span, ...],
+    layers: tuple[int, ...],
+    weight: float,
+    unit: Unit,
+    limit: float | None = None,
+) -> Distance:
+    """The mean l2 distance to the reference over ``spans`` and ``layers``. The embedding's is zero and has no gradient:
+    it counts in the denominator and is not read.
+    """
+    denominator = max(1, rows_in(spans) * len(layers))
+    moved = tuple(layer for layer in layers if layer > 0)
+    return Distance(name, moved, spans, weight, denominator, limit=limit, unit=unit)
+
+
+def pair_distance(
+    name: str, batch: Batch, positions: int, layers: tuple[int, ...], weight: float, unit: Unit
+) -> Distance:
+    """Over the unsafe sequences, the mean l2 distance from the unsafe half of a pair to its safe half: ``positions``
+    rows from the last of the prompt on, as far as both have them.
+    """
+    spans: list[Span] = [NOTHING] * len(batch.unsafe)
+    against: list[Sequence | None] = [None] * len(batch.unsafe)
+    for pair in batch.pairs:
+        first = pair.unsafe.prompt_length - 1
+        shared = min(len(pair.unsafe), len(pair.safe)) - first
+        spans.append((first, first + min(positions, shared)))
+        against.append(pair.safe)
+    denominator = max(1, rows_in(tuple(spans)) * len(layers))
+    return Distance(name, layers, tuple(spans), weight, denominator, against=tuple(against), unit=unit)
+
+
 def mean_distance(
     name: str, sequences: tuple[Sequence, ...], layers: tuple[int, ...], unit: Unit = "state"
 ) -> Stream | None:

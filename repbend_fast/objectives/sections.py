@@ -8,36 +8,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from repbend_fast.data.records import Role
 from repbend_fast.errors import UserError
+from repbend_fast.objectives.choices import Auto, DistanceUnit
 from repbend_fast.section import AboveZero, NonNegative, Positive, Section, Share, Weight
 
-AnswerMode = Annotated[
-    Literal["prompt_response", "response_all", "assistant_turns"],
-    Field(
-        description="Rows that the bending terms read: all, the answers', or those of every turn of the assistant. "
-        "Prompts share a template, which ordinary ones need too."
-    ),
-]
-Quirks = Annotated[bool, Field(description="Reproduce slips of the published code (docs/objectives.md).")]
-PaddedLength = Annotated[
-    Positive | None,
-    Field(
-        description="With published_quirks: the length that every sequence is counted as; none = the batch's longest."
-    ),
-]
-Auto = Literal["auto"]
-DistanceUnit = Annotated[
-    Literal["state", "reference"],
-    Field(
-        description="What distances count in: the states' own length, or the median norm of each hidden state's "
-        "reference rows."
-    ),
-]
 PUBLISHED_DEPTH = 32
 """Blocks of the models that hidden states are published for."""
 
@@ -59,6 +38,14 @@ Aim = Literal["bending", "unlearning", "adversarial"]
 
 Entry = dict[str, Any]
 """An entry of a golden folder's ``expected.json``, as JSON has it; what it lacks is a ``KeyError``."""
+
+
+def recorded_window(expected: Entry) -> Entry:
+    """The window of a golden folder, as settings of :class:`WindowConfig`."""
+    window = expected["window"]
+    if window != list(range(window[0], window[0] + len(window))):
+        raise ValueError(f"window {window} is not a run of consecutive hidden states")
+    return {"window_start": window[0], "window_size": len(window)}
 
 
 class MethodConfig(Section):
@@ -280,5 +267,6 @@ class RefusalConfig(MethodConfig):
         return self.refusal > 0
 
     def with_pairs(self, roles: tuple[Role, ...]) -> tuple[Role, ...]:
-        """``roles`` and, where the term has a weight, ``pair``."""
-        return (*roles, "pair") if self.refusal and "pair" not in roles else roles
+        """``roles``, each once, and, where the term has a weight, ``pair``."""
+        every: tuple[Role, ...] = (*roles, "pair") if self.refusal else roles
+        return tuple(dict.fromkeys(every))

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.objectives.adversarial import with_copies
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rerouting import Rerouting, ReroutingConfig
 from repbend_fast.objectives.rows import count, mode_rows
@@ -28,9 +29,8 @@ class XBoundaryConfig(ReroutingConfig):
     """X-Boundary: L = c_r·mean ‖h − r‖ on retain + c_x·mean (relu(cos(h, r)) on erased, relu(ĥ·m) on boundary rows)."""
 
     place: ClassVar[int] = 9
-    stream_names: ClassVar[tuple[str, ...]] = (
-        *("erase", "boundary", "retain", "refusal"),
-        *("perturbed_erase", "perturbed_boundary", "perturbed_refusal"),
+    stream_names: ClassVar[tuple[str, ...]] = with_copies(
+        "erase", "boundary", "retain", "refusal", of=("erase", "boundary")
     )
     titles: ClassVar[dict[str, str]] = {
         "erase": "erase: cosine to the reference",
