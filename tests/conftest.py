@@ -12,8 +12,8 @@ os.environ["TQDM_DISABLE"] = "1"
 # Plans of tests depend neither on this machine's speed nor on what an earlier run has kept.
 os.environ["REPBEND_CACHE"] = "off"
 # A run of pytest that a test starts is nobody's worker, and times what it is asked to.
-for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
-    os.environ.pop(name, None)
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+os.environ.pop("PYTEST_XDIST_WORKER_COUNT", None)
 
 import pytest
 
