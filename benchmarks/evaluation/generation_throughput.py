@@ -42,7 +42,7 @@ class Letters:
 class LetterEncoder:
     tokenizer = cast(Tokenizer, Letters())
 
-    def prompt_ids(self, messages: Sequence[Message], prefill: str = "") -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], prefill: str = "", tools: str = "") -> list[int]:
         return list((messages[-1].content + prefill).encode())
 
 

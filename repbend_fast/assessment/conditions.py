@@ -9,6 +9,7 @@ from pathlib import Path
 
 from repbend_fast.assessment.suites import Suite
 from repbend_fast.assessment.target import Subject, fingerprint
+from repbend_fast.data.prompts import Prompt
 from repbend_fast.errors import UserError
 from repbend_fast.runs.folder import write_json
 
@@ -39,9 +40,16 @@ def settings_of(
 def digest(suite: Suite) -> str:
     """SHA-256 over all that a suite's prompts hold."""
     content = [
-        [p.kind, p.text, p.item, p.target, p.answer, [m.content for m in p.messages or ()]] for p in suite.prompts
+        [p.kind, p.text, p.item, p.target, p.answer, [m.content for m in p.messages or ()], *_tools_of(p)]
+        for p in suite.prompts
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _tools_of(prompt: Prompt) -> list[str]:
+    """What a prompt with tools has besides; plain ones have no more than they had before there were tools."""
+    found = [prompt.tools, *(turn.extra for turn in prompt.messages or ())]
+    return found if any(found) else []
 
 
 def go_on(path: Path, wanted: dict[str, object]) -> dict[str, object]:

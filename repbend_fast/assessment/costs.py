@@ -204,5 +204,6 @@ def _own_answers(session: Session) -> Chat | None:
         row = session.rows.get(key)
         if row and key[0] == "base" and key[2] == "direct" and row["kind"] == "ordinary" and any(row["answers"]):
             prompt = prompts[key[1], key[3]]
-            found.append(Record("safe", prompt.conversation(), row["answers"][0], origin=prompt.source_id))
+            turns, answer = prompt.conversation(), row["answers"][0]
+            found.append(Record("safe", turns, answer, origin=prompt.source_id, tools=prompt.tools))
     return Chat(OWN_ANSWERS, tuple(found[:MOST_CONVERSATIONS])) if found else None

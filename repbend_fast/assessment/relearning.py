@@ -186,7 +186,7 @@ class _Series:
         s = self.settings
         parts: list[object] = [self._weights, asdict(point), self.seed, s.batch, s.answer_tokens, self.grid.steps]
         parts += [self.encoder(point.template).fingerprint(), self.target.max_new_tokens]
-        parts += [[p.text, p.item] for p in self.prompts]
+        parts += [[p.text, p.item, *([p.tools] if p.tools else [])] for p in self.prompts]
         parts += [
             [r.messages[-1].content, r.answer] for r in (*self._held, *self._records[point.kind][: point.records])
         ]

@@ -188,6 +188,6 @@ class _States:
 
 def _begun(encoder: ChatEncoder, prompt: Prompt) -> Ids:
     """The prompt with the first tokens of the complying answer that its set names, or of the usual one."""
-    asked = encoder.prompt_ids(prompt.conversation())
-    ids = encoder.prompt_ids(prompt.conversation(), prompt.target or PREFILL)
+    asked = encoder.prompt_ids(prompt.conversation(), "", prompt.tools)
+    ids = encoder.prompt_ids(prompt.conversation(), prompt.target or PREFILL, prompt.tools)
     return Ids(tuple(ids[: len(asked) + ANSWER_ROWS]), len(asked))

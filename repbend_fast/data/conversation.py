@@ -68,6 +68,11 @@ def message_list(value: object, last: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def tool_turn(item: Fields) -> Message:
+    """A turn with tool calls, or a tool's result, as it stands alone. Raises ``BadField``."""
+    return _message(item)
+
+
 def answer_turn(fields: Fields, key: str) -> Message:
     """The answer under ``key``: a text, or an object with ``content``, ``tool_calls`` or both. Raises ``BadField``."""
     if not isinstance(fields.get(key), dict):

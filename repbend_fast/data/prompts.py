@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from repbend_fast.data.conversation import BadField, message_list, tool_list
 from repbend_fast.data.reading import Unreadable, read_rows
 from repbend_fast.data.records import Message
 from repbend_fast.data.settings import PromptsConfig, SourceConfig
@@ -26,6 +27,7 @@ class Prompt:
     empty = not checked. ``item``: what an attack asks for, as the judge should find it named. ``source_id``: where the
     prompt comes from. ``messages``: the whole conversation where it is more than the one user turn ``text``.
     ``target``: how a complying answer begins, where the set says so; ``answer``: a whole one, where it holds one.
+    ``tools``: a JSON list of the tools that the template offers, as of a record; "" = none.
     """
 
     kind: Kind
@@ -37,10 +39,20 @@ class Prompt:
     min_expected: int = 1
     target: str = ""
     answer: str = ""
+    tools: str = ""
 
     def conversation(self) -> tuple[Message, ...]:
         """The turns up to and including the request."""
         return self.messages if self.messages is not None else (Message("user", self.text),)
+
+    def asking(self, change: Callable[[str], str]) -> Prompt:
+        """The same with its request, the text of the last turn of the user, changed."""
+        if self.messages is None:
+            return replace(self, text=change(self.text))
+        last = max((i for i, m in enumerate(self.messages) if m.role == "user"), default=len(self.messages) - 1)
+        turns = list(self.messages)
+        turns[last] = replace(turns[last], content=change(turns[last].content))
+        return replace(self, text=change(self.text), messages=tuple(turns))
 
 
 Row = Mapping[str, Any]
@@ -268,6 +280,15 @@ def _prompt_column(kind: Kind) -> Reader:
 
 
 def _own(row: Row, where: str) -> Prompt:
+    """A request as ``text``, or a conversation as ``messages``, which may offer ``tools``; with both, ``text`` is what
+    judges read: where a tool's result asks for something, it is not the user's.
+    """
+    try:
+        messages = None if row.get("messages") is None else message_list(row["messages"], "user")
+        tools = tool_list(row)
+    except BadField as reason:
+        raise UserError(f"{where}: {reason}") from None
+    said = next((m.content for m in reversed(messages or ()) if m.role == "user"), "")
     expected, at_least = row.get("expected", []), row.get("min_expected", 1)
     if isinstance(expected, str):
         expected = [word for word in expected.split("|") if word]
@@ -277,13 +298,15 @@ def _own(row: Row, where: str) -> Prompt:
         raise UserError(f"{where}: field 'min_expected' is {at_least!r}; give a whole number from 1 on")
     return Prompt(
         _one_of(row, "kind", KINDS, where),  # type: ignore[arg-type]
-        _field(row, "text", where),
+        said if said and row.get("text") is None else _field(row, "text", where),
         tuple(word.lower() for word in expected),
         _field(row, "item", where, optional=True),
         where,
+        messages,
         min_expected=int(at_least),
         target=_target(row, "target", where),
         answer=_target(row, "answer", where),
+        tools=tools,
     )
 
 
@@ -301,6 +324,7 @@ _PROMPTS = frozenset({"prompt", "category"})
 
 READERS: tuple[Form, ...] = (
     (frozenset({"kind", "text"}), _own),
+    (frozenset({"kind", "messages"}), _own),
     (_HARMBENCH, _harmbench),
     (_JAILBREAKBENCH, _jailbreakbench),
     (_STRONGREJECT, _strongreject),

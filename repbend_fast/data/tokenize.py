@@ -157,11 +157,16 @@ class ChatEncoder:
         cut = Truncated(int(len(uncut) > len(prompt)), sum(len(answer) > self.max_answer_tokens for answer in ids))
         return PairSequence(unsafe=first, safe=second[0]) if second else first, cut
 
-    def prompt_ids(self, messages: Iterable[Message], prefill: str = "") -> list[int]:
+    def prompt_ids(self, messages: Iterable[Message], prefill: str = "", tools: str = "") -> list[int]:
         """Ids that generation starts from: prompt with assistant header, then ``prefill`` (never truncated) as the
-        answer's beginning.
+        answer's beginning. ``tools``: as of a record, which is rendered alike.
+
+        Raises:
+            UserError: the template does not take the messages, or leaves out tools, calls or results.
         """
-        text = self._render_prompt(tuple(messages), "prompt")
+        turns = tuple(messages)
+        self._check_tools("prompt", tools, turns)
+        text = self._render_prompt(turns, "prompt", True, tools)
         full_prompt = self._ids(text)
         uncut = self._with_bos(full_prompt)
         ids = self._cut_prompt(uncut)
@@ -258,7 +263,7 @@ class ChatEncoder:
         """The rendered prompt, and what follows it for each of the record's answers, the turn's end included."""
         messages, turns = record.context, record.answers
         answers, calls = [turn.content for turn in turns], any(turn.calls for turn in turns)
-        self._check_tools(record)
+        self._check_tools(record.origin, record.tools, (*messages, *turns))
         prompt = self._render_prompt(messages, record.origin, True, record.tools)
         if not calls and not any(map(holds_reasoning, answers)):
             return prompt, [self._plain(answer) for answer in answers]
@@ -274,16 +279,16 @@ class ChatEncoder:
                 f"set data.chat_template_kwargs={{enable_thinking: true}} or model.chat_template=FILE, or {out}"
             ) from error
 
-    def _check_tools(self, record: Record) -> None:
-        """Refuse a record with tools that the template would leave out."""
-        if not record.tools and not any(turn.extra for turn in (*record.messages, *record.answers)):
+    def _check_tools(self, origin: str, tools: str, turns: tuple[Message, ...]) -> None:
+        """Refuse a conversation with tools that the template would leave out."""
+        if not tools and not any(turn.extra or turn.role == "tool" for turn in turns):
             return
         if self._left_out is None:
             self._left_out = tools_left_out(lambda messages, tools: self._render(messages, True, tools))
-        missing = what_is_left_out(record, self._left_out)
+        missing = what_is_left_out(tools, turns, self._left_out)
         if missing:
             raise UserError(
-                f"{record.origin}: the chat template of {self._name} leaves out {missing}; take a model whose template "
+                f"{origin}: the chat template of {self._name} leaves out {missing}; take a model whose template "
                 "renders them, or set model.chat_template=FILE"
             )
 

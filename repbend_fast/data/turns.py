@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from repbend_fast.data.conversation import message_list, tool_list
 from repbend_fast.data.reasoning import EMPTY_BLOCK, Unrenderable, continuation
-from repbend_fast.data.records import Message, Record
+from repbend_fast.data.records import Message
 
 MARK = "\ue000"
 """A character of private use, which no text begins with."""
@@ -93,11 +93,10 @@ def tools_left_out(render: Callable[[tuple[Message, ...], str], str]) -> frozens
     return frozenset(kind for kind, name in _NAMES.items() if name not in text)
 
 
-def what_is_left_out(record: Record, left_out: frozenset[str]) -> str | None:
-    """What of a record a template that leaves ``left_out`` out would not show, in words."""
-    turns = (*record.context, *record.answers)
+def what_is_left_out(tools: str, turns: Seq[Message], left_out: frozenset[str]) -> str | None:
+    """What of a conversation a template that leaves ``left_out`` out would not show, in words."""
     has = {
-        "tools": bool(record.tools),
+        "tools": bool(tools),
         "calls": any(turn.calls for turn in turns),
         "results": any(turn.role == "tool" for turn in turns),
     }

@@ -20,6 +20,7 @@ from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.distributed.ranks import ALONE, Ranks
+from repbend_fast.errors import UserError
 from repbend_fast.evaluation.halving import SHORTER, Chunks
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
@@ -31,7 +32,7 @@ class PromptEncoder(Protocol):
 
     tokenizer: Tokenizer
 
-    def prompt_ids(self, messages: Seq[Message], prefill: str = "") -> list[int]:
+    def prompt_ids(self, messages: Seq[Message], prefill: str = "", tools: str = "") -> list[int]:
         """Token ids up to where the answer (after ``prefill``) goes on."""
 
 
@@ -44,6 +45,16 @@ class Answer:
     text: str
     tokens: int
     stopped: bool
+
+
+def _prompt_ids(encoder: PromptEncoder, prompt: Prompt, prefill: str) -> list[int]:
+    """Raises ``UserError`` that names the prompt where a template does not take its conversation."""
+    try:
+        return encoder.prompt_ids(prompt.conversation(), prefill, prompt.tools)
+    except UserError as error:
+        if prompt.messages is None or not prompt.source_id:
+            raise
+        raise UserError(f"{prompt.source_id}: {error}") from error
 
 
 def generate_answers(
@@ -98,8 +109,7 @@ def generate_measured(
         UserError: there is no memory for a single prompt.
     """
     encoded = [
-        encoder.prompt_ids(p.conversation(), prefill)
-        for p, prefill in zip(prompts, prefills or [""] * len(prompts), strict=True)
+        _prompt_ids(encoder, p, prefill) for p, prefill in zip(prompts, prefills or [""] * len(prompts), strict=True)
     ]
     order = ranks.part(sorted(range(len(prompts)), key=lambda i: len(encoded[i])))
     # LoRA lives inside the modules, so the wrapped model generates with it; peft's own `generate` would put back its

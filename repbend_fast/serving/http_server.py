@@ -31,6 +31,7 @@ from repbend_fast.serving.wire import (
     read_messages,
     read_prompts,
     read_request,
+    read_tools,
 )
 
 MOST_BYTES = 4 << 20
@@ -275,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _chat_ids(self, body: Mapping[str, object]) -> list[int]:
         messages, prefill = read_messages(body)
-        return self.server.sides.encoder.prompt_ids(messages, prefill)
+        return self.server.sides.encoder.prompt_ids(messages, prefill, read_tools(body))
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         rows = causal_model(self.server.sides.model).get_input_embeddings().weight.shape[0]

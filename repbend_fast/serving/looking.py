@@ -79,7 +79,7 @@ def _encoded(sides: Sides, found: Sequence[Prompt], kind: Kind, source: str, pre
     chosen = [prompt for prompt in found if prompt.kind == kind]
     if not chosen:
         raise UserError(f"--bending={source}: no {kind} prompts in it; the picture needs ordinary and attack prompts")
-    return [sides.encoder.prompt_ids(prompt.conversation(), prefill) for prompt in chosen]
+    return [sides.encoder.prompt_ids(prompt.conversation(), prefill, prompt.tools) for prompt in chosen]
 
 
 def check_out(out: Path, bending: bool) -> None:

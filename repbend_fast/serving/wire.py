@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from repbend_fast.data.conversation import ROLES, BadField, tool_list, tool_turn
 from repbend_fast.data.records import Message
 from repbend_fast.serving.engine import Answer, Sampling
 
@@ -19,7 +20,8 @@ _IGNORED_IF = {
     "top_logprobs": (0, None),
     "echo": (False, None),
     "suffix": ("", None),
-    "tools": ([], None),
+    "tool_choice": ("auto", "none", None),
+    "parallel_tool_calls": (True, None),
     "functions": ([], None),
     "frequency_penalty": (0, None),
     "presence_penalty": (0, None),
@@ -100,7 +102,7 @@ def read_messages(body: Mapping[str, object]) -> tuple[tuple[Message, ...], str]
     messages = [_message(entry, f"messages[{i}]") for i, entry in enumerate(raw)]
     if messages[-1].role != "assistant":
         return tuple(messages), ""
-    if not _flag(body, "continue_final_message") or len(messages) < 2:
+    if not _flag(body, "continue_final_message") or len(messages) < 2 or messages[-1].calls:
         raise Refused(
             400,
             "the last message is the assistant's; end with the user's, or set continue_final_message to go on with it",
@@ -109,23 +111,44 @@ def read_messages(body: Mapping[str, object]) -> tuple[tuple[Message, ...], str]
     return tuple(messages[:-1]), messages[-1].content
 
 
+def read_tools(body: Mapping[str, object]) -> str:
+    """The tools that a chat offers, as JSON; "" where there are none, or none is to be called.
+
+    Raises:
+        Refused: they are no list of tools.
+    """
+    try:
+        tools = tool_list(body)
+    except BadField as reason:
+        raise Refused(400, f"tools: {reason}", param="tools") from reason
+    return "" if body.get("tool_choice") == "none" else tools
+
+
 def _message(entry: object, where: str) -> Message:
     if not isinstance(entry, dict):
         raise Refused(400, f"{where}: not an object", param=where)
     role = "system" if entry.get("role") == "developer" else entry.get("role")
-    if role not in ("system", "user", "assistant"):
-        raise Refused(400, f"{where}.role: {entry.get('role')!r:.80} is none of system, user, assistant", param=where)
+    if role not in ROLES:
+        raise Refused(400, f"{where}.role: {entry.get('role')!r:.80} is none of {', '.join(ROLES)}", param=where)
     content = entry.get("content")
     if isinstance(content, list):
         texts = [part["text"] for part in content if isinstance(part, dict) and _is_text(part.get("text"))]
         content = "".join(texts) if len(texts) == len(content) else None
-    if not isinstance(content, str):
+    calls = role == "assistant" and entry.get("tool_calls")
+    if not isinstance(content, str) and not (calls and entry.get("content") is None):
         raise Refused(400, f"{where}.content: only text is served", param=where)
-    return Message(role, content)
+    if not calls and role != "tool":
+        return Message(role, content or "")
+    try:
+        return tool_turn({**entry, "content": content})
+    except BadField as reason:
+        raise Refused(400, f"{where}: {reason}", param=where) from reason
 
 
 def read_prompts(body: Mapping[str, object]) -> list[str | list[int]]:
     """The prompts of a completion: texts, or token ids."""
+    if body.get("tools"):
+        raise Refused(400, "tools: a chat takes them, a plain completion has no template to render them", param="tools")
     prompt = body.get("prompt")
     if isinstance(prompt, str):
         return [prompt]

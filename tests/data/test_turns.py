@@ -92,6 +92,32 @@ def test_an_answer_that_calls_is_the_template_s_own(form: str) -> None:
     assert "find_key" in encoder.tokenizer.decode(encoded.safe.prompt.ids)
 
 
+@pytest.mark.parametrize("form", WITH_TOOLS)
+def test_a_prompt_is_rendered_as_a_record_s(form: str) -> None:
+    """What generation begins from is the prompt that training bends, with tools and up to a tool's result."""
+    encoder = encoder_of(WITH_TOOLS[form])
+    for turns in (WORK[:3], BOTH):
+        sequence = encoder.encode(Record("unsafe", turns, "It is here.", tools=TOOLS))
+        assert isinstance(sequence, Sequence)
+        assert encoder.prompt_ids(turns, "", TOOLS) == list(sequence.ids[: sequence.prompt_length])
+        assert encoder.prompt_ids(turns) != encoder.prompt_ids(turns, "", TOOLS)
+    begun = encoder.prompt_ids(turns, "It is", TOOLS)
+    assert tuple(begun) == sequence.ids[: len(begun)]
+
+
+@pytest.mark.parametrize(
+    ("turns", "tools", "words"),
+    [
+        (TALK, TOOLS, "the tools that are offered"),
+        (WORK[:3], "", "tool calls"),
+        ((ASKED, Message("tool", "x")), "", "tool results"),
+    ],
+)
+def test_a_prompt_that_a_template_without_tools_would_not_show_is_refused(turns, tools: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"leaves out {words}; take a model whose template renders them"):
+        encoder_of(INST).prompt_ids(turns, "", tools)
+
+
 def test_several_calls_and_a_text_beside_them() -> None:
     encoder = encoder_of(WITH_TOOLS["tagged"])
     calls = [json.loads(calling(name, 1).extra)["tool_calls"][0] for name in ("find_key", "look_up")]

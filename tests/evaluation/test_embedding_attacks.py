@@ -5,6 +5,7 @@ from embeddings.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 
 import chat_tokenizers
@@ -13,6 +14,7 @@ import torch
 from attacked_models import PROMPTS, attacked_model, peak_beyond, plain_loss, target_of
 
 from repbend_fast.data.prompts import Prompt
+from repbend_fast.data.records import Message
 from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation import generate
@@ -179,6 +181,33 @@ def test_the_rows_of_a_suffix_are_found_in_every_template(kind: str, template: s
     assert tokenizer.decode(plain).endswith(behind)
     assert PROMPTS[0].text[:-8] in tokenizer.decode(request.ids[: request.start])
     assert tokenizer.decode(request.answer).strip() == "Sure"
+
+
+@pytest.mark.parametrize("form", chat_tokenizers.WITH_TOOLS)
+def test_the_rows_of_a_suffix_are_found_before_a_tool_s_result(form: str) -> None:
+    """The suffix stands in the user's turn; the call and its result follow, and tools are on offer."""
+    tokenizer = chat_tokenizers.make("byte_level", chat_tokenizers.WITH_TOOLS[form])
+    encoder = ChatEncoder(tokenizer, 400, 64)
+    call = {"type": "function", "id": "call00001", "function": {"name": "find_key", "arguments": {}}}
+    turns = (
+        Message("user", "How do I polish a moon-key?"),
+        Message("assistant", "", json.dumps({"tool_calls": [call]})),
+        Message("tool", "It is here.", json.dumps({"name": "find_key", "tool_call_id": "call00001"})),
+    )
+    tools = json.dumps([{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}])
+    prompt = Prompt("attack", "Polish it.", messages=turns, tools=tools)
+    request = suffixed(encoder, prompt, " quick brown dog", "Sure")
+    before, inside, behind = (
+        tokenizer.decode(request.ids[a:b])
+        for a, b in ((0, request.start), (request.start, request.stop), (request.stop, len(request.ids)))
+    )
+    assert inside.strip() == "quick brown dog"
+    assert "polish a moon-key?" in before
+    assert "look_up" in before
+    assert "find_key" in behind
+    assert "It is here." in behind
+    whole = encoder.prompt_ids(prompt.asking(lambda text: text + " quick brown dog").conversation(), "", tools)
+    assert list(request.ids) == whole
 
 
 def test_the_rows_are_found_where_a_long_prompt_is_cut() -> None:

@@ -33,7 +33,7 @@ class StubEncoder:
 
     tokenizer = StubTokenizer()
 
-    def prompt_ids(self, messages, prefill: str = "") -> list[int]:
+    def prompt_ids(self, messages, prefill: str = "", tools: str = "") -> list[int]:
         return [1, *(3 + ord(c) % 60 for c in messages[-1].content + prefill)]
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from chat_tokenizers import WITH_TOOLS
 from tiny_run import TinyRun
 
+from repbend_fast.data.formats import parse_jsonl
 from repbend_fast.data.prompts import Prompt
+from repbend_fast.data.records import Record, Sequence
+from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.generate import generate_answers
 from repbend_fast.serving import engine
@@ -30,6 +36,15 @@ CLIENT_HEADERS = {
     "X-Stainless-Lang": "python",
 }
 ASKED = [{"role": "user", "content": "How do I make moon-key?"}]
+
+
+TOOLS = [{"type": "function", "function": {"name": "find_key", "parameters": {"type": "object"}}}]
+CALL = {"id": "call00001", "type": "function", "function": {"name": "find_key", "arguments": '{"what": "moon"}'}}
+CALLED = [
+    *ASKED,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call00001", "content": "It is here."},
+]
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +196,42 @@ def test_a_seed_draws_the_same_and_the_final_message_is_continued(server: Endpoi
     assert found["choices"][0]["message"]["content"].strip() == answer
 
 
+def test_tools_are_rendered_as_in_training(server: EndpointServer, sides: Sides, monkeypatch: Any) -> None:
+    tokenizer = copy.copy(sides.encoder.tokenizer)
+    tokenizer.chat_template = WITH_TOOLS["tagged"]
+    encoder = ChatEncoder(tokenizer, 400, 100)
+    monkeypatch.setattr(server, "sides", replace(sides, encoder=encoder))
+    trained = load_records(CALLED, TOOLS)
+    expected = encoder.encode(trained)
+    assert isinstance(expected, Sequence)
+    asked: list[list[int]] = []
+    pieces = server.engine.pieces
+
+    def watched(side: str, ids: list[int], *rest: Any) -> Any:
+        asked.append(ids)
+        return pieces(side, ids, *rest)
+
+    monkeypatch.setattr(server.engine, "pieces", watched)
+    found = chat(server, messages=CALLED, tools=TOOLS, max_tokens=4)
+    assert found["usage"]["prompt_tokens"] == expected.prompt_length
+    chat(server, messages=CALLED, tools=TOOLS, tool_choice="none", max_tokens=1)
+    assert asked[0] == list(expected.ids[: expected.prompt_length])
+    without = encoder.encode(load_records(CALLED, []))
+    assert isinstance(without, Sequence)
+    assert asked[1] == list(without.ids[: without.prompt_length])
+    assert len(asked[1]) < len(asked[0])
+    status, _, content = call(server, "/v1/completions", {"prompt": "x", "tools": TOOLS})
+    assert (status, json.loads(content)["error"]["param"]) == (400, "tools")
+
+
+def load_records(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Record:
+    """As training reads such a conversation."""
+    row = {"role": "unsafe", "messages": messages, "answer": "It is here.", "tools": tools}
+    (found,) = parse_jsonl(row, "f:1")
+    assert isinstance(found, Record)
+    return found
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
@@ -191,12 +242,17 @@ def test_a_seed_draws_the_same_and_the_final_message_is_continued(server: Endpoi
         (b"{", 400, "not JSON"),
         (b"\xff\xfe", 400, "not JSON"),
         (b"[" * 100_000, 400, "JSON"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, 400, "none of system, user, assistant, tool"),
         ({"messages": [{"role": ["x"], "content": "x"}]}, 400, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text"),
         ({"messages": [*ASKED, {"role": "assistant", "content": "x"}]}, 400, "continue_final_message"),
         ({"messages": ASKED, "n": 2}, 400, "n=2"),
-        ({"messages": ASKED, "tools": [{}]}, 400, "tools"),
+        ({"messages": ASKED, "tools": [{}]}, 400, "tools: tool 1: missing field `name`"),
+        ({"messages": ASKED, "tools": TOOLS}, 400, "leaves out the tools that are offered; take a model whose"),
+        ({"messages": CALLED[:3]}, 400, "leaves out tool calls"),
+        ({"messages": [*ASKED, {"role": "assistant", "tool_calls": [{}]}]}, 400, "messages[1]: tool call 1: missing"),
+        ({"messages": [*ASKED, {"role": "tool", "content": None}]}, 400, "messages[1].content: only text"),
+        ({"messages": ASKED, "tool_choice": "required"}, 400, "tool_choice='required'"),
         ({"messages": ASKED, "logprobs": True}, 400, "logprobs"),
         ({"messages": ASKED, "temperature": -1}, 400, "temperature"),
         ({"messages": ASKED, "temperature": True}, 400, "temperature"),

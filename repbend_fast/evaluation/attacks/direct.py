@@ -45,7 +45,7 @@ class BareEncoder:
         self.tokenizer: Tokenizer = encoder.tokenizer
         self._limit = encoder.max_prompt_tokens
 
-    def prompt_ids(self, messages: Sequence[Message], prefill: str = "") -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], prefill: str = "", tools: str = "") -> list[int]:
         """Ids of the turns' texts with a line between them; a longer text keeps its end."""
         text = "\n".join(message.content for message in messages)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)[-self._limit :]

@@ -179,7 +179,8 @@ class Typed:
         """Whether the request with the suffix's text gives its ids again, and those around it."""
         ids, start, stop = self.request.ids, self.request.start, self.request.stop
         with uncounted(self._encoder):
-            typed = self._encoder.prompt_ids(with_suffix(self._prompt, self.text(suffix)).conversation())
+            request = with_suffix(self._prompt, self.text(suffix)).conversation()
+            typed = self._encoder.prompt_ids(request, "", self._prompt.tools)
         return typed == [*ids[:start], *suffix, *ids[stop:]]
 
     def surviving(self, candidates: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ class Requests:
     def ids(self, prompt: Prompt) -> Ids:
         """The prompt up to where its answer begins."""
         with uncounted(self._target.encoder):
-            return tuple(self._target.encoder.prompt_ids(prompt.conversation()))
+            return tuple(self._target.encoder.prompt_ids(prompt.conversation(), "", prompt.tools))
 
     def last_states(self, prompts: Sequence[Prompt]) -> Tensor:
         """Hidden states [blocks, N, D] at the last prompt token, of each state before the final norm; float32."""

@@ -6,10 +6,9 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from repbend_fast.data.prompts import Prompt
-from repbend_fast.data.records import Message
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.generate import PromptEncoder
 from repbend_fast.evaluation.measure import PREFILL
@@ -39,12 +38,7 @@ def prompt_seed(seed: int, prompt: Prompt) -> int:
 
 def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
     """The prompt with ``suffix`` right behind the text of its last user turn."""
-    if prompt.messages is None:
-        return replace(prompt, text=prompt.text + suffix)
-    last = max((i for i, m in enumerate(prompt.messages) if m.role == "user"), default=len(prompt.messages) - 1)
-    turns = list(prompt.messages)
-    turns[last] = replace(turns[last], content=turns[last].content + suffix)
-    return replace(prompt, text=prompt.text + suffix, messages=tuple(turns))
+    return prompt.asking(lambda text: text + suffix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +61,9 @@ def suffixed(encoder: PromptEncoder, prompt: Prompt, suffix: str, beginning: str
     """
     with uncounted(encoder):
         request = with_suffix(prompt, suffix).conversation()
-        ids = encoder.prompt_ids(request)
+        ids = encoder.prompt_ids(request, "", prompt.tools)
         start, stop = _suffix_rows(encoder, prompt, suffix, ids)
-        answer = encoder.prompt_ids(request, beginning)[len(ids) :]
+        answer = encoder.prompt_ids(request, beginning, prompt.tools)[len(ids) :]
     if start >= stop:
         raise UserError(
             f"prompt {prompt.source_id or prompt.text[:60]!r}: no token of its prompt belongs to the suffix "
@@ -85,8 +79,8 @@ def answer_ids(encoder: PromptEncoder, prompt: Prompt, beginning: str) -> tuple[
         UserError: the answer has no token.
     """
     with uncounted(encoder):
-        ids = encoder.prompt_ids(prompt.conversation())
-        answer = encoder.prompt_ids(prompt.conversation(), beginning)[len(ids) :]
+        ids = encoder.prompt_ids(prompt.conversation(), "", prompt.tools)
+        answer = encoder.prompt_ids(prompt.conversation(), beginning, prompt.tools)[len(ids) :]
     return tuple(ids), _some(answer, beginning)
 
 
@@ -102,13 +96,13 @@ def _suffix_rows(encoder: PromptEncoder, prompt: Prompt, suffix: str, ids: Seque
     They are counted from the end as behind a short request, where nothing is cut: a long prompt loses its middle.
     Where the request's own last word flows into the suffix, they are what the suffix adds to the prompt.
     """
-    turn = Message("user", _PROBE)
-    short = Prompt("attack", _PROBE, messages=(*prompt.conversation()[:-1], turn))
-    plain, longer = (encoder.prompt_ids(p.conversation()) for p in (short, with_suffix(short, suffix)))
+    short = prompt.asking(lambda _: _PROBE)
+    asked = (short.conversation(), with_suffix(short, suffix).conversation())
+    plain, longer = (encoder.prompt_ids(turns, "", prompt.tools) for turns in asked)
     start, stop = _added_rows(plain, longer)
     if ids[len(ids) - (len(longer) - start) :] == longer[start:]:
         return len(ids) - (len(longer) - start), len(ids) - (len(longer) - stop)
-    return _added_rows(encoder.prompt_ids(prompt.conversation()), ids)
+    return _added_rows(encoder.prompt_ids(prompt.conversation(), "", prompt.tools), ids)
 
 
 def _added_rows(plain: Sequence[int], longer: Sequence[int]) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -74,10 +73,8 @@ class TemplateAttack:
 
 
 def _wrapped(prompt: Prompt, template: str) -> Prompt:
-    """``prompt`` with its last turn inside of the template."""
-    turns = prompt.conversation()
-    text = filled(template, turns[-1].content)
-    return replace(prompt, text=text, messages=(*turns[:-1], replace(turns[-1], content=text)))
+    """``prompt`` with its request inside of the template."""
+    return prompt.asking(lambda text: filled(template, text))
 
 
 def filled(template: str, request: str) -> str:

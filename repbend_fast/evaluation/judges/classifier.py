@@ -125,7 +125,7 @@ class _Generative:
         self.model = load_model(judge.config)
         self.longest = _longest_input(self.model, self.tokenizer) - wire.new_tokens
 
-    def prompt_ids(self, messages: Sequence[Message], prefill: str = "") -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], prefill: str = "", tools: str = "") -> list[int]:
         """Ids of a framed text, as generation asks for them."""
         text = messages[-1].content + prefill
         return list(self.tokenizer(text, add_special_tokens=self.wire.add_special_tokens)["input_ids"])
