@@ -39,6 +39,8 @@ RECORD = Path(__file__).parents[1] / "results" / "fuzz.json"
 LONGEST = 10.0
 """Processor time, which other work on the machine does not lengthen."""
 WAITED = 600.0
+MEMORY = Path("/dev/shm")
+"""Where cases are written if it is there: no disk is waited for."""
 IMPORTED = ("repbend_fast.verify.parity", "repbend_fast.exports.low_rank", "repbend_fast.evaluation.judges.endpoint")
 """Before the first case, whose time would be theirs."""
 MOST_FAULTS = 5
@@ -53,6 +55,10 @@ class Count:
     read: int = 0
     refused: int = 0
     seconds: float = 0.0
+
+    def on(self, before: Count) -> Count:
+        """Both together."""
+        return Count(*(mine + earlier for mine, earlier in zip(asdict(self).values(), asdict(before).values())))
 
 
 class TooLong(Exception):
@@ -198,20 +204,22 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=100_000, help="of each parser")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seconds", type=float, help="at most, for each parser")
+    parser.add_argument("--more", action="store_true", help="go on after the recorded cases")
     parser.add_argument("--only", choices=TARGETS, action="append", help="this parser alone; repeatable")
     arguments = parser.parse_args()
+    before = json.loads(RECORD.read_text(encoding="utf-8"))["parsers"] if RECORD.exists() else {}
     found: dict[str, object] = {}
     bad = False
-    with tempfile.TemporaryDirectory(prefix="repbend-fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="repbend-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as folder:
         for name in arguments.only or TARGETS:
-            seeds = range(arguments.first, arguments.first + arguments.cases)
+            done = Count(**before[name]) if arguments.more and name in before else Count()
+            seeds = range(arguments.first + done.cases, arguments.first + arguments.cases)
             count, faults = fuzz(name, seeds, Path(folder) / "case", arguments.seconds)
             bad = bad or bool(faults)
-            found[name] = asdict(count)
+            found[name] = asdict(count.on(done))
             print(name, found[name], flush=True)
     if not bad:
-        before = json.loads(RECORD.read_text(encoding="utf-8"))["parsers"] if arguments.only and RECORD.exists() else {}
-        parsers = before | found
+        parsers = (before if arguments.only else {}) | found
         whole = {name: parsers[name] for name in TARGETS if name in parsers}
         record = {**environment(), "first_case": arguments.first, "parsers": whole}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

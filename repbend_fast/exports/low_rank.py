@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from repbend_fast.errors import one_line
+from repbend_fast.models.merge import adapter_settings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -90,9 +91,9 @@ class LowRanks:
             self._open(folder)
 
     def _open(self, folder: Path) -> None:
-        from peft import LoraConfig, PeftConfig
+        from peft import LoraConfig
 
-        settings = PeftConfig.from_pretrained(str(folder))
+        settings = adapter_settings(str(folder))
         if not isinstance(settings, LoraConfig):
             raise NotPlainError(f"its kind is {settings.peft_type}")
         self._settings = settings

@@ -98,7 +98,7 @@ def _put(
     model: CausalLM, adapter: str, setting: str, revision: str | None, *, part_ends: bool
 ) -> tuple[PeftModel, bool]:
     """The peft model, and whether a head that was tied to the embedding got a weight of its own."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     folder = Path(adapter).expanduser()
     source = str(folder) if folder.is_dir() else adapter
@@ -106,7 +106,7 @@ def _put(
         raise UserError(
             f"{setting}={adapter}: no adapter_model.safetensors in this folder; only safetensors adapters are read"
         )
-    kind = PeftConfig.from_pretrained(source, revision=revision)
+    kind = adapter_settings(source, revision)
     if kind.is_prompt_learning:
         raise UserError(
             f"{setting}={adapter}: an adapter of kind {_name(kind)} adds virtual tokens, no weights; {NO_MERGE}"
@@ -117,6 +117,24 @@ def _put(
     adapted = PeftModel.from_pretrained(cast(nn.Module, model), source, config=kind, revision=revision)
     _check_places(adapted, weights)
     return adapted, tied
+
+
+def adapter_settings(source: str, revision: str | None = None) -> PeftConfig:
+    """What PEFT reads of ``adapter_config.json``.
+
+    Raises:
+        ValueError: a setting within a setting is unknown to PEFT, which then asks itself again for ever.
+        Exception: anything else that PEFT trips over.
+    """
+    from peft import PeftConfig, __version__
+
+    try:
+        return PeftConfig.from_pretrained(source, revision=revision)
+    except RecursionError as error:
+        raise ValueError(
+            f"a setting inside of one in its adapter_config.json is unknown to PEFT {__version__}; a later one may "
+            "know it"
+        ) from error
 
 
 def _name(kind: PeftConfig) -> str:

@@ -245,3 +245,12 @@ def test_unmerged_it_is_applied_as_peft_does_and_frozen(base: Path, kind: str, t
 def test_unmerged_it_is_refused_as_a_merged_one_is(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--adapter=.*none: cannot be applied to this model"):
         put_adapter(_load(base), str(tmp_path / "none"), "--adapter")
+
+
+def test_a_setting_of_a_setting_that_peft_does_not_know(llama: Path, tmp_path: Path) -> None:
+    _adapter(llama, tmp_path / "adapter", KINDS["lora"]())
+    config = tmp_path / "adapter" / "adapter_config.json"
+    newer = {"monteclora_config": {"of_a_later_version": 1}, "also_later": 2}
+    config.write_text(json.dumps(json.loads(config.read_text()) | newer))
+    with pytest.raises(UserError, match=r"inside of one in its adapter_config.json is unknown to PEFT"):
+        _load(llama, adapter=str(tmp_path / "adapter"))
