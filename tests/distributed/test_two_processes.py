@@ -170,14 +170,18 @@ def test_the_first_process_alone_writes(folder: Path, found) -> None:
         assert not list((folder / name).rglob("*.tmp"))
 
 
-def test_a_loop_of_others_averages_both_losses(folder: Path, found) -> None:
-    """``DistributedDataParallel``, which transformers' Trainer wraps the model in; each process has its own records."""
+@pytest.mark.parametrize(("shard", "held"), [("none", 1.0), ("fsdp", 0.5)])
+def test_a_loop_of_others_averages_both_losses(shard: str, held: float, folder: Path, found) -> None:
+    """``DistributedDataParallel``, which transformers' Trainer wraps the model in; each process has its own records.
+    With ``fsdp`` each holds a part of the base.
+    """
     config = load_config(str(folder / "recipe.yaml"))
     start = adapter_weights(model_of(config))
     of_process = [gradient_by_hand(config, turn, 2) for turn in range(2)]
-    for process in found:
-        moved = [(start[name] - process["loop"][name]).flatten() / RATE for name in start]
+    for process in (each["loops"][shard] for each in found):
+        moved = [(start[name] - process["adapter"][name]).flatten() / RATE for name in start]
         mean = [(of_process[0][name] + of_process[1][name]).flatten() / 2 for name in start]
+        assert process["held"] == held
         assert_matches(torch.cat(moved), torch.cat(mean).double(), tolerance=1e-4)
 
 

@@ -33,7 +33,7 @@ def shape_of(model: Any) -> dict[str, object]:
 
 def test_a_step_is_that_of_both_losses(tiny: TinyRun, tmp_path: Path) -> None:
     config = tiny.config("memory.piece_tokens=40", "lora.dropout=0")
-    moved = flat(adapter_weights(model_of(config))) - flat(after_one_step(config, tmp_path / "loop"))
+    moved = flat(adapter_weights(model_of(config))) - flat(adapter_weights(after_one_step(config, tmp_path / "loop")))
     gradient = flat(gradient_by_hand(config, 0, 1))
     assert_matches(moved / RATE, gradient.double(), tolerance=1e-4)
 
@@ -71,6 +71,8 @@ def test_what_a_loop_must_be(tiny: TinyRun, tmp_path: Path) -> None:
     trainer.accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"))  # type: ignore[assignment]
     with pytest.raises(UserError, match="divides the adapter among processes"):
         trainer._begin(model)
+    with pytest.raises(UserError, match="divides the base among several processes, and this loop has one"):
+        trainer_of(model, tiny.config("distributed.shard=fsdp"), tmp_path / "alone")
 
 
 @pytest.mark.parametrize("setting", ["objective.kl_limit=0.1", "training.normalize=step"])

@@ -15,7 +15,6 @@ from repbend_fast.config.schema import LoraConfig
 from repbend_fast.integration import BendingMixin
 from repbend_fast.integration.trainer_mixin import Bender
 from repbend_fast.models import attach_lora, load_tokenizer
-from repbend_fast.training.checkpoint import adapter_weights
 
 RATE = 0.5
 LORA = LoraConfig(r=3, alpha=6, dropout=0.0)
@@ -70,11 +69,18 @@ def trainer_of(model: Any, config: Config, folder: Path, kind: Any = BentTrainer
     return kind(model=model, args=arguments, train_dataset=Talk(8), processing_class=tokenizer, bending=config)
 
 
-def after_one_step(config: Config, folder: Path) -> dict[str, Tensor]:
-    """The adapter behind one step of the loop, under whatever launcher it runs."""
+def after_one_step(config: Config, folder: Path) -> Any:
+    """The model behind one step of the loop, under whatever launcher it runs."""
     model = model_of(config)
     trainer_of(model, config, folder, ddp_find_unused_parameters=False).train()
-    return adapter_weights(model)
+    return model
+
+
+def held(model: Any) -> float:
+    """The share of the blocks' frozen weights that this process has."""
+    blocks = [weight for name, weight in model.named_parameters() if "base_layer" in name]
+    local = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in blocks]
+    return sum(weight.numel() for weight in local) / sum(weight.numel() for weight in blocks)
 
 
 def gradient_by_hand(config: Config, turn: int, turns: int, batches: int = 1) -> dict[str, Tensor]:

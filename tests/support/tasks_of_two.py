@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bent_loop import after_one_step
+from bent_loop import after_one_step, held
 from objective_runs import ALL_CONFIGS, SEARCHING, STEPS
 from tiny_models import adapted_model, ragged_batch, tiny_model, wrap
 
@@ -169,6 +169,13 @@ def whole_runs(recipe: Path) -> dict[str, Any]:
     }
 
 
+def loop(recipe: Path, shard: str) -> dict[str, Any]:
+    """The adapter behind a step of a Trainer that bends, and the share of the base that this process holds."""
+    config = load_config(str(recipe), [f"distributed.shard={shard}"])
+    model = after_one_step(config, recipe.parent / f"loop {shard}")
+    return {"adapter": adapter_weights(model), "held": held(model)}
+
+
 def everything(folder: Path) -> dict[str, Any]:
     """What one launch of two processes shows; ``folder`` holds a ``recipe.yaml``, ``begun``, and ``meeting`` for a file
     by which they meet.
@@ -179,7 +186,7 @@ def everything(folder: Path) -> dict[str, Any]:
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder.resolve()}/meeting", rank=number, world_size=count)
     found = {
-        "loop": after_one_step(load_config(str(recipe)), folder / "loop"),
+        "loops": {shard: loop(recipe, shard) for shard in ("none", "fsdp")},
         "objectives": every_objective(),
         "retreats": retreats(),
         "divided": divided(),

@@ -29,3 +29,14 @@ def shard_blocks(model: CausalLM, blocks: nn.ModuleList, device: torch.device) -
         adapter = {p for p in block.parameters() if p.requires_grad}
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=adapter)
     cast(nn.Module, model).to(device)
+
+
+def leave_to_fsdp(model: CausalLM) -> None:
+    """Have a ``DistributedDataParallel`` around ``model``, somebody else's, pass over the weights that are divided:
+    it would copy the first process's into the others'.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    divided = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(cast(nn.Module, model), divided)
