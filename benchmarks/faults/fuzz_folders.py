@@ -82,7 +82,7 @@ class Kit:
             units={1: 2.0},
         )
         self.folder = Path(mkdtemp(prefix="repbend-fuzz-kit-"))
-        path = save_checkpoint(RunFolder(self.folder), state, self.model, keep=1)
+        path = save_checkpoint(RunFolder(self.folder), state, self.model, keep=1, made={})
         self.checkpoint = _files_of(path)
         self.adapter = {name: data for name, data in self.checkpoint.items() if name.startswith("adapter_")}
         shutil.rmtree(self.folder)
@@ -140,7 +140,7 @@ def checkpoint(draw: random.Random) -> Files:
 
 def read_checkpoint(folder: Path, files: Files) -> None:
     from repbend_fast.runs.folder import RunFolder
-    from repbend_fast.training.checkpoint import intact_checkpoint, load_checkpoint, moved_note
+    from repbend_fast.training.checkpoint import intact_checkpoint, load_checkpoint, made_on, moved_notes
 
     path = folder / "checkpoints" / "step-000002"
     path.mkdir(parents=True)
@@ -152,4 +152,4 @@ def read_checkpoint(folder: Path, files: Files) -> None:
     load_checkpoint(path, kit().config, kit().model)
     import torch
 
-    moved_note(path, torch.device("cpu"))
+    moved_notes(path, made_on(kit().config, torch.device("cpu")), dropout=0.1)

@@ -8,6 +8,12 @@ from torch import Tensor
 
 from repbend_fast.step.pieces import Piece
 
+MASKS = 2
+"""Version of what a key means, in a checkpoint's manifest: a run that goes on under another one draws other masks than
+it would have. 1: each layer's masks are its own; 2: layers that read one tensor share theirs
+(``models.layers.readers``).
+"""
+
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     """The dropout seed (63 bits) of one micro-batch, from the run's seed alone: a resumed run draws the same masks."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from repbend_fast.config import Config
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.adapters import ADAPTER
+from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.runs.folder import RunFolder, write_folder
 from repbend_fast.runs.stored import (
@@ -35,6 +36,7 @@ from repbend_fast.runs.stored import (
     write_plain,
     write_tensors,
 )
+from repbend_fast.step.dropout_keys import MASKS
 
 FORMAT = 1
 
@@ -166,16 +168,16 @@ def _write_state(state: TrainingState, folder: Path) -> dict[str, Stored]:
     }
 
 
-def save_checkpoint(run: RunFolder, state: TrainingState, model: CausalLM, keep: int, processes: int = 1) -> Path:
+def save_checkpoint(run: RunFolder, state: TrainingState, model: CausalLM, keep: int, made: dict[str, object]) -> Path:
     """Write ``checkpoints/step-NNNNNN`` atomically, then drop the oldest of more than ``keep``, never the one just
-    written. ``processes``: how many train together; none of them writes but one.
+    written. ``made``: ``made_on`` of the run. Of several processes one alone writes.
     """
     path = run.checkpoint(state.step)
 
     def fill(folder: Path) -> None:
         _write_adapter(model, folder)
         known = _write_state(state, folder)
-        write_manifest(folder, known, made_on(next(model.parameters()).device, processes))
+        write_manifest(folder, known, made)
 
     write_folder(path, fill)
     others = [other for other in run.all_checkpoints() if other != path]
@@ -195,7 +197,7 @@ BEFORE_A_CHOICE = {"objective.distance_unit": "state", "training.normalize": "mi
 def fixed_settings(config: Config) -> dict[str, object]:
     """Settings that shape what a checkpoint holds, by key: a run cannot go on with others."""
     lora = {f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()}
-    model = {f"model.{key}": getattr(config.model, key) for key in ("dtype", "quantization", "double_quantization")}
+    model = {f"model.{key}": getattr(config.model, key) for key in ("quantization", "double_quantization")}
     training = {f"training.{key}": getattr(config.training, key) for key in ("optimizer", "normalize")}
     fixed = lora | model | training | {"objective.name": config.objective.name}
     if hasattr(config.objective, "distance_unit"):
@@ -317,29 +319,42 @@ def set_aside_newer(run: RunFolder, checkpoint: Path) -> None:
         os.replace(path, aside)
 
 
-def made_on(device: torch.device, processes: int) -> dict[str, object]:
-    """What a run's numbers depend on besides its settings."""
+def made_on(config: Config, device: torch.device, processes: int = 1) -> dict[str, object]:
+    """What a run's numbers depend on and what it may change when it goes on: the machine, and what that has to compute
+    in.
+    """
+    dtype = autocast_dtype(config, device)
     return {
         "device": device.type,
+        "dtype": config.model.dtype if dtype is None else str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processes": processes,
         "torch": torch.__version__,
+        "masks": MASKS,
     }
 
 
-def moved_note(path: Path, device: torch.device, processes: int = 1) -> str | None:
-    """Where a checkpoint comes from, if from elsewhere."""
+def moved_notes(path: Path, here: dict[str, object], dropout: float) -> list[str]:
+    """Where a checkpoint comes from, if not from ``here`` (``made_on``), and whether the rest of the run draws other
+    dropout masks.
+    """
     found = checked_manifest(path).get("made_on")
     before = found if isinstance(found, dict) else {}
+    notes = []
+    if dropout and before.get("masks", 1) != here["masks"]:
+        notes.append(
+            f"note: the checkpoint is of another version of repbend-fast, in which lora.dropout={dropout:g} drew other "
+            "masks; the run goes on with this version's, and its numbers differ from those that it would have had"
+        )
     changed = [
-        f"{key} {before[key]} there, {here} here"
-        for key, here in made_on(device, processes).items()
-        if before.get(key, here) != here
+        f"{key} {before[key]} there, {now} here"
+        for key, now in here.items()
+        if key != "masks" and before.get(key, now) != now
     ]
-    if not changed:
-        return None
-    there = "; ".join(changed)
-    return f"note: the checkpoint is from elsewhere ({there}); the run goes on, and may differ in the last bits"
+    if changed:
+        there = "; ".join(changed)
+        notes.append(f"note: the checkpoint is from elsewhere ({there}); the run goes on, and may differ by rounding")
+    return notes
 
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)

@@ -18,7 +18,8 @@ from repbend_fast.training.checkpoint import (
     TrainingState,
     fixed_settings,
     load_checkpoint,
-    moved_note,
+    made_on,
+    moved_notes,
     set_aside_newer,
 )
 from repbend_fast.training.optimizer import load_moments
@@ -46,6 +47,11 @@ def state_of(trainer: Trainer) -> TrainingState:
     )
 
 
+def place_of(trainer: Trainer) -> dict[str, object]:
+    """What the run's numbers depend on besides its settings."""
+    return made_on(trainer.config, trainer.runner.device, trainer.ranks.count)
+
+
 def resume_training(trainer: Trainer, checkpoint: Path) -> None:
     """Go on from a checkpoint, to the bit on the CPU."""
     state = load_checkpoint(checkpoint, trainer.config, trainer.model)
@@ -65,7 +71,8 @@ def resume_training(trainer: Trainer, checkpoint: Path) -> None:
         trainer.stopped = None
         trainer.guard.reopen()
     load_moments(trainer.optimizer, state.optimizer, trainer.config.training)
-    trainer.scaler.load_state_dict(state.scaler)
+    if state.scaler:  # empty in all dtypes but float16, in which the run may go on
+        trainer.scaler.load_state_dict(state.scaler)
     weight = state.kl_weight
     if trainer.kl_weight and weight is not None:
         trainer.kl_weight.set(weight)
@@ -85,7 +92,7 @@ def resume_training(trainer: Trainer, checkpoint: Path) -> None:
     # What ran out of memory once would do so again, unless the levers were set anew.
     if state.first_levers and Levers(**state.first_levers) == trainer.first_levers:
         trainer.runner.levers = Levers(**state.last_levers)
-    if note := moved_note(checkpoint, trainer.runner.device, trainer.ranks.count):
+    for note in moved_notes(checkpoint, place_of(trainer), trainer.config.lora.dropout):
         say(note)
     _open_folder(trainer, checkpoint)
     trainer.use_units(state.units)

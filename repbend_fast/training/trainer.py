@@ -54,7 +54,7 @@ from repbend_fast.training.guard import Guard
 from repbend_fast.training.interrupt import Interrupt
 from repbend_fast.training.optimizer import build_optimizer, learning_rate
 from repbend_fast.training.preflight import Ready, prepare_run
-from repbend_fast.training.resume import resume_training, state_of
+from repbend_fast.training.resume import place_of, resume_training, state_of
 from repbend_fast.training.rounded_steps import is_rounded, weights_of_step
 from repbend_fast.training.together import add_up_gradients, check_alike
 from repbend_fast.training.validation import Validation, Validator
@@ -218,9 +218,7 @@ class Trainer:
                 if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupted:
                     path = self.run.checkpoint(self.step)
                     if self.ranks.first:
-                        save_checkpoint(
-                            self.run, state_of(self), self.model, settings.keep_checkpoints, self.ranks.count
-                        )
+                        save_checkpoint(self.run, state_of(self), self.model, settings.keep_checkpoints, place_of(self))
                     if interrupted:
                         self.log.write(
                             "event", self.step, event="interrupted", reason=interrupt.reason or "another process"

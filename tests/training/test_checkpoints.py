@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import TinyRun, adapter_of, reproducible, same_tensors
+from tiny_run import TinyRun, adapter_of, reproducible, rows, same_tensors
 
 from repbend_fast.cli import main
 from repbend_fast.errors import UserError
 from repbend_fast.runs.folder import RunFolder, remove_leftovers, write_folder
 from repbend_fast.runs.stored import MANIFEST, Damaged, apart, checked_manifest, together, write_tensors
+from repbend_fast.step.dropout_keys import MASKS
 from repbend_fast.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -207,6 +210,36 @@ def test_going_on_with_other_threads_is_said(whole: TinyRun, tiny: TinyRun, caps
         torch.set_num_threads(before)
     said = f"the checkpoint is from elsewhere (threads {before} there, {before + 1} here); the run goes on"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_going_on_in_another_dtype_is_said(
+    dtype: str, whole: TinyRun, tiny: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A card without bfloat16 goes on with what one with it began, and the other way round."""
+    shutil.copytree(whole.path, tiny.path)
+    assert tiny.resume("training.steps=7", f"model.dtype={dtype}").exit_code == 0
+    assert f"from elsewhere (dtype float32 there, {dtype} here); the run goes on" in capsys.readouterr().out
+    assert tiny.resume("training.steps=8", "model.dtype=float32").exit_code == 0
+    assert f"from elsewhere (dtype {dtype} there, float32 here)" in capsys.readouterr().out
+    assert math.isfinite(rows(tiny.path, "step")[-1]["loss"])
+
+
+def test_other_dropout_masks_from_here_on_are_said(
+    whole: TinyRun, tiny: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints of before their manifests had a version of the masks are of the first one."""
+    shutil.copytree(whole.path, tiny.path)
+    assert tiny.resume("training.steps=7").exit_code == 0
+    assert "other masks" not in capsys.readouterr().out
+    last = tiny.path / "checkpoints" / "step-000007"
+    manifest = json.loads((last / MANIFEST).read_text(encoding="utf-8"))
+    assert manifest["made_on"].pop("masks") == MASKS
+    (last / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert tiny.resume("training.steps=8").exit_code == 0
+    said = capsys.readouterr().out
+    assert "in which lora.dropout=0.2 drew other masks; the run goes on" in said
+    assert "from elsewhere" not in said
 
 
 def test_a_folder_that_was_moved_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_a_lower_learning_rate_is_taken_when_resuming(whole: TinyRun, tiny: Tiny
         ("lora.r=8", "lora.r=8, but the checkpoint was written with 4"),
         ("lora.blocks=[0]", "lora.blocks=[0]"),
         ("training.optimizer=adamw_8bit", "training.optimizer=adamw_8bit"),
-        ("model.dtype=bfloat16", "model.dtype=bfloat16"),
+        ("model.quantization=nf4", "model.quantization=nf4"),
         (
             "validation.max_new_tokens=5",
             "validation.max_new_tokens=5, but the checkpoint was written with 32; set it back, or validation.every=0",
