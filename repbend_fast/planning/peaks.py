@@ -27,12 +27,14 @@ from repbend_fast.models.layers.rounded_passes import rounding_bytes
 from repbend_fast.models.surgery import prepared
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import rows_in
+from repbend_fast.planning.known_results import KnownResults
 from repbend_fast.planning.scratch import HEAD_OPS, op_scratch
-from repbend_fast.planning.shapes import fake_zeros, shape_model
+from repbend_fast.planning.shapes import FAKE_MODE, fake_zeros, shape_model
 from repbend_fast.planning.tracker import MemoryTracker, module_tensors, tensor_bytes
 from repbend_fast.step import StreamRunner
 from repbend_fast.step.levers import Levers
 
+KNOWN = KnownResults(FAKE_MODE)
 DEPTHS = (2, 3)
 """Blocks that a stream runs through in the two shallow models, which have one more."""
 
@@ -76,7 +78,7 @@ def measure_batch(
     model: CausalLM, streams: Seq[Stream], levers: Levers, device: torch.device, autocast: torch.dtype | None
 ) -> Peak:
     """The same of several streams, which share their passes where ``levers`` merge them."""
-    tracker = MemoryTracker(op_scratch(device), apart=HEAD_OPS)
+    tracker = MemoryTracker(op_scratch(device), apart=HEAD_OPS, known=KNOWN)
     before = track_streams(tracker, model, streams, levers, autocast)
     return Peak(tracker.peak - before, None if tracker.at_op is None else tracker.at_op - before)
 

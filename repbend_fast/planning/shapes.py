@@ -8,7 +8,9 @@ row and head).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,7 @@ from repbend_fast.models.load import (
     keep_attention_cap,
     resolve_source,
 )
+from repbend_fast.planning import kept
 from repbend_fast.planning.published_shapes import PUBLISHED_SHAPES
 
 FAKE_MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -55,7 +58,8 @@ def _model_shape(
     arguments, bundled = _hub_arguments(config), PUBLISHED_SHAPES.get(source)
     try:
         # A gated model's configuration is asked for over the network only where the table has none.
-        return AutoConfig.from_pretrained(source, local_files_only=bundled is not None, **arguments), None
+        read = partial(AutoConfig.from_pretrained, source, local_files_only=bundled is not None, **arguments)
+        return _kept_shape(Path(source) / gguf_file, read) if gguf_file else read(), None
     except (OSError, ValueError, KeyError) as error:
         if bundled is None:
             raise UserError(
@@ -64,6 +68,39 @@ def _model_shape(
     settings = dict(bundled)
     shape = cast(Shape, AutoConfig.for_model(str(settings.pop("model_type")), **settings))
     return shape, f"{name} is not on this machine: planned with its published shape"
+
+
+def _kept_shape(file: Path, read: Callable[[], Shape]) -> Shape:
+    """The configuration in a GGUF file, which is read with the whole vocabulary: kept where the file lies here."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return read()
+    key: kept.Json = {
+        "versions": kept.versions(),
+        "file": [str(file.resolve()), float(stat.st_size), str(stat.st_mtime_ns)],
+    }
+    known = _made_shape(kept.read("shape", key))
+    if known is not None:
+        return known
+    shape = read()
+    settings = cast(kept.Json, shape.to_dict())
+    again = _made_shape(settings)
+    if again is not None and again.to_dict() == shape.to_dict():
+        kept.write("shape", key, settings)
+    return shape
+
+
+def _made_shape(settings: kept.Json) -> Shape | None:
+    """The configuration of these settings; None where they are of no type that transformers has."""
+    from transformers import AutoConfig
+
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        return None
+    try:
+        return cast(Shape, AutoConfig.for_model(**settings))
+    except (ValueError, TypeError):
+        return None
 
 
 def shape_model(config: ModelConfig, lora: LoraConfig, window: tuple[int, ...], blocks: int | None = None) -> AdaptedLM:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repbend_fast.models.causal import CausalLM
+from repbend_fast.planning.known_results import KnownResults
 
 Scratch = Callable[[tuple[Any, ...]], int]
 """Bytes that one call of an operation needs inside, from its arguments."""
@@ -36,6 +37,7 @@ class MemoryTracker(TorchDispatchMode):
             of.
         category: names the category of a new tensor, from the operation that made it; all are ``activations`` without
             it.
+        known: results of operations on fake tensors that need not be asked of torch again.
 
     ``at_op`` is the most bytes held at any call of an operation of ``apart``, its results included; None if there was
     none.
@@ -46,8 +48,10 @@ class MemoryTracker(TorchDispatchMode):
         scratch: Mapping[str, Scratch] | None = None,
         apart: frozenset[str] = frozenset(),
         category: Callable[[str, Tensor], str] | None = None,
+        known: KnownResults | None = None,
     ) -> None:
         super().__init__()
+        self._call: Callable[..., object] = known.call if known is not None else _call
         self.live = 0
         self.peak = 0
         self.at_op: int | None = None
@@ -69,7 +73,7 @@ class MemoryTracker(TorchDispatchMode):
     ) -> object:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked twice for every operation on a fake tensor
-        made = func(*args, **(kwargs or {}))
+        made = self._call(func, args, kwargs or {})
         name = func._schema.name
         for tensor in (made,) if isinstance(made, Tensor) else made if isinstance(made, (tuple, list)) else ():
             if isinstance(tensor, Tensor):
@@ -105,6 +109,11 @@ class MemoryTracker(TorchDispatchMode):
             self.peak = self.live + scratch
             self.peak_categories = self._categories.copy()
             self.peak_categories["scratch"] = scratch
+
+
+def _call(func: OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    made: object = func(*args, **kwargs)
+    return made
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from shape_recipes import recipe
+from transformers import LlamaConfig
 
 from repbend_fast.config import Config
 from repbend_fast.console import CountLine, saying
 from repbend_fast.objectives.streams import Stream
-from repbend_fast.planning import kept, peaks, planner, profile
+from repbend_fast.planning import kept, peaks, planner, profile, shapes
 from repbend_fast.planning.batches import Limits, limits_of
 from repbend_fast.planning.peaks import Peak
 from repbend_fast.planning.planner import Plan, Planner
@@ -119,6 +120,29 @@ def test_what_the_key_tells_apart(tmp_path: Path) -> None:
     assert len({json.dumps(key(other), sort_keys=True) for other in others} | {json.dumps(plain, sort_keys=True)}) == 6
     assert key(levers=Levers(packing="on")) != plain
     assert key("model.trust_remote_code=true") is None
+
+
+def test_the_shape_in_a_gguf_file_is_read_once_until_the_file_changes(folder: Path, tmp_path: Path) -> None:
+    file, shape = tmp_path / "model.gguf", LlamaConfig(hidden_size=64, rope_theta=12.0, vocab_size=77)
+    file.write_bytes(b"weights")
+    found: list[LlamaConfig] = []
+
+    def read() -> LlamaConfig:
+        found.append(shape)
+        return shape
+
+    for _ in range(3):
+        assert shapes._kept_shape(file, read).to_dict() == shape.to_dict()
+    assert len(found) == 1
+    file.write_bytes(b"other weights")
+    shapes._kept_shape(file, read)
+    assert len(found) == 2
+    shape.vocab_size, shape.to_dict = 78, lambda: {"model_type": "nobody"}
+    file.write_bytes(b"yet others")
+    for _ in range(2):
+        assert shapes._kept_shape(file, read) is shape
+    assert len(found) == 4
+    assert shapes._kept_shape(tmp_path / "on the hub.gguf", read) is shape
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
