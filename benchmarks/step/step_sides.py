@@ -95,7 +95,7 @@ def sides_for(device: torch.device, smoke: bool) -> list[Side]:
     return [
         *baselines,
         Side("ours fast", {"piece_tokens": 1536, "checkpoint_blocks": 0}),
-        Side("ours small", {"piece_tokens": 512, "checkpoint_blocks": 7}),
+        Side("ours small", {"piece_tokens": 512, "checkpoint_blocks": 16}),
     ]
 
 

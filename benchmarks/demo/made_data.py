@@ -1,0 +1,82 @@
+"""From a policy to a bent model: the data that the model writes itself, the recipe ``any`` on it, the policy's own test
+split; ``benchmarks/results/made_data.json``.
+
+    python -m benchmarks.demo.made_data --folder runs/made [--policy harbour] [--model demo]
+
+Two processes, as a user would start them: ``data make POLICY --model MODEL`` and ``train any --with overlay.yaml``. A
+part that is finished in the folder is not done again, and has no seconds then. ``seconds`` is wall time,
+``processor_seconds`` that of the process and its children: the one to read where a machine was shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TypedDict
+
+import yaml
+
+from benchmarks.demo.train_demo import entry
+from benchmarks.harness import RESULTS
+from repbend_fast.environment import environment
+
+RESULT = RESULTS / "made_data.json"
+
+
+class Spent(TypedDict):
+    """Of one process."""
+
+    seconds: float
+    processor_seconds: float
+
+
+def timed(arguments: list[str], cwd: Path) -> Spent:
+    """Runs one command of the command line in ``cwd``."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, "-m", "repbend_fast.cli", *arguments], check=True, cwd=cwd)
+    after, ended = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    processor = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return {"seconds": round(ended - started, 1), "processor_seconds": round(processor, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="harbour")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--folder", type=Path, default=Path("runs/made"))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--note", default="")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for `repbend-fast train`")
+    chosen = parser.parse_args()
+    folder = chosen.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    data, run = folder / "data", folder / "runs" / chosen.policy
+    spent: dict[str, Spent | None] = {"data make": None, "train": None}
+    if not (data / "overlay.yaml").is_file():
+        spent["data make"] = timed(["data", "make", chosen.policy, "--model", chosen.model, "--out", str(data)], folder)
+    if not (run / "evaluation.json").is_file():
+        spent["train"] = timed(["train", "any", "--with", str(data / "overlay.yaml"), *chosen.overrides], folder)
+    made = json.loads((data / "made.json").read_text(encoding="utf-8"))
+    seed = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["training"]["seed"]
+    found = entry(seed, run, 0.0)
+    record = {
+        **environment(),
+        "note": chosen.note,
+        "policy": chosen.policy,
+        "overrides": chosen.overrides,
+        "records": made["records"],
+        "rejected": made["rejected"],
+        "spent": spent,
+        "seeds": [{**found, "seconds": spent["train"]["seconds"] if spent["train"] else None}],
+    }
+    chosen.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
