@@ -17,7 +17,7 @@ from bent_loop import RATE, gradient_by_hand, model_of
 from kernel_compare import assert_matches
 from objective_runs import ALL_CONFIGS
 from safetensors.torch import load_file
-from tasks_of_two import EVERY, HOW, WHOLE, five_steps, in_four_bits
+from tasks_of_two import EVERY, HOW, WHOLE, five_steps, in_four_bits, steps_of
 from tiny_run import TinyRun, events, rows
 from two_processes import in_two
 
@@ -70,7 +70,7 @@ def test_every_objective_in_two_processes(name: str, found) -> None:
     """Dropout on, streams cut into pieces that share passes where the base is whole, blocks recomputed; each process's
     terms are those of the whole batch.
     """
-    alone = five_steps(EVERY[name], ALONE, WHOLE)
+    alone = steps_of(name, ALONE, WHOLE)
     assert len({len(process["objectives"][how][name]["terms"]) for process in found for how in HOW}) == 1
     for how in HOW:
         for process in (process["objectives"][how][name] for process in found):

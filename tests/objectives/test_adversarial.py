@@ -10,7 +10,8 @@ import objective_oracles as oracles
 import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
-from objective_runs import BATCH, BLOCKS, CONFIGS, SEARCHING, precise_model, run_objective
+from objective_runs import ATTACK, BATCH, BLOCKS, SEARCHING, precise_model, run_objective
+from objective_runs import ATTACKED as BY_NAME
 from tiny_models import WITHOUT_DROPOUT, adapted_model, flat, gradients, runner_on
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,21 +22,13 @@ from repbend_fast.models.perturbation import visiting
 from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.adversarial import AdversarialConfig
 from repbend_fast.objectives.lat import LATConfig
-from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 from repbend_fast.step.runner import _Run
 from repbend_fast.step.searched import Found
 
-ATTACK = AdversarialConfig(weight=0.5, states=[0, 2], radius=0.5, search_steps=3, step_size=0.1)
 LAT = SEARCHING["lat"]
-ATTACKED: dict[str, MethodConfig] = {
-    "repbend": RepBendConfig(window_start=2, window_size=2, adversarial=ATTACK, refusal=2.0),
-    **{
-        name: CONFIGS[name].model_copy(update={"adversarial": ATTACK, "refusal": 2.0})
-        for name in ("circuit_breaker", "x_boundary", "crl")
-    },
-}
+ATTACKED = {name.removesuffix(", attacked"): config for name, config in BY_NAME.items()}
 FACTOR = 2.0
 
 

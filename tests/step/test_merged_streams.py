@@ -8,26 +8,23 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches, relative_l2
-from objective_runs import ALL_CONFIGS, BATCH, BLOCKS, SEARCHING, STEP, STEPS, precise_model
+from objective_runs import ALL_CONFIGS, BATCH, BLOCKS, OTHERWISE, SEARCHING, STEP, STEPS, precise_model
 from tiny_models import WITHOUT_DROPOUT, adapted_model, flat, gradients, objective_config, runner_on
 from torch import Tensor
 
 from repbend_fast.objectives import build_objective
-from repbend_fast.objectives.adversarial import AdversarialConfig
 from repbend_fast.objectives.registry import SETTINGS
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.step import StreamResult, adapted, reference, runner
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 from repbend_fast.step.pieces import Cut, batches
 
-ATTACK = AdversarialConfig(weight=0.5, states=[0, 2], radius=0.5, search_steps=3, step_size=0.1)
 DROPOUT = WITHOUT_DROPOUT.model_copy(update={"dropout": 0.3})
 CONFIGS: dict[str, MethodConfig] = {
     **ALL_CONFIGS,
     "repbend with refusal": objective_config(refusal=0.6, pair=0.4),
     **SEARCHING,
-    "repbend, searching": objective_config(adversarial=ATTACK, refusal=2.0, pair=0.4),
-    "crl, searching": ALL_CONFIGS["crl"].model_copy(update={"adversarial": ATTACK, "refusal": 2.0}),
+    **OTHERWISE,
     "repbend by reference": objective_config(distance_unit="reference", unsafe_limit=0.9),
 }
 UNITS = {layer: 3.0 + layer for layer in range(BLOCKS + 1)}
@@ -86,7 +83,7 @@ def test_every_method_is_compared() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_merged_streams_give_the_step_of_separate_ones(name: str, levers: Levers, precise: Any, apart: Any) -> None:
     # A search's first step is the sign of a gradient, which rounding reaches.
-    tolerance = 1e-7 if "searching" in name or name in SEARCHING else 1e-10
+    tolerance = 1e-7 if "attacked" in name or name in SEARCHING else 1e-10
     assert_same(step_of(precise, CONFIGS[name], levers, merged=True), apart[name], tolerance)
 
 

@@ -48,12 +48,19 @@ CONFIGS: dict[str, MethodConfig] = {
 ALL_CONFIGS: dict[str, MethodConfig] = {"repbend": RepBendConfig(window_start=2, window_size=2, pair=0.4), **CONFIGS}
 
 # Their streams are perturbed by what depends on the weights, as a constant to the gradient.
-ATTACK = AdversarialConfig(weight=0.5, states=[0, 2], radius=0.5, search_steps=3, step_size=0.1)
+ATTACK = AdversarialConfig(weight=0.5, states=[0, 2], radius=0.5, search_steps=2, step_size=0.1)
 SEARCHING: dict[str, MethodConfig] = {"lat": LATConfig(states=[0, 2], radius=0.5, search_steps=3, step_size=0.1)}
+ATTACKED: dict[str, MethodConfig] = {
+    "repbend, attacked": RepBendConfig(window_start=2, window_size=2, pair=0.4, refusal=2.0, adversarial=ATTACK),
+    **{
+        f"{name}, attacked": CONFIGS[name].model_copy(update={"adversarial": ATTACK, "refusal": 2.0})
+        for name in ("circuit_breaker", "x_boundary", "crl")
+    },
+}
 # The same methods with other settings, where those take another way.
 OTHERWISE: dict[str, MethodConfig] = {
     "crl, cosine": CRLConfig(window_start=2, window_size=2, distance="cosine", safe_margin=0.3, unsafe_margin=0.5),
-    "repbend, attacked": RepBendConfig(window_start=2, window_size=2, refusal=2.0, adversarial=ATTACK),
+    **ATTACKED,
 }
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny_run import TinyRun, reproducible, rows, same_tensors, write_model
 from repbend_fast.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+ATTACKED = {"refusal": 1.0, "adversarial": {"weight": 0.5, "search_steps": 2}}
 OBJECTIVES = {
     "repbend": {"window_start": 2, "window_size": 2},
     "circuit_breaker": {"layers": [1, 2]},
@@ -30,10 +32,10 @@ OBJECTIVES = {
     "simnpo": {},
     "wga": {},
     "sat_imp": {},
-    "repbend, attacked": {
-        **{"window_start": 2, "window_size": 2, "refusal": 1.0},
-        **{"adversarial": {"weight": 0.5, "search_steps": 2}},
-    },
+    "repbend, attacked": {"window_start": 2, "window_size": 2, **ATTACKED},
+    "circuit_breaker, attacked": {"layers": [1, 2], **ATTACKED},
+    "x_boundary, attacked": {"layers": [1, 2], **ATTACKED},
+    "crl, attacked": {"window_start": 2, "window_size": 2, **ATTACKED},
     "refuse_and_reroute:RefuseAndReroute": {"settings": {"layers": [2]}},
     "shorten_states:ShortenStates": {"settings": {"layers": [2]}},
 }
@@ -42,8 +44,8 @@ PRECISIONS = {
     "bfloat16": ("model.dtype=bfloat16",),
     "nf4": ("model.dtype=bfloat16", "model.quantization=nf4"),
 }
-ALIKE = ("undial", "ce_u", "shorten_states:ShortenStates", "crl, cosine", "simnpo", "wga", "sat_imp")
-"""Those whose streams are of the kinds that the others run with; one precision shows them."""
+PLANNED_ALIKE = tuple(f"{name}, attacked" for name in ("circuit_breaker", "x_boundary", "crl"))
+"""Perturbed copies cost a planner most; those of one method show what it makes of them."""
 SHORT = ("training.steps=4", "training.checkpoint_every=2", "training.accumulation=1")
 
 
@@ -66,10 +68,8 @@ def last_adapter(run: TinyRun) -> dict[str, torch.Tensor]:
     return load_file(run.path / "checkpoints" / "step-000004" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [(n, p) for n in OBJECTIVES for p in PRECISIONS if n not in (*ALIKE, "repbend, attacked") or p == "nf4"],
-)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_run_and_its_resumption(name: str, precision: str, with_objective, tmp_path: Path) -> None:
     run = with_objective(name)
     # bitsandbytes quantises 64 weights of a row at a time.
@@ -92,8 +92,9 @@ def test_a_run_and_its_resumption(name: str, precision: str, with_objective, tmp
     assert same_tensors(last_adapter(run), trained)
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in (*ALIKE, "repbend, attacked")])
-def test_a_run_in_the_smallest_budget(name: str, with_objective) -> None:
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in PLANNED_ALIKE])
+def test_a_run_in_the_smallest_budget(name: str, with_objective, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("REPBEND_CACHE", str(tmp_path / "cache"))  # what is refused and what is kept measure the same
     run = with_objective(name)
     with pytest.raises(UserError, match="smallest that can") as refused:
         run.train(*SHORT, "memory.budget=10KB")
@@ -102,7 +103,20 @@ def test_a_run_in_the_smallest_budget(name: str, with_objective) -> None:
     (event,) = [row for row in rows(run.path, "event") if row["event"] == "memory_plan"]
     # RMU adapts so few matrices that recomputing a block of the tiny model need not save anything.
     assert event["levers"]["checkpoint_blocks"] > 0 or (name == "rmu" and event["levers"]["piece_tokens"])
-    under_budget = rows(run.path, "step")
+    same_first_step(run, rows(run.path, "step"))
+
+
+@pytest.mark.parametrize("name", PLANNED_ALIKE)
+def test_an_attacked_run_with_the_least_of_each_lever(name: str, with_objective) -> None:
+    run = with_objective(name)
+    assert run.train(*SHORT, "memory.piece_tokens=1", "memory.checkpoint_blocks=3", "memory.packing=off").exit_code == 0
+    under_levers = rows(run.path, "step")
+    assert any(term.startswith("perturbed_") for term in under_levers[0]["terms"])
+    same_first_step(run, under_levers)
+
+
+def same_first_step(run: TinyRun, under_budget: list[dict[str, Any]]) -> None:
+    """A run without limits begins with the same step."""
     assert run.train(*SHORT).exit_code == 0
     unlimited = rows(run.path, "step")
     assert len(under_budget) == len(unlimited) == 4
