@@ -180,7 +180,7 @@ class CountLine:
         self._open[kind] -= count
         self._last = now
         if self._bar:
-            self._bar.update(completed=self.done, text=part)
+            self._bar.update(completed=self.done, text=part, left=self._left().strip())
         elif time.monotonic() - self._said_at >= self._seconds:
             self.end_part(part)
 
@@ -250,7 +250,7 @@ class _LiveBar:
             _LiveBar._drawn = _bars()
             _LiveBar._drawn.start()
         self._lines = _LiveBar._drawn
-        self._task = self._lines.add_task(self._what, total=self._total, completed=self._done, text="")
+        self._task = self._lines.add_task(self._what, total=self._total, completed=self._done, text="", left=None)
 
     def stop(self) -> None:
         """Leave its last state, or take it away."""
@@ -260,11 +260,15 @@ class _LiveBar:
             _LiveBar._drawn = None
             self._lines.stop()
 
-    def update(self, total: int | None = None, completed: int | None = None, text: str | None = None) -> None:
-        """Change what is not None."""
+    def update(
+        self, total: int | None = None, completed: int | None = None, text: str | None = None, left: str | None = None
+    ) -> None:
+        """Change what is not None. ``left``: the time left in words, where ``rich`` is not to estimate it."""
         self._lines.update(self._task, total=total, completed=completed)
         if text is not None:
             self._lines.update(self._task, text=text)
+        if left is not None:
+            self._lines.update(self._task, left=left)
 
 
 def _live_bar(what: str, total: int | None, done: int, stays: bool = True) -> _LiveBar | None:
@@ -273,21 +277,33 @@ def _live_bar(what: str, total: int | None, done: int, stays: bool = True) -> _L
 
 
 def _bars() -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+    from rich.text import Text
+
+    class Count(MofNCompleteColumn):
+        """Nothing where nobody knows how many there are."""
+
+        def render(self, task: Task) -> Text:
+            return Text("") if task.total is None else super().render(task)
+
+    class Left(Remaining):
+        """Says which of the two times it is; nothing before there is a pace. ``rich`` forgets the pace where a total
+        grows, so who counts such things says the time left itself.
+        """
+
+        def render(self, task: Task) -> Text:
+            if task.fields["left"] is not None:
+                return Text(task.fields["left"])
+            time_left = "" if task.total is None else super().render(task).plain
+            return Text(f"{time_left} left" if any(map(str.isdigit, time_left)) else "")
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(24),
-        MofNCompleteColumn(),
+        Count(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        Left(),
         TextColumn("{task.fields[text]}", markup=False),
     )
     return Progress(*columns, console=terminal_console())

@@ -95,6 +95,7 @@ class Planner:
         self.pairs = "pair" in self.objective.roles
         self.standing = standing(self.model, config, device)
         self.meter = PeakMeter(self.model, config, (self.objective.last_state,), device, self.base_levers.packing)
+        self.checks = True
         self.profile = Profile(profile_key(config, shape, device, self.limits, self.base_levers, attention))
         self.use_card(self.card)
 
@@ -115,7 +116,10 @@ class Planner:
         counts = {s.name: len(s.sequences) for s in self.expected[0]}
         large = self._streams(2 * max(counts.values()), half)
         found = []
-        for name, whole in self._streams(2, self.limits.longest).items():
+        longest_streams = self._streams(2, self.limits.longest)
+        # What is chosen is run once more, through all blocks; where streams share their passes that is one run.
+        self.profile.expect(len(longest_streams), len(longest_streams) if self.checks else 0)
+        for name, whole in longest_streams.items():
             longest = max(map(len, whole.sequences))
             rows = max((rows_in((span,)) for term in whole.terms for span in term.compared_spans), default=longest)
             sizes = small[name], large[name], counts[name] * longest, longest, rows
@@ -140,6 +144,7 @@ class Planner:
         Raises:
             UserError: the budget cannot be kept; names the smallest that can, and its levers.
         """
+        self.checks = check
         with self.profile.shown():
             return self._planned(budget, self._checked if check else self._unchecked)
 

@@ -30,6 +30,8 @@ T = TypeVar("T")
 _STREAM_PEAKS = TypeAdapter(list[StreamPeak])
 _PEAK = TypeAdapter(Peak)
 
+PIECES, WHOLE = "pieces", "whole"
+"""Kinds of measurements, which take different times: a stream's pieces in a few blocks, and a stream in all of them."""
 OF_MODEL = ("dtype", "quantization", "double_quantization", "attention")
 OF_TRAINING = ("examples", "retain_examples", "steps")
 
@@ -50,11 +52,17 @@ class Profile:
         self.progress = _line()
         return self.progress
 
-    def measured(self, part: str, work: Callable[[], T]) -> T:
+    def expect(self, pieces: int, whole: int) -> None:
+        """So many streams are going to be measured in pieces, and so many through all blocks."""
+        self.progress.expect(pieces, PIECES)
+        self.progress.expect(whole, WHOLE)
+
+    def measured(self, part: str, work: Callable[[], T], kind: str = PIECES) -> T:
         """Do one measurement."""
-        self.progress.expect(1)
+        if self.progress.done >= self.progress.total:
+            self.progress.expect(1, kind)
         result = work()
-        self.progress.advance(part)
+        self.progress.advance(part, kind=kind)
         return result
 
     def stream_peaks(self, measure: Callable[[], list[StreamPeak]]) -> list[StreamPeak]:
@@ -68,7 +76,7 @@ class Profile:
         ]
         key = {"profile": self.key, "streams": held, "levers": _text(levers.as_dict())}
         names = " and ".join(stream.name for stream in streams)
-        return self._kept("piece", key, _PEAK, lambda: self.measured(f"{names} stream, all blocks", measure))
+        return self._kept("piece", key, _PEAK, lambda: self.measured(f"{names} stream, all blocks", measure, WHOLE))
 
     def _kept(self, kind: str, key: kept.Json, form: TypeAdapter[T], measure: Callable[[], T]) -> T:
         if self.key is None:
@@ -110,4 +118,4 @@ def _text(values: dict[str, object]) -> str:
 
 
 def _line() -> CountLine:
-    return CountLine("planning: runs on shapes alone", 0)
+    return CountLine("planning: runs on shapes alone", 0, kinds={}, stays=False)

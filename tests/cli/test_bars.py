@@ -43,6 +43,32 @@ def test_a_bar_inside_of_another_is_a_line_below_it_and_goes(drawn: io.StringIO)
     assert console._LiveBar._drawn is None
 
 
+def test_a_bar_says_which_time_is_left_and_counts_only_what_is_counted(drawn: io.StringIO) -> None:
+    with ProgressLine(4, 0) as bar, busy("reading"):
+        for step in range(1, 4):
+            bar.update(step, 0.5, {}, 1.0)
+        bar._bar._lines.refresh()  # type: ignore[union-attr]
+        lines = last_frame(drawn.getvalue())
+    assert any("3/4" in line and " left" in line for line in lines)
+    (wait,) = (line for line in lines if line.startswith("reading"))
+    assert not any(sign in wait for sign in "/?-")
+    assert "left" not in wait
+
+
+def test_a_bar_whose_total_grows_still_says_what_is_left(drawn: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    with CountLine("answers", 3, stays=False) as progress:
+        for _ in range(2):
+            clock[0] += 20.0
+            progress.expect(1)
+            progress.advance("attacks")
+        progress._bar._lines.refresh()  # type: ignore[union-attr]
+        (line,) = last_frame(drawn.getvalue())
+    assert "2/5" in line
+    assert "60 s left" in line
+
+
 def test_a_line_that_is_said_meanwhile_is_kept(drawn: io.StringIO) -> None:
     with CountLine("answers", 2) as progress:
         progress.advance("x")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,23 @@ from repbend_fast.step.levers import Levers
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+PlannerOf = Callable[..., Planner]
+
+
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Planner:
-    return Planner(recipe(tmp_path_factory.mktemp("small")), CPU)
+def planner_of(tmp_path_factory: pytest.TempPathFactory) -> PlannerOf:
+    """One planner for each list of overrides: it measures a recipe once."""
+
+    @cache
+    def planner(*overrides: str) -> Planner:
+        return Planner(recipe(tmp_path_factory.mktemp("model"), *overrides), CPU)
+
+    return planner
+
+
+@pytest.fixture(scope="module")
+def small(planner_of: PlannerOf) -> Planner:
+    return planner_of()
 
 
 def test_planned_peak_without_a_budget_is_the_measured_one(small: Planner) -> None:
@@ -75,26 +91,24 @@ def test_a_budget_below_the_smallest_is_refused_with_the_smallest(small: Planner
     assert small.plan(int(1.02 * size)).total <= 1.02 * size
 
 
-def test_streams_that_read_pairs_alone_are_planned_beside_those_that_read_none(tmp_path: Path) -> None:
+def test_streams_that_read_pairs_alone_are_planned_beside_those_that_read_none(planner_of: PlannerOf) -> None:
     """With prompts alone the safe stream reads no pair, and the pair term nothing else."""
-    planner = Planner(
-        recipe(tmp_path, "objective.loss_mode=prompt_last", "objective.pair=1.0", "memory.checkpoint_blocks=0"), CPU
-    )
+    planner = planner_of("objective.loss_mode=prompt_last", "objective.pair=1.0", "memory.checkpoint_blocks=0")
     assert {peak.name: peak.total > 0 for peak in planner.peaks} == {"safe": True, "unsafe": True, "retain": True}
     unsafe = planner._streams(2, LONGEST)["unsafe"]
     (pair,) = [term for term in unsafe.terms if term.name == "pair"]
     assert sum(stop - start for start, stop in pair.spans) > 0
 
 
-def test_a_stream_that_only_compares_sequences_is_planned(tmp_path: Path) -> None:
-    planner = Planner(recipe(tmp_path, "objective.unsafe=0", "memory.piece_tokens=16"), CPU)
+def test_a_stream_that_only_compares_sequences_is_planned(planner_of: PlannerOf) -> None:
+    planner = planner_of("objective.unsafe=0", "memory.piece_tokens=16")
     assert {peak.name for peak in planner.peaks} == {"safe", "unsafe", "retain"}
     assert planner.plan(None).streams["unsafe"] > 0
 
 
 @pytest.mark.parametrize("mode", ["prompt_last", "prompt_all"])
-def test_prompts_alone_are_planned_at_their_full_length(mode: str, tmp_path: Path) -> None:
-    planner = Planner(recipe(tmp_path, f"objective.loss_mode={mode}"), CPU)
+def test_prompts_alone_are_planned_at_their_full_length(mode: str, planner_of: PlannerOf) -> None:
+    planner = planner_of(f"objective.loss_mode={mode}")
     for worst in planner.worst_streams(Levers()):
         peak = next(p for p in planner.peaks if p.name == worst.name)
         assert max(map(len, worst.sequences)) >= LONGEST // 2
@@ -102,10 +116,10 @@ def test_prompts_alone_are_planned_at_their_full_length(mode: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("size", [None, 8, 2 * LONGEST, 5 * LONGEST])
-def test_the_worst_piece_of_a_stream_of_two_roles_is_no_larger_than_asked(size: int | None, tmp_path: Path) -> None:
-    planner = Planner(
-        recipe(tmp_path, "objective.name=crl", "objective.window_start=5", "objective.window_size=2"), CPU
-    )
+def test_the_worst_piece_of_a_stream_of_two_roles_is_no_larger_than_asked(
+    size: int | None, planner_of: PlannerOf
+) -> None:
+    planner = planner_of("objective.name=crl", "objective.window_start=5", "objective.window_size=2")
     levers = Levers() if size is None else Levers(piece_tokens={"*": size})
     for worst in planner.worst_streams(levers):
         peak = next(p for p in planner.peaks if p.name == worst.name)
@@ -113,21 +127,21 @@ def test_the_worst_piece_of_a_stream_of_two_roles_is_no_larger_than_asked(size: 
         assert 0.9 * positions <= sum(map(len, worst.sequences)) <= 1.01 * positions
 
 
-def test_what_a_refusal_advises_would_help(tmp_path: Path) -> None:
-    plain = Planner(recipe(tmp_path), CPU)
+def test_what_a_refusal_advises_would_help(planner_of: PlannerOf) -> None:
+    plain = planner_of()
     with pytest.raises(
         UserError,
         match=r"data\.max_answer_tokens, or set model\.quantization=nf4, or set training\.optimizer=adamw_8bit$",
     ):
         plain.plan(10**4)
-    small = Planner(recipe(tmp_path, "model.quantization=nf4", "training.optimizer=adamw_8bit"), CPU)
+    small = planner_of("model.quantization=nf4", "training.optimizer=adamw_8bit")
     with pytest.raises(UserError, match=r"or lower data\.max_prompt_tokens or data\.max_answer_tokens$"):
         small.plan(10**4)
 
 
-def test_offloading_is_not_counted_on_where_the_device_is_the_host(tmp_path: Path) -> None:
-    planner = Planner(recipe(tmp_path, "memory.offload_embedding=true", "memory.offload_checkpoints=true"), CPU)
-    assert planner.plan(None).total == Planner(recipe(tmp_path), CPU).plan(None).total
+def test_offloading_is_not_counted_on_where_the_device_is_the_host(planner_of: PlannerOf) -> None:
+    planner = planner_of("memory.offload_embedding=true", "memory.offload_checkpoints=true")
+    assert planner.plan(None).total == planner_of().plan(None).total
     assert planner.base_levers == replace(planner.base_levers, offload_embedding=False, offload_checkpoints=False)
 
 
@@ -206,8 +220,10 @@ def refusal_peak(planner: Planner) -> StreamPeak:
 
 
 @pytest.mark.parametrize("others", [(), ALONE], ids=["with bending", "alone"])
-def test_the_refusal_s_stream_is_planned_with_its_longest_starts(others: tuple[str, ...], tmp_path: Path) -> None:
-    planner = Planner(recipe(tmp_path, *REFUSAL, *others), CPU)
+def test_the_refusal_s_stream_is_planned_with_its_longest_starts(
+    others: tuple[str, ...], planner_of: PlannerOf
+) -> None:
+    planner = planner_of(*REFUSAL, *others)
     peak = refusal_peak(planner)
     assert (peak.longest, peak.total) == (2 * LONGEST + 16, 2 * (2 * LONGEST + 16))
     assert peak.head_rows >= 0.5
@@ -222,15 +238,15 @@ def test_the_refusal_s_stream_is_planned_with_its_longest_starts(others: tuple[s
     assert measured["bytes"] <= plan.total <= 1.25 * measured["bytes"]
 
 
-def test_without_starts_the_refusal_s_sequences_are_the_safe_ones(tmp_path: Path) -> None:
+def test_without_starts_the_refusal_s_sequences_are_the_safe_ones(planner_of: PlannerOf) -> None:
     for off in ("objective.recovery_tokens=0", "objective.recovery_share=0"):
-        peak = refusal_peak(Planner(recipe(tmp_path, "objective.refusal=30", *ALONE, off), CPU))
+        peak = refusal_peak(planner_of("objective.refusal=30", *ALONE, off))
         assert (peak.longest, peak.total) == (2 * LONGEST, 4 * LONGEST)
 
 
 @pytest.mark.parametrize("size", [None, 8, 2 * LONGEST, 5 * LONGEST])
-def test_the_refusal_s_worst_piece_is_no_larger_than_asked(size: int | None, tmp_path: Path) -> None:
-    planner = Planner(recipe(tmp_path, *REFUSAL, *ALONE), CPU)
+def test_the_refusal_s_worst_piece_is_no_larger_than_asked(size: int | None, planner_of: PlannerOf) -> None:
+    planner = planner_of(*REFUSAL, *ALONE)
     (worst,) = [
         s for s in planner.worst_streams(Levers() if size is None else Levers({"*": size})) if s.name == "refusal"
     ]
