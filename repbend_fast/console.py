@@ -199,6 +199,8 @@ class CountLine:
         pace = {kind: seconds / things for kind, (seconds, things) in self._spent.items() if things}
         seconds = sum(count * pace.get(kind, 0.0) for kind, count in left.items())
         over = "over " if left.keys() - pace.keys() else ""
+        if over and seconds < 1:
+            return ""
         return f"  {over}{seconds / 60:.0f} min left" if seconds >= 90 else f"  {over}{seconds:.0f} s left"
 
 

@@ -69,6 +69,15 @@ def test_a_bar_whose_total_grows_still_says_what_is_left(drawn: io.StringIO, mon
     assert "60 s left" in line
 
 
+def test_what_is_left_of_kinds_that_have_not_begun_is_not_said_to_be_nothing() -> None:
+    said: list[str] = []
+    with saying(said.append), CountLine("planning", 0, seconds=0, kinds={}) as progress:
+        progress.expect(1, "pieces")
+        progress.expect(3, "whole")
+        progress.advance("safe", kind="pieces")
+    assert said == ["planning 1/4  safe"]
+
+
 def test_a_line_that_is_said_meanwhile_is_kept(drawn: io.StringIO) -> None:
     with CountLine("answers", 2) as progress:
         progress.advance("x")
