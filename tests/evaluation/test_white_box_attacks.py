@@ -118,7 +118,11 @@ def test_a_target_without_tokens_is_said(monkeypatch) -> None:
     """As a tokenizer that drops blanks makes of one."""
     target = target_of(attacked_model())
     real = target.encoder.prompt_ids
-    monkeypatch.setattr(target.encoder, "prompt_ids", lambda messages, prefill="": real(messages, prefill.strip()))
+
+    def stripped(messages, prefill: str = "", tools: str = "") -> list[int]:
+        return real(messages, prefill.strip(), tools)
+
+    monkeypatch.setattr(target.encoder, "prompt_ids", stripped)
     for attack in (ATTACKS[0], ATTACKS[3]):
         with pytest.raises(UserError, match="no token of the wanted answer '  '"):
             next(iter(attack.run(target, [Prompt("attack", "Hello", target="  ")])))
