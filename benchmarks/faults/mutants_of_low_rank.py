@@ -7,11 +7,12 @@ from benchmarks.faults.mutant import KERNELS, MODELS, Mutant
 OPS = ("tests/kernels/test_low_rank.py",)
 SHARED = ("tests/kernels/test_shared_down.py",)
 READERS = ("tests/models/test_readers.py",)
+LINEARS, JOINT = ("tests/kernels/test_adapted_linears.py",), ("tests/models/test_joint.py",)
 WIDENED = ("tests/kernels/test_dequantize_nf4.py",)
-SHARED_KERNEL = f"{KERNELS}/triton/shared_down.py"
 NF4 = f"{KERNELS}/triton/dequantize_nf4.py"
 WIDE = ("tests/kernels/test_wide_offsets.py", "-k", "low_rank")
 KERNEL, LAUNCH = f"{KERNELS}/triton/low_rank.py", f"{KERNELS}/triton/low_rank_launch.py"
+DOWN = f"{KERNELS}/triton/low_rank_down.py"
 
 
 def _kernel(name: str, old: str, new: str, *, file: str = KERNEL, tests: tuple[str, ...] = OPS) -> Mutant:
@@ -47,11 +48,13 @@ LOW_RANK = [
         "down: no mask",
         "            m = tl.where(kept(hashes, rows, known, columns, start, threshold), m, 0.0)\n",
         "            m = m\n",
+        file=DOWN,
     ),
     _kernel(
         "down: every span reads the first one's columns",
         "(tl.program_id(1) * steps + step) * COLUMNS",
         "step * COLUMNS",
+        file=DOWN,
     ),
     _kernel("down: spans are not added up", "        if spans > 1:\n", "        if spans > 99:\n", file=LAUNCH),
     _kernel("up: no factor", "+ factor * added", "+ added"),
@@ -67,47 +70,51 @@ LOW_RANK = [
         "product(tl.trans(g), p, total)",
         "product(tl.trans(g), p, total * 0.0)",
     ),
-    _kernel("down backward: no mask on dx", "tl.where(keep, added, 0.0), some)", "added, some)"),
+    _kernel("down backward: no mask on dx", "tl.where(keep, added, 0.0), some)", "added, some)", file=DOWN),
     _kernel(
         "down backward: no mask on x",
         "product(tl.trans(q), tl.where(keep, m, 0.0), total)",
         "product(tl.trans(q), m, total)",
+        file=DOWN,
     ),
     _kernel(
         "down backward: dA of a slab's last rows alone",
         "tl.where(keep, m, 0.0), total)",
         "tl.where(keep, m, 0.0), total * 0.0)",
+        file=DOWN,
     ),
     _kernel(
         "down backward: dx is not added to what is there",
         "value = tl.load(place, mask=some, other=0.0).to(tl.float32) + added",
         "value = added",
+        file=DOWN,
     ),
     _kernel(
         "down backward: of a high rank only the first ones",
         "few = first + tl.arange(0, PRODUCT_RANK).to(tl.int64)",
         "few = tl.arange(0, PRODUCT_RANK).to(tl.int64)",
+        file=DOWN,
     ),
-    _kernel("down backward: slabs write one part", "grad_a + slab * part", "grad_a"),
+    _kernel("down backward: slabs write one part", "grad_a + slab * part", "grad_a", file=DOWN),
     _kernel(
         "shared: the second matrix is read from its first rank on for every rank",
         "within = tl.where(ranks < end_one, ranks, ranks - end_one)",
         "within = tl.where(ranks < end_one, ranks, ranks * 0)",
-        file=SHARED_KERNEL,
+        file=DOWN,
         tests=SHARED,
     ),
     _kernel(
         "shared: the third matrix is the second's",
         "base = tl.where(ranks < end_two, base, three)",
         "base = tl.where(ranks < end_two, base, two)",
-        file=SHARED_KERNEL,
+        file=DOWN,
         tests=SHARED,
     ),
     _kernel(
         "shared: the third Q has the second's ranks",
-        "length = tl.where(ranks < end_two, length, rank - end_two)",
+        "length = tl.where((ranks < end_two)[None, :], length, rank - end_two)",
         "length = length",
-        file=SHARED_KERNEL,
+        file=DOWN,
         tests=SHARED,
     ),
     _kernel(
@@ -152,6 +159,55 @@ LOW_RANK = [
         "if one.training != two.training:",
         READERS,
     ),
+    Mutant(
+        "joint: the last layer's gradient of x alone",
+        f"{KERNELS}/adapted_linears.py",
+        "grad_x = rows @ weight if grad_x is None else grad_x.addmm_(rows, weight)",
+        "grad_x = rows @ weight",
+        LINEARS,
+    ),
+    Mutant(
+        "joint: dropout without its factor",
+        f"{KERNELS}/adapted_linears.py",
+        "factors = self._factors[hashes is not None]",
+        "factors = self._factors[0]",
+        LINEARS,
+    ),
+    Mutant(
+        "joint: outputs are views",
+        f"{KERNELS}/adapted_linears.py",
+        "result.resize_(*shape[:-1], result.shape[-1])",
+        "result.view(*shape[:-1], result.shape[-1])",
+        LINEARS,
+    ),
+    Mutant(
+        "joint: a hook that came later is not seen",
+        f"{MODELS}/layers/joint.py",
+        'vars(base).get("forward") is not self.forward or _is_hooked(base)',
+        'vars(base).get("forward") is not self.forward',
+        JOINT,
+    ),
+    Mutant(
+        "joint: another dropout rate is not seen",
+        f"{MODELS}/layers/joint.py",
+        'return getattr(self.dropout, "p", 0.0) == self.p and layer.scaling[name] == self.scaling',
+        "return layer.scaling[name] == self.scaling",
+        JOINT,
+    ),
+    Mutant(
+        "joint: other weights of the adapter are not seen",
+        f"{MODELS}/layers/joint.py",
+        'if table["weight"] is not weight or weight.dtype != dtype:',
+        "if weight.dtype != dtype:",
+        JOINT,
+    ),
+    Mutant(
+        "joint: layers go together under autocast",
+        f"{MODELS}/layers/joint.py",
+        "if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or",
+        "if not torch.is_grad_enabled() or",
+        JOINT,
+    ),
     _kernel(
         "nf4: the lower half of a byte comes first",
         "tl.interleave(tl.load(table + (both >> 4)), tl.load(table + (both & 15)))",
@@ -175,8 +231,9 @@ LOW_RANK = [
     _kernel("sums: the second reads from its middle", "block - first, count_two", "block, count_two"),
     _kernel(
         "down: columns in 32 bits",
-        "        wide = columns.to(tl.int64)\n        m = ",
-        "        wide = columns\n        m = ",
+        "        wide = columns.to(tl.int64)\n",
+        "        wide = columns\n",
+        file=DOWN,
         tests=WIDE,
     ),
     _kernel(
@@ -187,8 +244,8 @@ LOW_RANK = [
     ),
     _kernel(
         "rows that share memory are written to",
-        "if any(stride == 0 and size > 1 for",
-        "if any(stride == -1 and size > 1 for",
+        "if 0 in strides and any(",
+        "if -1 in strides and any(",
         file=LAUNCH,
     ),
     Mutant(

@@ -149,8 +149,8 @@ TAPS = [
     Mutant(
         "launch: on the current device, not the tensor's",
         f"{KERNELS}/launch.py",
-        "return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()",
-        "return nullcontext()",
+        "    return torch.cuda.device(tensor.device)\n",
+        "    return _NOTHING\n",
         ("tests/kernels/test_gpu.py",),
         unseen="only a machine with two GPUs has another current device",
     ),

@@ -38,7 +38,7 @@ from repbend_kernels.triton import dequantize_nf4 as nf4
 from repbend_kernels.triton import keyed_dropout as dropout
 from repbend_kernels.triton import linear_kl_div as kl
 from repbend_kernels.triton import linear_log_prob as log_prob
-from repbend_kernels.triton import low_rank, shared_down
+from repbend_kernels.triton import low_rank, low_rank_down
 from repbend_kernels.triton import pairwise_cosine as pairwise
 from repbend_kernels.triton import row_distance as rows
 from triton.backends.compiler import GPUTarget
@@ -64,7 +64,7 @@ SHARED_RANKS = {
 # many; nothing may touch local memory.
 LIMITS = {"registers": 128, "shared_bytes": 20 * 1024, "spill_bytes": 0}
 # A matrix product's operands wait in shared memory, its sums in registers: two blocks of 4 warps fit everywhere.
-MATRIX_KERNELS = ("lora_down", "lora_up", "shared_down")
+MATRIX_KERNELS = ("lora_down", "lora_up")
 MATRIX_LIMITS = {"registers": 255, "shared_bytes": 48 * 1024, "spill_bytes": 0}
 
 
@@ -187,81 +187,39 @@ def _dropout_case(dtype: str, keys: str) -> Case:
     return Case(name, dropout.keyed_dropout_kernel, dtype, types, constants, dropout.WARPS, loose)
 
 
-def _low_rank_cases(dtype: str, weight: str, rank: int) -> list[Case]:
-    """LoRA's kernels at one rank; the adapter's weights in ``weight``."""
-    wide, pointer, adapter = "*fp32", f"*{dtype}", f"*{weight}"
-    sizes = tiles(rank, 4096, TORCH_DTYPES[dtype], TORCH_DTYPES[weight])
-    block = {"RANK": sizes.rank}
-    flags = {"HAS_MASK": True, "HAS_X": True, "HAS_A": True, "HAS_UP": True, "HAS_B": True}
-    lines = ("x_row", "a_row", "y_row", "p_row", "b_row", "g_row", "part", "up_part", "b_part")
-    numbers = dict.fromkeys(("start", "threshold", "count", "width", "rank", "steps", *lines), "i32") | {
-        "factor": "fp32"
-    }
-    pointers = {**dict.fromkeys(("x", "grad", "grad_x", "result"), pointer), **dict.fromkeys(("a", "b"), adapter)}
-    pointers |= {**dict.fromkeys(("down", "up", "grad_a", "grad_b"), wide), "hashes": "*i32"}
-    flat = dict.fromkeys(("x_column", "a_column", "p_column", "b_column", "g_column", "y_column"), 1)
-    cases = [
-        (
-            "lora_down",
-            low_rank.lora_down_kernel,
-            down_rows(1456),
-            sizes.walked,
-            WARPS,
-        ),
-        ("lora_up", low_rank.lora_up_kernel, UP_ROWS, UP_COLUMNS, WARPS),
-        (
-            "lora_up_backward",
-            low_rank.lora_up_backward_kernel,
-            up_back_rows(sizes.rank),
-            sizes.up,
-            WARPS,
-        ),
-        (
-            "lora_down_backward",
-            low_rank.lora_down_backward_kernel,
-            DOWN_BACK_ROWS,
-            sizes.down,
-            WARPS,
-        ),
-    ]
-    loose = frozenset({"start", "threshold", "count", "steps"})
-    tag = f"r{rank}" if weight == dtype else f"r{rank},{weight} adapter"
-    found = []
-    for name, kernel, tile_rows, columns, warps in cases:
-        known = {**flat, **flags, **block, "ROWS": tile_rows, "COLUMNS": columns}
-        if name == "lora_up":
-            known["RANK"] = UP_RANK
-        known = {n: v for n, v in known.items() if n in kernel.arg_names}
-        types = {**numbers, **pointers}
-        found.append(Case(f"{name}[{tag}]", kernel, dtype, types, known, warps, loose))
-    return found
-
-
-def _shared_cases(dtype: str, weight: str, each: int, shared: int) -> list[Case]:
-    """The kernels of ``shared`` layers of rank ``each`` that read one x."""
+def _low_rank_cases(dtype: str, weight: str, each: int, shared: int = 1) -> list[Case]:
+    """LoRA's kernels at one rank; the adapter's weights in ``weight``. Of ``shared`` layers that read one x only those
+    that they share.
+    """
     sizes = tiles(shared * each, 4096, TORCH_DTYPES[dtype], TORCH_DTYPES[weight])
     names = ("one", "two", "three")
     pointers = {
-        **dict.fromkeys(("x", "grad_x"), f"*{dtype}"),
-        **dict.fromkeys((f"a_{name}" for name in names), f"*{weight}"),
-        **dict.fromkeys((*(f"up_{name}" for name in names), "down", "grad_a"), "*fp32"),
+        **dict.fromkeys(("x", "grad", "grad_x", "result"), f"*{dtype}"),
+        **dict.fromkeys(("b", *(f"a_{name}" for name in names)), f"*{weight}"),
+        **dict.fromkeys(("down", "up", "grad_a", "grad_b", *(f"up_{name}" for name in names)), "*fp32"),
         "hashes": "*i32",
     }
-    scalars = ("start", "threshold", "count", "width", "rank", "end_one", "end_two", "steps", "part")
-    lines = ("x_row", "a_row", "g_row")
-    known: dict[str, object] = {"HAS_MASK": True, "HAS_X": True, "HAS_A": True, "SHARED": shared, "RANK": sizes.rank}
-    known |= dict.fromkeys(("x_column", "a_column", "g_column"), 1)
+    lines = ("x_row", "a_row", "y_row", "p_row", "b_row", "g_row", "part", "up_part", "b_part", "end_one", "end_two")
+    types = pointers | dict.fromkeys(("start", "threshold", "count", "width", "rank", "steps", *lines), "i32")
+    types["factor"] = "fp32"
+    known: dict[str, object] = dict.fromkeys(("HAS_MASK", "HAS_X", "HAS_A", "HAS_UP", "HAS_B"), True)
+    known |= dict.fromkeys(("x_column", "a_column", "p_column", "b_column", "g_column", "y_column"), 1)
     known |= {f"{matrix}_{name}": None for name in names[shared:] for matrix in ("a", "up")}
-    tag = f"{shared} x r{each}" if weight == dtype else f"{shared} x r{each},{weight} adapter"
+    known |= {"SHARED": shared, **(dict.fromkeys(("end_one", "end_two")) if shared == 1 else {})}
+    cases: list[tuple[str, triton.JITFunction, int, int, int]] = [
+        ("lora_down", low_rank_down.lora_down_kernel, down_rows(1456), sizes.walked, sizes.rank),
+        ("lora_down_backward", low_rank_down.lora_down_backward_kernel, DOWN_BACK_ROWS, sizes.down, sizes.rank),
+    ]
+    if shared == 1:
+        cases += [
+            ("lora_up", low_rank.lora_up_kernel, UP_ROWS, UP_COLUMNS, UP_RANK),
+            ("lora_up_backward", low_rank.lora_up_backward_kernel, up_back_rows(sizes.rank), sizes.up, sizes.rank),
+        ]
+    tag = (f"r{each}" if shared == 1 else f"{shared} x r{each}") + ("" if weight == dtype else f",{weight} adapter")
     found = []
-    for name, kernel, rows_of_tile, columns in (
-        ("shared_down", shared_down.shared_down_kernel, down_rows(1456), sizes.walked),
-        ("shared_down_backward", shared_down.shared_down_backward_kernel, DOWN_BACK_ROWS, sizes.down),
-    ):
-        constants = {
-            n: v for n, v in {**known, "ROWS": rows_of_tile, "COLUMNS": columns}.items() if n in kernel.arg_names
-        }
-        types = {**pointers, **dict.fromkeys((*scalars, *lines), "i32")}
+    for name, kernel, tile_rows, columns, rank in cases:
+        constants = {**known, "ROWS": tile_rows, "COLUMNS": columns, "RANK": rank}
+        constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
         loose = frozenset({"start", "threshold", "count", "steps"})
         found.append(Case(f"{name}[{tag}]", kernel, dtype, types, constants, WARPS, loose))
     return found
@@ -314,8 +272,8 @@ def all_cases(dtypes: tuple[str, ...] = DTYPES) -> list[Case]:
     for dtype in dtypes:
         cases += [*_distance_cases(dtype), _add_rows_case(dtype), *_pairwise_cases(dtype), *_head_cases(dtype)]
         cases += [_dropout_case(dtype, keys) for keys in ("*i32", "*i64")]
-        cases += [case for weight, rank in LOW_RANKS[dtype] for case in _low_rank_cases(dtype, weight, rank)]
-        cases += [case for shared in SHARED_RANKS[dtype] for case in _shared_cases(dtype, *shared)]
+        cases += [case for ranks in LOW_RANKS[dtype] for case in _low_rank_cases(dtype, *ranks)]
+        cases += [case for ranks in SHARED_RANKS[dtype] for case in _low_rank_cases(dtype, *ranks)]
         cases += [_sum_case(dtype), *(_dequantize_case(dtype, nested) for nested in (False, True))]
     return cases
 

@@ -59,7 +59,9 @@ def cuda_branches(launch: float) -> Iterator[None]:
             patches.enter_context(patch.object(target, "run", run))
         patches.enter_context(patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True), create=True))
         patches.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
-        patches.enter_context(patch("repbend_kernels.launch.torch.cuda.device", _nothing))
+        # Every tensor lies on the current device, which for the CPU is -1.
+        patches.enter_context(patch.object(torch.cuda, "current_device", lambda: -1))
+        patches.enter_context(patch.object(torch.cuda, "device", _nothing))
         yield
 
 

@@ -43,7 +43,7 @@ NOTHING = frozenset(
 WRITE_ONLY = frozenset(f"aten::{name}" for name in ("copy_", "fill_", "zero_", "uniform_", "normal_"))
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 KINDS = (
-    ("LoRA", ("low_rank", "lora", "shared_down")),
+    ("LoRA", ("low_rank", "lora")),
     ("head", ("linear_kl_div", "linear_log_prob")),
     ("distances", ("bend_tap", "window_distance", "pairwise_cosine", "tap_rows", "triplet", "row_distance")),
     ("dropout", ("keyed_dropout",)),

@@ -34,7 +34,6 @@ KINDS = (
             # Launched without an op around them.
             "lora_down_",
             "lora_up_",
-            "shared_down_",
             "sum_parts_",
         ),
     ),

@@ -16,7 +16,7 @@ No mask is stored: backward draws it again. Memory above the inputs: forward and
 Legend: N rows, D width.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TypeVar
 
 import torch
@@ -220,6 +220,7 @@ def _backward(ctx: Context, grads: list[Tensor | None]) -> Gradients:
 masked.register_autograd(_backward, setup_context=_setup)
 
 
+@cache
 def mask_arguments(column_seed: int, p: float) -> tuple[int, int]:
     """``(start, threshold)`` of the op: the mixed seed, and 2³¹ − (1 − p)·2³², inside the signed numbers."""
     return _signed(_fmix32(column_seed), 32), 2**31 - min(max(round((1 - p) * 2**32), 1), _LOW)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .rows import count_rows, flat_view
 
+_NOTHING = nullcontext()
+
 
 class Launch(NamedTuple):
     """Block width and warps of one program."""
@@ -54,4 +56,6 @@ def addressable(tensor: Tensor) -> tuple[Tensor, RowAddress]:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's GPU the current one; nothing on the CPU, where kernels are interpreted."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)

@@ -21,6 +21,8 @@ Legend: N rows (tokens), D inputs, O outputs, r rank, G gradient of y.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import overload
 
 import torch
@@ -39,24 +41,28 @@ Remake = tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Tensor]]
 """What backward keeps in place of a tensor, and how it makes the tensor of that."""
 
 
+@cache
+def _launches() -> ModuleType:
+    """Imported with the first launch, since Triton may be absent; an import statement costs at every call."""
+    from .triton import low_rank_launch
+
+    return low_rank_launch
+
+
 def _stacked(matrices: list[Tensor], dim: int = 0) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
 
 
 def _down(x: Tensor, a: list[Tensor], hashes: Tensor | None, place: int, p: float, implementation: str) -> Tensor:
     if implementation == "triton":
-        from .triton.low_rank_launch import launch_down
-
-        return launch_down(x, a, hashes, *mask_arguments(place, p))
+        return _launches().launch_down(x, a, hashes, *mask_arguments(place, p))
     with in_own_dtypes(x.device):
         return low_rank_chunks.down_product(x, _stacked(a), hashes, place, p)
 
 
 def _add_up_(result: Tensor, down: Tensor, b: Tensor, factor: float, implementation: str) -> None:
     if implementation == "triton":
-        from .triton.low_rank_launch import launch_up
-
-        launch_up(result, down, b, factor)
+        _launches().launch_up(result, down, b, factor)
         return
     with in_own_dtypes(result.device):
         low_rank_chunks.add_up_(result, down, b, factor)
@@ -74,9 +80,7 @@ def _add_down_gradient_(
     implementation: str,
 ) -> Tensor | None:
     if implementation == "triton":
-        from .triton.low_rank_launch import launch_down_backward
-
-        return launch_down_backward(grad_x, x, a, up, hashes, *mask_arguments(place, p), needs)
+        return _launches().launch_down_backward(grad_x, x, a, up, hashes, *mask_arguments(place, p), needs)
     with in_own_dtypes(x.device):
         stacked = _stacked(a), _stacked(up, 1)
         return low_rank_chunks.add_down_gradient_(grad_x, x, *stacked, hashes, place, p, needs)
@@ -86,9 +90,7 @@ def _up_gradients(
     grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool], implementation: str
 ) -> tuple[Tensor | None, Tensor | None]:
     if implementation == "triton":
-        from .triton.low_rank_launch import launch_up_backward
-
-        return launch_up_backward(grad, down, b, factor, needs)
+        return _launches().launch_up_backward(grad, down, b, factor, needs)
     with in_own_dtypes(grad.device):
         return low_rank_chunks.up_gradients(grad, down, b, factor, needs)
 
@@ -167,6 +169,54 @@ def _(grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool], i
     return [like.new_empty(like.shape) for like, needed in zip((down, b), needs) if needed]
 
 
+def parts_of(joint: Tensor, sizes: list[int], dim: int = 1) -> Sequence[Tensor]:
+    """The matrices that ``joint`` is made of, as views."""
+    return [joint] if len(sizes) == 1 else joint.split(sizes, dim=dim)
+
+
+# Each runs its op, or what is inside the op where nobody looks on.
+def down_product(
+    x: Tensor, a: list[Tensor], hashes: Tensor | None, place: int, p: float, implementation: str
+) -> Tensor:
+    """As :func:`low_rank_down`."""
+    run = _down if launches_alone(implementation, x) else low_rank_down
+    return run(x, a, hashes, place, p, implementation)
+
+
+def add_up(result: Tensor, down: Tensor, b: Tensor, factor: float, implementation: str) -> None:
+    """As :func:`add_low_rank_up_`."""
+    run = _add_up_ if launches_alone(implementation, result) else add_low_rank_up_
+    run(result, down, b, factor, implementation)
+
+
+def up_gradients(
+    grad: Tensor, down: Tensor, b: Tensor, factor: float, needs: list[bool], implementation: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`low_rank_up_gradients`, with None for what ``needs`` does not ask for."""
+    if launches_alone(implementation, grad):
+        return _up_gradients(grad, down, b, factor, needs, implementation)
+    found = iter(low_rank_up_gradients(grad, down, b, factor, needs, implementation))
+    return next(found) if needs[0] else None, next(found) if needs[1] else None
+
+
+def add_down_gradient(
+    grad_x: Tensor,
+    x: Tensor,
+    a: list[Tensor],
+    up: list[Tensor],
+    hashes: Tensor | None,
+    place: int,
+    p: float,
+    needs: list[bool],
+    implementation: str,
+) -> Tensor | None:
+    """As :func:`add_low_rank_gradient_`, with None for a dA that ``needs`` does not ask for."""
+    if launches_alone(implementation, x):
+        return _add_down_gradient_(grad_x, x, a, up, hashes, place, p, needs, implementation)
+    grad_a = add_low_rank_gradient_(grad_x, x, a, up, hashes, place, p, needs, implementation)
+    return grad_a if needs[1] else None
+
+
 class _Down(torch.autograd.Function):
     """``(x, P of each a)``. The base layers read this x: its gradient comes through here and takes the low-rank part
     in.
@@ -187,11 +237,7 @@ class _Down(torch.autograd.Function):
         ctx.save_for_backward(hashes, *a, *kept)
         ctx.settings, ctx.implementation, ctx.ranks = (place, p), implementation, [each.shape[0] for each in a]
         ctx.set_materialize_grads(False)
-        if launches_alone(implementation, x):
-            down = _down(x, list(a), hashes, place, p, implementation)
-        else:
-            down = low_rank_down(x, list(a), hashes, place, p, implementation)
-        return x, *_parts_of(down, ctx.ranks)
+        return x, *parts_of(down_product(x, list(a), hashes, place, p, implementation), ctx.ranks)
 
     @staticmethod
     def backward(ctx: Context, grad_x: Tensor | None, *ups: Tensor | None) -> Gradients:
@@ -208,18 +254,10 @@ class _Down(torch.autograd.Function):
             grad_x = torch.zeros_like(x) if needs[0] else x.new_empty((0, x.shape[1]))
         up = [some.new_zeros((x.shape[0], rank)) if up is None else up for up, rank in zip(ups, ctx.ranks)]
         (place, p), chosen = ctx.settings, ctx.implementation
-        grad_a: Tensor | None
-        if launches_alone(chosen, x):
-            grad_a = _add_down_gradient_(grad_x, x, a, up, hashes, place, p, needs, chosen)
-        else:
-            grad_a = add_low_rank_gradient_(grad_x, x, a, up, hashes, place, p, needs, chosen)
-        grads = [None] * len(ups) if grad_a is None or not needs[1] else grad_a.split(ctx.ranks)
+        grad_a = add_down_gradient(grad_x, x, a, up, hashes, place, p, needs, chosen)
+        grads = [None] * len(ups) if grad_a is None else parts_of(grad_a, ctx.ranks, 0)
         asked = ctx.needs_input_grad[6:]
         return grad_x if needs[0] else None, *[None] * 5, *(g if needed else None for g, needed in zip(grads, asked))
-
-
-def _parts_of(down: Tensor, ranks: list[int]) -> Sequence[Tensor]:
-    return [down] if len(ranks) == 1 else down.split(ranks, dim=1)
 
 
 class _Up(torch.autograd.Function):
@@ -233,10 +271,7 @@ class _Up(torch.autograd.Function):
             result = result.clone()
         else:
             ctx.mark_dirty(result)
-        if launches_alone(implementation, result):
-            _add_up_(result, down, b, factor, implementation)
-        else:
-            add_low_rank_up_(result, down, b, factor, implementation)
+        add_up(result, down, b, factor, implementation)
         ctx.save_for_backward(down, b)
         ctx.settings = factor, implementation
         return result
@@ -246,10 +281,7 @@ class _Up(torch.autograd.Function):
         checks.check_first_derivative("lora_up")
         needs = list(ctx.needs_input_grad[1:3])
         (factor, implementation), (down, b) = ctx.settings, ctx.saved_tensors
-        if launches_alone(implementation, grad):
-            return grad, *_up_gradients(grad, down, b, factor, needs, implementation), None, None
-        found = iter(low_rank_up_gradients(grad, down, b, factor, needs, implementation))
-        return grad, *(next(found) if needed else None for needed in needs), None, None
+        return grad, *up_gradients(grad, down, b, factor, needs, implementation), None, None
 
 
 @overload
@@ -320,7 +352,7 @@ def lora_down(
         downs = [lora_down_reference(x, weight, hashes, *mask)[1] for weight in weights]
     elif hashes is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Generating comes here for each token, where an op and an autograd function cost more than their work.
-        downs = _parts_of(_down(x, weights, None, place, p, chosen), [weight.shape[0] for weight in weights])
+        downs = parts_of(_down(x, weights, None, place, p, chosen), [weight.shape[0] for weight in weights])
     else:
         x, *downs = _Down.apply(x, hashes, place, p, remake, chosen, *weights)
     return x, downs[0] if isinstance(a, Tensor) else list(downs)
@@ -367,16 +399,20 @@ def _check_matrix(name: str, tensor: Tensor, rows: str | int, columns: str | int
         raise ValueError(f"{name}: expected shape [{rows}, {columns}], got {list(shape)}")
 
 
-def _check_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, p: float) -> None:
-    _check_matrix("x", x, "N", "D")
+def check_weights(a: list[Tensor], width: int, like: Tensor) -> None:
+    """``a`` are one to ``MOST_SHARED`` matrices [r, ``width``] of one dtype, on the device of ``like``."""
     if not 0 < len(a) <= MOST_SHARED:
         raise ValueError(f"a: expected one to {MOST_SHARED} matrices, got {len(a)}")
     for index, each in enumerate(a):
         name = "a" if len(a) == 1 else f"a[{index}]"
-        _check_matrix(name, each, "r", x.shape[1])
-        checks.check_device(name, each, "x", x)
+        _check_matrix(name, each, "r", width)
+        checks.check_device(name, each, "x", like)
         if each.dtype != a[0].dtype:
             raise TypeError(f"{name}: expected a[0]'s dtype {a[0].dtype}, got {each.dtype}")
+
+
+def check_hashes(count: int, x: Tensor, hashes: Tensor | None, p: float) -> None:
+    """``hashes`` are those of x's ``count`` rows, beside a probability."""
     if hashes is None:
         return
     if not isinstance(hashes, Tensor) or hashes.dtype != torch.int32:
@@ -385,9 +421,15 @@ def _check_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, p: float) -> 
             f"{hashes.dtype if isinstance(hashes, Tensor) else type(hashes).__name__}"
         )
     checks.check_device("hashes", hashes, "x", x)
-    checks.check_shape("hashes", hashes, [x.shape[0]], "one for each row of x")
+    checks.check_shape("hashes", hashes, [count], "one for each row of x")
     if not 0 < p < 1:
         raise ValueError(f"p: expected 0 < p < 1 with hashes, got {p!r}")
+
+
+def _check_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, p: float) -> None:
+    _check_matrix("x", x, "N", "D")
+    check_weights(a, x.shape[1], x)
+    check_hashes(x.shape[0], x, hashes, p)
 
 
 def _check_up(result: Tensor, down: Tensor, b: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_compare import assert_matches, spread
+from repbend_kernels import dequantize_nf4 as op
 from repbend_kernels.blocks import Nf4Scales, dequantize_nf4, nf4_linear
 from torch import Tensor
 
@@ -50,6 +51,15 @@ def test_each_weight_is_its_code_times_its_scale(implementation, device, shape, 
     if shape == "small":
         assert torch.equal(got.cpu(), expected(*given, SHAPES[shape], 64))
     assert not torch.equal(got, exact.roll(1, 0))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["one level", "two levels"])
+def test_chunks_go_on_where_the_last_one_ended(implementation, device, nested, monkeypatch) -> None:
+    """On the torch path: a chunk has its own blocks' scales; the last one is short."""
+    given = weights((7, 50), nested, device, 64)
+    exact = dequantize_nf4(*given, (7, 50), FP32, implementation="eager")
+    monkeypatch.setattr(op, "CHUNK", 64)
+    assert torch.equal(dequantize_nf4(*given, (7, 50), FP32, implementation=implementation), exact)
 
 
 @pytest.mark.parametrize("block", [32, 128])

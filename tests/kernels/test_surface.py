@@ -25,9 +25,9 @@ DECLARED = {
             "linear_kl_div",
             "linear_log_prob",
             "low_rank",
+            "low_rank_down",
             "pairwise_cosine",
             "row_distance",
-            "shared_down",
         )
     ),
 }

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from kernel_compare import assert_matches
-from repbend_kernels import blocks
 from test_lora_forward import peft_model
 from torch import Tensor, nn
 
@@ -34,13 +33,13 @@ def outcome(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    made, whole = [], blocks.dequantize_nf4
+    made, whole = [], nf4.dequantize_nf4
 
     def counting(*arguments: Any, **options: Any) -> Tensor:
         made.append(arguments[3])
         return whole(*arguments, **options)
 
-    monkeypatch.setattr("repbend_kernels.dequantize_nf4.dequantize_nf4", counting)
+    monkeypatch.setattr(nf4, "dequantize_nf4", counting)
     return made
 
 

@@ -1,10 +1,10 @@
 """Triton kernels, each under the name of the op that launches it; imported where one is launched, since Triton may be
 absent.
 
-``dequantize_nf4``, ``keyed_dropout``, ``linear_kl_div``, ``linear_log_prob``, ``low_rank``, ``pairwise_cosine``,
-``row_distance`` and ``shared_down`` declare the kernels and the launch parameters that a tool which compiles them
+``dequantize_nf4``, ``keyed_dropout``, ``linear_kl_div``, ``linear_log_prob``, ``low_rank``, ``low_rank_down``,
+``pairwise_cosine`` and ``row_distance`` declare the kernels and the launch parameters that a tool which compiles them
 needs; ``parts`` are pieces of more than one kernel, and ``low_rank_launch`` launches those of ``low_rank`` and of
-``shared_down``.
+``low_rank_down``.
 """
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "linear_kl_div",
     "linear_log_prob",
     "low_rank",
+    "low_rank_down",
     "pairwise_cosine",
     "row_distance",
-    "shared_down",
 ]

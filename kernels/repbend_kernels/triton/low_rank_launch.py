@@ -3,7 +3,9 @@
 Legend: N rows, W columns (D or O), r rank.
 """
 
+from functools import cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +27,45 @@ from ..low_rank_sizes import (
     tiles,
     up_back_rows,
 )
-from .low_rank import (
-    lora_down_backward_kernel,
-    lora_down_kernel,
-    lora_up_backward_kernel,
-    lora_up_kernel,
-    sum_parts_kernel,
-)
-from .shared_down import shared_down_backward_kernel, shared_down_kernel
+from .low_rank import lora_up_backward_kernel, lora_up_kernel, sum_parts_kernel
+from .low_rank_down import lora_down_backward_kernel, lora_down_kernel
+
+
+class _Cut(NamedTuple):
+    """How a launch divides its work: blocks along rows or columns of the grid, parts of the sums, tiles."""
+
+    tile_rows: int
+    columns: int
+    rank: int
+    steps: int
+    first: int
+    second: int
+
+
+@cache
+def _down_cut(count: int, width: int, rank: int, dtype: torch.dtype, weight: torch.dtype) -> _Cut:
+    """Of ``lora_down``: tiles of rows, spans."""
+    sizes, rows = tiles(rank, width, dtype, weight), down_rows(count)
+    steps = span_steps(count, width, rows, sizes.walked)
+    spans = blocks(width, steps * sizes.walked)
+    return _Cut(rows, sizes.walked, sizes.rank, steps, blocks(count, rows), spans)
+
+
+@cache
+def _up_backward_cut(count: int, width: int, rank: int, dtype: torch.dtype, weight: torch.dtype) -> _Cut:
+    """Of ``lora_up``'s backward: tiles of columns, slabs."""
+    sizes = tiles(rank, width, dtype, weight)
+    rows = up_back_rows(sizes.rank)
+    steps = slab_steps(count, width, rows, sizes.up)
+    return _Cut(rows, sizes.up, sizes.rank, steps, blocks(width, sizes.up), blocks(count, steps * rows))
+
+
+@cache
+def _down_backward_cut(count: int, width: int, rank: int, dtype: torch.dtype, weight: torch.dtype) -> _Cut:
+    """Of ``lora_down``'s backward: tiles of columns, slabs."""
+    sizes, rows = tiles(rank, width, dtype, weight), DOWN_BACK_ROWS
+    steps = slab_steps(count, width, rows, sizes.down)
+    return _Cut(rows, sizes.down, sizes.rank, steps, blocks(width, sizes.down), blocks(count, steps * rows))
 
 
 def launch_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, start: int, threshold: int) -> Tensor:
@@ -42,14 +75,11 @@ def launch_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, start: int, t
     down = torch.empty((count, rank), dtype=torch.float32, device=x.device)
     if not down.numel():
         return down
-    sizes = tiles(rank, width, x.dtype, a[0].dtype)
-    rows = down_rows(count)
-    steps = span_steps(count, width, rows, sizes.walked)
-    spans, part = blocks(width, steps * sizes.walked), part_stride(down.numel())
+    cut = _down_cut(count, width, rank, x.dtype, a[0].dtype)
+    spans, part = cut.second, part_stride(count * rank)
     parts = down if spans == 1 else torch.empty((spans, part), dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        kernel = lora_down_kernel if len(a) == 1 else shared_down_kernel
-        kernel[(blocks(count, rows), spans)](
+        lora_down_kernel[(cut.first, spans)](
             x,
             *_matrices(a),
             down if hashes is None else hashes.contiguous(),
@@ -59,15 +89,15 @@ def launch_down(x: Tensor, a: list[Tensor], hashes: Tensor | None, start: int, t
             count,
             width,
             *_ranks(ends),
-            steps,
+            cut.steps,
             part,
             *x.stride(),
             *a[0].stride(),
-            **_shared_constant(a),
+            SHARED=len(a),
             HAS_MASK=hashes is not None,
-            ROWS=rows,
-            COLUMNS=sizes.walked,
-            RANK=sizes.rank,
+            ROWS=cut.tile_rows,
+            COLUMNS=cut.columns,
+            RANK=cut.rank,
             num_warps=WARPS,
         )
         if spans > 1:
@@ -110,13 +140,10 @@ def launch_up_backward(
     wanted = [out for out in (up, grad_b) if out is not None]
     if not grad.numel() or not rank or not wanted:
         return (None if up is None else up.zero_()), (None if grad_b is None else grad_b.zero_())
-    sizes = tiles(rank, width, grad.dtype, b.dtype)
-    rows, columns = up_back_rows(sizes.rank), blocks(width, sizes.up)
-    steps = slab_steps(count, width, rows, sizes.up)
-    slabs = blocks(count, steps * rows)
-    up_parts, b_parts = _parts(up, columns), _parts(grad_b, slabs)
+    cut = _up_backward_cut(count, width, rank, grad.dtype, b.dtype)
+    up_parts, b_parts = _parts(up, cut.first), _parts(grad_b, cut.second)
     with on_device_of(grad):
-        lora_up_backward_kernel[(columns, slabs)](
+        lora_up_backward_kernel[(cut.first, cut.second)](
             grad,
             down,
             b,
@@ -125,7 +152,7 @@ def launch_up_backward(
             count,
             width,
             rank,
-            steps,
+            cut.steps,
             part_stride(count * rank),
             part_stride(width * rank),
             *grad.stride(),
@@ -133,9 +160,9 @@ def launch_up_backward(
             *b.stride(),
             HAS_UP=needs[0],
             HAS_B=needs[1],
-            ROWS=rows,
-            COLUMNS=sizes.up,
-            RANK=sizes.rank,
+            ROWS=cut.tile_rows,
+            COLUMNS=cut.columns,
+            RANK=cut.rank,
             num_warps=WARPS,
         )
         _sum([(p, out) for p, out in ((up_parts, up), (b_parts, grad_b)) if p is not None and out is not None], factor)
@@ -162,13 +189,10 @@ def launch_down_backward(
         return None if grad_a is None else grad_a.zero_()
     if needs[0]:
         _check_writable("the gradient of x", grad_x)
-    sizes = tiles(rank, width, x.dtype, a[0].dtype)
-    steps = slab_steps(count, width, DOWN_BACK_ROWS, sizes.down)
-    slabs = blocks(count, steps * DOWN_BACK_ROWS)
-    parts = _parts(grad_a, slabs)
+    cut = _down_backward_cut(count, width, rank, x.dtype, a[0].dtype)
+    parts = _parts(grad_a, cut.second)
     with on_device_of(x):
-        kernel = lora_down_backward_kernel if len(a) == 1 else shared_down_backward_kernel
-        kernel[(blocks(width, sizes.down), slabs)](
+        lora_down_backward_kernel[(cut.first, cut.second)](
             grad_x,
             x,
             *_matrices(a),
@@ -180,18 +204,18 @@ def launch_down_backward(
             count,
             width,
             *_ranks(ends),
-            steps,
+            cut.steps,
             part_stride(rank * width),
             *grad_x.stride(),
             *x.stride(),
             *a[0].stride(),
-            **_shared_constant(a),
+            SHARED=len(a),
             HAS_MASK=hashes is not None,
             HAS_X=needs[0],
             HAS_A=needs[1],
-            ROWS=DOWN_BACK_ROWS,
-            COLUMNS=sizes.down,
-            RANK=sizes.rank,
+            ROWS=cut.tile_rows,
+            COLUMNS=cut.columns,
+            RANK=cut.rank,
             num_warps=WARPS,
         )
         if parts is not None and grad_a is not None:
@@ -201,23 +225,21 @@ def launch_down_backward(
 
 def _shared(a: list[Tensor]) -> tuple[list[Tensor], list[int]]:
     """The matrices in one layout, and where each ends among the ranks of all."""
+    if len(a) == 1:
+        return a, [a[0].shape[0]]
     if any(each.stride() != a[0].stride() for each in a):
         a = [each.contiguous() for each in a]
     return a, list(accumulate(each.shape[0] for each in a))
 
 
 def _matrices(tensors: list[Tensor]) -> list[Tensor | None]:
-    """As the kernel of one matrix or that of several takes them."""
-    return [*tensors] if len(tensors) == 1 else [*tensors, *[None] * (MOST_SHARED - len(tensors))]
+    """As a kernel takes up to ``MOST_SHARED`` of them."""
+    return [*tensors, *[None] * (MOST_SHARED - len(tensors))]
 
 
-def _ranks(ends: list[int]) -> tuple[int, ...]:
-    """All ranks and, of several matrices, where the first and the second end."""
-    return (ends[-1],) if len(ends) == 1 else (ends[-1], *ends[:2])
-
-
-def _shared_constant(a: list[Tensor]) -> dict[str, int]:
-    return {} if len(a) == 1 else {"SHARED": len(a)}
+def _ranks(ends: list[int]) -> tuple[int | None, ...]:
+    """All ranks, and where the first and the second matrix of several end."""
+    return (ends[-1], None, None) if len(ends) == 1 else (ends[-1], *ends[:2])
 
 
 def _parts(out: Tensor | None, count: int) -> Tensor | None:
@@ -229,13 +251,14 @@ def _parts(out: Tensor | None, count: int) -> Tensor | None:
 
 def _sum(sums: list[tuple[Tensor, Tensor]], factor: float) -> None:
     """Each ``out`` = factor · Σ of its parts, one launch for one or two of them."""
-    arguments = [(p, out, p.shape[0], p.stride(0), out.numel()) for p, out in sums]
-    two = arguments[1] if len(arguments) > 1 else (*arguments[0][:2], 0, 0, 0)
-    programs = sum(blocks(size, SUM_BLOCK) for *_, size in (arguments[0], two))
-    sum_parts_kernel[(programs,)](*arguments[0], *two, factor, BLOCK=SUM_BLOCK, num_warps=WARPS)
+    one, *more = [(p, out, *p.shape, out.numel()) for p, out in sums]
+    two = more[0] if more else (*one[:2], 0, 0, 0)
+    programs = blocks(one[4], SUM_BLOCK) + blocks(two[4], SUM_BLOCK)
+    sum_parts_kernel[(programs,)](*one, *two, factor, BLOCK=SUM_BLOCK, num_warps=WARPS)
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:
     """No two elements of ``tensor`` share memory: torch refuses to write there, and a kernel would write twice."""
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+    strides = tensor.stride()
+    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape)):
         raise RuntimeError(f"{name}: its rows or columns share memory, but it is written in place; clone() it")

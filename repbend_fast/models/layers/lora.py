@@ -18,7 +18,7 @@ Legend: N rows (tokens), D inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple, Protocol, cast
@@ -31,8 +31,11 @@ from torch import Tensor, nn
 from repbend_fast.errors import UserError
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.layers.changes import Changes
+from repbend_fast.models.layers.joint import Joint
 from repbend_fast.models.layers.readers import Readers, groups_of
 from repbend_fast.models.layers.recompute import Origin, origin_of
+
+Remake = tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Tensor]]
 
 
 class DropoutKeys:
@@ -87,26 +90,42 @@ class LowRankForward(nn.Module):
     dropout_keys: DropoutKeys
     place: int
     readers: _Readers | None
+    joint: _Joints
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The base layer's output plus the active adapters' parts, [..., O] in the base layer's dtype."""
         layer = cast(_Adapted, self)
         if layer.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        read = self._read(x) if _active(layer) else _Read(x.reshape(-1, x.shape[-1]), [])
+        read = self._read(x) if not layer.disable_adapters else _Read(x.reshape(-1, x.shape[-1]), [])
+        if isinstance(read, Tensor):
+            return read
         result = layer.base_layer(read.source)
         for name, down, kept in read.downs:
             result = lora_up(result, down, layer.lora_B[name].weight, float(layer.scaling[name] / kept))
         return result.view(*x.shape[:-1], result.shape[-1])
 
-    def _read(self, x: Tensor) -> _Read:
+    def _read(self, x: Tensor) -> _Read | Tensor:
+        """What comes before B, or the layer's output where it was made with others' or in one function."""
         readers = self.readers
         if readers is not None and not torch.compiler.is_compiling():
             if (made := readers.taken(self, x)) is not None:
                 return made
-            if not readers.apart and _alike(readers.layers):
-                return readers.give(self, x, self._make(readers.layers, x))
+            if not readers.apart:
+                if (outputs := self._outputs(self.joint.group, x)) is not None:
+                    return readers.give(self, x, outputs)
+                if _alike(readers.layers):
+                    return readers.give(self, x, self._make(readers.layers, x))
+        if (outputs := self._outputs(self.joint.alone, x)) is not None:
+            return outputs[0]
         return self._make([self], x)[0]
+
+    def _outputs(self, joint: Joint, x: Tensor) -> Sequence[Tensor] | None:
+        """The outputs of all layers of ``joint``, under the keys of the pass; None where they do not go together."""
+        if not self.dropout_keys.given or (linears := joint.of(x)) is None:
+            return None
+        hashes = self._given_keys(x) if linears.p else None
+        return linears(x, hashes, remake=_remake(origin_of(x), x, [layer.a for layer in linears.layers]))
 
     def _make(self, layers: list[LowRankForward], x: Tensor) -> list[_Read]:
         """What each of ``layers``, which have the same adapters, makes of ``x``."""
@@ -135,25 +154,36 @@ class LowRankForward(nn.Module):
             # At every call anew, from the generator that checkpointing sets back: a recomputed block draws the same
             # masks.
             return torch.randint(-(2**31), 2**31, x.shape[:1], dtype=torch.int32, device=x.device), p
-        if keys.rows is not None and keys.rows.numel() != x.shape[0]:
-            raise ValueError(f"lora_dropout: keys for {keys.rows.numel()} rows, but the pass has {x.shape[0]}")
-        return keys.rows, p
+        return self._given_keys(x), p
+
+    def _given_keys(self, x: Tensor) -> Tensor | None:
+        rows, count = self.dropout_keys.rows, x.shape[:-1].numel()
+        if rows is not None and rows.shape[0] != count:
+            raise ValueError(f"lora_dropout: keys for {rows.shape[0]} rows, but the pass has {count}")
+        return rows
 
     def _down(
         self, x: Tensor, weights: list[Tensor], origin: Origin | None, hashes: Tensor | None, p: float
     ) -> tuple[Tensor, list[Tensor]]:
-        remake = None
-        if (
-            origin is not None
-            and torch.is_grad_enabled()
-            and (x.requires_grad or any(a.requires_grad for a in weights))
-        ):
-            origin.recomputation.readers += 1
-            remake = origin.inputs, origin.recomputation.read
-        return lora_down(x, weights, hashes, self.place, p, remake=remake)
+        return lora_down(x, weights, hashes, self.place, p, remake=_remake(origin, x, weights))
 
 
-_Readers = Readers[LowRankForward, _Read]
+class _Joints(NamedTuple):
+    """A layer in one function of its own, and with those that read its x."""
+
+    alone: Joint
+    group: Joint
+
+
+def _remake(origin: Origin | None, x: Tensor, weights: list[Tensor]) -> Remake | None:
+    """How backward makes ``x`` again, where it knows and there will be one; it counts as a reader."""
+    if origin is None or not torch.is_grad_enabled() or not (x.requires_grad or any(a.requires_grad for a in weights)):
+        return None
+    origin.recomputation.readers += 1
+    return origin.inputs, origin.recomputation.read
+
+
+_Readers = Readers[LowRankForward, _Read | Tensor]
 
 
 def _active(layer: _Adapted) -> list[str]:
@@ -215,12 +245,15 @@ def use_low_rank_forward(model: CausalLM, changes: Changes | None = None) -> Non
         if len(group) > 1 and len({_inputs(by_name[name]) for name in group}) == 1:
             readers = Readers([cast(LowRankForward, by_name[name]) for name in group])
             keys.readers.append(readers)
+        together = Joint([cast(nn.Module, by_name[name]) for name in group])
         for name in group:
             layer = by_name[name]
             changes.kind(layer, _with_low_rank_forward(layer.__class__))
             changes.entry(vars(layer), "dropout_keys", keys)
             changes.entry(vars(layer), "place", places[group[0]] if readers else places[name])
             changes.entry(vars(layer), "readers", readers)
+            alone = Joint([cast(nn.Module, layer)]) if readers else together
+            changes.entry(vars(layer), "joint", _Joints(alone, together))
 
 
 def _inputs(layer: _Adapted) -> int:

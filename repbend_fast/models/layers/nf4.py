@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol, cast
 
 import torch
-from repbend_kernels.blocks import Nf4Scales, nf4_linear
+from repbend_kernels.blocks import Nf4Scales, dequantize_nf4, made_linear
 from torch import Tensor, nn
 
 from repbend_fast.models.causal import CausalLM
@@ -41,23 +41,50 @@ class _QuantState(Protocol):
     state2: _Nested | None
 
 
+class _Packed(Protocol):
+    """What is read of a weight in 4 bits."""
+
+    quant_state: _QuantState
+
+
 class _Layer(Protocol):
     weight: nn.Parameter
     bias: nn.Parameter | None
     compute_dtype: torch.dtype | None
 
 
+class WideWeights:
+    """Gives the weight of a layer that :func:`use_nf4_products` has changed, in a dtype."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = cast(_Layer, layer)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the product with ``x`` is one of a wide weight."""
+        state: _QuantState | None = getattr(self._layer.weight, "quant_state", None)
+        return state is not None and _takes(self._layer, state, x)
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        weight = self._layer.weight
+        state = cast(_Packed, weight).quant_state
+        scales, (rows, width) = Nf4Scales(state.absmax), state.shape
+        if (nested := state.state2) is not None:
+            scales = Nf4Scales(state.absmax, nested.code, nested.absmax, state.offset)
+        return dequantize_nf4(weight.detach(), state.code, scales, (rows, width), dtype, block=state.blocksize)
+
+
+def wide_weights(layer: nn.Module) -> WideWeights | None:
+    """The weights of a layer that has this module's forward; None for any other."""
+    forward = vars(layer).get("forward")
+    return WideWeights(layer) if isinstance(forward, partial) and forward.func is _forward else None
+
+
 def _forward(layer: nn.Module, x: Tensor) -> Tensor:
-    own = cast(_Layer, layer)
-    state: _QuantState | None = getattr(own.weight, "quant_state", None)
-    if state is None or not _takes(own, state, x):
+    weights = WideWeights(layer)
+    if not weights.takes(x):
         return cast(Tensor, type(layer).forward(layer, x))
-    bias, nested = None if own.bias is None else own.bias.to(x.dtype), state.state2
-    scales = (
-        Nf4Scales(state.absmax) if nested is None else Nf4Scales(state.absmax, nested.code, nested.absmax, state.offset)
-    )
-    rows, width = state.shape
-    return nf4_linear(x, own.weight.detach(), state.code, scales, (rows, width), bias, block=state.blocksize)
+    bias = cast(_Layer, layer).bias
+    return made_linear(x, None if bias is None else bias.to(x.dtype), weights)
 
 
 def _takes(layer: _Layer, state: _QuantState, x: Tensor) -> bool:

@@ -7,7 +7,7 @@ others take theirs if it is the same x that they are given, and make their own o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Readers(Generic[Layer, Made]):
             self._x = None
         return made
 
-    def give(self, layer: Layer, x: Tensor, made: list[Made]) -> Made:
+    def give(self, layer: Layer, x: Tensor, made: Sequence[Made]) -> Made:
         """What is ``layer``'s of what was ``made`` of ``x`` for all layers, in their order; the others' waits."""
         self._waiting = {id(each): part for each, part in zip(self.layers, made)}
         self._x, self._version = x, _version_of(x)

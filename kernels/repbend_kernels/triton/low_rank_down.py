@@ -1,20 +1,41 @@
-"""Triton kernels of ``lora_down`` for two or three layers that read one x: it is read and masked once for all of them.
+"""Triton kernels of ``lora_down``, forward and backward: x is read once and masked in registers, for one layer or for
+two or three that read it.
 
-    shared_down_kernel             P = (keep · x) [A_1; A_2; A_3]ᵀ
-    shared_down_backward_kernel    dx += keep · (Q A) in place, and Qᵀ (keep · x) in parts
+    lora_down_kernel             P = (keep · x) [A_1; A_2; A_3]ᵀ
+    lora_down_backward_kernel    dx += keep · (Q A) in place, and Qᵀ (keep · x) in parts
 
-The A count as one matrix, one below the other, without being copied there, as do their Q beside each other: a program
-finds each rank's row in its own matrix. Otherwise they are ``low_rank``'s kernels of one matrix.
+The A of several layers count as one matrix, one below the other, without being copied there, as do their Q beside each
+other: a program finds each rank's row in its own matrix. A program of the backward kernel owns a tile of columns and a
+slab of rows; what it adds up over its rows is one part of dA (``low_rank`` adds them).
 
-Legend: N rows, W columns, r ranks of all layers, R the ranks' block (r up to a power of two, at least 16).
+Legend: N rows, W columns (D), r ranks of all layers, R the ranks' block (r up to a power of two, at least 16).
 """
 
 import triton
 import triton.language as tl
 
-from .low_rank import PRODUCT_RANK, add_at, kept, product
+from .keyed_dropout import column_hash, element_hash
+from .low_rank import product
 
-__all__ = ["shared_down_backward_kernel", "shared_down_kernel"]
+__all__ = ["PRODUCT_RANK", "lora_down_backward_kernel", "lora_down_kernel"]
+
+# The most ranks of which a program of lora_down's backward holds a tile of A; of more it reads them again for each tile
+# of rows.
+PRODUCT_RANK = tl.constexpr(32)
+
+
+@triton.jit
+def kept(
+    hashes: tl.tensor,
+    rows: tl.tensor,
+    known: tl.tensor,
+    columns: tl.tensor,
+    start: tl.tensor,
+    threshold: tl.tensor,
+) -> tl.tensor:
+    """Which elements dropout keeps, [rows, columns]."""
+    row = tl.load(hashes + rows, mask=known, other=0).to(tl.uint32, bitcast=True)
+    return element_hash(row, column_hash(columns, start)) > threshold
 
 
 @triton.jit
@@ -28,11 +49,13 @@ def rows_of(
     stride: tl.tensor,
     SHARED: tl.constexpr,
 ) -> tl.tensor:
-    """Where the ranks' rows begin in matrices that count as one below the other; ``one`` ends before rank ``end_one``,
-    ``two`` before ``end_two``. Pointers [ranks].
+    """Where the ranks' rows begin in ``SHARED`` matrices that count as one below the other; ``one`` ends before rank
+    ``end_one``, ``two`` before ``end_two``. Pointers [ranks].
     """
-    base = tl.where(ranks < end_one, one, two)
-    within = tl.where(ranks < end_one, ranks, ranks - end_one)
+    base, within = one, ranks
+    if SHARED > 1:
+        base = tl.where(ranks < end_one, one, two)
+        within = tl.where(ranks < end_one, ranks, ranks - end_one)
     if SHARED > 2:
         base = tl.where(ranks < end_two, base, three)
         within = tl.where(ranks < end_two, within, ranks - end_two)
@@ -40,44 +63,45 @@ def rows_of(
 
 
 @triton.jit
-def lengths_of(
-    ranks: tl.tensor, rank: tl.tensor, end_one: tl.tensor, end_two: tl.tensor, SHARED: tl.constexpr
-) -> tl.tensor:
-    """How many ranks the matrix of each rank has."""
-    length = tl.where(ranks < end_one, end_one, end_two - end_one)
-    if SHARED > 2:
-        length = tl.where(ranks < end_two, length, rank - end_two)
-    return length
-
-
-@triton.jit(do_not_specialize=["start", "threshold", "count", "steps"], do_not_specialize_on_alignment=["hashes"])
-def shared_down_kernel(
-    x: tl.tensor,
-    a_one: tl.tensor,
-    a_two: tl.tensor,
-    a_three: tl.tensor,
-    hashes: tl.tensor,
-    down: tl.tensor,
-    start: tl.tensor,
-    threshold: tl.tensor,
-    count: tl.tensor,
-    width: tl.tensor,
+def up_at(
+    rows: tl.tensor,
+    ranks: tl.tensor,
+    one: tl.tensor,
+    two: tl.tensor,
+    three: tl.tensor,
     rank: tl.tensor,
     end_one: tl.tensor,
     end_two: tl.tensor,
-    steps: tl.tensor,
-    part: tl.tensor,
-    x_row: tl.tensor,
-    x_column: tl.tensor,
-    a_row: tl.tensor,
-    a_column: tl.tensor,
     SHARED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """Where the elements of Q lie in ``SHARED`` matrices that count as one beside the other, each [N, its ranks].
+    Pointers [rows, ranks].
+    """
+    length = rank
+    if SHARED > 1:
+        length = tl.where(ranks < end_one, end_one, end_two - end_one)[None, :]
+    if SHARED > 2:
+        length = tl.where((ranks < end_two)[None, :], length, rank - end_two)
+    return rows_of(ranks, one, two, three, end_one, end_two, 1, SHARED)[None, :] + rows[:, None] * length
+
+
+@triton.jit
+def add_at(place: tl.tensor, added: tl.tensor, some: tl.tensor) -> None:
+    """What lies at ``place`` += ``added``, rounded once."""
+    value = tl.load(place, mask=some, other=0.0).to(tl.float32) + added
+    tl.store(place, value.to(place.dtype.element_ty), mask=some)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["start", "threshold", "count", "steps"], do_not_specialize_on_alignment=["hashes"])
+def lora_down_kernel(
+    x: tl.tensor, a_one: tl.tensor, a_two: tl.tensor, a_three: tl.tensor, hashes: tl.tensor, down: tl.tensor,
+    start: tl.tensor, threshold: tl.tensor, count: tl.tensor, width: tl.tensor, rank: tl.tensor, end_one: tl.tensor,
+    end_two: tl.tensor, steps: tl.tensor, part: tl.tensor, x_row: tl.tensor, x_column: tl.tensor, a_row: tl.tensor,
+    a_column: tl.tensor, SHARED: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
-    """down[s] = (keep · x) Aᵀ over the columns of span s; A is two or three matrices (``SHARED``)."""
+    """down[s] = (keep · x) Aᵀ over the columns of span s; A is ``SHARED`` matrices."""
     # int64 before any stride multiplication: rows times width passes 2³¹.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = rows < count
@@ -89,22 +113,19 @@ def shared_down_kernel(
         columns = (tl.program_id(1) * steps + step) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < width
         wide = columns.to(tl.int64)
-        m = tl.load(
-            x + rows[:, None] * x_row + wide[None, :] * x_column, mask=known[:, None] & inside[None, :], other=0.0
-        )
+        some = known[:, None] & inside[None, :]
+        m = tl.load(x + rows[:, None] * x_row + wide[None, :] * x_column, mask=some, other=0.0)
         if HAS_MASK:
             m = tl.where(kept(hashes, rows, known, columns, start, threshold), m, 0.0)
-        w = tl.load(
-            a_rows[:, None] + wide[None, :] * a_column, mask=(ranks < rank)[:, None] & inside[None, :], other=0.0
-        )
+        held = (ranks < rank)[:, None] & inside[None, :]
+        w = tl.load(a_rows[:, None] + wide[None, :] * a_column, mask=held, other=0.0)
         total = product(m, tl.trans(w), total)
     place = down + tl.program_id(1).to(tl.int64) * part + rows[:, None] * rank + ranks[None, :]
     tl.store(place, total, mask=known[:, None] & (ranks < rank)[None, :])
 
 
-# fmt: off
 @triton.jit(do_not_specialize=["start", "threshold", "count", "steps"], do_not_specialize_on_alignment=["hashes"])
-def shared_down_backward_kernel(
+def lora_down_backward_kernel(
     grad_x: tl.tensor, x: tl.tensor, a_one: tl.tensor, a_two: tl.tensor, a_three: tl.tensor, up_one: tl.tensor,
     up_two: tl.tensor, up_three: tl.tensor, hashes: tl.tensor, grad_a: tl.tensor, start: tl.tensor,
     threshold: tl.tensor, count: tl.tensor, width: tl.tensor, rank: tl.tensor, end_one: tl.tensor, end_two: tl.tensor,
@@ -112,16 +133,14 @@ def shared_down_backward_kernel(
     a_row: tl.tensor, a_column: tl.tensor, SHARED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_X: tl.constexpr,
     HAS_A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ) -> None:
-    """grad_x += keep · (Q A) in place, rounded once; grad_a[s] = Qᵀ (keep · x) over the rows of slab s. A and Q are two
-    or three matrices (``SHARED``), each Q [N, its ranks].
+    """grad_x += keep · (Q A) in place, rounded once; grad_a[s] = Qᵀ (keep · x) over the rows of slab s. A and Q are
+    ``SHARED`` matrices.
     """
     slab = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     wide, ranks = columns.to(tl.int64), tl.arange(0, RANK).to(tl.int64)
     inside, used = columns < width, ranks < rank
     held = used[:, None] & inside[None, :]
-    q_first = rows_of(ranks, up_one, up_two, up_three, end_one, end_two, 1, SHARED)
-    q_row = lengths_of(ranks, rank, end_one, end_two, SHARED)
     if HAS_X and RANK <= PRODUCT_RANK:
         a_rows = rows_of(ranks, a_one, a_two, a_three, end_one, end_two, a_row, SHARED)
         w = tl.load(a_rows[:, None] + wide[None, :] * a_column, mask=held, other=0.0)
@@ -130,8 +149,8 @@ def shared_down_backward_kernel(
         rows = (slab * steps + step) * ROWS + tl.arange(0, ROWS)
         known = rows < count
         some = known[:, None] & inside[None, :]
-        q_place = q_first[None, :] + rows[:, None] * q_row[None, :]
-        q = tl.load(q_place, mask=known[:, None] & used[None, :], other=0.0)
+        q_at = up_at(rows, ranks, up_one, up_two, up_three, rank, end_one, end_two, SHARED)
+        q = tl.load(q_at, mask=known[:, None] & used[None, :], other=0.0)
         keep = some
         if HAS_MASK:
             keep = kept(hashes, rows, known, columns, start, threshold)
@@ -143,10 +162,9 @@ def shared_down_backward_kernel(
                 for first in tl.range(0, rank, PRODUCT_RANK, num_stages=1):
                     few = first + tl.arange(0, PRODUCT_RANK).to(tl.int64)
                     some_q, some_w = known[:, None] & (few < rank)[None, :], (few < rank)[:, None] & inside[None, :]
-                    starts = rows_of(few, up_one, up_two, up_three, end_one, end_two, 1, SHARED)
-                    length = lengths_of(few, rank, end_one, end_two, SHARED)
-                    q_few = tl.load(starts[None, :] + rows[:, None] * length[None, :], mask=some_q, other=0.0)
+                    few_at = up_at(rows, few, up_one, up_two, up_three, rank, end_one, end_two, SHARED)
                     a_rows = rows_of(few, a_one, a_two, a_three, end_one, end_two, a_row, SHARED)
+                    q_few = tl.load(few_at, mask=some_q, other=0.0)
                     w_few = tl.load(a_rows[:, None] + wide[None, :] * a_column, mask=some_w, other=0.0)
                     added = product(q_few, w_few, added)
             add_at(grad_x + rows[:, None] * g_row + wide[None, :] * g_column, tl.where(keep, added, 0.0), some)
