@@ -3,9 +3,9 @@
     python -m benchmarks.step.host_time                          # → benchmarks/results/host_time.json
 
 The CUDA branches run on tiny CPU tensors: products cost next to nothing there, and no Triton kernel runs, each launch
-being a wait of ``--launch`` microseconds in its place. Both sides have Liger's layers, LoRA on all seven matrices, its
-dropout on, float32. Seconds are the process's own per block, the median of many rounds; a round is one pass of every
-side.
+being a wait of ``--launch`` microseconds in its place. All sides have Liger's layers, LoRA on all seven matrices with
+its dropout on, float32; ``no adapter`` is the block alone. Seconds are the process's own per block, the median of many
+rounds; a round is one pass of every side.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def _nothing(device: object) -> Iterator[None]:
     yield
 
 
-def tiny_model() -> AdaptedLM:
-    """A Llama of a few narrow blocks with a LoRA adapter."""
+def tiny_base() -> CausalLM:
+    """A Llama of a few narrow blocks."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -85,14 +85,19 @@ def tiny_model() -> AdaptedLM:
     )
     base = cast(CausalLM, AutoModelForCausalLM.from_config(shape, dtype=torch.float32))
     base.requires_grad_(False).eval()
-    return attach_lora(base, LORA, (BLOCKS,))
+    return base
+
+
+def tiny_model() -> AdaptedLM:
+    """The same with a LoRA adapter."""
+    return attach_lora(tiny_base(), LORA, (BLOCKS,))
 
 
 @contextmanager
 def sides() -> Iterator[dict[str, Passes]]:
-    """Both sides, set up."""
+    """All sides, set up."""
     with ExitStack() as left:
-        ours, theirs = tiny_model(), tiny_model()
+        ours, theirs, plain = tiny_model(), tiny_model(), tiny_base()
         with patch.object(
             surgery, "use_liger", lambda model, setting, device, changes: replace_modules(model, changes)
         ):
@@ -100,6 +105,7 @@ def sides() -> Iterator[dict[str, Passes]]:
         changes = Changes()
         left.callback(changes.undo)
         replace_modules(theirs, changes)
+        replace_modules(plain, changes)
         theirs.train()
         keys, switches = torch.arange(TOKENS), adapter_switches(ours)
 
@@ -117,6 +123,10 @@ def sides() -> Iterator[dict[str, Passes]]:
                 "adapted": lambda: _forward(theirs),
                 "backward": _backward(lambda: _forward(theirs), theirs),
             },
+            "no adapter": {
+                "adapted": lambda: _forward(plain),
+                "backward": _backward(lambda: _forward(plain), None),
+            },
         }
 
 
@@ -126,9 +136,11 @@ def _forward(model: CausalLM) -> Tensor:
     return output
 
 
-def _backward(forward: Callable[[], Tensor], model: CausalLM) -> Callable[[], object]:
+def _backward(forward: Callable[[], Tensor], model: AdaptedLM | None) -> Callable[[], object]:
+    trained = [] if model is None else trainable_parameters(model)
+
     def passed() -> object:
-        for parameter in trainable_parameters(model):
+        for parameter in trained:
             parameter.grad = None
         output = forward()
         start = time.process_time()
@@ -183,7 +195,7 @@ def main() -> int:
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.write_text(json.dumps(record, indent=1) + "\n")
     for side, parts in found.items():
-        print(f"{side:6}" + "".join(f"{part:>12} {1e3 * seconds:7.3f} ms" for part, seconds in parts.items()))
+        print(f"{side:11}" + "".join(f"{part:>12} {1e3 * seconds:7.3f} ms" for part, seconds in parts.items()))
     for line in lines:
         print(f"missed: {line}")
     return 1 if lines else 0

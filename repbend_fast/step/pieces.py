@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from repbend_fast.data.records import Sequence
-from repbend_fast.models.layers.packing import Packed, pack, to_device
+from repbend_fast.models.layers.packing import Packed, known_on_host, pack, to_device
 from repbend_fast.objectives.terms import Span, ranges_of
 
 Layout = Literal["padded", "packed"]
@@ -95,7 +95,7 @@ def make_pieces(parts: Seq[Part], layout: Layout, device: torch.device) -> list[
         ids = torch.zeros(len(chosen), max(lengths), dtype=torch.int64)
         for i, sequence in enumerate(chosen):
             ids[i, : lengths[i]] = torch.tensor(sequence, dtype=torch.int64)
-    ids, offsets = to_device(ids, device), list(accumulate(sizes, initial=0))
+    ids, offsets = known_on_host(ids, device), list(accumulate(sizes, initial=0))
     pieces, first = [], 0
     for _, members in parts:
         last = first + len(members)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> t
     """
     settings = _settings(config)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
+        return torch.optim.AdamW(parameters, fused=_is_fused(parameters), **settings)
     check_optimizer(config, parameters[0].device)
     import bitsandbytes as bnb
 
@@ -78,6 +78,11 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, object], con
     """
     if config.optimizer.startswith("paged"):
         _load_paged(optimizer, saved)
+    elif isinstance(optimizer, torch.optim.AdamW):
+        # By them, not by what was saved, torch decides on which device the number of steps lies.
+        fused = {"fused": optimizer.param_groups[0]["fused"]}
+        groups = cast("list[dict[str, object]]", saved["param_groups"])
+        optimizer.load_state_dict(saved | {"param_groups": [group | fused for group in groups]})
     else:
         optimizer.load_state_dict(saved)
     for group in optimizer.param_groups:
@@ -95,6 +100,11 @@ def _load_paged(optimizer: Any, saved: dict[str, object]) -> None:
                 state[name] = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
             elif isinstance(value, torch.Tensor):
                 state[name] = value.to(parameter.device)
+
+
+def _is_fused(parameters: list[nn.Parameter]) -> bool | None:
+    """One launch for all parameters of a dtype, in the place of one for each operation. On a CPU torch's own choice."""
+    return True if all(p.is_cuda for p in parameters) else None
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ def test_both_sides_are_measured_and_nothing_stays(monkeypatch) -> None:
     assert {side: set(parts) for side, parts in found.items()} == {
         "ours": {"reference", "adapted", "backward"},
         "PEFT": {"adapted", "backward"},
+        "no adapter": {"adapted", "backward"},
     }
     assert all(seconds > 0 for parts in found.values() for seconds in parts.values())
     assert not torch.zeros(1).is_cuda

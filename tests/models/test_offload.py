@@ -26,9 +26,11 @@ from torch import Tensor
 from repbend_fast.errors import UserError
 from repbend_fast.models import Head, find_head
 from repbend_fast.models.layers.offload import HostEmbedding, HostStates, host_states, offload_embedding
+from repbend_fast.models.layers.packing import host_copy
 from repbend_fast.objectives import build_objective
 from repbend_fast.step import adapted
 from repbend_fast.step.levers import Levers
+from repbend_fast.step.pieces import make_piece
 from repbend_fast.step.proof import check_head
 
 CPU = torch.device("cpu")
@@ -152,6 +154,26 @@ def test_a_head_that_cannot_move_is_refused() -> None:
     model.get_output_embeddings().weight.requires_grad_(True)
     with pytest.raises(UserError, match=r"memory\.offload_embedding=true: the output head is a Linear"):
         offload_embedding(model)
+
+
+META = torch.device("meta")
+"""A device that gives nothing back."""
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_piece_s_ids_need_not_come_back_from_the_device(layout) -> None:
+    model = tiny_model("llama")
+    offload_embedding(model)
+    sequences = build_objective(CONFIG, BLOCKS).streams(ragged_batch(), 0)[0].sequences
+    members = tuple(range(len(sequences)))
+    found = make_piece(sequences, members, layout, META).input_ids
+    expected = make_piece(sequences, members, layout, CPU).input_ids
+    assert found.device == META
+    assert torch.equal(host_copy(found), expected)
+    embedding = model.get_input_embeddings()
+    assert torch.equal(embedding(found), embedding(expected))
+    with pytest.raises(NotImplementedError, match="meta"):
+        embedding(found.clone())
 
 
 @pytest.mark.gpu

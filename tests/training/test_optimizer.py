@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from repbend_fast.config.schema import TrainingConfig
-from repbend_fast.training.optimizer import load_moments
+from repbend_fast.training import optimizer as module
+from repbend_fast.training.optimizer import build_optimizer, load_moments
 
 
 class Paging(torch.optim.Optimizer):
@@ -63,3 +65,34 @@ def test_other_optimizers_keep_what_they_loaded() -> None:
     saved = {"state": {0: {"state1": torch.ones(200)}}, "param_groups": [{"lr": 0.5, "params": [0]}]}
     load_moments(optimizer, saved, TrainingConfig(optimizer="adamw_8bit"))
     assert optimizer.handed_out == []
+
+
+def test_the_number_of_launches_is_the_device_s_choice_not_the_checkpoint_s(monkeypatch) -> None:
+    """Moments that were saved on a CPU go on in a fused optimizer, and back."""
+    config = TrainingConfig(optimizer="adamw", learning_rate=1e-2)
+
+    def stepped(fused: bool | None, grad: Tensor, saved: dict[str, Any] | None = None) -> tuple[Any, Tensor]:
+        monkeypatch.setattr(module, "_is_fused", lambda parameters: fused)
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 9))
+        optimizer = build_optimizer([parameter], config)
+        if saved is not None:
+            load_moments(optimizer, copy.deepcopy(saved), config)
+        assert [group["fused"] for group in optimizer.param_groups] == [fused]
+        parameter.grad = grad.clone()
+        optimizer.step()
+        assert int(optimizer.state[parameter]["step"]) == (1 if saved is None else 2)
+        return optimizer, parameter.detach()
+
+    once, then = torch.linspace(2, -1, 9), torch.linspace(-1, 3, 9)
+    for first, second in ((None, True), (True, None)):
+        saved = stepped(first, once)[0].state_dict()
+        _, found = stepped(second, then, saved)
+        assert torch.allclose(found, stepped(first, then, saved)[1], rtol=1e-6)
+        assert not torch.allclose(found, stepped(first, then)[1], rtol=1e-4)
+
+
+def test_one_launch_for_all_on_a_gpu_alone(monkeypatch) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(3))]
+    assert module._is_fused(parameters) is None
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    assert module._is_fused(parameters) is True

@@ -16,6 +16,7 @@ from repbend_fast.errors import UserError
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.layers.changes import Changes
+from repbend_fast.models.layers.packing import host_copy
 
 
 @dataclass
@@ -115,14 +116,15 @@ def host_states(wanted: bool, device: torch.device) -> HostStates | None:
 class HostEmbedding(nn.Module):
     """What an embedding in host memory gets in front of its own class: rows are looked up there and sent over.
 
-    The token ids come back from the device for that, which waits for the work queued before.
+    A step's pieces know their ids on the host. Others', as in generation, come back from the device for that, which
+    waits for the work queued before.
     """
 
     compute_device: torch.device
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[..., D] on the compute device from ids on any device."""
-        return super().forward(input_ids.to("cpu")).to(self.compute_device, non_blocking=True)
+        return super().forward(host_copy(input_ids)).to(self.compute_device, non_blocking=True)
 
 
 class HostLinear(nn.Linear):
@@ -140,9 +142,9 @@ def offload_embedding(model: CausalLM, changes: Changes | None = None) -> None:
     """Move the input embedding and the output head, tied or not, to pinned host memory, in place. A second call changes
     nothing.
 
-    Saves their size on the device (2 · V · D, half of it where they are tied). It costs one wait for the device per
-    pass, for the token ids, and per piece of a stream with a head term the transfer of the whole head: 1 GB for
-    Llama-3-8B, about 0.1 s. While such a piece's head loss runs, the head is on the device; it has left before
+    Saves their size on the device (2 · V · D, half of it where they are tied). It costs per piece of a stream with a
+    head term the transfer of the whole head: 1 GB for Llama-3-8B, about 0.1 s; in generation, a wait for the device per
+    pass, for the token ids. While such a piece's head loss runs, the head is on the device; it has left before
     backward. Parameters stay the same objects; undone, their values are on the device again.
 
     Raises:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 _ATTRIBUTE = "_repbend_packed"
+_HOST = "_repbend_host_ids"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,22 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_available():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def known_on_host(ids: Tensor, device: torch.device) -> Tensor:
+    """Host ids on ``device``, which :func:`host_copy` finds again without asking the device."""
+    sent = to_device(ids, device)
+    if sent is not ids:
+        setattr(sent, _HOST, ids)
+    return sent
+
+
+def host_copy(ids: Tensor) -> Tensor:
+    """The ids in host memory. Those that nobody has kept there come from the device, which waits for its queued
+    work.
+    """
+    kept: Tensor | None = getattr(ids, _HOST, None)
+    return ids.to("cpu") if kept is None else kept
 
 
 def known_mask(input_ids: Tensor, packed: Packed | None, device: torch.device) -> Tensor:
