@@ -12,10 +12,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -28,7 +28,8 @@ _TABLE_WIDTH = 100
 
 def terminal(text: str) -> None:
     """Print a line for the user as it is: paths keep their brackets, and a command to copy is not wrapped."""
-    terminal_console().print(text, markup=False, emoji=False, soft_wrap=True)
+    with _written():
+        terminal_console().print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 @cache
@@ -41,6 +42,41 @@ def terminal_console() -> Console:
 
 # A thread that a caller starts has the terminal again, as the threads of a comparison need it.
 _listener: ContextVar[Say | None] = ContextVar("listener", default=terminal)
+
+
+_outlives: ContextVar[bool] = ContextVar("outlives", default=False)
+
+
+@contextmanager
+def outliving_readers() -> Iterator[None]:
+    """Work inside goes on where nobody reads any more what it says: a closed terminal, a pipe whose reader has ended, a
+    full disk under a redirected output.
+    """
+    token = _outlives.set(True)
+    try:
+        yield
+    finally:
+        _outlives.reset(token)
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SystemExit):  # rich ends the program where a pipe's reader has ended
+        if not _outlives.get():
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            _silence_if_dead(stream)
+
+
+def _silence_if_dead(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+            stream.flush()
 
 
 @contextmanager
@@ -74,17 +110,15 @@ def note(text: str) -> None:
 
 def _aside(text: str) -> None:
     if _listener.get() is terminal:
-        print(text, file=sys.stderr)
+        with _written():
+            print(text, file=sys.stderr)
     else:
         say(text)
 
 
 def remark(text: str) -> None:
     """Say a line beside a command's result: on a terminal it goes to standard error."""
-    if _listener.get() is terminal:
-        print(text, file=sys.stderr)
-    else:
-        say(text)
+    _aside(text)
 
 
 def show(renderable: RenderableType, width: int | None = None) -> None:
@@ -93,7 +127,8 @@ def show(renderable: RenderableType, width: int | None = None) -> None:
     """
     listener = _listener.get()
     if listener is terminal and (width is None or terminal_console().is_terminal):
-        terminal_console().print(renderable)
+        with _written():
+            terminal_console().print(renderable)
     elif listener is not None:
         from rich.console import Console
 
@@ -250,7 +285,8 @@ class _LiveBar:
         if _LiveBar._drawn is None:
             self._is_first = True
             _LiveBar._drawn = _bars()
-            _LiveBar._drawn.start()
+            with _written():
+                _LiveBar._drawn.start()
         self._lines = _LiveBar._drawn
         self._task = self._lines.add_task(self._what, total=self._total, completed=self._done, text="", left=None)
 
@@ -260,7 +296,8 @@ class _LiveBar:
             self._lines.remove_task(self._task)
         if self._is_first:
             _LiveBar._drawn = None
-            self._lines.stop()
+            with _written():
+                self._lines.stop()
 
     def update(
         self, total: int | None = None, completed: int | None = None, text: str | None = None, left: str | None = None

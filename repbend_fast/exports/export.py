@@ -24,7 +24,7 @@ from repbend_fast.exports.modelfile import modelfile
 from repbend_fast.exports.probes import probes
 from repbend_fast.exports.request import KINDS, Request
 from repbend_fast.models.load import load_tokenizer, read_model_config
-from repbend_fast.runs.folder import RunFolder, check_new, write_folder, write_json
+from repbend_fast.runs.folder import RunFolder, check_new, only_training, write_folder, write_json
 
 if TYPE_CHECKING:
     from repbend_fast.data.tokenizer import Tokenizer
@@ -63,7 +63,12 @@ def export_run(request: Request) -> Check | None:
         raise UserError(f"--format={request.kind}: known: {', '.join(KINDS)}")
     if request.gguf_type is not None and request.kind != "gguf":
         raise UserError("--type is of GGUF files; add --format gguf")
-    check_new(request.out)
+    with only_training(RunFolder(request.out), "export", "choose another --out"):
+        check_new(request.out)
+        return _exported(request)
+
+
+def _exported(request: Request) -> Check | None:
     run = RunFolder(request.folder)
     if not (run.adapter / "adapter_model.safetensors").is_file():
         raise UserError(

@@ -11,12 +11,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from repbend_fast.errors import UserError
+from repbend_fast.console import outliving_readers
+from repbend_fast.errors import UserError, one_line
 
 try:
     import fcntl
@@ -81,16 +82,17 @@ def only_training(
     log.
 
     The lock is a file of the machine's temporary folder, since the run's own may be renamed; other machines do not see
-    it.
+    it. What holds a folder works for long, and goes on when nobody reads what it says.
 
     Raises:
-        UserError: another process trains in this folder.
+        UserError: another process trains in this folder, or the temporary folder cannot be written to.
     """
     if fcntl is None:
-        yield
+        with outliving_readers():
+            yield
         return
     name = hashlib.sha256(os.fsencode(run.path.resolve())).hexdigest()[:24]
-    with open(Path(tempfile.gettempdir()) / f"repbend-fast-{os.getuid()}-{name}.lock", "a+", encoding="utf-8") as file:
+    with _lock_file(f"repbend-fast-{os.getuid()}-{name}.lock") as file, outliving_readers():
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -99,10 +101,20 @@ def only_training(
                 f"{run.path}: another {what} is writing to this folder (process {file.read().strip() or 'unknown'}); "
                 f"wait for it, or {remedy}"
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with suppress(OSError):  # a full disk: the lock holds without a number
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
+
+
+def _lock_file(name: str) -> TextIO:
+    try:
+        return open(Path(tempfile.gettempdir()) / name, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"the temporary folder cannot be written to ({one_line(error)}); set TMPDIR to one that can"
+        ) from error
 
 
 @contextmanager
@@ -126,6 +138,8 @@ def saving(what: str, path: Path) -> Iterator[None]:
 
 def _raise_disk_error(what: str, path: Path, error: OSError) -> NoReturn:
     remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
+    if error.errno == errno.EBUSY:
+        remedy = "name a folder inside of this one, where a file system is mounted,"
     raise UserError(
         f"cannot save {what} to {path}: {error.strerror or error}; {remedy} and go on, what was saved before is intact"
     ) from error
@@ -262,6 +276,8 @@ def check_new(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not an empty folder; choose another")
+    if folder.is_mount():
+        raise UserError(f"{folder}: a file system is mounted here, so that it cannot be renamed; name a folder in it")
 
 
 def start_folder(run: RunFolder) -> Path | None:

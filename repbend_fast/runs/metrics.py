@@ -26,8 +26,11 @@ class MetricsLog:
         no other.
         """
         line = json.dumps(finite({"type": kind, "step": step} | values), allow_nan=False)
-        with saving(self.path.name, self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with saving(self.path.name, self.path):
+            # The folder may be removed while the run trains, which then makes it again.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     def close(self) -> None:
         """Nothing is held back here; trackers (``runs/tracking.py``) may hold something."""

@@ -1,4 +1,6 @@
-"""Ctrl-C, or a SIGTERM as schedulers and ``timeout`` send it, once finishes the step and saves; twice stops at once."""
+"""Ctrl-C, a SIGTERM as schedulers and ``timeout`` send it, or a terminal that closes, once finishes the step and saves;
+twice stops at once.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from repbend_fast.console import say
 
 ONCE = 2.0
 """Seconds in which a launcher hands on a signal that its processes have had."""
-SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+HANGUP = getattr(signal, "SIGHUP", None)
+"""Not on Windows."""
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"} | ({HANGUP: "SIGHUP"} if HANGUP else {})
 
 
 class Interrupt:
@@ -18,7 +22,7 @@ class Interrupt:
     ``KeyboardInterrupt``.
 
     ``reason`` names the first one. ``launched``: a terminal's Ctrl-C comes a second time through the launcher, and
-    counts once.
+    counts once. So does SIGHUP, which a closing terminal and its shell both send; ``nohup`` has it ignored as before.
     """
 
     def __init__(self, launched: bool = False) -> None:
@@ -30,6 +34,8 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:
+            if number == HANGUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             try:
                 self._previous[number] = signal.signal(number, self._handle)
             except ValueError:  # not the main thread: the importer's own handling stays
@@ -43,7 +49,7 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.requested and time.monotonic() < self._ignored_until:
+        if self.requested and (number == HANGUP or time.monotonic() < self._ignored_until):
             return
         if self.requested:
             raise KeyboardInterrupt

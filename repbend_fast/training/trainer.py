@@ -52,6 +52,7 @@ from repbend_fast.training.checkpoint import (
 from repbend_fast.training.dual import KLWeight
 from repbend_fast.training.guard import Guard
 from repbend_fast.training.interrupt import Interrupt
+from repbend_fast.training.kept_folder import keep_folder
 from repbend_fast.training.optimizer import build_optimizer, learning_rate
 from repbend_fast.training.preflight import Ready, prepare_run
 from repbend_fast.training.resume import place_of, resume_training, state_of
@@ -214,8 +215,8 @@ class Trainer:
                 last = self.step == settings.steps
                 if validator and (self._validation_is_due() or last or self.guard.is_annealed(self.step)):
                     self._validate(validator)
-                interrupted = self.ranks.any(interrupt.requested)
-                if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupted:
+                interrupted, gone = self.ranks.any(interrupt.requested), keep_folder(self)
+                if self.step % settings.checkpoint_every == 0 or last or self.stopped or interrupted or gone:
                     path = self.run.checkpoint(self.step)
                     if self.ranks.first:
                         save_checkpoint(self.run, state_of(self), self.model, settings.keep_checkpoints, place_of(self))
@@ -267,8 +268,12 @@ class Trainer:
             self.log.write(
                 "event", self.step, event="units", reason=f"lengths that count as 1, by hidden state: {shown}"
             )
-        if units and self.ranks.first:
-            write_json(self.run.units, {str(layer): unit for layer, unit in units.items()})
+        self.write_units()
+
+    def write_units(self) -> None:
+        """Keep the units in the run's folder, if there are any."""
+        if self.runner.units and self.ranks.first:
+            write_json(self.run.units, {str(layer): unit for layer, unit in self.runner.units.items()})
 
     def log_proof(self) -> None:
         """Record what was shown for the model at load."""

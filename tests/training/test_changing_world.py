@@ -1,8 +1,13 @@
-"""What changes around a run while it trains: its data, the clock, another process in its folder."""
+"""What changes around a run while it trains: its data, its folder, its terminal, the clock, another process in its
+folder.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import TinyRun, adapter_of, records, reproducible, same_tensors, write_records
+from tiny_run import TinyRun, adapter_of, events, records, reproducible, same_tensors, write_records
 
 from repbend_fast.cli import main
 from repbend_fast.runs.folder import RunFolder
@@ -114,3 +119,60 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(
     assert not (tiny.folder / "run.1").exists()
     assert reproducible(tiny.path) == reproducible(whole.path)
     assert same_tensors(adapter_of(tiny.path), adapter_of(whole.path))
+
+
+GONE: dict[str, Change] = {
+    "the folder": shutil.rmtree,
+    "the folder, moved away": lambda folder: folder.rename(folder.with_name("elsewhere")),
+    "its settings": lambda folder: (folder / "config.yaml").unlink(),
+}
+
+
+@pytest.mark.parametrize("gone", GONE)
+def test_what_is_removed_during_a_run_is_written_again(
+    gone: str, whole: TinyRun, tiny: TinyRun, after_step: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    after_step(3, lambda: GONE[gone](tiny.path))
+    assert main(["train", str(tiny.recipe)]) == 0
+    assert "was removed or moved away while the run trains; it is written again" in capsys.readouterr().out
+    assert [row["step"] for row in events(tiny.path) if row["event"] == "folder_made_again"] == [3]
+    assert same_tensors(adapter_of(tiny.path), adapter_of(whole.path))
+    assert main(["train", "--resume", str(tiny.path), "training.steps=7"]) == 0
+
+
+def test_a_terminal_that_closes_saves(tiny: TinyRun, after_step: Callable[..., None]) -> None:
+    """It and its shell send SIGHUP, which counts once; under ``nohup`` it counts for nothing."""
+    after_step(3, lambda: [os.kill(os.getpid(), signal.SIGHUP) for _ in range(2)])
+    assert main(["train", str(tiny.recipe)]) == 130
+    assert [path.name for path in RunFolder(tiny.path).all_checkpoints()] == ["step-000002", "step-000003"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["train", str(tiny.recipe), "training.steps=4"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from repbend_fast.console import note, say
+from repbend_fast.runs.folder import RunFolder, only_training
+with only_training(RunFolder(sys.argv[1])):
+    for _ in range(2000):
+        say("a line that nobody reads")
+        note("another")
+Path(sys.argv[1]).write_text("done")
+"""
+
+
+@pytest.mark.parametrize("reader", ["pipe", *(["disk"] if Path("/dev/full").exists() else [])])
+def test_a_reader_that_is_gone_ends_no_run(reader: str, tmp_path: Path) -> None:
+    reading, pipe = os.pipe()
+    os.close(reading)
+    writing = pipe if reader == "pipe" else os.open("/dev/full", os.O_WRONLY)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "end")]
+    done = subprocess.run(command, stdout=writing, stderr=writing, env=environment, timeout=120, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "end").read_text() == "done"

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tiny_run import TinyRun, reproducible, same_tensors
 
 from repbend_fast.cli import main
 from repbend_fast.errors import UserError
-from repbend_fast.runs.folder import RunFolder, start_folder, write_folder, write_json, write_text
+from repbend_fast.runs.folder import RunFolder, only_training, start_folder, write_folder, write_json, write_text
 from repbend_fast.runs.metrics import MetricsLog
 from repbend_fast.runs.stored import checked_manifest
 from repbend_fast.training.checkpoint import adapter_weights
@@ -190,6 +191,17 @@ def test_a_failing_replacement_brings_the_old_folder_back(tmp_path: Path, monkey
         write_folder(folder, lambda path: (path / "a").write_text("new", encoding="utf-8") and None)
     assert (folder / "a").read_text(encoding="utf-8") == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_temporary_folder_that_cannot_be_written_to_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with (
+        pytest.raises(UserError, match=r"temporary folder cannot be written to .*; set TMPDIR"),
+        only_training(RunFolder(tmp_path)),
+    ):
+        pass
 
 
 def test_earlier_runs_are_moved_and_numbered(tiny: TinyRun) -> None:
