@@ -145,3 +145,21 @@ def test_the_results_show_what_the_general_recipe_does_here():
     assert demo_table(record) in results
     assert missed_demo_goals(record) == ["seed 42: helpful_borderline fell by more than 10 points"]
     assert "It keeps every limit of the demo but one:" in results
+
+
+def test_the_results_show_what_made_data_does_here():
+    record = json.loads((ROOT / "benchmarks/results/made_data.json").read_text(encoding="utf-8"))
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("## A policy, data that")[2]
+    assert demo_table(record) in results
+    missed = missed_demo_goals(record)
+    assert missed
+    assert all(f"- {line}" in results for line in missed)
+    before, after = record["seeds"][0]["before"], record["seeds"][0]["after"]
+    counts, readme = record["seeds"][0]["counts"], (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    answered = [round(after[key] * counts[key]) for key in ("attack_direct", "attack_prefill")]
+    plain, forced = (f"{n} of {counts[key]}" for n, key in zip(answered, ("attack_direct", "attack_prefill")))
+    lost = 100 * (before["helpful_borderline"] - after["helpful_borderline"])
+    minutes = sum(part["processor_seconds"] for part in record["spent"].values()) / 60
+    assert after["helpful_ordinary"] == before["helpful_ordinary"]
+    assert f"{plain} plain and {forced} forced attacks answered, ordinary answers as helpful as before" in readme
+    assert f"{lost:.0f} points of look-alikes lost; it takes {minutes:.0f} minutes of one CPU core" in readme
