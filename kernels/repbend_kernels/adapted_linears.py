@@ -68,8 +68,9 @@ class _AdaptedLinears(torch.autograd.Function):
             outputs.append(result.resize_(*shape[:-1], result.shape[-1]))
         kept, make = ((rows,), None) if call.remake is None else call.remake
         ctx.save_for_backward(hashes, down, *adapter, *kept)
-        # The call, not the weights as saved tensors: they are frozen, and nobody shall offload or pack them.
-        ctx.call, ctx.make, ctx.shape = call, make, shape
+        # The call, not the weights as saved tensors: they are frozen, and nobody shall offload or pack them. Without
+        # what x is made of again: saved tensors alone are given up by a recomputed block.
+        ctx.call, ctx.make, ctx.shape = call._replace(remake=None), make, shape
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 

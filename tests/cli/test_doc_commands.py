@@ -143,7 +143,9 @@ def smaller(words: list[str]) -> list[str]:
             # Sets on the hub are out of reach, and every attack has its test: tests/assessment/test_every_attack.py.
             near = {"xstest": "prompts.jsonl", "mine.jsonl": "prompts.jsonl", "all": "direct"}
             words = [re.sub("^relearning.*", RELEARNING, near.get(word, word)) for word in words]
-            more = ("--limit", "1", "--max-new-tokens", "3")
+            if "--limit" in words:
+                words[words.index("--limit") + 1] = "1"
+            more = ("--max-new-tokens", "3") if "--limit" in words else ("--limit", "1", "--max-new-tokens", "3")
         case "ask":
             more = ("--max-new-tokens", "3")
         case "export":

@@ -386,8 +386,9 @@ def test_memory_is_below_peft_s() -> None:
     output, source = rows * OUTER * 2, rows * INNER * 2
     chunk = low_rank_chunks.CHUNK_ELEMENTS["cpu"] * 4
     # Output, its gradient, the gradient of x, P (until backward ends), Q, keys and hashes; of a chunk what is added to
-    # its gradient, x masked, and the hashes and the widened x that are compared; weights, their gradients, and buffers.
-    assert sizes["ours"] <= 2 * output + source + rows * (2 * 8 * 4 + 8 + 4) + 3.5 * chunk + 2**19
+    # its gradient, x masked, and the hashes and the widened x that are compared; of a quarter of one weights, their
+    # gradients and small buffers, which differ by some KB with what ran before.
+    assert sizes["ours"] <= 2 * output + source + rows * (2 * 8 * 4 + 8 + 4) + 3.75 * chunk
     assert sizes["ours"] < 0.7 * sizes["peft"]
 
 

@@ -37,6 +37,7 @@ BUILDERS = {
 TENSORS = {
     ("models/layers/offload.py", "get"),
     ("models/layers/packing.py", "known_mask"),
+    ("models/layers/packing.py", "known_on_host"),
     ("models/layers/recompute.py", "recomputable"),
 }
 """Marks on a tensor that is no parameter."""
