@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -213,3 +215,19 @@ def test_what_does_not_fit_is_refused(device) -> None:
         linears(of)(of["x"], hashes_on(device)[1:])
     with pytest.raises(ValueError, match="expected 0 < p < 1"):
         linears(of, p=0.0)(of["x"], hashes_on(device))
+
+
+def test_a_node_holds_nothing_beside_its_saved_tensors() -> None:
+    """A recomputed block gives those up after its forward; whatever else a node held would stay until backward."""
+    given = trained(of_case("three, r 16", torch.device("cpu")))
+    source = given["x"].detach().clone()
+    kept = weakref.ref(source)
+    x = (given["x"] * 1).view(*BATCH, INNER)
+    made = weakref.ref(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.shape, lambda shape: torch.zeros(shape)):
+        outputs = linears(given)(x, None, remake=((source,), lambda inputs: inputs[0]))
+    del source, x
+    gc.collect()
+    assert all(y.grad_fn is not None for y in outputs)
+    assert kept() is None
+    assert made() is None
