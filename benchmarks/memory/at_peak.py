@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, hardware_slug
-from benchmarks.step.step_cases import Case, cases_for, load_base
+from benchmarks.step.step_cases import LORA, Case, cases_for, load_base
 from benchmarks.step.step_sides import Side, adapted, set_up, sides_for
 from repbend_fast.environment import environment
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.planning.scratch import HEAD_OPS, op_scratch
 from repbend_fast.planning.tracker import MemoryTracker, module_tensors
-
-DROPOUT = 0.05
 
 
 class Held(TypedDict):
@@ -60,7 +58,7 @@ def peak_of(side: Side, case: Case, base: CausalLM) -> Peak:
         kinds[key] = found
         return key
 
-    with adapted(case, base) as model, set_up(side, case, model, DROPOUT) as stepper:
+    with adapted(case, base) as model, set_up(side, case, model, LORA.dropout) as stepper:
         scratch = {name: rule for name, rule in op_scratch(device).items() if name not in HEAD_OPS}
         tracker = MemoryTracker(scratch=scratch, category=kind)
         tracker.watch(module_tensors(model), "model")

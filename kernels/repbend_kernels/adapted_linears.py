@@ -105,8 +105,7 @@ class _AdaptedLinears(torch.autograd.Function):
                 del weight
         grads_a: Sequence[Tensor | None] = [None] * count
         if needs_x or needs_a:
-            x = kept[0] if ctx.make is None else ctx.make(kept)
-            x = x.reshape(-1, x.shape[-1])
+            x = low_rank.source_rows(ctx.make, kept)
             target = x.new_empty((0, x.shape[1])) if grad_x is None else grad_x
             grad_a = low_rank.add_down_gradient(
                 target, x, list(a), ups, hashes, call.place, call.p, [needs_x, needs_a], call.implementation

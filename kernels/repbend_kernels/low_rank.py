@@ -217,6 +217,12 @@ def add_down_gradient(
     return grad_a if needs[1] else None
 
 
+def source_rows(make: Callable[[Sequence[Tensor]], Tensor] | None, kept: Sequence[Tensor]) -> Tensor:
+    """x [N, D] in backward: what was ``kept``, or made of it."""
+    x = kept[0] if make is None else make(kept)
+    return x.reshape(-1, x.shape[-1])
+
+
 class _Down(torch.autograd.Function):
     """``(x, P of each a)``. The base layers read this x: its gradient comes through here and takes the low-rank part
     in.
@@ -248,8 +254,7 @@ class _Down(torch.autograd.Function):
         checks.check_first_derivative("lora_down")
         hashes, *kept = ctx.saved_tensors
         a, kept = kept[: len(ups)], kept[len(ups) :]
-        x = kept[0] if ctx.make is None else ctx.make(kept)
-        x = x.reshape(-1, x.shape[-1])
+        x = source_rows(ctx.make, kept)
         if grad_x is None:
             grad_x = torch.zeros_like(x) if needs[0] else x.new_empty((0, x.shape[1]))
         up = [some.new_zeros((x.shape[0], rank)) if up is None else up for up, rank in zip(ups, ctx.ranks)]
