@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from repbend_fast.config.yaml_text import parse_value
+from repbend_fast.config.yaml_text import check_text, parse_value
 from repbend_fast.errors import UserError
 from repbend_fast.words import is_assignment, takes_value
 
@@ -36,7 +36,8 @@ def parse_overrides(overrides: Overrides) -> list[Override]:
     """The settings of a mapping, or of a command line's tokens, in their order.
 
     Raises:
-        UserError: a token that is neither ``key=value`` nor an option, or a key of a mapping that is no text.
+        UserError: a token that is neither ``key=value`` nor an option, a key of a mapping that is no text, or what
+            ``check_text`` refuses.
     """
     if isinstance(overrides, Mapping):
         return [_given(key, value) for key, value in overrides.items()]
@@ -45,11 +46,13 @@ def parse_overrides(overrides: Overrides) -> list[Override]:
     i = 0
     while i < len(tokens):
         token = tokens[i]
+        check_text(token, "")
         if token.startswith("--") and len(token) > 2:
             option, equals, text = token.partition("=")
             if not equals and takes_value(tokens, i):
                 i += 1
                 text = tokens[i]
+                check_text(text, f"{token}=")
             elif not equals:
                 text = "True"
             found.append(_typed(option, option[2:], text))
@@ -73,13 +76,16 @@ def _typed(spelled: str, name: str, text: str) -> Override:
 def _given(key: object, value: object) -> Override:
     if not isinstance(key, str):
         raise UserError(f"{key!r}: a key of the overrides must be text, such as training.steps")
-    return Override(key, key, _plain(value))
+    check_text(key, "")
+    return Override(key, key, _plain(value, f"{key}="))
 
 
-def _plain(value: object) -> object:
+def _plain(value: object, prefix: str) -> object:
     """What YAML would hold in the place of Python's own kinds."""
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        value = os.fspath(value)
+    if isinstance(value, str):
+        check_text(value, prefix)
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(inner, prefix) for key, inner in value.items()}
+    return [_plain(inner, prefix) for inner in value] if isinstance(value, list | tuple) else value

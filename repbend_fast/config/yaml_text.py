@@ -28,6 +28,9 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, object] = {}  # noqa: RUF012  PyYAML's own shape
 
@@ -44,6 +47,16 @@ for _tag, _pattern, _first in _SCALARS:
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
 
 
+def check_text(text: str, prefix: str) -> None:
+    """Refuse what no file's name and no file can hold: a zero byte, half of a pair of surrogates.
+
+    Raises:
+        UserError: ``text`` has one; ``prefix`` says where it stands.
+    """
+    if _NO_TEXT.search(text):
+        raise UserError(f"{prefix}{ascii(text)[1:-1]}: a zero byte or half a character is no text; leave it out")
+
+
 def dump_yaml(value: object) -> str:
     """``value`` as block YAML in the order of its keys."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
@@ -54,7 +67,7 @@ def parse_value(text: str) -> object:
 
     Raises:
         yaml.YAMLError: if the text is no YAML.
-        UserError: on a duplicate key inside a mapping.
+        UserError: on a duplicate key inside a mapping, and on what ``check_text`` refuses.
     """
     loader = _Loader(text)
     try:
@@ -78,7 +91,7 @@ def read_yaml(
         The mapping, and ``{("training", "steps"): line, …}``.
 
     Raises:
-        UserError: missing or unreadable file, invalid UTF-8 or YAML, duplicate key, top level that is no mapping.
+        UserError: missing or unreadable file, invalid UTF-8, YAML or text, duplicate key, top level that is no mapping.
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -119,7 +132,10 @@ def _build(
             lines[(*path, i)] = item.start_mark.line + 1
         return [_build(loader, item, (*path, i), name, lines, parents) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        value = loader.construct_object(node)
+        if isinstance(value, str):
+            check_text(value, f"{name}:{node.start_mark.line + 1}: " if name else "")
+        return value
     mapping: dict[str, object] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -127,6 +143,7 @@ def _build(
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"{where}a key must be a word, not a list or a mapping")
         key = str(key_node.value)
+        check_text(key, where)
         here = (*path, key)
         if key in mapping:
             first = f" (first in line {lines[here]})" if name else ""

@@ -15,7 +15,7 @@ from pydantic import Field
 from repbend_fast.data.records import Role
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.choices import Auto, DistanceUnit
-from repbend_fast.section import AboveZero, NonNegative, Positive, Section, Share, Weight
+from repbend_fast.section import AboveZero, NonNegative, Section, Share, StateCount, StateIndex, Weight
 
 PUBLISHED_DEPTH = 32
 """Blocks of the models that hidden states are published for."""
@@ -191,11 +191,11 @@ class KLLimitConfig(MethodConfig):
 class WindowConfig(KLLimitConfig):
     """Settings of objectives that bend a window of hidden states and keep the retain stream by KL."""
 
-    window_start: NonNegative | Auto = Field(
+    window_start: StateIndex | Auto = Field(
         20,
         description="First hidden state of the window (0 is the embedding output); auto = as deep as 20 of 32 blocks.",
     )
-    window_size: Positive | Auto = Field(
+    window_size: StateCount | Auto = Field(
         11, description="Hidden states in the window; auto = as large a share as 11 of 32."
     )
     distance_unit: DistanceUnit = "state"
