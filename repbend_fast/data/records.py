@@ -118,13 +118,14 @@ class Batch:
     """One micro-batch. For RepBend with B examples every list has B entries.
 
     The streams follow from it: safe = ``safe`` + ``[p.safe for p in pairs]``, unsafe = ``unsafe`` + ``[p.unsafe for p
-    in pairs]``.
+    in pairs]``. Of the pairs in ``refused`` the safe answers are learned as refusals, and nothing else.
     """
 
     safe: tuple[Sequence, ...] = ()
     unsafe: tuple[Sequence, ...] = ()
     pairs: tuple[PairSequence, ...] = ()
     retain: tuple[Sequence, ...] = ()
+    refused: tuple[PairSequence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ MEGABATCH = 50
 class BatchSampler:
     """Draws ``examples`` sequences of every required role per micro-batch, each role in its own reshuffled epochs.
 
-    ``retain_examples`` are those of ``retain``, where they are another number.
+    ``retain_examples`` are those of ``retain``, where they are another number; ``refusal_examples`` those of pairs,
+    where there are more, the further ones in ``refused``.
 
     The order of a role depends on the seed, the role and the epoch alone, so adding a role changes no other. ``sets``
     may be encoded lazily; a set that has ``fingerprint()`` is hashed through it, any other by its ids.
@@ -43,6 +44,7 @@ class BatchSampler:
         required_roles: Iterable[Role],
         group_by_length: bool = False,
         retain_examples: int | None = None,
+        refusal_examples: int | None = None,
     ) -> None:
         wanted = set(required_roles)
         self.roles: tuple[Role, ...] = tuple(r for r in ROLES if r in wanted)
@@ -55,6 +57,7 @@ class BatchSampler:
         self.sets = {role: sets[role] for role in self.roles}
         self.examples = examples
         self.retain_examples = retain_examples or examples
+        self.refusal_examples = refusal_examples or examples
         self.seed = seed
         self.group_by_length = group_by_length
         self._lengths = {role: _set_lengths(of_role) for role, of_role in self.sets.items()} if group_by_length else {}
@@ -69,7 +72,9 @@ class BatchSampler:
         drawn: dict[str, tuple[Any, ...]] = {
             role: tuple(self._draw(role) for _ in range(self._per_batch(role))) for role in self.roles
         }
-        return Batch(drawn.get("safe", ()), drawn.get("unsafe", ()), drawn.get("pair", ()), drawn.get("retain", ()))
+        pairs = drawn.get("pair", ())
+        bent, refused = pairs[: self.examples], pairs[self.examples :]
+        return Batch(drawn.get("safe", ()), drawn.get("unsafe", ()), bent, drawn.get("retain", ()), refused)
 
     def state_dict(self) -> dict[str, object]:
         """JSON-able: the place in every role's epochs, and what it belongs to."""
@@ -78,6 +83,7 @@ class BatchSampler:
             "seed": self.seed,
             "examples": self.examples,
             "retain_examples": self.retain_examples,
+            "refusal_examples": self.refusal_examples,
             "group_by_length": self.group_by_length,
             "fingerprint": self.fingerprint(),
             "places": places,
@@ -91,10 +97,11 @@ class BatchSampler:
             ("training", "seed", self.seed),
             ("training", "examples", self.examples),
             ("training", "retain_examples", self.retain_examples),
+            ("training", "refusal_examples", self.refusal_examples),
             ("data", "group_by_length", self.group_by_length),
         ):
-            # Older checkpoints have none of the last two.
-            written = state.get(key, state["examples"] if key == "retain_examples" else False)
+            # Older checkpoints have none of the last three.
+            written = state.get(key, False if key == "group_by_length" else state["examples"])
             if written != own:
                 raise UserError(
                     f"cannot resume: {section}.{key}={own}, but the checkpoint was written with {written}; set it back"
@@ -114,7 +121,8 @@ class BatchSampler:
         return self._fingerprint
 
     def _per_batch(self, role: Role) -> int:
-        return self.retain_examples if role == "retain" else self.examples
+        own: dict[Role, int] = {"retain": self.retain_examples, "pair": max(self.examples, self.refusal_examples)}
+        return own.get(role, self.examples)
 
     def _draw(self, role: Role) -> Encoded:
         epoch, position = self._place[role]

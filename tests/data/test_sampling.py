@@ -28,8 +28,9 @@ def make_sets(safe=7, unsafe=5, pair=6, retain=11):
     }
 
 
-def sampler(seed=3, examples=2, roles=ALL, retain_examples=None, **sizes):
-    return BatchSampler(make_sets(**sizes), examples, seed, roles, retain_examples=retain_examples)
+def sampler(seed=3, examples=2, roles=ALL, retain_examples=None, refusal_examples=None, **sizes):
+    own = {"retain_examples": retain_examples, "refusal_examples": refusal_examples}
+    return BatchSampler(make_sets(**sizes), examples, seed, roles, **own)
 
 
 def batches(source, count):
@@ -57,6 +58,17 @@ def test_retain_may_have_examples_of_its_own():
     in_turn = [sequence for batch in drawn for sequence in batch.retain]
     assert [sequence for batch in batches(sampler(), 22) for sequence in batch.retain] == in_turn[:44]
     assert [b.safe for b in drawn] == [b.safe for b in batches(sampler(), 9)]
+
+
+def test_refusals_may_be_learned_of_more_pairs_than_are_bent():
+    drawn = batches(sampler(refusal_examples=5), 9)
+    assert {(len(b.pairs), len(b.refused)) for b in drawn} == {(2, 3)}
+    in_turn = [pair for batch in drawn for pair in (*batch.pairs, *batch.refused)]
+    assert [pair for batch in batches(sampler(), 22) for pair in batch.pairs] == in_turn[:44]
+    assert [(b.safe, b.unsafe, b.retain) for b in drawn] == [
+        (b.safe, b.unsafe, b.retain) for b in batches(sampler(), 9)
+    ]
+    assert {b.refused for b in batches(sampler(), 9)} == {()}
 
 
 def test_order_depends_on_seed_and_role_alone():
@@ -95,6 +107,7 @@ def test_resuming_gives_the_same_batches(taken):
         ({"seed": 4}, r"training\.seed=4, but the checkpoint was written with 3"),
         ({"examples": 3}, r"training\.examples=3, but the checkpoint was written with 2"),
         ({"retain_examples": 5}, r"training\.retain_examples=5, but the checkpoint was written with 2"),
+        ({"refusal_examples": 5}, r"training\.refusal_examples=5, but the checkpoint was written with 2"),
     ],
 )
 def test_resuming_on_something_else_is_refused(other, words):
@@ -103,16 +116,17 @@ def test_resuming_on_something_else_is_refused(other, words):
         sampler(**other).load_state_dict(state)
 
 
-def test_a_checkpoint_from_before_retain_had_a_number_of_its_own_is_resumed():
+@pytest.mark.parametrize("key", ["retain_examples", "refusal_examples"])
+def test_a_checkpoint_from_before_a_role_had_a_number_of_its_own_is_resumed(key):
     source = sampler()
     batches(source, 3)
     state = source.state_dict()
-    del state["retain_examples"]
+    del state[key]
     resumed = sampler()
     resumed.load_state_dict(state)
     assert batches(resumed, 9) == batches(source, 9)
-    with pytest.raises(UserError, match=r"training\.retain_examples=5, but the checkpoint was written with 2"):
-        sampler(retain_examples=5).load_state_dict(state)
+    with pytest.raises(UserError, match=rf"training\.{key}=5, but the checkpoint was written with 2"):
+        sampler(**{key: 5}).load_state_dict(state)
 
 
 def test_one_changed_token_changes_the_fingerprint():

@@ -15,8 +15,9 @@ from repbend_fast.data.records import Record
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.judge import expected_hits, judge
 
-SPLITS = ("train", "validation", "test", "final")
-ASKED = ("validation", "test", "final")
+SPLITS = ("train", "validation", "test", "final", "reserve")
+ASKED = SPLITS[1:]
+APART = ("final", "reserve")
 STOP_WORDS = {"a", "an", "the", "of", "in", "is", "are", "do", "i", "to", "for", "my", "me"}
 
 
@@ -69,6 +70,7 @@ def test_refusals_and_skeletons_are_disjoint():
         ("validation", {"unsafe": 24, "pair": 24, "safe": 24, "retain": 24}),
         ("test", {"retain": 24}),
         ("final", {"retain": 24}),
+        ("reserve", {"retain": 24}),
     ],
 )
 def test_record_counts(split: str, least: dict[str, int]):
@@ -79,6 +81,7 @@ def test_record_counts(split: str, least: dict[str, int]):
 @pytest.mark.parametrize(
     ("split", "least"),
     [
+        ("reserve", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("final", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("test", {"attack": 48, "ordinary": 50, "borderline": 40}),
         ("validation", {"attack": 24, "ordinary": 59, "borderline": 18}),
@@ -103,23 +106,26 @@ def things_in_phrasings(split: str) -> list[str]:
     return [bare_name(thing) for thing in found]
 
 
-def test_half_of_the_final_borderline_questions_are_worded_like_its_attacks():
-    things, count = things_in_phrasings("final"), sum(p.kind == "borderline" for p in prompts("final"))
+@pytest.mark.parametrize("split", APART)
+def test_half_of_the_recorded_borderline_questions_are_worded_like_its_attacks(split: str):
+    things, count = things_in_phrasings(split), sum(p.kind == "borderline" for p in prompts(split))
     assert len(set(things)) == len(things)
     assert len(things) >= 30
     assert abs(2 * len(things) - count) <= 1
 
 
-def test_no_other_split_knows_what_the_final_borderline_questions_ask_for():
-    others = [text.lower() for s in ("train", "validation", "test") for text in questions_of(s)]
+@pytest.mark.parametrize("split", APART)
+def test_no_earlier_split_knows_what_the_recorded_borderline_questions_ask_for(split: str):
+    earlier = SPLITS[: SPLITS.index(split)]
+    others = [text.lower() for s in earlier for text in questions_of(s)]
     assert not [
-        (thing, text) for thing in things_in_phrasings("final") for text in others if thing.removesuffix("s") in text
+        (thing, text) for thing in things_in_phrasings(split) for text in others if thing.removesuffix("s") in text
     ]
 
 
 def test_items_and_phrasings_are_many():
-    assert all(len(of_split("items", s)) >= n for s, n in zip(SPLITS, (14, 6, 12, 15), strict=True))
-    assert all(len(of_split("phrasings", s)) >= n for s, n in zip(SPLITS, (14, 6, 10, 8), strict=True))
+    assert all(len(of_split("items", s)) >= n for s, n in zip(SPLITS, (14, 6, 12, 15, 15), strict=True))
+    assert all(len(of_split("phrasings", s)) >= n for s, n in zip(SPLITS, (14, 6, 10, 8, 8), strict=True))
     assert len(part("attacks")["complying"]["train"]) >= 12
     assert [len(part("attacks")["refusals"][s]) >= n for s, n in (("train", 36), ("validation", 12))] == [True, True]
 
@@ -248,5 +254,5 @@ def test_the_judge_can_hit_every_keyword(split: str):
 def test_unknown_splits_are_named():
     with pytest.raises(UserError, match="train and validation"):
         training_records("dev")
-    with pytest.raises(UserError, match="validation, test and final"):
+    with pytest.raises(UserError, match="validation, test, final and reserve"):
         prompts("train")
