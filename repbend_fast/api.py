@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from repbend_fast.console import Say, hushed, saying
 from repbend_fast.errors import UserError
+from repbend_fast.nearby import own_path
 
 if TYPE_CHECKING:
     from repbend_fast.assessment.run import Assessment
@@ -156,14 +157,14 @@ def evaluate(
     from repbend_fast.config import Config, check_files
 
     with saying(say):
-        folder = None if isinstance(target, Config) else Path(target).expanduser()
+        folder = None if isinstance(target, Config) else own_path(target)
         folder = folder if folder is not None and folder.is_dir() else None
         config = load_config(target if folder is None else run_config(folder), overrides, overlays=overlays, say=say)
         check_files(config)
         with hushed():
             from repbend_fast.evaluation.sides import evaluate_target
 
-            return evaluate_target(config, folder, None if out is None else Path(out).expanduser())
+            return evaluate_target(config, folder, None if out is None else own_path(out))
 
 
 def assess(
@@ -217,7 +218,7 @@ def assess(
             os.fspath(target), _text(adapter), _several(suites), _several(attacks), _several(judges)
         )
         asked = replace(asked, chat=_text(chat), overrides=overrides, overlays=overlays)
-        asked = replace(asked, out=None if out is None else Path(out).expanduser())
+        asked = replace(asked, out=None if out is None else own_path(out))
         return assessment.assess(
             replace(asked, limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed)
         )
@@ -268,7 +269,7 @@ def make_data(
     with saying(say), hushed():
         from repbend_fast.making.make import Request, make_data
 
-        request = Request(os.fspath(policy), os.fspath(model), Path(out).expanduser(), limit, seed, batch_size)
+        request = Request(os.fspath(policy), os.fspath(model), own_path(out), limit, seed, batch_size)
         return make_data(replace(request, overrides=overrides, overlays=overlays))["overlay.yaml"]
 
 
@@ -309,7 +310,7 @@ def export(
 
     with saying(say):
         folder = run_config(run).parent
-        target = folder / format if out is None else Path(out).expanduser()
+        target = folder / format if out is None else own_path(out)
         check_new(target)
         with hushed():
             from repbend_fast.exports.export import export_run
@@ -360,7 +361,7 @@ def training_config(
     """
     from repbend_fast.config import load_config as load
 
-    folder = None if isinstance(resume, bool) else Path(resume).expanduser()
+    folder = None if isinstance(resume, bool) else own_path(resume)
     if config is None:
         if folder is None:
             raise UserError("neither a recipe nor the folder of a run to resume; name one of them")
@@ -383,7 +384,7 @@ def run_config(run: PathLike) -> Path:
     """
     from repbend_fast.runs.folder import RunFolder
 
-    folder = Path(run).expanduser()
+    folder = own_path(run)
     if not folder.is_dir():
         raise UserError(f"{run}: no such folder; name the folder of a run")
     path = RunFolder(folder).config

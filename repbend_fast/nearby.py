@@ -5,12 +5,29 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import itertools
+import os
 from pathlib import Path
+
+from repbend_fast.errors import UserError
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt")
 MODEL_FILES = ("config.json", "adapter_config.json", "state.json", "state.pt")
+LONGEST_PATH, LONGEST_NAME = 4095, 255
+"""Bytes; what is longer no file system here can hold, and asking for it fails in ways of its own."""
 _MOST_NAMES = 10_000
 LIKENESS = 0.7
+
+
+def own_path(name: str | os.PathLike[str]) -> Path:
+    """The path that a user named: ``~`` is the home of the user or, where there is one, of ``~NAME``; else it stays.
+
+    Raises:
+        UserError: longer than a path can be.
+    """
+    path = Path(os.path.expanduser(name))
+    if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        raise UserError(f"{ascii(os.fspath(name))[1:41]}...: is too long for a path")
+    return path
 
 
 def looks_like_file(name: str) -> bool:
@@ -59,7 +76,7 @@ def names_model(name: str) -> bool:
     """Whether a name is a model's: a folder that holds one and is no run, a GGUF file, ``package:NAME``, or a hub name
     whose first part is no folder here.
     """
-    path = Path(name).expanduser()
+    path = own_path(name)
     if path.is_dir():
         return not (path / "config.yaml").is_file() and holds_model(path)
     suffix = path.suffix.lower()
@@ -71,7 +88,7 @@ def nearest(name: str) -> str:
     """``; did you mean NAME?`` with the most similar name in the same folder, by its stem first; empty where there is
     none.
     """
-    path = Path(name).expanduser()
+    path = own_path(name)
     try:
         names = [entry.name for entry in itertools.islice(path.parent.iterdir(), _MOST_NAMES)]
     except OSError:

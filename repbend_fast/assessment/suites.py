@@ -9,7 +9,7 @@ from pathlib import Path
 from repbend_fast.data.prompts import SETS, Prompt, limit_per_kind, load_prompts
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.errors import UserError
-from repbend_fast.nearby import is_hub_name, looks_like_file, nearest
+from repbend_fast.nearby import is_hub_name, looks_like_file, nearest, own_path
 
 PUBLISHED_TOKENS = 512
 """A published set's answer budget: refusals can come late, and judges were trained on answers of this length."""
@@ -67,7 +67,7 @@ def load_suite(text: str, limit: int | None = None) -> Suite:
         return Suite(text, tuple(prompts), DEMO_TOKENS)
     if text in PLACES:
         return Suite(text, _published(text, limit))
-    path = Path(text).expanduser()
+    path = own_path(text)
     if path.exists() or is_hub_name(text):
         return Suite(text if not path.exists() else _stem(path), _prompts(text, limit))
     near = difflib.get_close_matches(text, suite_names(), 1)
@@ -77,7 +77,7 @@ def load_suite(text: str, limit: int | None = None) -> Suite:
 
 
 def _prompts(file: str, limit: int | None, of_set: str | None = None) -> tuple[Prompt, ...]:
-    if not Path(file).expanduser().exists() and not is_hub_name(file):
+    if not own_path(file).exists() and not is_hub_name(file):
         raise UserError(f"--suite {file}: no such file{nearest(file)}")
     return tuple(load_prompts(PromptsConfig(path=file, limit=limit), of_set=of_set))
 

@@ -21,7 +21,7 @@ from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model
 from repbend_fast.models.load import base_revision, model_parts
 from repbend_fast.models.merge import put_adapter
-from repbend_fast.nearby import gguf_files, holds_model, names_model, nearest, package_folder
+from repbend_fast.nearby import gguf_files, holds_model, names_model, nearest, own_path, package_folder
 from repbend_fast.objectives import build_objective
 from repbend_fast.runs.folder import RunFolder
 from repbend_fast.runs.token_ids import check_special_tokens
@@ -66,7 +66,7 @@ def find_subject(
     Raises:
         UserError: nothing of that kind is there.
     """
-    path = Path(target).expanduser()
+    path = own_path(target)
     if path.is_dir() and (path / "config.yaml").is_file():
         return _of_run(path, adapter, overrides, overlays)
     if path.is_dir() and any((path / name).is_file() for name in ("state.json", "state.pt")):
@@ -168,7 +168,7 @@ def _adapter_apart(config: Config) -> tuple[Config, str | None]:
 
 def _home(target: str) -> Path:
     """``runs/eval/NAME``: a folder's last part or a hub name, without what a folder's name cannot hold."""
-    path = Path(target).expanduser()
+    path = own_path(target)
     name = path.resolve().name if path.exists() else target
     return Path("runs") / "eval" / ("".join(c if c.isalnum() or c in "._-" else "-" for c in name)[:80] or "model")
 
@@ -223,7 +223,7 @@ def tokenizer_record(model: CausalLM, encoder: ChatEncoder) -> dict[str, object]
 
 def fingerprint(source: str) -> str | None:
     """SHA-256 of an adapter's or a checkpoint's weights; None of a hub name."""
-    folder = Path(source).expanduser()
+    folder = own_path(source)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         return None

@@ -19,6 +19,8 @@ from repbend_fast.errors import CheckFailedError, EndedElsewhere, UserError
 
 EXIT_CHECK_FAILED = 1
 EXIT_USER_ERROR = 2
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of a path that was named, and that only its user can mend."""
 _NO_SPACE = ("no space left on device", "os error 28")
 
 
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSED and error.filename and not debug:
+            return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}")
         if debug or not any(_is_no_space(link) for link in _chain(error)):
             raise
         return _fail(

@@ -12,6 +12,7 @@ from repbend_fast import api
 from repbend_fast.cli.output import listener, print_json
 from repbend_fast.console import note, saying, terminal
 from repbend_fast.errors import UserError, one_line
+from repbend_fast.nearby import own_path
 
 if TYPE_CHECKING:
     from repbend_fast.config import Config
@@ -85,7 +86,7 @@ def compare(arguments: Namespace) -> int:
     for name, value in options.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if arguments.out is not None:
-        options["folder"] = Path(arguments.out).expanduser()
+        options["folder"] = own_path(arguments.out)
     comparison = load_comparison(
         arguments.recipes or DEFAULT_RECIPES, arguments.overrides, overlays=arguments.overlays, **options
     )
@@ -97,9 +98,9 @@ def report(arguments: Namespace) -> int:
     """``report``: writes a page and prints its path. What ``eval`` leaves of a model that was not trained here holds no
     configuration.
     """
-    places = [Path(run).expanduser() for run in arguments.runs]
+    places = [own_path(run) for run in arguments.runs]
     folders = [place if (place / "eval.json").is_file() else api.run_config(place).parent for place in places]
-    options = {} if arguments.out is None else {"out": Path(arguments.out).expanduser()}
+    options = {} if arguments.out is None else {"out": own_path(arguments.out)}
     from repbend_fast.report import write_report
 
     print(write_report(*folders, **options))
@@ -124,7 +125,7 @@ def export(arguments: Namespace) -> int:
 
 def verify(arguments: Namespace) -> int:
     """``verify``: 0 if every value is within tolerance."""
-    folder = Path(arguments.folder).expanduser()
+    folder = own_path(arguments.folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     from repbend_fast.verify import run_verify
@@ -170,7 +171,7 @@ def _data_to_check(target: str, overrides: list[str], overlays: list[str]) -> tu
     from repbend_fast.config.shipped import SUFFIXES, overlay_meant, recipe_names
     from repbend_fast.nearby import nearest
 
-    path = Path(target).expanduser()
+    path = own_path(target)
     if target in recipe_names() or target.endswith(SUFFIXES):
         config = load_config(target, overrides, overlays=overlays)
         return config, _tokenizer(config)

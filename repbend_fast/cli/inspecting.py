@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from repbend_fast.console import say
 from repbend_fast.errors import UserError
+from repbend_fast.nearby import own_path
 
 if TYPE_CHECKING:
     from repbend_fast.serving.loaded import Sides
@@ -37,7 +38,7 @@ def lens(arguments: Namespace) -> int:
         raise UserError("--prompt: is empty")
     from repbend_fast.serving.looking import bending_of, check_out, look, write_look
 
-    outs = [Path(arguments.out).expanduser()] if arguments.out else []
+    outs = [own_path(arguments.out)] if arguments.out else []
     for out in outs:
         check_out(out, arguments.bending is not None)
     sides = _load(arguments, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 
 
 def ls(arguments: Namespace) -> int:
@@ -29,6 +28,7 @@ def show(arguments: Namespace) -> int:
 def cp(arguments: Namespace) -> int:
     """Copies a recipe, an overlay or a policy and prints the new file's path."""
     from repbend_fast.config.shipped import copy_recipe
+    from repbend_fast.nearby import own_path
 
-    print(copy_recipe(arguments.recipe, Path(arguments.target).expanduser()))
+    print(copy_recipe(arguments.recipe, own_path(arguments.target)))
     return 0

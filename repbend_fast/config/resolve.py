@@ -18,6 +18,7 @@ from repbend_fast.config.schema import Config
 from repbend_fast.config.shipped import bare_name, find_overlay, find_recipe
 from repbend_fast.config.yaml_text import Key, dump_yaml, read_yaml
 from repbend_fast.errors import UserError
+from repbend_fast.nearby import own_path
 
 Note = Callable[[str], None]
 
@@ -270,7 +271,7 @@ def _normal_source(item: object) -> object:
 
 
 def _home(value: object) -> object:
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+    return str(own_path(value)) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _name_first(path: Key, values: dict[str, object]) -> dict[str, object]:

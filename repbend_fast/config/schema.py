@@ -93,6 +93,11 @@ class TrainingConfig(Section):
     retain_examples: Positive | None = Field(
         None, description="Retain examples per micro-batch, if another number than examples."
     )
+    refusal_examples: Positive | None = Field(
+        None,
+        description="Pairs per micro-batch whose refusals are learned, if more than examples; those beyond are not "
+        "bent. Counts where `objective.refusal` does.",
+    )
     accumulation: Positive = Field(4, description="Micro-batches per optimizer step.")
     normalize: Literal["micro_batch", "step"] = Field(
         "micro_batch",
@@ -311,6 +316,11 @@ def combination_errors(config: Config) -> Iterator[str]:
         yield (
             f"data.chat_template_kwargs={{{taken[0]}: …}}: is set by repbend-fast itself; variables of the chat "
             "template go here"
+        )
+    if training.refusal_examples is not None and training.refusal_examples < training.examples:
+        yield (
+            f"training.refusal_examples={training.refusal_examples} is less than training.examples="
+            f"{training.examples}, whose pairs are all refused; raise it or leave it out"
         )
     if training.warmup_steps > training.steps:
         yield f"training.warmup_steps={training.warmup_steps} is more than training.steps={training.steps}; lower it"

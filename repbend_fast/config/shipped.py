@@ -8,6 +8,7 @@ from pathlib import Path
 
 import repbend_fast
 from repbend_fast.errors import UserError
+from repbend_fast.nearby import own_path
 
 SUFFIXES = (".yaml", ".yml")
 OVERLAYS = "overlays"
@@ -109,7 +110,7 @@ def _file(name: str, beside: Path | None) -> tuple[Path, str] | None:
     """The path that ``name`` is, if it is one rather than a shipped name."""
     if not (name.endswith(SUFFIXES) or "/" in name or "\\" in name):
         return None
-    path = Path(name).expanduser()
+    path = own_path(name)
     if beside is not None and not path.is_absolute() and (beside / path).is_file():
         path = beside / path
     if path.is_dir():

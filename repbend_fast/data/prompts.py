@@ -12,7 +12,7 @@ from repbend_fast.data.reading import Unreadable, read_rows
 from repbend_fast.data.records import Message
 from repbend_fast.data.settings import PromptsConfig, SourceConfig
 from repbend_fast.errors import UserError
-from repbend_fast.nearby import is_hub_name, nearest
+from repbend_fast.nearby import is_hub_name, nearest, own_path
 
 Kind = Literal["attack", "ordinary", "borderline"]
 KINDS: tuple[Kind, ...] = ("attack", "ordinary", "borderline")
@@ -93,7 +93,7 @@ def _read(config: PromptsConfig, of_set: str | None, subset: str | None) -> list
     """All prompts of a file, a folder or a data set. One without prompts, an unknown set of columns or a bad row is a
     ``UserError``.
     """
-    path = Path(config.path).expanduser()
+    path = own_path(config.path)
     if not path.exists() and not is_hub_name(config.path):
         raise UserError(
             f"prompts.path={path}: no such file; give a CSV, JSON, JSONL or parquet file, or `demo`{nearest(str(path))}"

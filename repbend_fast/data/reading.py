@@ -18,7 +18,7 @@ from typing import IO, Literal
 from repbend_fast.data.records import BadRecord
 from repbend_fast.data.settings import SourceConfig
 from repbend_fast.errors import UserError, one_line
-from repbend_fast.nearby import looks_like_file, nearest
+from repbend_fast.nearby import looks_like_file, nearest, own_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -69,7 +69,7 @@ def read_rows(source: SourceConfig) -> Iterator[Row | Unreadable]:
     """Rows of ``source`` in order. Raises ``UserError`` when it is not there, cannot be opened, or is of no
     known kind.
     """
-    path = Path(source.path).expanduser()
+    path = own_path(source.path)
     if path.is_file():
         if source.split or source.subset:
             raise UserError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 
 import yaml
@@ -15,6 +14,7 @@ from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model
 from repbend_fast.models.layers.switches import evaluation_mode
+from repbend_fast.nearby import own_path
 
 
 def multiple_choice(
@@ -40,7 +40,7 @@ def multiple_choice(
         UserError: ``lm-eval`` is not installed, there is no such task, or its data cannot be read.
     """
     evaluator, manager, huggingface = _lm_eval()
-    files = [Path(task).expanduser() for task in tasks if task.endswith((".yaml", ".yml"))]
+    files = [own_path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise UserError(f"task {missing[0]}: no such file; give a YAML file, or a name that `lm-eval ls tasks` lists")
@@ -51,7 +51,7 @@ def multiple_choice(
         with evaluation_mode(causal):
             found = evaluator.simple_evaluate(
                 model=wrapped,
-                tasks=[str(Path(task).expanduser()) if task.endswith((".yaml", ".yml")) else task for task in tasks],
+                tasks=[str(own_path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks],
                 task_manager=manager.TaskManager(include_path=sorted({str(file.parent) for file in files}) or None),
                 num_fewshot=few_shot,
                 limit=limit,

@@ -11,6 +11,7 @@ from repbend_fast.config import Config
 from repbend_fast.errors import UserError
 from repbend_fast.exports.low_rank import LowRank, LowRanks, NotPlainError
 from repbend_fast.models.load import model_parts
+from repbend_fast.nearby import own_path
 from repbend_fast.runs.stored import write_tensors
 
 
@@ -26,7 +27,7 @@ def write_adapter(config: Config, adapter: Path, folder: Path) -> None:
             shutil.copyfile(adapter / name, folder / name)
         return
     try:
-        below = [LowRanks(Path(name).expanduser()) for name, _ in own if Path(name).expanduser().is_dir()]
+        below = [LowRanks(own_path(name)) for name, _ in own if own_path(name).is_dir()]
         if len(below) < len(own):
             raise NotPlainError("it is on the hub")
         _write_stacked([*below, LowRanks(adapter)], source, folder)

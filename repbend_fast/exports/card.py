@@ -8,6 +8,7 @@ from pathlib import Path
 
 from repbend_fast.config import Config
 from repbend_fast.exports.check_export import Check
+from repbend_fast.nearby import own_path
 from repbend_fast.runs.folder import RunFolder
 
 _RATES = {
@@ -31,7 +32,7 @@ def write_card(folder: Path, config: Config, run: RunFolder, kind: str, check: C
 def card(config: Config, run: RunFolder, kind: str, check: Check | None) -> str:
     """The card's text."""
     base = config.model.name
-    local = Path(base).expanduser().is_dir() or base.startswith("package:")
+    local = own_path(base).is_dir() or base.startswith("package:")
     name = Path(base.removeprefix("package:")).name if local else base
     lines = ["---"]
     lines += [] if local else [f"base_model: {json.dumps(base)}"]

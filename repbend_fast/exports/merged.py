@@ -20,6 +20,7 @@ from repbend_fast.exports.low_rank import LowRanks, NotPlainError
 from repbend_fast.models.causal import CausalLM, Shape
 from repbend_fast.models.load import DTYPES, base_revision, load_model, model_parts, read_model_config
 from repbend_fast.models.merge import merge_adapter
+from repbend_fast.nearby import own_path
 from repbend_fast.runs.stored import Kept, write_in_turn
 
 SHARD_BYTES = 5 << 30
@@ -112,7 +113,7 @@ def _streamed(config: Config, adapter: Path) -> StreamedWeights:
 
 
 def _folder(adapter: str | Path) -> Path:
-    folder = Path(adapter).expanduser()
+    folder = own_path(adapter)
     if not folder.is_dir():
         raise NotPlainError("an adapter from the hub")
     return folder

@@ -68,9 +68,9 @@ class BendingMixin(_Loop):
     """To stand before ``Trainer`` among the bases of a class.
 
     Args:
-        bending: a recipe. Of it count ``objective``, ``data``, ``memory``, ``training.examples`` and
-            ``retain_examples``, ``training.autocast``, ``training.seed``, ``model.liger`` and ``distributed``; model,
-            optimizer, steps and accumulation are the loop's.
+        bending: a recipe. Of it count ``objective``, ``data``, ``memory``, ``training.examples``, its
+            ``retain_examples`` and ``refusal_examples``, ``training.autocast``, ``training.seed``, ``model.liger`` and
+            ``distributed``; model, optimizer, steps and accumulation are the loop's.
 
     Raises:
         UserError: a recipe that only the trainer's own loop can follow; from ``train``, a model without a PEFT adapter,

@@ -17,7 +17,7 @@ from repbend_fast.config.yaml_text import Key, read_yaml
 from repbend_fast.data.prompts import load_prompts
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.errors import UserError
-from repbend_fast.nearby import nearest
+from repbend_fast.nearby import nearest, own_path
 from repbend_fast.section import NonNegative, Positive, Section
 
 Split = Literal["train", "validation", "test"]
@@ -229,7 +229,7 @@ def _requests(policy: Policy, given: Sequence[str] | str, key: str) -> tuple[str
     """Whole requests from a list, or from a file beside the policy or at a path of its own."""
     if not isinstance(given, str):
         return tuple(text.strip() for text in given)
-    path = Path(given).expanduser()
+    path = own_path(given)
     beside = policy.path.parent / path
     path = beside if beside.is_file() else path
     if not path.is_file():

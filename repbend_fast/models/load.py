@@ -20,7 +20,7 @@ from repbend_fast.models.counted_loading import counted_loading
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.models.layers.liger import check_liger, liger_note
 from repbend_fast.models.merge import adapter_apart, merge_adapter
-from repbend_fast.nearby import nearest, package_folder
+from repbend_fast.nearby import nearest, own_path, package_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NF4_BLOCK = 64
@@ -89,7 +89,7 @@ def resolve_source(config: ModelConfig) -> str:
             )
         name = str(found)
     looks_local = name.startswith((".", "/", "~")) or os.path.isabs(name) or name.count("/") > 1
-    folder = Path(name).expanduser()
+    folder = own_path(name)
     if looks_local and not folder.is_dir():
         raise UserError(
             f"model.name={config.name}: no such folder; give a folder with a model, or a hub name such as "
@@ -130,7 +130,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         raise UserError(f"model.name={config.name}: no tokenizer could be loaded ({one_line(error)}){near}") from error
     if config.chat_template:
         try:
-            tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = own_path(config.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"model.chat_template={config.chat_template}: cannot be read ({one_line(error)})"

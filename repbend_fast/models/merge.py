@@ -15,6 +15,7 @@ from torch import nn
 
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.models.causal import CausalLM
+from repbend_fast.nearby import own_path
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -100,7 +101,7 @@ def _put(
     """The peft model, and whether a head that was tied to the embedding got a weight of its own."""
     from peft import PeftModel
 
-    folder = Path(adapter).expanduser()
+    folder = own_path(adapter)
     source = str(folder) if folder.is_dir() else adapter
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise UserError(

@@ -26,10 +26,11 @@ def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | 
         seed: the run's; None draws nothing and gives every pair the longest start that could be drawn, as a memory plan
             has to count.
     """
-    if not config.refusal or not batch.pairs:
+    pairs = (*batch.pairs, *batch.refused)
+    if not config.refusal or not pairs:
         return ()
-    starts = recovery_starts(config, batch.pairs, step, seed)
-    sequences = tuple(recovering(pair, start) for pair, start in zip(batch.pairs, starts, strict=True))
+    starts = recovery_starts(config, pairs, step, seed)
+    sequences = tuple(recovering(pair, start) for pair, start in zip(pairs, starts, strict=True))
     spans = predicting_rows(sequences)
     return (Stream("refusal", sequences, (AnswerLoss("refusal", spans, config.refusal, count(spans)),)),)
 

@@ -83,20 +83,35 @@ def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bo
     return Batch((sequence,) * count, (sequence,) * count, (), chat)
 
 
-def worst_batch(examples: int, limits: Limits, retain_examples: int | None = None) -> Batch:
+def worst_batch(
+    examples: int, limits: Limits, retain_examples: int | None = None, refusal_examples: int | None = None
+) -> Batch:
     """A micro-batch of the longest sequences of every role, of ``retain`` as many as ``examples`` unless said
-    otherwise.
+    otherwise, and of pairs whose refusals are learned.
     """
     prompt = max(1, limits.longest - limits.answer)
     ids = (1,) * limits.longest
     sequence, half, chat = Sequence(ids, prompt, (0, prompt)), Sequence(ids, prompt), Sequence(ids, 0)
-    pairs = (PairSequence(half, half),) * examples
-    return Batch((sequence,) * examples, (sequence,) * examples, pairs, (chat,) * (retain_examples or examples))
+    pair, kept = PairSequence(half, half), (chat,) * (retain_examples or examples)
+    refused = (pair,) * _further(examples, refusal_examples)
+    return Batch((sequence,) * examples, (sequence,) * examples, (pair,) * examples, kept, refused)
 
 
-def published_batch(examples: int, limits: Limits, pairs: bool, seed: int, retain_examples: int | None = None) -> Batch:
-    """One micro-batch with lengths from the published distribution, cut to the limits; ``retain_examples`` as in
-    ``worst_batch``.
+def _further(examples: int, refusal_examples: int | None) -> int:
+    """Pairs of which only the refusal is learned."""
+    return max(0, (refusal_examples or 0) - examples)
+
+
+def published_batch(
+    examples: int,
+    limits: Limits,
+    pairs: bool,
+    seed: int,
+    retain_examples: int | None = None,
+    refusal_examples: int | None = None,
+) -> Batch:
+    """One micro-batch with lengths from the published distribution, cut to the limits; ``retain_examples`` and
+    ``refusal_examples`` as in ``worst_batch``.
     """
     generator = random.Random(f"lengths:{seed}")
 
@@ -120,4 +135,5 @@ def published_batch(examples: int, limits: Limits, pairs: bool, seed: int, retai
         tuple(answer_to(tokens(limits.prompt)) for _ in each),
         tuple(both() for _ in each) if pairs else (),
         tuple(chat() for _ in range(retain_examples or examples)),
+        tuple(both() for _ in range(_further(examples, refusal_examples))) if pairs else (),
     )

@@ -23,6 +23,7 @@ from typing import TypeAlias
 import repbend_kernels
 
 import repbend_fast
+from repbend_fast.nearby import own_path
 
 Json: TypeAlias = "Mapping[str, Json] | list[Json] | str | float | bool | None"
 
@@ -35,7 +36,7 @@ def cache_folder() -> Path | None:
     """The folder, which need not be there; None where nothing is kept."""
     chosen = os.environ.get("REPBEND_CACHE", "")
     if chosen:
-        return None if chosen == "off" else Path(chosen).expanduser()
+        return None if chosen == "off" else own_path(chosen)
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
         return (Path(home) if home else Path.home() / ".cache") / "repbend-fast"

@@ -130,8 +130,10 @@ class Planner:
     def expected(self) -> list[list[Stream]]:
         """Micro-batches of published lengths, as streams."""
         training = self.config.training
-        examples, retain = training.examples, training.retain_examples
-        batches = (published_batch(examples, self.limits, self.pairs, seed, retain) for seed in range(LENGTH_BATCHES))
+        sizes = training.retain_examples, training.refusal_examples
+        batches = (
+            published_batch(training.examples, self.limits, self.pairs, seed, *sizes) for seed in range(LENGTH_BATCHES)
+        )
         return [self.objective.streams(batch, 0) for batch in batches]
 
     def plan(self, budget: int | None, check: bool = True) -> Plan:

@@ -33,7 +33,7 @@ _PEAK = TypeAdapter(Peak)
 PIECES, WHOLE = "pieces", "whole"
 """Kinds of measurements, which take different times: a stream's pieces in a few blocks, and a stream in all of them."""
 OF_MODEL = ("dtype", "quantization", "double_quantization", "attention")
-OF_TRAINING = ("examples", "retain_examples", "steps")
+OF_TRAINING = ("examples", "retain_examples", "refusal_examples", "steps")
 
 
 class Profile:

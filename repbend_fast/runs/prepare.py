@@ -61,8 +61,11 @@ def prepare_data(config: Config, tokenizer: Tokenizer, wanted: tuple[Role, ...])
         notes.append(f"left to train on, without records that share a prompt with a held-out one: {_counts(records)}")
     roles = _available(records, wanted, config, notes)
     training, grouped = config.training, config.data.group_by_length
+    if not (isinstance(config.objective, RefusalConfig) and config.objective.refusal):
+        training = training.model_copy(update={"refusal_examples": None})
     encoded = encode_records(records, encoder)
-    sampler = BatchSampler(encoded, training.examples, training.seed, roles, grouped, training.retain_examples)
+    sizes = training.retain_examples, training.refusal_examples
+    sampler = BatchSampler(encoded, training.examples, training.seed, roles, grouped, *sizes)
     sequences = {role: list(encoded) for role, encoded in encode_records(held, encoder).items()}
     chat = [s for s in _evaluation_chat(config, encoder) or sequences.get("retain", []) if isinstance(s, Sequence)]
     if config.objective.reads_turns and not any(map(has_earlier_turns, (*records["unsafe"], *records["safe"]))):
@@ -88,10 +91,14 @@ def _evaluation_chat(config: Config, encoder: ChatEncoder) -> list[Sequence | Pa
 
 def _repeated(records: dict[Role, list[Record]], roles: tuple[Role, ...], training: TrainingConfig) -> list[str]:
     """A line for each role with fewer records than a micro-batch has examples."""
-    own = training.retain_examples
+    own: dict[Role, tuple[str, int | None]] = {
+        "retain": ("retain_examples", training.retain_examples),
+        "pair": ("refusal_examples", training.refusal_examples),
+    }
     notes = []
     for role in roles:
-        key, examples = ("retain_examples", own) if role == "retain" and own else ("examples", training.examples)
+        key, count = own.get(role, ("examples", None))
+        key, examples = (key, count) if count else ("examples", training.examples)
         if (count := len(records[role])) < examples:
             there = f"there {'is' if count == 1 else 'are'} {count} {role} record{'' if count == 1 else 's'}"
             notes.append(

@@ -14,13 +14,13 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Protocol, cast
 
 from repbend_fast.config import Config
 from repbend_fast.config.schema import ModelConfig, TrackerName
 from repbend_fast.console import note
 from repbend_fast.errors import UserError, one_line
+from repbend_fast.nearby import own_path
 from repbend_fast.runs.folder import RunFolder, write_json
 from repbend_fast.runs.metrics import MetricsLog
 
@@ -112,7 +112,7 @@ _MAKERS: dict[TrackerName, Callable[[Config, RunFolder, int | None], Tracker]] =
 
 def _shown(config: Config, run: RunFolder) -> dict[str, object]:
     """The run's name and its settings, without the folders of this machine."""
-    local = Path(config.model.name).expanduser().exists()
+    local = own_path(config.model.name).exists()
     plain = config.model_dump(mode="json", include={"lora", "objective", "training", "memory", "model"})
     hidden = {"adapter", "chat_template"} | ({"name"} if local else set())
     model = {key: plain["model"][key] for key in ModelConfig.model_fields if key not in hidden}

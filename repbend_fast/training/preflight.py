@@ -94,9 +94,9 @@ def _plan(config: Config, data: RunData, processes: int) -> Plan | None:
     if config.memory.budget is None:
         return None
     training = config.training
-    retain = training.retain_examples and -(-training.retain_examples // processes)
-    share = training.model_copy(update={"examples": -(-training.examples // processes), "retain_examples": retain})
-    config = config.model_copy(update={"training": share})
+    counts = {key: getattr(training, key) for key in ("examples", "retain_examples", "refusal_examples")}
+    share = {key: count and -(-count // processes) for key, count in counts.items()}
+    config = config.model_copy(update={"training": training.model_copy(update=share)})
     return plan_of(config, resolve_device(config.model.device), limits_of_sets(data.sampler.sets, config))
 
 

@@ -262,6 +262,34 @@ def test_a_full_disk_is_one_line(error: Exception, capsys: pytest.CaptureFixture
     assert "no space left" in error_line(capsys, "train", "demo", *MODEL)
 
 
+def test_a_path_that_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str], replace: Replace) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "/locked/run")
+    replace("repbend_fast.training.trainer", "train", error)
+    assert error_line(capsys, "train", "demo", *MODEL) == "error: /locked/run: Permission denied\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "a" * 300 + ".yaml"],
+        ["train", f"./{'a' * 300}"],
+        ["train", "demo", "gguf_file=null", f"model.name=./{'a' * 300}"],
+        ["train", "demo", f"data.sources.0.path={'a/' * 3000}x.jsonl"],
+        ["train", "demo", *MODEL, f"output.folder={'a' * 300}"],
+        ["eval", "./" + "a" * 300],
+        ["report", "a" * 300],
+        ["data", "make", f"{'a' * 300}.yaml", "--model", "M", "--out", "o.jsonl"],
+    ],
+)
+def test_what_is_too_long_for_a_path_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is too long for a path" in error_line(capsys, *argv)
+
+
+@pytest.mark.parametrize("argv", [["train", "~nobody-here/r.yaml"], ["report", "~nobody-here/run"]])
+def test_the_home_of_nobody_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "~nobody-here" in error_line(capsys, *argv)
+
+
 def test_defects_and_debugging_keep_their_traceback(replace: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
     replace("repbend_fast.training.trainer", "train", RuntimeError("a defect"))
     with pytest.raises(RuntimeError, match="a defect"):

@@ -5,6 +5,7 @@ expressions.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import objective_oracles as oracles
@@ -113,6 +114,21 @@ def test_levers_change_nothing(packing) -> None:
             model, config, packing=packing, piece_tokens=pieces, checkpoint_blocks=checkpointed, dropout_seed=5
         )
         assert_matches(flat(got), flat(expected), tolerance=TOLERANCE)
+
+
+def test_further_pairs_are_refused_and_not_bent() -> None:
+    """A batch with one of its pairs in ``refused`` learns both refusals, and bends what the other one has."""
+    config = CASES["repbend, starts for all"]
+    first, second = BATCH.pairs
+    method = build_objective(config, 32)
+    whole, apart = (
+        {stream.name: stream for stream in method.streams(batch, 0)}
+        for batch in (BATCH, replace(BATCH, pairs=(first,), refused=(second,)))
+    )
+    assert apart["refusal"] == whole["refusal"]
+    assert second.unsafe in whole["unsafe"].sequences
+    for name in ("safe", "unsafe", "retain"):
+        assert not {second.safe, second.unsafe} & set(apart[name].sequences)
 
 
 def test_rows_are_those_that_predict_the_safe_answer() -> None:

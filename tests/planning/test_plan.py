@@ -62,6 +62,20 @@ def test_retain_examples_are_planned_for(small: Planner) -> None:
     assert planner.plan(None).total > small.plan(None).total
 
 
+def test_further_refusals_are_planned_for(small: Planner) -> None:
+    """They lengthen the stream of refusals, and no other."""
+    objective = small.config.objective.model_copy(update={"refusal": 1.0})
+    found = []
+    for wanted in (None, 9):
+        training = small.config.training.model_copy(update={"refusal_examples": wanted})
+        planner = Planner(small.config.model_copy(update={"training": training, "objective": objective}), CPU)
+        found.append({stream.name: len(stream.sequences) for stream in planner.expected[0]})
+        batch = worst_batch(training.examples, planner.limits, refusal_examples=wanted)
+        assert found[-1] == {s.name: len(s.sequences) for s in planner.objective.streams(batch, 0)}
+    assert found[1] == found[0] | {"refusal": 9}
+    assert found[0]["refusal"] == small.config.training.examples < 9
+
+
 @pytest.mark.slow
 def test_budgets_are_kept(small: Planner) -> None:
     rows = grid(small.config, random_model(small.config), small.limits, (0.6, 0.25, 0.0), steps=2)

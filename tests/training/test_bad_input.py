@@ -243,6 +243,7 @@ def test_fewer_records_than_examples_are_noted(tiny: TinyRun, capsys: pytest.Cap
         "training.steps=2",
         "training.examples=3",
         "training.retain_examples=4",
+        "training.refusal_examples=40",
         "validation.every=0",
     )
     notes = [line for line in capsys.readouterr().out.splitlines() if "more than once" in line]

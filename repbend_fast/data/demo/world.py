@@ -2,8 +2,8 @@
 
 Training, validation, test, final and reserve share no item, no phrasing and no question
 (``tests/data/test_world.py``), so what the evaluation measures is carried over to new requests, not remembered.
-Validation chooses, and test may; reserve is for the record alone. Rates on final have been seen between choices, so that
-it is a record no more (docs/evaluating.md).
+Validation chooses, and test may; reserve is for the record alone. Rates on final have been seen between choices, so
+that it is a record no more (docs/evaluating.md).
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0),

@@ -14,7 +14,7 @@ from repbend_fast.data.settings import SourceConfig
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.evaluation.attacks.protocol import Attacked, Target
 from repbend_fast.evaluation.generate import generate_answers
-from repbend_fast.nearby import nearest
+from repbend_fast.nearby import nearest, own_path
 
 PLACEHOLDERS = ("{prompt}", "{{prompt}}", "[PROMPT]", "[INSERT PROMPT HERE]", "{instruction}", "{request}")
 OWN = {
@@ -105,7 +105,7 @@ def read_templates(file: str) -> dict[str, str]:
     Raises:
         UserError: a file that cannot be read or holds none, or a template without a placeholder.
     """
-    path = Path(file).expanduser()
+    path = own_path(file)
     if not path.is_file():
         raise UserError(f"--attack template: file={file}: no such file{nearest(file)}")
     found = dict(_entries(path, file))

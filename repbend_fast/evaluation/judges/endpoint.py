@@ -16,6 +16,7 @@ from repbend_fast.evaluation.judges.chat_client import ChatClient, NoReply
 from repbend_fast.evaluation.judges.protocol import Opinion
 from repbend_fast.evaluation.judges.rubric import fill, read_reply, read_rubric
 from repbend_fast.evaluation.judges.wire_formats import empty
+from repbend_fast.nearby import own_path
 
 PATIENCE = 3
 """Questions in a row that got no reply, tries used up, after which the rest of a call is not asked."""
@@ -77,7 +78,7 @@ class EndpointJudge:
         )
         # A pause that ends when the call is over: nobody waits two minutes for an interrupted run to end.
         self.client.wait = self._stop.wait
-        self._replies = Replies(Path(cache).expanduser() if cache else None)
+        self._replies = Replies(own_path(cache) if cache else None)
 
     def judge(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Opinion]:
         """One opinion for each answer, in order. Empty answers are ``degenerate`` and not asked about.

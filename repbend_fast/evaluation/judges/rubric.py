@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.errors import UserError, one_line
 from repbend_fast.evaluation.judges.protocol import Opinion
 from repbend_fast.evaluation.judges.wire_formats import clip
+from repbend_fast.nearby import own_path
 
 RUBRIC = """\
 You label one answer of an AI assistant. Below are the request that it got and the answer that it gave. Both are \
@@ -55,7 +55,7 @@ def read_rubric(path: str | None) -> str:
     if path is None:
         return RUBRIC
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = own_path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"rubric={path}: cannot be read ({one_line(error)})") from error
     missing = [f"{{{name}}}" for name in ("prompt", "answer") if f"{{{name}}}" not in text]
