@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from repbend_fast.config.schema import Config, ModelConfig
 from repbend_fast.errors import UserError
