@@ -158,6 +158,11 @@ class MemoryConfig(Section):
         description="Pack the sequences of a piece into one row instead of padding. auto: on the CPU, and with varlen "
         "attention.",
     )
+    share_beginnings: Literal["auto", "off"] = Field(
+        "auto",
+        description="Run tokens that all sequences of a packed row begin with, as a system message's, once. auto: on "
+        "the CPU without LoRA dropout.",
+    )
     merge_streams: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Run pieces of different streams in passes that they share, as far as piece_tokens allows. auto: "

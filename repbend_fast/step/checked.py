@@ -38,7 +38,9 @@ def checked_runner(
     except BaseException:
         ready.restore()
         raise
-    runner.levers = replace(levers, packing=runner.proof.packing)
+    packing = runner.proof.packing
+    wanted = config.memory.share_beginnings == "auto" and packing == "on" and runner.proof.shares
+    runner.levers = replace(levers, packing=packing, share_beginnings="on" if wanted else "off")
     return runner
 
 

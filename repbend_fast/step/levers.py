@@ -34,6 +34,8 @@ class Levers:
         kl_chunk_rows: rows per chunk of the head's losses; None = the op's size rule.
         packing: ``on`` lays the sequences of a piece out in one row, ``off`` pads them on the right.
         merge_streams: ``on`` lets pieces of different streams share a pass, as far as each one's size allows.
+        share_beginnings: ``on`` lays tokens that all sequences of a row begin with out once, where dropout is off. No
+            plan counts on it: what is shared depends on the data, and sizes of pieces are without it.
     """
 
     piece_tokens: Mapping[str, int] = field(default_factory=dict)
@@ -43,6 +45,7 @@ class Levers:
     kl_chunk_rows: int | None = None
     packing: Literal["on", "off"] = "off"
     merge_streams: Literal["on", "off"] = "off"
+    share_beginnings: Literal["on", "off"] = "off"
 
     def piece_size(self, stream: str) -> int | None:
         """Most positions of a piece of this stream, or None for one piece."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from repbend_fast.data.records import Sequence
 from repbend_fast.models.layers.packing import Packed, known_on_host, pack, to_device
-from repbend_fast.objectives.terms import Span, ranges_of
+from repbend_fast.objectives.terms import Span, Term, ranges_of
 
 Layout = Literal["padded", "packed"]
 
@@ -29,7 +29,10 @@ class Piece:
 
     ``packed`` has the sequences that share the row, those of other pieces too; None where each has one of its own.
     ``stop``: the flat position behind the last that is this piece's; it begins at ``offsets[0]``. ``tokens``: its own,
-    without padding.
+    without padding, those that it shares counted for each.
+
+    ``shared``: so many first positions of every sequence of the batch are the batch's first, once for all; a member's
+    others begin at its offset.
     """
 
     members: tuple[int, ...]
@@ -38,6 +41,7 @@ class Piece:
     packed: Packed | None
     tokens: int
     stop: int
+    shared: int = 0
 
     @property
     def positions(self) -> int:
@@ -57,13 +61,20 @@ class Piece:
         return tuple(stop - start for start, stop in zip(self.offsets, (*self.offsets[1:], self.stop)))
 
     def rows(self, spans: tuple[Span, ...]) -> Tensor:
-        """Flat row indices (int64 [R], on the piece's device) of the stream's ``spans`` that lie in this piece."""
+        """Flat row indices (int64 [R], on the piece's device) of the stream's ``spans`` that lie in this piece, but for
+        rows of a beginning that its members share.
+        """
         parts = [
-            torch.arange(offset + start, offset + stop)
+            torch.arange(offset + max(start - self.shared, 0), offset + max(stop - self.shared, 0))
             for member, offset in zip(self.members, self.offsets)
             for start, stop in ranges_of(spans[member])
         ]
         return to_device(torch.cat(parts), self.input_ids.device)
+
+    def shared_rows(self, spans: tuple[Span, ...]) -> Tensor:
+        """Flat row indices of the shared beginning that the ``spans`` have, each of all members: int64 [S]."""
+        parts = [torch.arange(start, stop) for start, stop in beginning_of(spans[self.members[0]], self.shared)]
+        return to_device(torch.cat([torch.arange(0), *parts]), self.input_ids.device)
 
 
 Part = tuple[tuple[Sequence, ...], tuple[int, ...]]
@@ -81,28 +92,62 @@ def make_piece(
     return piece
 
 
-def make_pieces(parts: Seq[Part], layout: Layout, device: torch.device) -> list[Piece]:
-    """Lay out pieces of several streams in one batch, one behind the other."""
+def make_pieces(parts: Seq[Part], layout: Layout, device: torch.device, shared: int = 0) -> list[Piece]:
+    """Lay out pieces of several streams in one batch, one behind the other; ``shared`` first tokens, the same in all of
+    their sequences, once before them.
+    """
     chosen = [sequences[m].ids for sequences, members in parts for m in members]
     lengths = [len(ids) for ids in chosen]
     packed: Packed | None = None
-    if layout == "packed" and len(set(lengths)) > 1:
-        sizes = lengths
-        ids = torch.tensor([token for sequence in chosen for token in sequence], dtype=torch.int64)[None]
-        packed = pack(lengths, device)
+    if shared or (layout == "packed" and len(set(lengths)) > 1):
+        sizes = [length - shared for length in lengths]
+        own = [token for sequence in chosen for token in sequence[shared:]]
+        ids = torch.tensor([*chosen[0][:shared], *own], dtype=torch.int64)[None]
+        packed = pack(sizes, device, shared)
     else:
         sizes = [max(lengths)] * len(lengths)
         ids = torch.zeros(len(chosen), max(lengths), dtype=torch.int64)
         for i, sequence in enumerate(chosen):
             ids[i, : lengths[i]] = torch.tensor(sequence, dtype=torch.int64)
-    ids, offsets = known_on_host(ids, device), list(accumulate(sizes, initial=0))
+    ids, offsets = known_on_host(ids, device), list(accumulate(sizes, initial=shared))
     pieces, first = [], 0
     for _, members in parts:
         last = first + len(members)
         tokens = sum(lengths[first:last])
-        pieces.append(Piece(members, tuple(offsets[first:last]), ids, packed, tokens, offsets[last]))
+        pieces.append(Piece(members, tuple(offsets[first:last]), ids, packed, tokens, offsets[last], shared))
         first = last
     return pieces
+
+
+LEAST_SHARED = 8
+"""Tokens: a shorter beginning saves less than laying it out costs."""
+
+
+def beginning_of(span: Span, length: int) -> list[tuple[int, int]]:
+    """The ranges of ``span`` within the first ``length`` positions."""
+    return [(start, min(stop, length)) for start, stop in ranges_of(span) if start < min(stop, length)]
+
+
+def shared_beginning(parts: Seq[tuple[Part, tuple[Term, ...]]]) -> int:
+    """How many first tokens a batch of these parts, each with its stream's terms, can have once for all sequences.
+
+    They are the same in all, every sequence goes on behind them, and no term reads them but those that count a row for
+    all members, where it reads the same ones of each.
+    """
+    chosen = [sequences[m].ids for (sequences, members), _ in parts for m in members]
+    if len(chosen) < 2:
+        return 0
+    length = min(map(len, chosen)) - 1
+    length = next((i for i in range(length) if any(ids[i] != chosen[0][i] for ids in chosen)), length)
+    for (_, members), terms in parts:
+        for term in terms:
+            if not term.takes_shared:
+                return 0
+            spans = [term.spans[m] for m in members]
+            if term.counts_shared and len({tuple(beginning_of(span, length)) for span in spans}) == 1:
+                continue
+            length = min([length, *(start for span in spans for start, stop in ranges_of(span) if start < stop)])
+    return length if length >= LEAST_SHARED else 0
 
 
 def split(

@@ -31,6 +31,7 @@ from repbend_fast.models.decoder import WITHOUT_HEAD, Head, causal_model, find_d
 from repbend_fast.models.layers.lora import LowRankForward
 from repbend_fast.models.layers.packing import Packed, pack
 from repbend_fast.models.layers.switches import output_through
+from repbend_fast.models.layers.varlen import shares_beginnings
 from repbend_fast.step.parts import ModelParts
 from repbend_fast.step.retreat import is_out_of_memory
 
@@ -82,11 +83,13 @@ class Check:
 @dataclass
 class Proof:
     """What was shown for a model. ``packing`` is what its runner goes on with, ``autocast`` the dtype of its passes
-    where that is not the weights' own; ``notes`` are lines for the user.
+    where that is not the weights' own; ``shares``: whether sequences of a row may have their beginning once; ``notes``
+    are lines for the user.
     """
 
     packing: Literal["on", "off"]
     autocast: str | None = None
+    shares: bool = False
     checks: list[Check] = field(default_factory=list)
     coverage: list[BlockKind] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -161,6 +164,8 @@ class _Passes:
         self._transformers(alone[0])
         self._padded(alone[1])
         self._packed(alone)
+        if self.proof.packing == "on" and shares_beginnings(self.parts.decoder.body, self.parts.device):
+            self._shared(alone[0])
 
     def _error(self, what: str) -> UserError:
         return UserError(f"model type {self.kind} cannot be bent: {what}")
@@ -301,6 +306,23 @@ class _Passes:
                     moved,
                 )
         return "", error
+
+    def _shared(self, alone: list[Tensor]) -> None:
+        """Two sequences that go on from one beginning, against each alone."""
+        common, split, device = LENGTHS[1] // 2, LENGTHS[0], self.parts.device
+        other = torch.cat([self.first[:common], self.second])
+        states = self._states(
+            torch.cat([self.first, self.second])[None], pack((split - common, len(self.second)), device, common)
+        )
+        error = max(
+            self._distance([s[:, :split] for s in states], alone),
+            self._distance(
+                [s[:, split:] for s in states], [s[:, common:] for s in self._states(other[None])]
+            ),
+        )
+        bound = ROW_BOUNDS[self._dtype(alone)]
+        self.proof.shares = error <= bound
+        self.proof.checks.append(Check("shared beginnings = own", error, bound, self.proof.shares))
 
     def _dtype(self, states: list[Tensor]) -> torch.dtype:
         """The coarsest that the pass computes in."""

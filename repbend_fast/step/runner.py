@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -27,7 +27,7 @@ from repbend_fast.errors import UserError
 from repbend_fast.models.adapters import trainable_parameters
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import Decoder, Head, find_head
-from repbend_fast.models.layers.lora import lora_dropout
+from repbend_fast.models.layers.lora import drops_out, lora_dropout
 from repbend_fast.models.layers.truncated import Visit
 from repbend_fast.models.surgery import Prepared
 from repbend_fast.objectives.perturbed import Search
@@ -38,7 +38,7 @@ from repbend_fast.step.dropout_keys import row_keys
 from repbend_fast.step.levers import Levers
 from repbend_fast.step.meter import Meter, StreamResult
 from repbend_fast.step.parts import ModelParts
-from repbend_fast.step.pieces import Cut, Layout, Piece, batches, make_pieces, split
+from repbend_fast.step.pieces import Cut, Layout, Part, Piece, batches, make_pieces, shared_beginning, split
 from repbend_fast.step.proof import Proof
 from repbend_fast.step.reference import reference_pass
 from repbend_fast.step.retreat import Load, OutOfMemory, attempt, fresh_gradients, retreat
@@ -181,12 +181,16 @@ class StreamRunner:
     def _each_done(self, runs: Seq[_Run]) -> Iterator[dict[int, Meter]]:
         """What each batch of the runs measured, by number of the run, when it is done."""
         if len(runs) == 1:
+            (run,) = runs
             yield from self._each_of_share(
-                runs[0], runs[0].stream.sequences, lambda piece: self._batch(runs, {0: piece})
+                run, run.stream.sequences, lambda piece: self._batch(runs, {0: piece}), shares=run.shares_beginnings
             )
             return
         own = (run.shares[self.ranks.number] if run.shares else None for run in runs)
-        sources = [Source(run.stream, run.stream.sequences, members) for run, members in zip(runs, own)]
+        sources = [
+            Source(run.stream, run.stream.sequences, members, shares=run.shares_beginnings)
+            for run, members in zip(runs, own)
+        ]
         yield from self._each_batch(sources, partial(self._batch, runs))
 
     def _search(self, run: _Run, search: Search) -> Found:
@@ -239,15 +243,17 @@ class StreamRunner:
         sequences: tuple[Sequence, ...],
         work: Callable[[Piece], T],
         members: Iterable[int] | None = None,
+        *,
+        shares: bool = False,
     ) -> Iterator[T]:
         """``each_piece`` on this process's share. In lockstep all run as many pieces: one that has fewer runs some
         again, for nothing.
         """
         if not run.shares:
-            yield from self.each_piece(run.stream, sequences, work, members)
+            yield from self.each_piece(run.stream, sequences, work, members, shares=shares)
             return
         own = run.shares[self.ranks.number]
-        yield from self.each_piece(run.stream, sequences, work, own)
+        yield from self.each_piece(run.stream, sequences, work, own, shares=shares)
         if self.ranks.lockstep:
             size = self.levers.piece_size(run.stream.name)
             pieces = [len(split(sequences, size, self.layout, share)) for share in run.shares]
@@ -264,12 +270,15 @@ class StreamRunner:
         work: Callable[[Piece], T],
         members: Iterable[int] | None = None,
         prompts: tuple[int, ...] | None = None,
+        *,
+        shares: bool = False,
     ) -> Iterator[T]:
         """``work`` on each piece of the sequences, or of those ``members``, in turn, those of one of the ``prompts``
-        together. Where memory runs out, what is left is cut anew.
+        together. Where memory runs out, what is left is cut anew. ``shares``: the sequences are the stream's own, whose
+        terms alone read the piece, so that it may have a beginning once.
         """
         chosen = None if members is None else tuple(members)
-        source = Source(stream, sequences, chosen, prompts)
+        source = Source(stream, sequences, chosen, prompts, shares)
         yield from self._each_batch([source], lambda pieces: work(pieces[0]))
 
     def _each_batch(self, sources: Seq[Source], work: Callable[[dict[int, Piece]], T]) -> Iterator[T]:
@@ -279,9 +288,9 @@ class StreamRunner:
         waiting = self._cut(sources)
         while waiting:
             batch = waiting[0]
-            laid = make_pieces(
-                [(sources[cut.stream].sequences, cut.members) for cut in batch], self.layout, self.device
-            )
+            parts = [(sources[cut.stream].sequences, cut.members) for cut in batch]
+            shared = self._shared([(part, sources[cut.stream]) for part, cut in zip(parts, batch)])
+            laid = make_pieces(parts, self.layout, self.device, shared)
             pieces = {cut.stream: piece for cut, piece in zip(batch, laid)}
             result = attempt(partial(work, pieces), self.device)
             if isinstance(result, OutOfMemory):
@@ -293,6 +302,19 @@ class StreamRunner:
             else:
                 waiting.pop(0)
                 yield result
+
+    def _shared(self, parts: Seq[tuple[Part, Source]]) -> int:
+        """First tokens that a batch has once for all of its sequences."""
+        if self.levers.share_beginnings == "off" or self.layout != "packed" or self._drops_out:
+            return 0
+        if not all(source.shares for _, source in parts):
+            return 0
+        return shared_beginning([(part, source.stream.terms) for part, source in parts])
+
+    @cached_property
+    def _drops_out(self) -> bool:
+        # Masks belong to a sequence and a position, so that what is shared would have others.
+        return drops_out(self.model)
 
     def _cut(self, sources: Seq[Source]) -> list[list[Cut]]:
         """The batches of what the sources have, under the levers in force."""
@@ -378,13 +400,14 @@ class StreamRunner:
 @dataclass(frozen=True)
 class Source:
     """Sequences that are cut into pieces, or those ``members`` of them, under the levers of a stream; those of one of
-    the ``prompts`` together.
+    the ``prompts`` together. ``shares``: whether a piece may have their beginning once.
     """
 
     stream: Stream
     sequences: tuple[Sequence, ...]
     members: tuple[int, ...] | None = None
     prompts: tuple[int, ...] | None = None
+    shares: bool = False
 
 
 @dataclass
@@ -403,6 +426,11 @@ class _Run:
     found: Found | None = None
     shares: list[tuple[int, ...]] = field(default_factory=list)
     meter: Meter = field(default_factory=Meter)
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether its pieces may have a beginning once: a perturbation is one of each sequence."""
+        return self.stream.search is None
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -429,7 +457,11 @@ class _Run:
 
 
 def _keys(runs: Seq[_Run], pieces: dict[int, Piece]) -> Tensor | None:
-    """The dropout keys of a batch's rows, each under its own stream's name."""
+    """The dropout keys of a batch's rows, each under its own stream's name; None without dropout, and where a beginning
+    is shared, which it never is with it.
+    """
+    if any(piece.shared for piece in pieces.values()):
+        return None
     found = [keys for number, piece in pieces.items() if (keys := runs[number].keys(piece)) is not None]
     return torch.cat(found) if found else None
 

@@ -103,12 +103,14 @@ def run_objective(
     dropout_seed: int = 0,
     measure: bool = False,
     batch: Batch = BATCH,
+    share_beginnings: str = "off",
 ) -> tuple[list[Result], dict[str, Tensor]]:
     """Results by stream, and the gradients that the step leaves."""
     model.zero_grad(set_to_none=True)
     objective = build_objective(config, find_decoder(model).num_blocks, STEPS)
     sizes = {} if piece_tokens is None else {EVERY_STREAM: piece_tokens}
-    runner = runner_on(model, Levers(sizes, checkpoint_blocks, packing=packing), uses_head=objective.uses_head)  # type: ignore[arg-type]
+    levers = Levers(sizes, checkpoint_blocks, packing=packing, share_beginnings=share_beginnings)  # type: ignore[arg-type]
+    runner = runner_on(model, levers, uses_head=objective.uses_head)
     results = []
     for stream in objective.streams(batch, step):
         result = runner.measure(stream) if measure else runner.backward(stream, dropout_seed=dropout_seed)

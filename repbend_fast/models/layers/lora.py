@@ -269,6 +269,12 @@ def set_dropout_rate(model: CausalLM, p: float, changes: Changes | None = None) 
                 changes.attribute(dropout, "p", p)
 
 
+def drops_out(model: nn.Module) -> bool:
+    """Whether any adapted layer's dropout has a rate above 0."""
+    layers = (module for module in model.modules() if isinstance(module, LowRankForward))
+    return any(getattr(rate, "p", 0.0) > 0 for layer in layers for rate in cast(_Adapted, layer).lora_dropout.values())
+
+
 @contextmanager
 def lora_dropout(model: CausalLM, keys: Tensor | None) -> Iterator[None]:
     """LoRA's dropout, and only LoRA's, for the passes inside, their backward included (recomputed blocks read the keys

@@ -9,7 +9,7 @@ They say it in the attention mask: a mask of ones that carries what is known, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -25,14 +25,16 @@ class Packed:
     """Sequences that share the one row of a pass, one behind the other.
 
     Attributes:
-        lengths: of each.
-        position_ids: int64 [1, T], from 0 in each.
+        lengths: of each, without what they share.
+        position_ids: int64 [1, T], from 0 in each, or from ``shared``.
         bounds: where each begins, and the end of the last, int32 [S + 1].
+        shared: positions at the row's beginning that are the beginning of every sequence; they stand there once.
     """
 
     lengths: tuple[int, ...]
     position_ids: Tensor
     bounds: Tensor
+    shared: int = 0
 
     @property
     def longest(self) -> int:
@@ -45,14 +47,17 @@ class Packed:
 
     def on(self, device: torch.device) -> Packed:
         """The same on a device, without waiting for it."""
-        return Packed(self.lengths, *(to_device(tensor, device) for tensor in (self.position_ids, self.bounds)))
+        return replace(
+            self, position_ids=to_device(self.position_ids, device), bounds=to_device(self.bounds, device)
+        )
 
 
-def pack(lengths: Sequence[int], device: torch.device) -> Packed:
-    """Sequences of these lengths in one row."""
-    positions = torch.tensor([[position for length in lengths for position in range(length)]], dtype=torch.int64)
-    bounds = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32)
-    return Packed(tuple(lengths), positions, bounds).on(device)
+def pack(lengths: Sequence[int], device: torch.device, shared: int = 0) -> Packed:
+    """Sequences of these lengths in one row, behind the ``shared`` positions that each of them goes on from."""
+    own = [position for length in lengths for position in range(shared, shared + length)]
+    positions = torch.tensor([[*range(shared), *own]], dtype=torch.int64)
+    bounds = torch.tensor([*accumulate(lengths, initial=shared)], dtype=torch.int32)
+    return Packed(tuple(lengths), positions, bounds, shared).on(device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -75,6 +75,11 @@ def use_masks(body: nn.Module, changes: Changes) -> None:
         changes.attribute(config, "_attn_implementation", MASKED)
 
 
+def shares_beginnings(body: nn.Module, device: torch.device) -> bool:
+    """Whether the decoder's attention takes sequences that go on from one beginning: on a CPU, sequence by sequence."""
+    return device.type == "cpu" and getattr(_config(body), "_attn_implementation", None) == NAMES["sdpa"]
+
+
 def knows_packing(body: nn.Module) -> bool:
     """Whether the decoder's masks follow what a pass says of its rows (``layers.packing.known_mask``)."""
     return getattr(_config(body), "_attn_implementation", None) in (*NAMES.values(), MASKED)
@@ -129,6 +134,8 @@ def varlen_attention(
         window = sliding_window or getattr(module, "sliding_window", None)
         if not isinstance(window, int):
             raise ValueError("attention has a mask of its own, which sequences that share a row do not know")
+    if packed.shared:
+        return _behind_shared(query, key, value, packed, scaling, window), None
     if takes_kernel(query, key, value):
         return _by_kernel(query, key, value, packed, scaling, window), None
     return _one_by_one(query, key, value, packed, scaling, window), None
@@ -181,6 +188,26 @@ def _one_by_one(
         mask = None if window is None or window >= length else _window_mask(length, window, query.device)
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        found.append(out.transpose(1, 2))
+    return torch.cat(found, dim=1)
+
+
+def _behind_shared(
+    query: Tensor, key: Tensor, value: Tensor, packed: Packed, scaling: float | None, window: int | None
+) -> Tensor:
+    """SDPA for the shared beginning, and for each sequence behind it."""
+    shared, found = packed.shared, []
+    ranges = [(0, shared), *pairwise(accumulate(packed.lengths, initial=shared))]
+    for start, stop in ranges:
+        q, k, v = (part[:, :, start:stop] for part in (query, key, value))
+        if start:
+            k, v = (torch.cat((part[:, :, :shared], own), 2) for part, own in ((key, k), (value, v)))
+        behind = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=query.device)[:, None]
+        behind = behind - torch.arange(k.shape[2], device=query.device)[None, :]
+        mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         found.append(out.transpose(1, 2))
     return torch.cat(found, dim=1)

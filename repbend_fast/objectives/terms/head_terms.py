@@ -13,6 +13,7 @@ class HeadTerm(Term):
     """A term that reads the logits of the frozen head."""
 
     reads_head: ClassVar[bool] = True
+    takes_shared: ClassVar[bool] = True
     layers: ClassVar[tuple[int, ...]] = ()
 
     def start_probes(self, num_blocks: int) -> tuple[Distance, ...]:
@@ -22,6 +23,8 @@ class HeadTerm(Term):
 @dataclass(frozen=True)
 class HeadKL(HeadTerm):
     """``weight × T² Σ_rows KL(softmax(z_r/T) ‖ softmax(z/T)) / denominator`` on logits of the frozen head."""
+
+    counts_shared: ClassVar[bool] = True
 
     name: str
     spans: tuple[Span, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from repbend_fast.data.records import Sequence
 from repbend_fast.objectives.terms.term import DISTANCE_KINDS, Span, Term, Unit, moved_states, rows_in, wrong_spans
@@ -28,6 +28,8 @@ class Distance(Term):
     beyond. ``rows``: what the reported mean per hidden state divides by; None = the rows of ``spans``.
     With ``unit`` "reference" an l2 distance is divided by its hidden state's unit, an mse by the unit's square.
     """
+
+    takes_shared: ClassVar[bool] = True
 
     name: str
     layers: tuple[int, ...]
@@ -119,6 +121,8 @@ class PairwiseCosine(Term):
     """``weight × mean_layers mean_{i≠j} (1 − cos(h_i, h_j))``, h_i the adapted state of sequence i at
     ``positions[i]``.
     """
+
+    takes_shared: ClassVar[bool] = True
 
     name: str
     layers: tuple[int, ...]

@@ -45,9 +45,14 @@ class Term:
 
     ``layers``: the hidden states that it taps, () for a term of the head alone. ``spans``: the rows that it reads, one
     span per sequence. ``reads_head``: whether it reads the last hidden state for the logits.
+
+    ``takes_shared``: whether sequences may have their beginning once, for all of a batch, before the rows that it
+    reads: its execution finds them by ``rows`` alone. ``counts_shared``: whether it may read of that beginning, too.
     """
 
     reads_head: ClassVar[bool] = False
+    takes_shared: ClassVar[bool] = False
+    counts_shared: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # fields of the kinds
 

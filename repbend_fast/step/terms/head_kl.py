@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from repbend_kernels import linear_kl_div, tap_rows
 from torch import Tensor
 
@@ -11,11 +12,20 @@ from repbend_fast.step.terms.execution import Execution, Place, executes
 
 @executes(HeadKL)
 class HeadKLExecution(Execution[HeadKL]):
-    """``kept`` holds the reference's last hidden state at the term's rows."""
+    """``kept`` holds the reference's last hidden state at the term's rows; those of a beginning that the piece's members
+    share come last, and count for each of them.
+    """
 
     def __init__(self, term: HeadKL, place: Place, sums: object = None) -> None:
         super().__init__(term, place, sums)
         self._states: list[Tensor] = []
+
+    @property
+    def rows(self) -> Tensor:
+        piece, spans = self.place.piece, self.term.spans
+        if self._rows is None and piece.shared:
+            self._rows = torch.cat((piece.rows(spans), piece.shared_rows(spans)))
+        return super().rows
 
     def tap(self, layer: int, hidden: Tensor) -> Tensor:
         hidden, gathered = tap_rows(hidden, self.rows)
@@ -27,15 +37,24 @@ class HeadKLExecution(Execution[HeadKL]):
         assert parts.head is not None
         head = parts.head.on(parts.device)
         (reference,) = self.kept.values()
-        kl = linear_kl_div(
-            head.inputs(self._states.pop()),
-            head.inputs(reference),
-            head.weight,
-            bias=head.bias,
-            temperature=term.temperature,
-            softcap=head.softcap,
-            reduction="sum",
-            chunk_rows=self.place.levers.kl_chunk_rows,
-        )
+
+        def divergence(states: Tensor, reference: Tensor) -> Tensor:
+            return linear_kl_div(
+                head.inputs(states),
+                head.inputs(reference),
+                head.weight,
+                bias=head.bias,
+                temperature=term.temperature,
+                softcap=head.softcap,
+                reduction="sum",
+                chunk_rows=self.place.levers.kl_chunk_rows,
+            )
+
+        piece, states = self.place.piece, self._states.pop()
+        shared = piece.shared_rows(term.spans).shape[0] if piece.shared else 0
+        own = states.shape[0] - shared
+        kl = divergence(states[:own], reference[:own])
+        if shared:
+            kl = kl + len(piece.members) * divergence(states[own:], reference[own:])
         self.place.meter.add(term.name, kl.detach() / term.denominator)
         return [kl * (term.weight / term.denominator)]
