@@ -44,7 +44,15 @@ def test_a_run_logs_what_was_shown(run: TinyRun, capsys: pytest.CaptureFixture[s
     (event,) = [row for row in rows(run.path, "event") if row["event"] == "model_checked"]
     assert event["packing"] == "on"
     assert {check["name"]: check["holds"] for check in event["checks"]} == dict.fromkeys(
-        ("packed = alone", "truncated = full", "hidden states = transformers'", "head = logits", "padded = alone"), True
+        (
+            "packed = alone",
+            "truncated = full",
+            "hidden states = transformers'",
+            "head = logits",
+            "padded = alone",
+            "shared beginnings = own",
+        ),
+        True,
     )
     assert sum(kind["adapted"] for kind in event["coverage"]) > 0
 
