@@ -51,7 +51,9 @@ def planned(tree: Path, words: list[str]) -> dict[str, object]:
 def difference(old: dict[str, object], new: dict[str, object]) -> dict[str, object]:
     """The fields in which the plans differ, with both values, and the names of the others."""
     fields = [*old, *(name for name in new if name not in old)]
-    different = {name: {"old": old.get(name), "new": new.get(name)} for name in fields if old.get(name) != new.get(name)}
+    different = {
+        name: {"old": old.get(name), "new": new.get(name)} for name in fields if old.get(name) != new.get(name)
+    }
     return {"different": different, "equal": [name for name in fields if name not in different]}
 
 

@@ -130,11 +130,9 @@ class Planner:
     def expected(self) -> list[list[Stream]]:
         """Micro-batches of published lengths, as streams."""
         training = self.config.training
+        draw = partial(published_batch, training.examples, self.limits, self.pairs)
         sizes = training.retain_examples, training.refusal_examples
-        batches = (
-            published_batch(training.examples, self.limits, self.pairs, seed, *sizes) for seed in range(LENGTH_BATCHES)
-        )
-        return [self.objective.streams(batch, 0) for batch in batches]
+        return [self.objective.streams(draw(seed, *sizes), 0) for seed in range(LENGTH_BATCHES)]
 
     def plan(self, budget: int | None, check: bool = True) -> Plan:
         """The plan for ``budget`` bytes; without one, the levers as the recipe has them.

@@ -316,9 +316,7 @@ class _Passes:
         )
         error = max(
             self._distance([s[:, :split] for s in states], alone),
-            self._distance(
-                [s[:, split:] for s in states], [s[:, common:] for s in self._states(other[None])]
-            ),
+            self._distance([s[:, split:] for s in states], [s[:, common:] for s in self._states(other[None])]),
         )
         bound = ROW_BOUNDS[self._dtype(alone)]
         self.proof.shares = error <= bound

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +39,7 @@ def begun_batch(batch: Batch = BATCH) -> Batch:
 
 
 @pytest.fixture
-def laid(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+def laid(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Of each batch that is laid out: tokens that it has once, and sequences."""
     found: list[tuple[int, int]] = []
 
@@ -49,7 +48,7 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
         return make_pieces(parts, layout, device, shared)
 
     monkeypatch.setattr("repbend_fast.step.runner.make_pieces", spy)
-    yield found
+    return found
 
 
 @pytest.mark.parametrize("sizes", [{}, {"piece_tokens": 40, "checkpoint_blocks": 2}], ids=["whole", "pieces"])

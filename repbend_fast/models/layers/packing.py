@@ -47,9 +47,7 @@ class Packed:
 
     def on(self, device: torch.device) -> Packed:
         """The same on a device, without waiting for it."""
-        return replace(
-            self, position_ids=to_device(self.position_ids, device), bounds=to_device(self.bounds, device)
-        )
+        return replace(self, position_ids=to_device(self.position_ids, device), bounds=to_device(self.bounds, device))
 
 
 def pack(lengths: Sequence[int], device: torch.device, shared: int = 0) -> Packed:

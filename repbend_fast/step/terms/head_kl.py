@@ -12,8 +12,8 @@ from repbend_fast.step.terms.execution import Execution, Place, executes
 
 @executes(HeadKL)
 class HeadKLExecution(Execution[HeadKL]):
-    """``kept`` holds the reference's last hidden state at the term's rows; those of a beginning that the piece's members
-    share come last, and count for each of them.
+    """``kept`` holds the reference's last hidden state at the term's rows; those of a beginning that the piece's
+    members share come last, and count for each of them.
     """
 
     def __init__(self, term: HeadKL, place: Place, sums: object = None) -> None:
