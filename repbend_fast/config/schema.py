@@ -322,13 +322,7 @@ def combination_errors(config: Config) -> Iterator[str]:
             f"data.chat_template_kwargs={{{taken[0]}: …}}: is set by repbend-fast itself; variables of the chat "
             "template go here"
         )
-    if training.refusal_examples is not None and training.refusal_examples < training.examples:
-        yield (
-            f"training.refusal_examples={training.refusal_examples} is less than training.examples="
-            f"{training.examples}, whose pairs are all refused; raise it or leave it out"
-        )
-    if training.warmup_steps > training.steps:
-        yield f"training.warmup_steps={training.warmup_steps} is more than training.steps={training.steps}; lower it"
+    yield from _impossible_steps(training)
     if training.autocast == "bfloat16" and model.dtype != "float32":
         yield (
             f"training.autocast={training.autocast} is for float32 weights, and model.dtype={model.dtype}; set one "
@@ -365,6 +359,17 @@ def combination_errors(config: Config) -> Iterator[str]:
                 "another split or "
                 "file, or leave validation.sources empty to hold records out"
             )
+
+
+def _impossible_steps(training: TrainingConfig) -> Iterator[str]:
+    """Numbers of the loop that do not go together."""
+    if training.refusal_examples is not None and training.refusal_examples < training.examples:
+        yield (
+            f"training.refusal_examples={training.refusal_examples} is less than training.examples="
+            f"{training.examples}, whose pairs are all refused; raise it or leave it out"
+        )
+    if training.warmup_steps > training.steps:
+        yield f"training.warmup_steps={training.warmup_steps} is more than training.steps={training.steps}; lower it"
 
 
 def _undivided(config: Config) -> Iterator[str]:

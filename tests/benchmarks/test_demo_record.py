@@ -120,9 +120,11 @@ def test_three_seeds_are_recorded_on_enough_prompts(recorded: dict):
         assert entry["best_step"] > 0
 
 
-def test_the_demo_s_own_seed_misses_one_limit(recorded: dict):
-    own = recorded["seeds"][0]
-    assert missed_demo_goals({"seeds": [own]}) == ["seed 42: helpful_borderline fell by more than 10 points"]
+def test_what_each_seed_misses_is_what_the_log_says(recorded: dict):
+    """No seed misses what it should do to forced attacks, nor the perplexity."""
+    missed = [line.partition(": ")[2].split()[0] for line in missed_demo_goals(recorded)]
+    assert set(missed) <= {"attack_direct_degenerate", "attack_direct_refused", "degenerate_ordinary", "helpful_borderline"}
+    assert len(missed) == 5
 
 
 def test_the_readme_shows_the_record_in_short(recorded: dict):
