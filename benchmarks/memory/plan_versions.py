@@ -4,8 +4,8 @@
     taskset -c 1 python -m benchmarks.memory.plan_versions OLD      # writes benchmarks/results/plans_house.json
 
 ``repbend-fast plan RECIPE --card 4090 --json`` of both, field by field, for every recipe that the other checkout has;
-those for models of 7 and 8 billion parameters on 32 blocks of width 256, which has their windows. Streams are not
-merged, which the other checkout does not know.
+those for models of 7 and 8 billion parameters on 32 blocks of width 256, which has their windows. Streams are padded
+and run apart, and levers are compared that both have: the other checkout knows no varlen attention and no shared passes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SHAPE = {
     "max_position_embeddings": 8192,
     "torch_dtype": "bfloat16",
 }
+AS_THEN = ("memory.merge_streams=off", "memory.packing=off")
 QLORA = "-qlora"
 """The end of a recipe's name that is an overlay of its own now."""
 
@@ -50,6 +51,8 @@ def planned(tree: Path, words: list[str]) -> dict[str, object]:
 
 def difference(old: dict[str, object], new: dict[str, object]) -> dict[str, object]:
     """The fields in which the plans differ, with both values, and the names of the others."""
+    if isinstance(levers := old.get("levers"), dict) and isinstance(own := new.get("levers"), dict):
+        new = new | {"levers": {name: own[name] for name in levers if name in own}}
     fields = [*old, *(name for name in new if name not in old)]
     different = {
         name: {"old": old.get(name), "new": new.get(name)} for name in fields if old.get(name) != new.get(name)
@@ -72,9 +75,7 @@ def main() -> int:
                 continue
             own = [] if name.startswith("demo") else [f"model.name={folder}"]
             new_words = [name.removesuffix(QLORA), *(("--with", QLORA[1:]) if name.endswith(QLORA) else ())]
-            plans[name] = difference(
-                planned(old_tree, [name, *own]), planned(ROOT, [*new_words, *own, "memory.merge_streams=off"])
-            )
+            plans[name] = difference(planned(old_tree, [name, *own]), planned(ROOT, [*new_words, *own, *AS_THEN]))
             print(name, *plans[name]["different"], flush=True)  # type: ignore[misc]
     from repbend_fast.environment import commit, environment
 

@@ -123,7 +123,8 @@ def test_three_seeds_are_recorded_on_enough_prompts(recorded: dict):
 def test_what_each_seed_misses_is_what_the_log_says(recorded: dict):
     """No seed misses what it should do to forced attacks, nor the perplexity."""
     missed = [line.partition(": ")[2].split()[0] for line in missed_demo_goals(recorded)]
-    assert set(missed) <= {"attack_direct_degenerate", "attack_direct_refused", "degenerate_ordinary", "helpful_borderline"}
+    direct = {"attack_direct_degenerate", "attack_direct_refused"}
+    assert set(missed) <= direct | {"degenerate_ordinary", "helpful_borderline"}
     assert len(missed) == 5
 
 

@@ -20,6 +20,8 @@ def test_what_differs_is_named_with_both_values() -> None:
         },
         "equal": ["levers"],
     }
+    assert difference({"levers": {"a": 1}}, {"levers": {"a": 1, "new": 2}})["equal"] == ["levers"]
+    assert difference({"levers": {"a": 1}}, {"levers": {"a": 2, "new": 2}})["equal"] == []
 
 
 def test_a_plan_that_is_refused_is_its_error() -> None:
