@@ -5,7 +5,8 @@
 
 ``repbend-fast plan RECIPE --card 4090 --json`` of both, field by field, for every recipe that the other checkout has;
 those for models of 7 and 8 billion parameters on 32 blocks of width 256, which has their windows. Streams are padded
-and run apart, and levers are compared that both have: the other checkout knows no varlen attention and no shared passes.
+and run apart, and levers are compared that both have: the other checkout knows no varlen attention and no shared
+passes.
 """
 
 from __future__ import annotations
