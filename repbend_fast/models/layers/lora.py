@@ -269,7 +269,7 @@ def set_dropout_rate(model: CausalLM, p: float, changes: Changes | None = None) 
                 changes.attribute(dropout, "p", p)
 
 
-def drops_out(model: nn.Module) -> bool:
+def drops_out(model: CausalLM) -> bool:
     """Whether any adapted layer's dropout has a rate above 0."""
     layers = (module for module in model.modules() if isinstance(module, LowRankForward))
     return any(getattr(rate, "p", 0.0) > 0 for layer in layers for rate in cast(_Adapted, layer).lora_dropout.values())
