@@ -64,6 +64,7 @@ setup(
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
             "ruff>=0.15",
             "mypy>=1.15",
             "types-PyYAML",

@@ -1,15 +1,18 @@
 """Bad input is refused in one line by every parser: what failed before, and some new cases of each.
 
-``make fuzz`` runs 100,000 of each.
+``make fuzz`` runs 100,000 of each. Hypothesis draws other cases of the same kinds here, and makes one that fails small.
 """
 
 from __future__ import annotations
 
+import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from benchmarks.faults import fuzz
 from benchmarks.faults.fuzz_draws import Files
@@ -26,6 +29,37 @@ def test_bad_input_is_refused_in_one_line(name: str, tmp_path: Path, monkeypatch
     count, faults = fuzz.fuzz(name, range(SLOW.get(name, CASES)), tmp_path / "case")
     assert faults == []
     assert count.cases == count.read + count.refused == SLOW.get(name, CASES)
+
+
+def by_hypothesis(name: str, folder: Path) -> None:
+    """Cases that Hypothesis draws. Each is a fault or none by itself, so that a smaller one can be looked for."""
+
+    @settings(
+        max_examples=SLOW.get(name, CASES),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.randoms(use_true_random=False))
+    def one(draw: random.Random) -> None:
+        files = TARGETS[name].make(draw)
+        with fuzz.watched():
+            fuzz.run_case(name, files, folder)
+
+    fuzz.drawn(name, 0)  # what cases are made of is no case's own
+    one()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_hypothesis_draws(name: str, tmp_path: Path) -> None:
+    by_hypothesis(name, tmp_path / "case")
+
+
+def test_what_hypothesis_draws_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "jsonl", Target(TARGETS["jsonl"].make, crash))
+    with pytest.raises(KeyError):
+        by_hypothesis("jsonl", tmp_path / "case")
 
 
 @pytest.mark.parametrize("name", TARGETS)
