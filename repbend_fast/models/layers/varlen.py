@@ -185,7 +185,7 @@ def _one_by_one(
     for start, stop in pairwise(accumulate(packed.lengths, initial=0)):
         q, k, v = (part[:, :, start:stop] for part in (query, key, value))
         length = stop - start
-        mask = None if window is None or window >= length else _window_mask(length, window, query.device)
+        mask = None if window is None or window >= length else _causal_mask(length, window, query.device)
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
@@ -203,9 +203,7 @@ def _behind_shared(
         q, k, v = (part[:, :, start:stop] for part in (query, key, value))
         if start:
             k, v = (torch.cat((part[:, :, :shared], own), 2) for part, own in ((key, k), (value, v)))
-        behind = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=query.device)[:, None]
-        behind = behind - torch.arange(k.shape[2], device=query.device)[None, :]
-        mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        mask = _causal_mask(stop - start, window, query.device, k.shape[2] - q.shape[2])
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
@@ -213,9 +211,11 @@ def _behind_shared(
     return torch.cat(found, dim=1)
 
 
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (behind >= 0) & (behind < window)
+def _causal_mask(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
+    """Which of ``before`` + ``length`` keys each of the last ``length`` positions sees, bool [length, keys]."""
+    keys = torch.arange(before + length, device=device)
+    behind = keys[before:, None] - keys[None, :]
+    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
 
 def _refuse_uneven(body: nn.Module, config: Shape, device: torch.device) -> None:

@@ -7,6 +7,7 @@ from repbend_kernels import linear_kl_div, tap_rows
 from torch import Tensor
 
 from repbend_fast.objectives.terms import HeadKL
+from repbend_fast.step.pieces import beginning_of
 from repbend_fast.step.terms.execution import Execution, Place, executes
 
 
@@ -19,11 +20,13 @@ class HeadKLExecution(Execution[HeadKL]):
     def __init__(self, term: HeadKL, place: Place, sums: object = None) -> None:
         super().__init__(term, place, sums)
         self._states: list[Tensor] = []
+        piece = place.piece
+        self._shared = sum(stop - start for start, stop in beginning_of(term.spans[piece.members[0]], piece.shared))
 
     @property
     def rows(self) -> Tensor:
         piece, spans = self.place.piece, self.term.spans
-        if self._rows is None and piece.shared:
+        if self._rows is None and self._shared:
             self._rows = torch.cat((piece.rows(spans), piece.shared_rows(spans)))
         return super().rows
 
@@ -50,11 +53,10 @@ class HeadKLExecution(Execution[HeadKL]):
                 chunk_rows=self.place.levers.kl_chunk_rows,
             )
 
-        piece, states = self.place.piece, self._states.pop()
-        shared = piece.shared_rows(term.spans).shape[0] if piece.shared else 0
-        own = states.shape[0] - shared
+        states = self._states.pop()
+        own = states.shape[0] - self._shared
         kl = divergence(states[:own], reference[:own])
-        if shared:
-            kl = kl + len(piece.members) * divergence(states[own:], reference[own:])
+        if self._shared:
+            kl = kl + len(self.place.piece.members) * divergence(states[own:], reference[own:])
         self.place.meter.add(term.name, kl.detach() / term.denominator)
         return [kl * (term.weight / term.denominator)]
