@@ -178,6 +178,7 @@ def assess(
     judges: Sequence[str] | str = (),
     out: PathLike | None = None,
     chat: PathLike | None = None,
+    base_of: PathLike | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
@@ -200,6 +201,8 @@ def assess(
         out: the folder of all that is written; by default ``eval`` in a run's, else ``runs/eval/NAME``.
         chat: ordinary conversations that perplexity and KL are measured on: a file of records, ``owner/name``, or
             ``demo``. By default those that the demo's suite holds out, else the base's own answers.
+        base_of: the folder of another evaluation of the same model in the same way, whose answers of the base are
+            taken: several adapters need it asked once.
         limit: at most that many prompts of each kind and suite, spread evenly.
         max_new_tokens: an answer's length; by default 64 for the demo's prompts and 512 for others.
         batch_size, seed: prompts at once, and what attacks draw from.
@@ -218,7 +221,7 @@ def assess(
             os.fspath(target), _text(adapter), _several(suites), _several(attacks), _several(judges)
         )
         asked = replace(asked, chat=_text(chat), overrides=overrides, overlays=overlays)
-        asked = replace(asked, out=None if out is None else own_path(out))
+        asked = replace(asked, **{k: own_path(v) for k, v in (("out", out), ("base_of", base_of)) if v is not None})
         return assessment.assess(
             replace(asked, limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed)
         )

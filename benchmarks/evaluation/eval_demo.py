@@ -3,7 +3,8 @@
     python -m benchmarks.evaluation.eval_demo "with refusal=runs/demo" "published terms=runs/demo-published-terms" …
 
 Each adapter is one run's. Quick attacks are asked of more prompts than those that search for each prompt, or train for
-each model. An evaluation that was interrupted goes on; a stage is recorded as soon as it is finished.
+each model. An evaluation that was interrupted goes on; a stage is recorded as soon as it is finished. The base is asked
+once, in the first run's evaluation. Seconds are the last call's: of one that went on, what was left.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from repbend_fast.assessment.json_rows import GroupRow, Rate, Summary
 from repbend_fast.environment import environment
 
 RESULT = RESULTS / "eval_demo.json"
-SUITE = "demo-final"
+SUITE = "demo-reserve"
 LABELS = ("comply", "refuse", "degenerate")
 
 
@@ -79,14 +80,14 @@ def rows_of(adapter: str, groups: Sequence[GroupRow]) -> list[AttackRow]:
     ]
 
 
-def measure(run: Path, stage: Stage) -> tuple[Summary, float]:
-    """One stage of one run, into ``RUN/eval-STAGE``, and its seconds."""
+def measure(run: Path, stage: Stage, first: Path) -> tuple[Summary, float]:
+    """One stage of one run, into ``RUN/eval-STAGE``, and its seconds; the base's answers are the run ``first``'s."""
     from repbend_fast import assess
 
     started = time.perf_counter()
-    found = assess(
-        run, suites=[SUITE], attacks=stage.attacks, limit=stage.limit, out=run / f"eval-{stage.name}", say=print
-    )
+    base = None if run == first else first / f"eval-{stage.name}"
+    out = run / f"eval-{stage.name}"
+    found = assess(run, suites=[SUITE], attacks=stage.attacks, limit=stage.limit, out=out, base_of=base, say=print)
     return found.summary, time.perf_counter() - started
 
 
@@ -134,7 +135,7 @@ def main() -> int:
     more: dict[str, dict[str, object]] = {}
     for _, name, run in named:
         for stage in STAGES:
-            summary, took = measure(Path(run), stage)
+            summary, took = measure(Path(run), stage, Path(named[0][2]))
             rows += rows_of(name, summary["groups"])
             seconds.setdefault(name, {})[stage.name] = round(took, 1)
             more.setdefault(name, {})[stage.name] = {

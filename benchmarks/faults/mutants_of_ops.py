@@ -11,6 +11,7 @@ KL = ("tests/kernels/test_linear_kl_div.py",)
 LOG_PROB = ("tests/kernels/test_linear_log_prob.py",)
 TAP = ("tests/kernels/test_bend_tap.py",)
 VIEWS = ("tests/kernels/test_unusual_arguments.py",)
+TAP_ROWS = ("tests/kernels/test_tap_rows.py",)
 DISTANCES = ("tests/kernels/test_bend_distance.py", *VIEWS)
 
 HEADS = [
@@ -74,6 +75,38 @@ HEADS = [
 ]
 
 TAPS = [
+    Mutant(
+        "tap rows: nobody says where the rows lie",
+        f"{KERNELS}/triton/tap_rows.py",
+        "tl.store(place + n, i.to(tl.int32), mask=known & (tl.program_id(1) == 0))",
+        "pass",
+        TAP_ROWS,
+        interpret=True,
+    ),
+    Mutant(
+        "tap rows: only the first block of columns",
+        f"{KERNELS}/triton/tap_rows.py",
+        "columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)",
+        "columns = tl.arange(0, BLOCK)",
+        TAP_ROWS,
+        interpret=True,
+    ),
+    Mutant(
+        "tap rows: a row that is not there is zero",
+        f"{KERNELS}/triton/tap_rows.py",
+        'other=float("nan")',
+        "other=0.0",
+        TAP_ROWS,
+        interpret=True,
+    ),
+    Mutant(
+        "views: sequences counted as if they lay one behind the other",
+        f"{KERNELS}/triton/parts.py",
+        "start = tensor + (n // inner) * outer_stride + (n % inner) * inner_stride",
+        "start = tensor + n * inner_stride",
+        TAP_ROWS,
+        interpret=True,
+    ),
     Mutant(
         "tap: place is believed",
         f"{KERNELS}/triton/row_distance.py",
@@ -141,8 +174,8 @@ TAPS = [
     Mutant(
         "tap: the loss's factor is rounded to 16 bits",
         f"{KERNELS}/triton/row_distance.py",
-        "factor = tl.load(scale).to(tl.float32)",
-        "factor = tl.load(scale).to(out.dtype.element_ty).to(tl.float32)",
+        "added *= tl.load(scale).to(tl.float32)",
+        "added *= tl.load(scale).to(out.dtype.element_ty).to(tl.float32)",
         TAP,
         interpret=True,
     ),

@@ -41,6 +41,7 @@ from repbend_kernels.triton import linear_log_prob as log_prob
 from repbend_kernels.triton import low_rank, low_rank_down
 from repbend_kernels.triton import pairwise_cosine as pairwise
 from repbend_kernels.triton import row_distance as rows
+from repbend_kernels.triton import tap_rows as taps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -94,6 +95,8 @@ def _row_case(name: str, dtype: str, width: int, **constants: object) -> Case:
     known = {
         "h_stride": 1,
         "r_stride": 1,
+        "H_FLAT": True,
+        "R_FLAT": True,
         "WHOLE": whole,
         "BLOCK": launch.block if whole else rows.WHOLE_ROW // 2,
         **constants,
@@ -106,6 +109,8 @@ def _row_case(name: str, dtype: str, width: int, **constants: object) -> Case:
 def _distance_cases(dtype: str) -> list[Case]:
     tap = {"HAS_ROWS": True, "HAS_MASK": False, "HAS_PLACE": True, "STORE": rows.DIRECTION}
     cases = [_row_case(f"bend_tap_forward[{kind}]", dtype, 4096, KIND=kind, **tap) for kind in ("mse", "relu_cosine")]
+    # Of a view whose sequences lie more than their rows apart.
+    cases.append(_row_case("bend_tap_forward[l2,view]", dtype, 4096, KIND="l2", H_FLAT=False, **tap))
     for kind in ("l2", "cosine"):
         window = {"KIND": kind, "HAS_ROWS": False, "HAS_MASK": True, "HAS_PLACE": False}
         cases += [
@@ -122,10 +127,19 @@ def _add_rows_case(dtype: str) -> Case:
     types = {"grad": pointer, "direction": pointer, "rows": "*i64", "place": "*i32", "scale": "*fp32", "out": pointer}
     types |= dict.fromkeys(("count_r", "width", "g_inner", "g_outer_stride", "g_inner_stride"), "i32")
     launch = rows.size_rule(4096, rows.WHOLE_ROW // 2)
-    constants = {"g_stride": 1, "HAS_GRAD": True, "BLOCK": launch.block}
+    constants = {"g_stride": 1, "HAS_GRAD": True, "HAS_SCALE": True, "FLAT": True, "BLOCK": launch.block}
     return Case(
         "bend_tap_backward", rows.add_rows_kernel, dtype, types, constants, launch.warps, frozenset({"count_r"})
     )
+
+
+def _gather_case(dtype: str) -> Case:
+    pointer = f"*{dtype}"
+    types = {"hidden": pointer, "rows": "*i64", "out": pointer, "place": "*i32"}
+    types |= dict.fromkeys(("count_n", "width", "h_inner", "h_outer_stride", "h_inner_stride"), "i32")
+    launch = rows.size_rule(4096, taps.COLUMNS)
+    constants = {"h_stride": 1, "HAS_PLACE": True, "FLAT": True, "BLOCK": launch.block}
+    return Case("tap_rows", taps.gather_rows_kernel, dtype, types, constants, launch.warps, frozenset({"count_n"}))
 
 
 def _pairwise_cases(dtype: str) -> list[Case]:
@@ -181,7 +195,7 @@ def _dropout_case(dtype: str, keys: str) -> Case:
     types |= dict.fromkeys(
         ("start", "threshold", "count", "width", "x_inner", "x_outer_stride", "x_inner_stride"), "i32"
     )
-    constants = {"x_stride": 1, "ROWS": dropout.ROWS, "COLUMNS": dropout.COLUMNS}
+    constants = {"x_stride": 1, "FLAT": True, "ROWS": dropout.ROWS, "COLUMNS": dropout.COLUMNS}
     loose = frozenset({"start", "threshold", "count", "x_inner"})
     name = "keyed_dropout" if keys == "*i32" else "keyed_dropout[unhashed]"
     return Case(name, dropout.keyed_dropout_kernel, dtype, types, constants, dropout.WARPS, loose)
@@ -270,7 +284,13 @@ def all_cases(dtypes: tuple[str, ...] = DTYPES) -> list[Case]:
     """Every kernel in the dtypes it is used with, at widths of a 7B or 8B model."""
     cases = []
     for dtype in dtypes:
-        cases += [*_distance_cases(dtype), _add_rows_case(dtype), *_pairwise_cases(dtype), *_head_cases(dtype)]
+        cases += [
+            *_distance_cases(dtype),
+            _add_rows_case(dtype),
+            _gather_case(dtype),
+            *_pairwise_cases(dtype),
+            *_head_cases(dtype),
+        ]
         cases += [_dropout_case(dtype, keys) for keys in ("*i32", "*i64")]
         cases += [case for ranks in LOW_RANKS[dtype] for case in _low_rank_cases(dtype, *ranks)]
         cases += [case for ranks in SHARED_RANKS[dtype] for case in _low_rank_cases(dtype, *ranks)]

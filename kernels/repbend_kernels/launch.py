@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import count_rows, flat_view
+from .rows import flat_view
 
 _NOTHING = nullcontext()
 
@@ -35,12 +35,19 @@ def size_rule(width: int, limit: int) -> Launch:
 
 
 class RowAddress(NamedTuple):
-    """Row i of a [..., D] tensor starts at ``(i // inner)·outer_stride + (i % inner)·inner_stride``."""
+    """Row i of a [..., D] tensor starts at ``(i // inner)·outer_stride + (i % inner)·inner_stride``; at
+    ``i · inner_stride`` where ``inner`` is 0.
+    """
 
     inner: int
     outer_stride: int
     inner_stride: int
     element_stride: int
+
+    @property
+    def flat(self) -> bool:
+        """Whether all rows lie one stride apart: kernels then divide no row number."""
+        return self.inner == 0
 
 
 def addressable(tensor: Tensor) -> tuple[Tensor, RowAddress]:
@@ -50,7 +57,7 @@ def addressable(tensor: Tensor) -> tuple[Tensor, RowAddress]:
         tensor = tensor.contiguous()
         flat = flat_view(tensor)
     if flat is not None:
-        return flat, RowAddress(max(count_rows(tensor), 1), 0, flat.stride(0), flat.stride(1))
+        return flat, RowAddress(0, 0, flat.stride(0), flat.stride(1))
     return tensor, RowAddress(tensor.shape[1], *tensor.stride())
 
 

@@ -30,8 +30,8 @@ class RowFile:
     def __init__(self, path: Path, what: str = "an evaluation") -> None:
         self.path, self.what = path, what
 
-    def read(self, fields: Sequence[str]) -> list[dict[str, object]]:
-        """What is there. A last line that a kill has torn is dropped, from the file too.
+    def read(self, fields: Sequence[str], *, mend: bool = True) -> list[dict[str, object]]:
+        """What is there. A last line that a kill has torn is dropped, with ``mend`` from the file too.
 
         Raises:
             UserError: any other line is no row with ``fields``; it names file and line.
@@ -41,7 +41,7 @@ class RowFile:
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         rows = [self._row(number, line, fields) for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1)]
-        if whole < len(data):
+        if mend and whole < len(data):
             with saving(self.path.name, self.path):
                 os.truncate(self.path, whole)
         return rows

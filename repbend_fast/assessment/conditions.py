@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from repbend_fast.assessment.suites import Suite
 from repbend_fast.assessment.target import Subject, fingerprint
@@ -14,6 +15,7 @@ from repbend_fast.errors import UserError
 from repbend_fast.runs.folder import write_json
 
 FORMAT = 1
+SETTINGS = "settings.json"
 FREE = ("attacks", "judges", "batch_size")
 """What may differ when an evaluation goes on: answers do not depend on it."""
 
@@ -60,18 +62,28 @@ def go_on(path: Path, wanted: dict[str, object]) -> dict[str, object]:
         UserError: a setting differs, or the file is none of ours. It names the setting and both values.
     """
     if path.is_file():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not the settings of an evaluation; give another --out") from error
-        for key, old, new in _differences(stored, wanted):
-            raise UserError(
-                f"{path.parent}: was begun with {key}={_brief(old)}, now it is {_brief(new)}; give the same, or "
-                "another --out"
-            )
-        wanted = stored | wanted | {"suites": stored["suites"] | wanted.get("suites", {})}
+        stored = read_settings(path, wanted, "another --out")
+        suites = [cast(dict[str, object], each.get("suites", {})) for each in (stored, wanted)]
+        wanted = stored | wanted | {"suites": suites[0] | suites[1]}
     write_json(path, wanted)
     return wanted
+
+
+def read_settings(path: Path, wanted: dict[str, object], remedy: str) -> dict[str, object]:
+    """What the file holds, which agrees with ``wanted`` in all that both have.
+
+    Raises:
+        UserError: as :func:`go_on`; ``remedy`` is what to give instead.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the settings of an evaluation; give {remedy}") from error
+    for key, old, new in _differences(stored, wanted):
+        raise UserError(
+            f"{path.parent}: was begun with {key}={_brief(old)}, now it is {_brief(new)}; give the same, or {remedy}"
+        )
+    return cast(dict[str, object], stored)
 
 
 def _differences(stored: object, wanted: dict[str, object]) -> Iterator[tuple[str, object, object]]:

@@ -10,7 +10,8 @@ from typing import cast
 
 from repbend_fast.assessment.answers import ordered
 from repbend_fast.assessment.asking import ask_everything
-from repbend_fast.assessment.conditions import go_on, settings_of
+from repbend_fast.assessment.base_answers import take_base
+from repbend_fast.assessment.conditions import SETTINGS, go_on, settings_of
 from repbend_fast.assessment.costs import Language, find_chat
 from repbend_fast.assessment.json_rows import Change, Summary
 from repbend_fast.assessment.judging import judge_everything
@@ -35,13 +36,13 @@ DEFAULT_JUDGES = ("rule",)
 ALL = "all"
 REPLIES = "replies.jsonl"
 """What an endpoint has replied, kept as it comes."""
-SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
 class Request:
     """What to evaluate and how. Empty ``suites``, ``attacks`` and ``judges`` are the defaults. ``chat``: conversations
-    that usefulness is measured on, as ``find_chat`` takes them.
+    that usefulness is measured on, as ``find_chat`` takes them. ``base_of``: the folder of another evaluation of the
+    same model, whose answers of the base are taken.
     """
 
     target: str
@@ -51,6 +52,7 @@ class Request:
     judges: Sequence[str] = ()
     out: Path | None = None
     chat: str | None = None
+    base_of: Path | None = None
     limit: int | None = None
     max_new_tokens: int | None = None
     batch_size: int = 32
@@ -101,6 +103,8 @@ def assess(request: Request) -> Assessment:
     ]
     with only_training(RunFolder(folder), "evaluation", "give another --out"):
         _start(folder, settings)
+        if request.base_of is not None:
+            take_base(folder, settings, request.base_of)
         session = Session(folder, subject.sides, cells)
         language = Language(session, chat)
         ask_everything(session, subject, language, folder / SETTINGS, batch_size=request.batch_size, seed=request.seed)

@@ -23,6 +23,23 @@ ERROR = "error"
 """In a row's details: why there are no answers."""
 
 
+CHANGES = "changes.json"
+
+
+def read_changes(path: Path) -> dict[str, Change]:
+    """The models that attacks have made, by side, suite and attack; none where there is no file.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read; remove it, and its models are made again") from error
+
+
 @dataclass(frozen=True)
 class Cell:
     """The prompts of one suite that one attack asks, by index."""
@@ -56,18 +73,8 @@ class Session:
                 self.rows[key]["opinions"][said["judge"]] = said["opinions"]
         self.failed: list[dict[str, str]] = []
         """Parts that could not go on, with the reason; the prompts that are left are asked by a later run."""
-        self._changes_file = folder / "changes.json"
-        self._changes = self._read_changes()
-
-    def _read_changes(self) -> dict[str, Change]:
-        try:
-            return dict(json.loads(self._changes_file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{self._changes_file}: cannot be read; remove it, and its models are made again"
-            ) from error
+        self._changes_file = folder / CHANGES
+        self._changes = read_changes(self._changes_file)
 
     def keys(self, side: str, cell: Cell) -> list[Key] | None:
         """The rows that a cell comes to; None of one whose models are still to be made."""

@@ -18,10 +18,10 @@ OF_MODEL = {"dtype": "model.dtype", "quantization": "model.quantization"}
 
 
 def is_assessment(arguments: Namespace) -> bool:
-    """Whether a suite, an attack, a judge or an adapter is named, or the target is a model: else ``eval`` measures a
-    run or a recipe by its own ``evaluation`` settings, into ``evaluation.json``.
+    """Whether a suite, an attack, a judge, an adapter or another evaluation is named, or the target is a model: else
+    ``eval`` measures a run or a recipe by its own ``evaluation`` settings, into ``evaluation.json``.
     """
-    if arguments.suite or arguments.attack or arguments.judge or arguments.adapter:
+    if arguments.suite or arguments.attack or arguments.judge or arguments.adapter or arguments.base_of:
         return True
     return names_model(arguments.target)
 
@@ -38,6 +38,7 @@ def assess(arguments: Namespace) -> int:
         attacks=arguments.attack,
         judges=arguments.judge,
         out=arguments.out,
+        base_of=arguments.base_of,
         **({} if chat is None else {"chat": chat}),
         say=listener(arguments),
         limit=own.get("limit"),

@@ -307,6 +307,9 @@ def _eval_command(groups: Commands) -> None:
         "recipe",
     )
     evaluate.add_argument("--adapter", metavar="A", help="PEFT adapter, folder or hub name, of the bent side")
+    evaluate.add_argument(
+        "--base-of", metavar="FOLDER", help="take the base's answers from another evaluation of the same model"
+    )
     for name, metavar, text in (
         ("suite", "NAME|FILE", "prompts: demo, harmbench, advbench, …, a file, NAME:FILE, or owner/name"),
         ("attack", "NAME[:k=v,…]", "direct, prefill, template, …, or all"),

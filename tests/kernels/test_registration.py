@@ -39,8 +39,8 @@ def op_arguments(implementation: str) -> dict[str, tuple]:
     return {
         "bend_tap_forward": (hidden.detach(), values(3, 8), None, ROWS, "l2", implementation),
         "bend_tap_backward": (values(2, 3, 8), values(3, 8), ROWS, place, torch.tensor(0.5), [2, 3, 8], implementation),
-        "gather_rows": (hidden.detach(), ROWS),
-        "add_rows": (None, values(3, 8), ROWS, [2, 3, 8]),
+        "gather_rows": (hidden.detach(), ROWS, implementation, True),
+        "add_rows": (None, values(3, 8), ROWS, place, [2, 3, 8], implementation),
         "row_distance": ([hidden, values(2, 3, 8, seed=9)], pair, None, MASK, "cosine", implementation),
         "row_distance_backward": (
             hidden.detach(),

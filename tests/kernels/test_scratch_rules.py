@@ -72,8 +72,8 @@ def calls(dtype: torch.dtype) -> dict[str, tuple]:
     return {
         "bend_tap_forward": (hidden, picked, None, rows, "cosine", "torch"),
         "bend_tap_backward": (other, picked, rows, place, torch.tensor(0.5), [N, D], "torch"),
-        "gather_rows": (hidden, rows),
-        "add_rows": (other, picked, rows, [N, D]),
+        "gather_rows": (hidden, rows, "torch", True),
+        "add_rows": (other, picked, rows, place, [N, D], "torch"),
         "row_distance": ([hidden], [other], None, None, "cosine", "torch"),
         "row_distance_backward": (hidden, other, None, None, "cosine", torch.ones(N), "torch"),
         "row_distance_consume": ([hidden], [other], None, "cosine", "torch"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..keyed_dropout import FIRST, LAST, SECOND, WEYL
 from ..launch import addressable, on_device_of
+from .parts import row_start
 
 __all__ = ["COLUMNS", "ROWS", "WARPS", "keyed_dropout_kernel"]
 
@@ -61,6 +62,7 @@ def keyed_dropout_kernel(
     x_outer_stride: tl.tensor,
     x_inner_stride: tl.tensor,
     x_stride: tl.tensor,
+    FLAT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -75,11 +77,8 @@ def keyed_dropout_kernel(
         row = row_hash(key)
     else:
         row = key.to(tl.uint32, bitcast=True)
-    source = (
-        x
-        + ((rows // x_inner) * x_outer_stride + (rows % x_inner) * x_inner_stride)[:, None]
-        + columns.to(tl.int64)[None, :] * x_stride
-    )
+    source = row_start(x, rows, x_inner, x_outer_stride, x_inner_stride, FLAT)[:, None]
+    source += columns.to(tl.int64)[None, :] * x_stride
     values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     kept = tl.where(element_hash(row, column) > threshold, values * factor, 0.0)
     tl.store(out + rows[:, None] * width + columns[None, :], kept.to(out.dtype.element_ty), mask=inside)
@@ -106,6 +105,7 @@ def launch_into(out: Tensor, x: Tensor, keys: Tensor, start: int, threshold: int
             count,
             width,
             *address,
+            FLAT=address.flat,
             ROWS=ROWS,
             COLUMNS=columns,
             num_warps=WARPS,

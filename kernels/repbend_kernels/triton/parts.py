@@ -1,5 +1,5 @@
-"""Pieces of more than one kernel: the inverse of a length; of the heads' soft-cap, running soft-max, and reading before
-packing.
+"""Pieces of more than one kernel: where a row begins; the inverse of a length; of the heads' soft-cap, running
+soft-max, and reading before packing.
 """
 
 import triton
@@ -14,6 +14,25 @@ STAGES = tl.constexpr(2)
 
 # The smallest normal number: below it a GPU's arithmetic may flush to 0, and the square of the inverse root overflows.
 LEAST_SQUARE = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def row_start(
+    tensor: tl.tensor,
+    n: tl.tensor,
+    inner: tl.tensor,
+    outer_stride: tl.tensor,
+    inner_stride: tl.tensor,
+    FLAT: tl.constexpr,
+) -> tl.tensor:
+    """Where row n (int64) of a tensor begins, by its ``launch.RowAddress``. A 64-bit division takes some sixty
+    instructions, so there is none where rows lie one stride apart.
+    """
+    if FLAT:
+        start = tensor + n * inner_stride
+    else:
+        start = tensor + (n // inner) * outer_stride + (n % inner) * inner_stride
+    return start
 
 
 @triton.jit

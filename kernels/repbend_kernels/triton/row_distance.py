@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..launch import RowAddress, addressable, on_device_of, size_rule
 from ..rows import count_rows
-from .parts import inverse_root
+from .parts import inverse_root, row_start
 
 __all__ = ["DIRECTION", "GRADIENT", "NONE", "WHOLE_ROW", "add_rows_kernel", "row_distance_kernel", "size_rule"]
 
@@ -213,6 +213,8 @@ def row_distance_kernel(
     HAS_ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PLACE: tl.constexpr,
+    H_FLAT: tl.constexpr,
+    R_FLAT: tl.constexpr,
     STORE: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -221,8 +223,8 @@ def row_distance_kernel(
     i = tl.program_id(0).to(tl.int64)
     n, known, keep = _selected(rows, mask, i, count_n, HAS_ROWS, HAS_MASK)
     # Inputs are read before place or target is written: target may be the reference's memory.
-    h_row = hidden + (n // h_inner) * h_outer_stride + (n % h_inner) * h_inner_stride
-    r_row = reference + (i // r_inner) * r_outer_stride + (i % r_inner) * r_inner_stride
+    h_row = row_start(hidden, n, h_inner, h_outer_stride, h_inner_stride, H_FLAT)
+    r_row = row_start(reference, i, r_inner, r_outer_stride, r_inner_stride, R_FLAT)
     columns = tl.arange(0, BLOCK)
     if WHOLE:
         h, r = _read(h_row, r_row, columns, h_stride, r_stride, (columns < width) & keep)
@@ -262,6 +264,8 @@ def add_rows_kernel(
     g_inner_stride: tl.tensor,
     g_stride: tl.tensor,
     HAS_GRAD: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """out[n] = grad[n] + scale · direction[i] where rows[i] = n.
@@ -275,13 +279,14 @@ def add_rows_kernel(
     value = tl.zeros([BLOCK], dtype=tl.float32)
     if HAS_GRAD:
         # Asked for before the two loads that find the direction's row, which have to wait for each other.
-        row = grad + (n // g_inner) * g_outer_stride + (n % g_inner) * g_inner_stride
+        row = row_start(grad, n, g_inner, g_outer_stride, g_inner_stride, FLAT)
         value = tl.load(row + columns.to(tl.int64) * g_stride, mask=inside, other=0.0).to(tl.float32)
     i = tl.load(place + n).to(tl.int64)
     selected = (i >= 0) & (i < count_r)
     selected = selected & (tl.load(rows + i, mask=selected, other=-1) == n)
-    factor = tl.load(scale).to(tl.float32)
-    added = tl.load(direction + i * width + columns, mask=inside & selected, other=0.0).to(tl.float32) * factor
+    added = tl.load(direction + i * width + columns, mask=inside & selected, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        added *= tl.load(scale).to(tl.float32)
     value += tl.where(selected, added, 0.0)
     tl.store(out + n * width + columns, value.to(out.dtype.element_ty), mask=inside)
 
@@ -306,7 +311,7 @@ def _launch_rows(
     broadcast = reference.dim() == 2 and reference.shape[0] == 1 and count != 1
     reference, r = addressable(reference)
     if broadcast:
-        r = RowAddress(1, 0, 0, r.element_stride)
+        r = RowAddress(0, 0, 0, r.element_stride)
     launch = size_rule(width, WHOLE_ROW)
     whole = width <= WHOLE_ROW
     store = NONE if target is None else DIRECTION if grad_rows is None else GRADIENT
@@ -330,6 +335,8 @@ def _launch_rows(
             HAS_ROWS=rows is not None,
             HAS_MASK=mask is not None,
             HAS_PLACE=place is not None,
+            H_FLAT=h.flat,
+            R_FLAT=r.flat,
             STORE=store,
             WHOLE=whole,
             BLOCK=launch.block if whole else WHOLE_ROW // 2,
@@ -382,14 +389,14 @@ def launch_tap_forward(
 
 
 def launch_tap_backward(
-    grad: Tensor | None, direction: Tensor, rows: Tensor, place: Tensor, scale: Tensor, shape: list[int]
+    grad: Tensor | None, direction: Tensor, rows: Tensor, place: Tensor, scale: Tensor | None, shape: list[int]
 ) -> Tensor:
-    """``grad`` + ``scale`` · ``direction`` at ``rows`` in a new tensor of ``shape``."""
+    """``grad`` + ``scale`` (1 where None) · ``direction`` at ``rows`` in a new tensor of ``shape``."""
     out = torch.empty(shape, dtype=direction.dtype, device=direction.device)
     width, count_n = shape[-1], place.shape[0]
     if count_n == 0:
         return out
-    source, address = (direction, RowAddress(1, 0, 0, 1)) if grad is None else addressable(grad)
+    source, address = (direction, RowAddress(0, 0, 0, 1)) if grad is None else addressable(grad)
     launch = size_rule(width, WHOLE_ROW // 2)
     with on_device_of(out):
         add_rows_kernel[(count_n, triton.cdiv(width, launch.block))](
@@ -397,12 +404,14 @@ def launch_tap_backward(
             direction,
             rows.contiguous(),
             place,
-            scale,
+            direction if scale is None else scale,
             out,
             rows.shape[0],
             width,
             *address,
             HAS_GRAD=grad is not None,
+            HAS_SCALE=scale is not None,
+            FLAT=address.flat,
             BLOCK=launch.block,
             num_warps=launch.warps,
         )
