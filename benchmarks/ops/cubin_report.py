@@ -71,7 +71,9 @@ MATRIX_LIMITS = {"registers": 255, "shared_bytes": 48 * 1024, "spill_bytes": 0}
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation: a kernel, the types of its arguments, the values known at compile time, and its warps."""
+    """One specialisation: a kernel, the types of its arguments, the values known at compile time, its warps, and the most
+    registers of a thread that the launch asks for.
+    """
 
     name: str
     kernel: triton.JITFunction
@@ -80,6 +82,7 @@ class Case:
     constants: Mapping[str, object]
     warps: int
     unaligned: frozenset[str] = field(default_factory=frozenset)
+    registers: int | None = None
 
 
 def _row_case(name: str, dtype: str, width: int, **constants: object) -> Case:
@@ -101,9 +104,8 @@ def _row_case(name: str, dtype: str, width: int, **constants: object) -> Case:
         "BLOCK": launch.block if whole else rows.WHOLE_ROW // 2,
         **constants,
     }
-    return Case(
-        name, rows.row_distance_kernel, dtype, types, known, launch.warps if whole else 8, frozenset({"grad_stride"})
-    )
+    warps, registers = (launch.warps, rows.WHOLE_REGISTERS) if whole else (8, None)
+    return Case(name, rows.row_distance_kernel, dtype, types, known, warps, frozenset({"grad_stride"}), registers)
 
 
 def _distance_cases(dtype: str) -> list[Case]:
@@ -311,7 +313,9 @@ def digest(case: Case) -> str:
         n: v.value for module in modules for n, v in vars(module).items() if isinstance(v, triton.language.constexpr)
     }
     text += str(sorted(constants.items()))
-    return hashlib.sha256(f"{text}{case.types}{case.constants}{case.warps}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{text}{case.types}{case.constants}{case.warps}{case.registers or ''}".encode()).hexdigest()[
+        :12
+    ]
 
 
 def compile_case(case: Case, sm: int) -> tuple[bytes, int]:
@@ -326,7 +330,8 @@ def compile_case(case: Case, sm: int) -> tuple[bytes, int]:
     ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": case.warps})
+    options = {"num_warps": case.warps, "maxnreg": case.registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     return compiled.asm["cubin"], compiled.metadata.shared
 
 

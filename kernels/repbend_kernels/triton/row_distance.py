@@ -15,9 +15,20 @@ from ..launch import RowAddress, addressable, on_device_of, size_rule
 from ..rows import count_rows
 from .parts import inverse_root, row_start
 
-__all__ = ["DIRECTION", "GRADIENT", "NONE", "WHOLE_ROW", "add_rows_kernel", "row_distance_kernel", "size_rule"]
+__all__ = [
+    "DIRECTION",
+    "GRADIENT",
+    "NONE",
+    "WHOLE_REGISTERS",
+    "WHOLE_ROW",
+    "add_rows_kernel",
+    "row_distance_kernel",
+    "size_rule",
+]
 
 WHOLE_ROW = 8192
+WHOLE_REGISTERS = 64
+"""Of a thread that holds 16 elements of both rows. Left alone, ptxas may aim at 48 and spill."""
 NONE, DIRECTION, GRADIENT = 0, 1, 2
 
 
@@ -341,6 +352,7 @@ def _launch_rows(
             WHOLE=whole,
             BLOCK=launch.block if whole else WHOLE_ROW // 2,
             num_warps=launch.warps if whole else 8,
+            maxnreg=WHOLE_REGISTERS if whole else None,
         )
 
 
