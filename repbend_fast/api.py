@@ -334,7 +334,7 @@ def plan(
     """Say beforehand whether a run fits, with which levers, and how fast it would be. Needs no weights and no GPU.
 
     Args:
-        config: a configuration, or a recipe as :func:`load_config` takes it.
+        config: a configuration, or a recipe as :func:`load_config` takes it; it need not name data.
         overrides, overlays: as in :func:`load_config`; ``{"memory.budget": "8GB"}`` plans for that much.
         card: a card's name, such as ``"4060"``, ``"3090"`` or ``"a100"``; by default this machine's device.
         say: receives notes.
@@ -347,7 +347,9 @@ def plan(
             that can.
     """
     with saying(say):
-        settings = load_config(config, overrides, overlays=overlays, say=say)
+        from repbend_fast.config import load_config as load
+
+        settings = load(config, overrides, overlays=overlays, needs_data=False)
         with hushed():
             from repbend_fast.planning.planned import planned_run
 

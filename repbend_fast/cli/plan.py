@@ -97,7 +97,7 @@ def _table_config(recipe: str, quantization: str, overrides: Sequence[str], over
         f"training.optimizer={optimizer}",
         "memory.checkpoint_blocks=auto",
     ]
-    config = load_config(recipe, overrides, overlays=overlays, defaults=defaults)
+    config = load_config(recipe, overrides, overlays=overlays, defaults=defaults, needs_data=False)
     if config.model.quantization != quantization:
         raise UserError("model.quantization: plan --table has both, nf4 and none; leave it out")
     return config

@@ -29,6 +29,7 @@ def load_config(
     *,
     overlays: Overlays = (),
     defaults: Sequence[str] = (),
+    needs_data: bool = True,
     note: Note = console.note,
 ) -> Config:
     """Resolves and validates the configuration of a run. Reads no weights and no data.
@@ -41,6 +42,7 @@ def load_config(
         overlays: Names of shipped overlays (``qlora``) or paths of YAML files, which go on top of the recipe in their
             order.
         defaults: As ``overrides``, which win over them; they win over the recipe.
+        needs_data: False where no record will be read: data need not be named then.
         note: Receives one line for each published argument that is accepted without effect.
 
     Raises:
@@ -59,6 +61,8 @@ def load_config(
         settings.add_file(*find_overlay(overlay), (), overlay=True)
     settings.add_overrides(parse_overrides(defaults))
     settings.add_overrides(parse_overrides(overrides))
+    if not needs_data:
+        settings.name_data()
     settings.name_folder("-".join(map(bare_name, (name, *above))))
     try:
         return Config.model_validate(settings.tree)
@@ -136,6 +140,12 @@ class _Settings:
         output = self.tree.setdefault("output", {})
         if isinstance(output, dict):
             output.setdefault("folder", f"runs/{recipe}")
+
+    def name_data(self) -> None:
+        """Some data, unless something has named any."""
+        data = self.tree.setdefault("data", {})
+        if isinstance(data, dict):
+            data.setdefault("sources", [{"path": "demo", "format": "demo"}])
 
     def _add_mapping(self, path: Key, values: dict[str, object], origin_of: Callable[[Key], Origin]) -> None:
         for key, value in _name_first(path, values).items():

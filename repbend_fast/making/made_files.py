@@ -137,8 +137,8 @@ def overlay(places: Places, policy: Policy, config: Config) -> str:
         "model": model,
         "data": {
             "sources": [{"path": path("train.jsonl"), "format": "jsonl"}],
-            # An answer's beginning comes on top of what the model wrote.
-            "max_answer_tokens": tokens + 32,
+            # Only an answer that was begun for the model is longer, and it is the beginnings that have to bend.
+            "max_answer_tokens": tokens,
         },
         "validation": {
             "sources": [{"path": path("validation.jsonl"), "format": "jsonl"}],

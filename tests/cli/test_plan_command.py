@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -39,6 +40,19 @@ def test_options_stand_beside_overrides() -> None:
     assert (arguments.recipe, arguments.card, arguments.json, arguments.table) == ("demo", "4060", True, False)
     assert arguments.overrides == ["memory.budget=2GB"]
     assert parse(["plan", "--table"]).recipe is None
+
+
+def test_no_data_need_be_there_to_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    assert main(["plan", recipe, "--json"]) == 0
+    with_data = json.loads(capsys.readouterr().out)
+    del settings["data"]["sources"]
+    bare = Path(recipe).with_name("bare.yaml")
+    bare.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert main(["plan", str(bare), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total_bytes"] == with_data["total_bytes"]
+    assert main(["train", str(bare)]) == 2
+    assert "data.sources is missing" in capsys.readouterr().err
 
 
 def test_a_plan_in_words_and_as_json(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
