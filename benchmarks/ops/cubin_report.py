@@ -71,8 +71,8 @@ MATRIX_LIMITS = {"registers": 255, "shared_bytes": 48 * 1024, "spill_bytes": 0}
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation: a kernel, the types of its arguments, the values known at compile time, its warps, and the most
-    registers of a thread that the launch asks for.
+    """One specialisation: a kernel, the types of its arguments, the values known at compile time, its warps, and the
+    most registers of a thread that the launch asks for.
     """
 
     name: str
