@@ -36,15 +36,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("quick", 24, ("direct", "prefill", "template", "rounding", "refusal-ablation", "latent")),
+    Stage("quick", 24, ("direct", "prefill", "template", "rounding", "refusal-ablation")),
     Stage(
         "searching",
-        6,
+        3,
         (
+            "latent",
             "embedding-weak:steps=100",
             "embedding-strong:steps=150",
             "relearning:records=16,learning_rates=1e-3,steps=8,held=16,asked=6",
-            "gcg:profile=small,steps=32,candidates=32",
+            "gcg:profile=small,steps=16,candidates=32",
         ),
     ),
 )
