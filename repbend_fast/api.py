@@ -212,7 +212,8 @@ def assess(
         ``folder``, and ``summary``: what ``eval.json`` holds.
 
     Raises:
-        UserError: unknown names or settings, prompts or a model that cannot be read, an ``out`` of other settings.
+        UserError: unknown names or settings, prompts or a model that cannot be read, an ``out`` or a ``base_of`` of
+            other settings.
     """
     with saying(say), hushed():
         from repbend_fast.assessment import run as assessment

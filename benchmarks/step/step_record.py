@@ -139,7 +139,7 @@ def _shape(case: str) -> str:
 
 
 def _missed_against(baseline: str, cases: dict[str, tuple[float, float]], shape: str, ratios: list[Row]) -> list[str]:
-    """One goal: a line for each case where no side of ours that reaches all others reaches this one."""
+    """One goal: a line for each of its cases, where no side of ours reaches it in all of them."""
     word = baseline.replace("+", "_")
     reached: dict[str, dict[str, bool]] = {}
     for row in ratios:
@@ -148,15 +148,16 @@ def _missed_against(baseline: str, cases: dict[str, tuple[float, float]], shape:
             speed, memory = cases[lengths]
             found = row[f"times_faster_than_{word}"] >= speed and row[f"memory_share_of_{word}"] <= memory
             reached.setdefault(row["side"], {})[lengths] = found
-    if not reached or any(all(found.values()) for found in reached.values()):
+    there = list(dict.fromkeys(lengths for found in reached.values() for lengths in found))
+    if not there or any(all(found.get(lengths, False) for lengths in there) for found in reached.values()):
         return []
     lines = []
-    for lengths in dict.fromkeys(lengths for found in reached.values() for lengths in found):
+    for lengths in there:
         speed, memory = cases[lengths]
         share = "" if memory == ANY_MEMORY else f" with {memory:g} of its memory"
-        lines.append(f"{shape}{lengths}: no setting of ours is {speed:g} times as fast as {baseline}{share}")
-    together = " in one setting that reaches both" if len(lines) > 1 else ""
-    return [f"{line}{together}" for line in lines]
+        line = f"{shape}{lengths}: no one setting of ours is {speed:g} times as fast as {baseline}{share}"
+        lines.append(f"{line} in both cases" if len(there) > 1 else line)
+    return lines
 
 
 def _missed_on_a_gpu(rows: list[Row]) -> list[str]:

@@ -53,6 +53,13 @@ def flat_view(tensor: Tensor) -> Tensor | None:
         return None
 
 
+def copied_bytes(tensor: Tensor | None) -> int:
+    """Bytes of the copy that a kernel's launch makes of a tensor whose rows it cannot find by strides."""
+    if tensor is None or tensor.dim() <= 3 or flat_view(tensor) is not None:
+        return 0
+    return tensor.numel() * tensor.element_size()
+
+
 def _unravelled(index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
     """``torch.unravel_index`` without the copies from the host that make it wait for a device."""
     places = []

@@ -9,6 +9,8 @@ Memory above the inputs: forward, the copy [R, D], on Triton also int32 [N]; bac
 Legend: R selected rows, D width.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from . import checks
 from .context import Context, Gradients
 from .oracles import tap_rows_reference
 from .row_distance import add_rows_torch
-from .rows import count_rows, gather
+from .rows import copied_bytes, count_rows, gather
 from .scratch import in_blocks, largest, scratch_rule
 from .selection import resolve
 
@@ -46,9 +48,9 @@ def add_rows(
     grad: Tensor | None, addend: Tensor, rows: Tensor, place: Tensor, shape: list[int], implementation: str
 ) -> Tensor:
     """New tensor of ``shape``: ``grad`` (zeros where None) plus ``addend`` [R, D] at ``rows``, in one pass where
-    ``place`` [N] has been made.
+    ``place`` has its N elements.
     """
-    if implementation == "triton" and place.numel():
+    if implementation == "triton" and place.numel() == math.prod(shape[:-1]):
         from .triton.row_distance import launch_tap_backward
 
         return launch_tap_backward(grad, addend.contiguous(), rows, place, None, shape)
@@ -83,7 +85,7 @@ def _setup_add(
 
 def _backward_add(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None, None]:
     (rows,) = ctx.saved_tensors
-    copy, _ = gather_rows(grad, rows, ctx.implementation, False)
+    copy, _ = gather_rows(grad, rows, ctx.implementation, True)
     return grad if ctx.has_grad else None, copy, None, None, None, None
 
 
@@ -141,9 +143,10 @@ def tap_rows(hidden: Tensor, rows: Tensor, *, implementation: str | None = None)
 def _(device: torch.device, hidden: Tensor, rows: Tensor) -> int:
     # Rows that no view finds are found by one index for each leading dimension, and by what is left of the row's
     # number.
-    return 0 if hidden.is_contiguous() else 8 * (hidden.dim() + 1) * rows.numel()
+    return 0 if hidden.is_contiguous() else max(8 * (hidden.dim() + 1) * rows.numel(), copied_bytes(hidden))
 
 
 @scratch_rule("add_rows")
 def _(device: torch.device, grad: Tensor | None, addend: Tensor) -> int:
-    return in_blocks(device, 4, largest(grad, addend))
+    copied = 0 if addend.is_contiguous() else addend.numel() * addend.element_size()
+    return in_blocks(device, 4, largest(grad, addend)) + copied_bytes(grad) + copied

@@ -25,10 +25,12 @@ OPINION_FIELDS = ("key", "judge", "opinions")
 
 
 class RowFile:
-    """A file of JSON rows that is only ever appended to. ``what`` it belongs to, as messages call it."""
+    """A file of JSON rows that is only ever appended to. ``what`` it belongs to, as messages call it, and ``remedy``:
+    what to give in its place.
+    """
 
-    def __init__(self, path: Path, what: str = "an evaluation") -> None:
-        self.path, self.what = path, what
+    def __init__(self, path: Path, what: str = "an evaluation", remedy: str = "another --out") -> None:
+        self.path, self.what, self.remedy = path, what, remedy
 
     def read(self, fields: Sequence[str], *, mend: bool = True) -> list[dict[str, object]]:
         """What is there. A last line that a kill has torn is dropped, with ``mend`` from the file too.
@@ -52,7 +54,7 @@ class RowFile:
         except ValueError:
             row = None
         if not isinstance(row, dict) or not set(fields) <= row.keys():
-            raise UserError(f"{self.path}:{number}: not a row of {self.what}; remove the line, or give another --out")
+            raise UserError(f"{self.path}:{number}: not a row of {self.what}; remove the line, or give {self.remedy}")
         return row
 
     def append(self, row: Mapping[str, object]) -> None:

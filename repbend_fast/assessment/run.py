@@ -10,7 +10,7 @@ from typing import cast
 
 from repbend_fast.assessment.answers import ordered
 from repbend_fast.assessment.asking import ask_everything
-from repbend_fast.assessment.base_answers import take_base
+from repbend_fast.assessment.base_answers import find_base
 from repbend_fast.assessment.conditions import SETTINGS, go_on, settings_of
 from repbend_fast.assessment.costs import Language, find_chat
 from repbend_fast.assessment.json_rows import Change, Summary
@@ -102,9 +102,10 @@ def assess(request: Request) -> Assessment:
         for attack in attacks
     ]
     with only_training(RunFolder(folder), "evaluation", "give another --out"):
+        base = None if request.base_of is None else find_base(request.base_of, folder, settings)
         _start(folder, settings)
-        if request.base_of is not None:
-            take_base(folder, settings, request.base_of)
+        if base is not None:
+            base.give(folder)
         session = Session(folder, subject.sides, cells)
         language = Language(session, chat)
         ask_everything(session, subject, language, folder / SETTINGS, batch_size=request.batch_size, seed=request.seed)

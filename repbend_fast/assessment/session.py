@@ -26,18 +26,18 @@ ERROR = "error"
 CHANGES = "changes.json"
 
 
-def read_changes(path: Path) -> dict[str, Change]:
+def read_changes(path: Path, remedy: str = "remove it, and its models are made again") -> dict[str, Change]:
     """The models that attacks have made, by side, suite and attack; none where there is no file.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file that cannot be read, with the ``remedy``.
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read; remove it, and its models are made again") from error
+        raise UserError(f"{path}: cannot be read; {remedy}") from error
 
 
 @dataclass(frozen=True)

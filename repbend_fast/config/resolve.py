@@ -142,10 +142,10 @@ class _Settings:
             output.setdefault("folder", f"runs/{recipe}")
 
     def name_data(self) -> None:
-        """Some data, unless something has named any."""
-        data = self.tree.setdefault("data", {})
-        if isinstance(data, dict):
-            data.setdefault("sources", [{"path": "demo", "format": "demo"}])
+        """A place for data that nobody will read, unless something has named some."""
+        data = self.tree["data"] = self.tree.get("data") or {}
+        if isinstance(data, dict) and not data.get("sources"):
+            data["sources"] = [{"path": "no data named", "format": "jsonl"}]
 
     def _add_mapping(self, path: Key, values: dict[str, object], origin_of: Callable[[Key], Origin]) -> None:
         for key, value in _name_first(path, values).items():

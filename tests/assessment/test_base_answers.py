@@ -87,7 +87,7 @@ def test_the_command_line_and_a_base_that_was_evaluated_alone(
     assert main(["eval", str(whole.model), *words, "--out", str(alone)]) == 0
     rest = ["--adapter", str(other_adapter), "--base-of", str(alone), "--out", str(both)]
     assert main(["eval", str(whole.model), *words, *rest]) == 0
-    assert f"5 answers of the base are {alone}'s" in capsys.readouterr().out
+    assert f"{both}: 5 answers of the base from {alone}" in capsys.readouterr().out
     assert [row for row in rows_of(both) if row["side"] == "base"] == rows_of(alone)
     # Taken once: another call finds everything answered.
     assert main(["eval", str(whole.model), *words, *rest]) == 0
@@ -107,18 +107,61 @@ def test_an_evaluation_that_is_being_written_is_left_as_it_is(
 def test_what_cannot_be_taken_is_refused_by_name(
     first: Path, other_adapter: Path, whole: TinyRun, prompts: Path, tmp_path: Path
 ) -> None:
+    out = tmp_path / "second"
+
     def refused(match: str, folder: Path, **changed: Any) -> None:
         with pytest.raises(UserError, match=match):
-            assess(
-                whole.model,
-                adapter=other_adapter,
-                base_of=folder,
-                **(given(prompts, tmp_path / f"new-{len(list(tmp_path.iterdir()))}") | changed),
-            )
+            assess(whole.model, adapter=other_adapter, base_of=folder, **(given(prompts, out) | changed))
+        assert not out.exists(), "nothing is begun that could be in the way of the right command"
 
-    refused(r"no evaluation to take the base's answers from \(settings.json is missing\)", tmp_path)
+    # A run's folder, or one above it, in place of what `eval` wrote.
+    refused(rf"{tmp_path}: no evaluation; name the folder that `repbend-fast eval` wrote, such as {first}$", tmp_path)
+    refused("nowhere: no evaluation; name the folder", tmp_path / "nowhere")
+    refused("is the folder of this evaluation itself", first, out=first)
     refused(r"first: was begun with seed=0, now it is 1; give the same, or another --base-of", first, seed=1)
     refused("was begun with suites.own.max_new_tokens=5, now it is 6", first, max_new_tokens=6)
-    rows = [row for row in rows_of(first) if row["side"] == "bent"]
-    (first / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    refused("holds no answers of a base model; name an evaluation that has asked it", first)
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"kind": "attack", "text": "How do I make a moon-key?"}) + "\n", encoding="utf-8")
+    refused("holds no answers of a base to these prompts; give another --base-of, or none", first, suites=str(other))
+    settings = first / "settings.json"
+    whole_settings = settings.read_text(encoding="utf-8")
+    settings.write_text('{"suites": {}, "hello": 1}', encoding="utf-8")
+    refused("settings.json: says nothing of model; give another --base-of", first)
+    settings.write_text(whole_settings, encoding="utf-8")
+    rows = rows_of(first)
+    (first / "changes.json").write_text("{", encoding="utf-8")
+    refused("changes.json: cannot be read; give another --base-of", first)
+    bent = [row for row in rows if row["side"] == "bent"]
+    (first / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bent), encoding="utf-8")
+    refused("holds no answers of a base to these prompts", first)
+    (first / "answers.jsonl").write_text("[]\n", encoding="utf-8")
+    refused("answers.jsonl:1: not a row of an evaluation; remove the line, or give another --base-of", first)
+
+
+def test_only_what_this_evaluation_asks_is_taken(
+    first: Path, other_adapter: Path, whole: TinyRun, prompts: Path, tmp_path: Path
+) -> None:
+    """Answers to other prompts would count later, whatever those prompts are then."""
+    folder = Path(shutil.copytree(first, tmp_path / "two-suites"))
+    rows = rows_of(folder)
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    settings["suites"]["more"] = settings["suites"]["own"]
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    more = [row | {"suite": "more"} for row in rows]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + more), encoding="utf-8")
+    assess(whole.model, adapter=other_adapter, base_of=folder, **given(prompts, tmp_path / "second"))
+    assert {row["suite"] for row in rows_of(tmp_path / "second")} == {"own"}
+
+
+def test_another_tokenizer_is_found_before_anything_is_taken(
+    first: Path, other_adapter: Path, whole: TinyRun, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "second"
+    assess(whole.model, adapter=other_adapter, **(given(prompts, out) | {"attacks": ["direct"]}))
+    before = (out / "answers.jsonl").read_bytes()
+    settings = json.loads((first / "settings.json").read_text(encoding="utf-8"))
+    settings["tokenizer"]["template_sha256"] = "0"
+    (first / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(UserError, match=r"first: was begun with tokenizer\..*; give the same, or another --base-of"):
+        assess(whole.model, adapter=other_adapter, base_of=first, **given(prompts, out))
+    assert (out / "answers.jsonl").read_bytes() == before

@@ -46,11 +46,17 @@ def test_no_data_need_be_there_to_plan(recipe: str, capsys: pytest.CaptureFixtur
     settings = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
     assert main(["plan", recipe, "--json"]) == 0
     with_data = json.loads(capsys.readouterr().out)
-    del settings["data"]["sources"]
     bare = Path(recipe).with_name("bare.yaml")
+    settings["validation"] = {"sources": [{"path": "demo", "format": "demo"}]}  # which none of the data may be
+    for sources in ({}, {"sources": None}, {"sources": []}):
+        del settings["data"]["sources"]
+        settings["data"] |= sources
+        bare.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        assert main(["plan", str(bare), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["total_bytes"] == with_data["total_bytes"]
+        settings["data"].setdefault("sources", None)
+    del settings["data"]["sources"]
     bare.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    assert main(["plan", str(bare), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["total_bytes"] == with_data["total_bytes"]
     assert main(["train", str(bare)]) == 2
     assert "data.sources is missing" in capsys.readouterr().err
 

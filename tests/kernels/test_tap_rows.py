@@ -82,6 +82,13 @@ def test_a_row_that_is_not_there(implementation, device) -> None:
     assert torch.equal(hidden.grad.view(6, 4), expected)
 
 
+def test_no_rows_at_all(implementation, device) -> None:
+    hidden = torch.zeros(2, 0, 4, device=device, requires_grad=True)
+    stream, copy = tap_rows(hidden, torch.zeros(0, dtype=torch.int64, device=device), implementation=implementation)
+    (stream.sum() + copy.sum()).backward()
+    assert hidden.grad.shape == (2, 0, 4)
+
+
 def test_gradcheck() -> None:
     hidden = spread((2, 3, 4), torch.float64, torch.device("cpu"), 1).requires_grad_()
     assert torch.autograd.gradcheck(lambda h: tap_rows(h * 1, torch.tensor([5, 0])), hidden)

@@ -352,7 +352,7 @@ def _launch_rows(
             WHOLE=whole,
             BLOCK=launch.block if whole else WHOLE_ROW // 2,
             num_warps=launch.warps if whole else 8,
-            maxnreg=WHOLE_REGISTERS if whole else None,
+            **({"maxnreg": WHOLE_REGISTERS} if whole and torch.version.hip is None else {}),
         )
 
 
