@@ -222,10 +222,14 @@ def assess(
             os.fspath(target), _text(adapter), _several(suites), _several(attacks), _several(judges)
         )
         asked = replace(asked, chat=_text(chat), overrides=overrides, overlays=overlays)
-        asked = replace(asked, **{k: own_path(v) for k, v in (("out", out), ("base_of", base_of)) if v is not None})
+        asked = replace(asked, out=_own(out), base_of=_own(base_of))
         return assessment.assess(
             replace(asked, limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed)
         )
+
+
+def _own(path: PathLike | None) -> Path | None:
+    return None if path is None else own_path(path)
 
 
 def _text(path: PathLike | None) -> str | None:
