@@ -5,6 +5,7 @@ from .checks import accumulate_dtype
 from .dequantize_nf4 import Nf4Scales, dequantize_nf4, nf4_linear
 from .head import default_chunk_rows, head_scratch, hidden_gradient, logits_into
 from .keyed_dropout import KeyedMask, row_hashes
+from .low_rank import Remake
 from .low_rank_sizes import MOST_SHARED_RANK
 from .made_linear import made_linear
 
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptedLinears",
     "KeyedMask",
     "Nf4Scales",
+    "Remake",
     "accumulate_dtype",
     "default_chunk_rows",
     "dequantize_nf4",

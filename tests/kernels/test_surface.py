@@ -28,6 +28,7 @@ DECLARED = {
             "low_rank_down",
             "pairwise_cosine",
             "row_distance",
+            "tap_rows",
         )
     ),
 }

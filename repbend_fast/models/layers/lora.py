@@ -18,14 +18,14 @@ Legend: N rows (tokens), D inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple, Protocol, cast
 
 import torch
 from repbend_kernels import lora_down, lora_up
-from repbend_kernels.blocks import MOST_SHARED_RANK, row_hashes
+from repbend_kernels.blocks import MOST_SHARED_RANK, Remake, row_hashes
 from torch import Tensor, nn
 
 from repbend_fast.errors import UserError
@@ -34,8 +34,6 @@ from repbend_fast.models.layers.changes import Changes
 from repbend_fast.models.layers.joint import Joint
 from repbend_fast.models.layers.readers import Readers, groups_of
 from repbend_fast.models.layers.recompute import Origin, origin_of
-
-Remake = tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Tensor]]
 
 
 class DropoutKeys:
