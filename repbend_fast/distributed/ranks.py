@@ -50,16 +50,17 @@ class Ranks:
         """Whether this process writes the run's folder and speaks to the user."""
         return self.number == 0
 
-    def shares(self, lengths: Seq[int]) -> list[tuple[int, ...]]:
+    def shares(self, lengths: Seq[int], turn: int = 0) -> list[tuple[int, ...]]:
         """For each process the members of a stream that it runs, of sequences of these lengths.
 
-        Dealt by length, there and back, so that each has about as many tokens.
+        Dealt by length, there and back, so that each has about as many tokens. With ``turn``, the stream's number among
+        those that share a pass, another process begins, or one would get the longest of every stream.
         """
         order = sorted(range(len(lengths)), key=lambda member: -lengths[member])
         there_and_back = [*range(self.count), *reversed(range(self.count))]
         dealt: list[list[int]] = [[] for _ in range(self.count)]
         for place, member in enumerate(order):
-            dealt[there_and_back[place % len(there_and_back)]].append(member)
+            dealt[(there_and_back[place % len(there_and_back)] + turn) % self.count].append(member)
         return [tuple(sorted(members)) for members in dealt]
 
     def part(self, items: Seq[T]) -> list[T]:

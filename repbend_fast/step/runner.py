@@ -165,8 +165,8 @@ class StreamRunner:
         return executions
 
     def _run(self, runs: list[_Run]) -> list[StreamResult]:
-        for run in runs:
-            run.shares = self._shares(run)
+        for number, run in enumerate(runs):
+            run.shares = self._shares(run, number)
             if run.stream.search is not None:
                 run.found = self._search(run, run.stream.search)
             self._take_sums(run)
@@ -212,7 +212,7 @@ class StreamRunner:
                 deltas.update(found)
         return Found(search, deltas)
 
-    def _shares(self, run: _Run) -> list[tuple[int, ...]]:
+    def _shares(self, run: _Run, number: int) -> list[tuple[int, ...]]:
         """What each process runs of the stream; empty where every one runs it all: alone, or of too few to measure.
 
         Raises:
@@ -226,7 +226,7 @@ class StreamRunner:
             )
         if not self.ranks.several or len(sequences) < count:
             return []
-        return self.ranks.shares([len(sequence) for sequence in sequences])
+        return self.ranks.shares([len(sequence) for sequence in sequences], number)
 
     def _take_sums(self, run: _Run) -> None:
         """The sums of terms that couple the sequences of a shared stream: not inside of a piece, which runs again where

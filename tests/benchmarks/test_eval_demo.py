@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,28 @@ def test_a_stage_is_recorded_and_goes_on(whole: TinyRun, tmp_path: Path, monkeyp
     assert eval_demo.main() == 0
     assert (whole.path / "eval-quick" / "answers.jsonl").read_bytes() == answers
     assert json.loads(out.read_text(encoding="utf-8"))["rows"] == first["rows"]
+
+
+def test_a_second_adapter_has_the_first_ones_base(
+    whole: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_demo, "STAGES", (Stage("quick", 1, ("direct",)),))
+    runs = [Path(shutil.copytree(whole.path, tmp_path / name)) for name in ("one", "two")]
+    for run in runs:
+        shutil.rmtree(run / "eval-quick", ignore_errors=True)
+    out = tmp_path / "record.json"
+    named = [f"{run.name}={run}" for run in runs]
+    monkeypatch.setattr(sys, "argv", ["eval_demo", *named[:1], "--out", str(out)])
+    assert eval_demo.main() == 0
+    answers = runs[0] / "eval-quick" / "answers.jsonl"
+    lines = answers.read_text(encoding="utf-8").splitlines()
+    said = json.loads(lines[0]) | {"answers": ["I can not say that."], "opinions": {}}
+    answers.write_text("\n".join([json.dumps(said), *lines[1:]]) + "\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["eval_demo", *named, "--out", str(out)])
+    assert eval_demo.main() == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["adapter"] for row in rows if row["kind"] == "attack"] == ["one", "two"]
+    assert "I can not say that." in (runs[1] / "eval-quick" / "answers.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("argument", ["runs/none", "ours=", "ours=no-such-folder"])

@@ -40,6 +40,12 @@ def test_shares_are_a_partition_of_about_equal_lengths(count: int) -> None:
     assert shares == Ranks(count - 1, count).shares(lengths)
 
 
+def test_streams_of_one_pass_do_not_give_one_process_all_of_their_longest() -> None:
+    dealt = [Ranks(0, 2).shares([90, 10], turn) for turn in range(4)]
+    assert dealt == [[(0,), (1,)], [(1,), (0,)], [(0,), (1,)], [(1,), (0,)]]
+    assert Ranks(0, 3).shares([5, 4, 3], 2) == [(1,), (2,), (0,)]
+
+
 def test_parts_cover_everything_and_are_of_one_size() -> None:
     parts = [Ranks(number, 3).part("abcde") for number in range(3)]
     assert [len(part) for part in parts] == [2, 2, 2]
