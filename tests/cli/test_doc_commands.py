@@ -50,6 +50,9 @@ ELSEWHERE = {
     "torchrun --nproc-per-node 2 -m repbend_fast train llama-3-8b-instruct output.folder=runs/two": (
         "two processes: tests/distributed/test_launched.py"
     ),
+    "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m repbend_fast train demo": (
+        "minutes of training: benchmarks/results/two_processes_cpu.json"
+    ),
     "accelerate launch --multi_gpu": "needs GPUs",
     "sbatch ": "needs Slurm; its script: tests/distributed/test_slurm_script.py",
     "vllm serve": "another program",
