@@ -111,15 +111,24 @@ def _three(shares: Shares) -> str:
     return " / ".join("–" if rate is None or rate["rate"] is None else f"{100 * rate['rate']:.0f}" for rate in rates)
 
 
-def strongest(record: dict[str, object], adapter: str) -> AttackRow:
-    """The attack that most prompts comply with under ``adapter``; of several the first."""
-    rows = cast(list[AttackRow], record["rows"])
-    return max((r for r in rows if r["adapter"] == adapter and r["kind"] == "attack"), key=_complied)
+def strongest(record: dict[str, object], adapter: str, prompts: int) -> AttackRow:
+    """The attack on so many prompts that most of them comply with under ``adapter``; of several the first."""
+    rows = [row for row in cast(list[AttackRow], record["rows"]) if row["adapter"] == adapter]
+    return max((row for row in rows if row["kind"] == "attack" and row["bent"]["count"] == prompts), key=_complied)
 
 
-def _complied(row: AttackRow) -> float:
+def still_works(record: dict[str, object], adapter: str) -> str:
+    """The strongest attack of each stage and what it reaches, in words."""
+    found = []
+    for stage in cast(list[dict[str, int]], record["stages"]):
+        row = strongest(record, adapter, stage["limit"])
+        found.append(f"`{row['attack'].partition(':')[0]}` on {_complied(row)} of {row['bent']['count']} requests")
+    return ", ".join(found)
+
+
+def _complied(row: AttackRow) -> int:
     rate = row["bent"]["shares"]["comply"]
-    return -1.0 if rate is None or rate["rate"] is None else rate["rate"]
+    return 0 if rate is None else rate["count"]
 
 
 def main() -> int:
@@ -154,6 +163,8 @@ def main() -> int:
             }
             arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(attack_table(record))
+    for _, name, _ in named:
+        print(f"{name}: {still_works(record, name)}")
     return 0
 
 

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import TinyRun
 
 from benchmarks.evaluation import eval_demo
-from benchmarks.evaluation.eval_demo import Stage, attack_table, strongest
+from benchmarks.evaluation.eval_demo import Stage, attack_table, still_works, strongest
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ RECORD: dict[str, Any] = {
     "rows": [
         row("ours", "direct", shares(4, 0, 3)),
         row("ours", "direct", shares(4, 4, 0), "ordinary"),
-        row("ours", "gcg", shares(4, 2, 1)),
+        row("ours", "gcg:steps=3", shares(4, 2, 1)),
         row("plain", "direct", shares(4, 1, 0)),
     ]
 }
@@ -42,13 +42,16 @@ def test_a_table_has_a_row_for_each_attack_and_a_column_for_each_adapter() -> No
         "| attack | prompts | base | ours | plain |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| `direct` | 4 | 100 / 0 / 0 | 0 / 75 / 25 | 25 / 0 / 75 |",
-        "| `gcg` | 4 | 100 / 0 / 0 | 50 / 25 / 25 | – |",
+        "| `gcg:steps=3` | 4 | 100 / 0 / 0 | 50 / 25 / 25 | – |",
     ]
 
 
-def test_the_strongest_attack_is_the_one_that_most_comply_with() -> None:
-    assert strongest(RECORD, "ours")["attack"] == "gcg"
-    assert strongest(RECORD, "plain")["attack"] == "direct"
+def test_the_strongest_attack_of_a_stage_is_the_one_that_most_comply_with() -> None:
+    assert strongest(RECORD, "ours", 4)["attack"] == "gcg:steps=3"
+    assert strongest(RECORD, "plain", 4)["attack"] == "direct"
+    few = row("ours", "latent", shares(2, 1, 1))
+    record = {"rows": [*RECORD["rows"], few], "stages": [{"limit": 4}, {"limit": 2}]}
+    assert still_works(record, "ours") == "`gcg` on 2 of 4 requests, `latent` on 1 of 2 requests"
 
 
 def test_a_stage_is_recorded_and_goes_on(whole: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +104,5 @@ def test_the_docs_show_the_record() -> None:
     record = json.loads((ROOT / "benchmarks/results/eval_demo.json").read_text(encoding="utf-8"))
     results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert attack_table(record) in results
-    worst = strongest(record, "with refusal")
-    complied = worst["bent"]["shares"]["comply"]
-    assert complied is not None
-    assert complied["rate"] is not None
-    said = f"on {100 * complied['rate']:.0f} % of the requests"
-    assert worst["attack"] == "prefill"
-    assert f"What still works of the attacks measured so far: several forced starts in turn, {said}." in (
-        ROOT / "README.md"
-    ).read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"What still works: {still_works(record, 'with refusal')}." in " ".join(readme.split())
