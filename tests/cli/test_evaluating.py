@@ -89,6 +89,8 @@ def test_everything_is_passed_on(folders: Path, calls: Calls) -> None:
         "o",
         "--adapter",
         "a",
+        "--base-of",
+        "b",
     ]
     assert main(["eval", *words[:3], target, *words[3:]]) == 0
     [(_, given_target, overrides, given)] = calls
@@ -106,6 +108,7 @@ def test_everything_is_passed_on(folders: Path, calls: Calls) -> None:
         "seed": 0,
         "overlays": ["qlora"],
         "out": "o",
+        "base_of": "b",
     }
 
 
