@@ -164,7 +164,7 @@ def evaluate(
         with hushed():
             from repbend_fast.evaluation.sides import evaluate_target
 
-            return evaluate_target(config, folder, None if out is None else own_path(out))
+            return evaluate_target(config, folder, _own(out))
 
 
 def assess(

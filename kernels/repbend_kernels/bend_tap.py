@@ -19,7 +19,7 @@ from .bend_distance import row_distance
 from .context import Context, Gradients
 from .oracles import bend_tap_reference
 from .row_distance import add_rows_torch, distances_into_direction_torch
-from .rows import count_rows
+from .rows import copied_bytes, count_rows
 from .scratch import in_blocks, largest, scratch_rule
 from .selection import resolve
 
@@ -198,9 +198,9 @@ def check_reference_rows(reference_rows: Tensor, hidden: Tensor, count: int) -> 
 
 @scratch_rule("bend_tap_forward")
 def _(device: torch.device, hidden: Tensor, buffer: Tensor) -> int:
-    return in_blocks(device, 4, largest(hidden, buffer))
+    return in_blocks(device, 4, largest(hidden, buffer)) + copied_bytes(hidden)
 
 
 @scratch_rule("bend_tap_backward")
 def _(device: torch.device, grad: Tensor | None, direction: Tensor) -> int:
-    return in_blocks(device, 4, largest(grad, direction))
+    return in_blocks(device, 4, largest(grad, direction)) + copied_bytes(grad)

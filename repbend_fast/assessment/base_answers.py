@@ -65,8 +65,8 @@ def find_base(other: Path, folder: Path, settings: dict[str, object]) -> BaseAns
         raise UserError(f"{other / SETTINGS}: says nothing of {absent[0]}; give {ANOTHER}")
     suites = set(cast(dict[str, object], theirs["suites"])) & set(cast(dict[str, object], settings["suites"]))
     file = RowFile(other / "answers.jsonl", remedy=ANOTHER)
-    rows = [row for row in cast(list[AnswerRow], file.read(ANSWER_FIELDS, mend=False)) if _is_base(row, suites)]
-    rows = [row for row in rows if row["answers"]]
+    found = cast(list[AnswerRow], file.read(ANSWER_FIELDS, mend=False))
+    rows = [row for row in found if _is_base(row, suites) and row["answers"]]
     if not rows:
         raise UserError(f"{other}: holds no answers of a base to these prompts; give {ANOTHER}, or none")
     changes = read_changes(other / CHANGES, f"give {ANOTHER}")
