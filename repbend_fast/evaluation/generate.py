@@ -1,6 +1,4 @@
-"""Greedy answers for a list of prompts: left-padded batches of similar length, KV cache, stop when every answer has
-ended.
-"""
+"""Greedy answers for a list of prompts, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -21,10 +19,11 @@ from repbend_fast.data.records import Message
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.distributed.ranks import ALONE, Ranks
 from repbend_fast.errors import UserError
+from repbend_fast.evaluation.decoding import new_tokens, padded
 from repbend_fast.evaluation.halving import SHORTER, Chunks
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import find_decoder
-from repbend_fast.models.layers.switches import evaluation_mode, generation_settings
+from repbend_fast.models.layers.switches import evaluation_mode, generation_settings, weights_cast_once
 
 
 class PromptEncoder(Protocol):
@@ -165,20 +164,17 @@ def end_tokens(configured: int | list[int] | None, tokenizer: Tokenizer) -> list
 def _generate_batch(
     model: CausalLM, tokenizer: Tokenizer, encoded: list[list[int]], lockstep: bool = False
 ) -> list[Answer]:
-    """Answers of one batch; the prompts are padded on the left so that all of them end at the same position. In
-    ``lockstep`` it goes on until the batches of all processes have ended.
-    """
+    """Answers of one batch. In ``lockstep`` it goes on until the batches of all processes have ended."""
     settings = model.generation_config
-    longest = max(len(ids) for ids in encoded)
     device = find_decoder(model).device
-    ids = torch.full((len(encoded), longest), settings.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(encoded):
-        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
-        mask[row, longest - len(sequence) :] = 1
-    together = {"synced_gpus": True} if lockstep else {}
-    out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **together)
-    return [_until_end(tokenizer, row, settings.eos_token_id or []) for row in out[:, longest:].tolist()]
+    if lockstep:
+        ids, mask = padded(encoded, settings.pad_token_id)
+        out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), synced_gpus=True)
+        found = out[:, ids.shape[1] :].tolist()
+    else:
+        with weights_cast_once(model):
+            found = new_tokens(model, encoded, device)
+    return [_until_end(tokenizer, row, settings.eos_token_id or []) for row in found]
 
 
 def _until_end(tokenizer: Tokenizer, ids: list[int], ends: list[int]) -> Answer:

@@ -19,6 +19,7 @@ from repbend_fast.evaluation.attacks.requests import Suffixed
 from repbend_fast.evaluation.attacks.room import PassCost, fitting
 from repbend_fast.evaluation.generate import answer_texts, greedy_generation
 from repbend_fast.evaluation.halving import Chunks
+from repbend_fast.evaluation.kv_cache import in_room, roomy_cache
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.decoder import causal_model, find_decoder
 from repbend_fast.models.layers.switches import evaluation_mode
@@ -182,7 +183,8 @@ def answers_behind(target: Target, embedded: Sequence[Tensor], max_new_tokens: i
     def generate(chosen: slice) -> list[str]:
         rows, mask = padded_left([e.detach() for e in embedded[chosen]])
         dtype = model.get_input_embeddings().weight.dtype
-        generated = model.generate(inputs_embeds=rows.to(dtype), attention_mask=mask)
+        room = in_room(roomy_cache(model, rows.shape[1] + max_new_tokens))
+        generated = model.generate(inputs_embeds=rows.to(dtype), attention_mask=mask, **room)
         return answer_texts(model, tokenizer, generated)
 
     with greedy_generation(model, tokenizer, max_new_tokens):

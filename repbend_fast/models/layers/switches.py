@@ -129,3 +129,27 @@ def standing_aside(body: nn.Module, states: Tensor) -> Iterator[None]:
         del body.forward
         if earlier is not None:
             body.forward = earlier
+
+
+@contextmanager
+def weights_cast_once(model: CausalLM) -> Iterator[None]:
+    """Inside autocast on a CPU, frozen float32 weights of linear layers stand in its dtype while entered.
+
+    Autocast casts those without a gradient at every call, and answers are written a token at a time. Products are the
+    same to the bit. The copies take half of the weights' memory, so a GPU, where memory is short, goes on casting.
+    """
+    dtype = torch.get_autocast_dtype("cpu")
+    cast = model.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    layers = [m for m in model.modules() if cast and type(m) is nn.Linear and _cast_each_time(m.weight)]
+    own = [layer.weight for layer in layers]
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, own, strict=True):
+            layer.weight = weight
+
+
+def _cast_each_time(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and not weight.requires_grad
