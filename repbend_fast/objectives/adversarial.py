@@ -16,7 +16,7 @@ from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.choices import Auto
 from repbend_fast.objectives.perturbed import Search
-from repbend_fast.objectives.rows import NOTHING, count, forget_sequences, predicting_rows
+from repbend_fast.objectives.rows import NOTHING, count, forget_sequences, predicting_rows, refused_pairs
 from repbend_fast.objectives.sections import Aim, MethodConfig, at_share
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Span, Term, Unit, Unlikelihood
@@ -160,7 +160,7 @@ def _bending(config: AttackedConfig, stream: Stream, bent: frozenset[Sequence], 
 
 def _refusing(config: AttackedConfig, stream: Stream, batch: Batch, num_blocks: int) -> Search:
     """Away from the safe answers of pairs, and towards their unsafe ones behind the same prompts."""
-    unsafe = tuple(pair.unsafe for pair in batch.pairs)
+    unsafe = tuple(pair.unsafe for pair in refused_pairs(batch))
     both, numbers = (*stream.sequences, *unsafe), tuple(range(len(unsafe)))
     terms = away_and_towards(both, len(unsafe))
     spans = prompt_rows(unsafe)

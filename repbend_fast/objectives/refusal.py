@@ -13,7 +13,7 @@ import hashlib
 import math
 
 from repbend_fast.data.records import Batch, PairSequence, Sequence
-from repbend_fast.objectives.rows import count, predicting_rows
+from repbend_fast.objectives.rows import count, predicting_rows, refused_pairs
 from repbend_fast.objectives.sections import RefusalConfig
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss
@@ -26,7 +26,7 @@ def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | 
         seed: the run's; None draws nothing and gives every pair the longest start that could be drawn, as a memory plan
             has to count.
     """
-    pairs = (*batch.pairs, *batch.refused)
+    pairs = refused_pairs(batch)
     if not config.refusal or not pairs:
         return ()
     starts = recovery_starts(config, pairs, step, seed)

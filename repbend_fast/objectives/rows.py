@@ -4,7 +4,7 @@ have.
 
 from __future__ import annotations
 
-from repbend_fast.data.records import Batch, Sequence
+from repbend_fast.data.records import Batch, PairSequence, Sequence
 from repbend_fast.objectives.sections import WindowConfig
 from repbend_fast.objectives.streams import Stream
 from repbend_fast.objectives.terms import AnswerLoss, Distance, HeadKL, Span, Unit, rows_in
@@ -23,6 +23,11 @@ def safe_sequences(batch: Batch) -> tuple[Sequence, ...]:
 def forget_sequences(batch: Batch) -> tuple[Sequence, ...]:
     """What the methods with a forget set forget: the unsafe conversations, and the unsafe halves of the pairs."""
     return (*batch.unsafe, *(pair.unsafe for pair in batch.pairs))
+
+
+def refused_pairs(batch: Batch) -> tuple[PairSequence, ...]:
+    """The pairs whose safe answers are learned as refusals."""
+    return (*batch.pairs, *batch.refused)
 
 
 def all_rows(sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:

@@ -4,6 +4,7 @@ pieces nor a second run change anything.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import objective_oracles as oracles
@@ -12,7 +13,7 @@ import torch
 from kernel_compare import assert_matches, relative_l2
 from objective_runs import ATTACK, BATCH, BLOCKS, SEARCHING, precise_model, run_objective
 from objective_runs import ATTACKED as BY_NAME
-from tiny_models import WITHOUT_DROPOUT, adapted_model, flat, gradients, runner_on
+from tiny_models import WITHOUT_DROPOUT, adapted_model, flat, gradients, pair, runner_on
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -144,6 +145,24 @@ def test_the_perturbed_copies_are_added(precise, name) -> None:
     assert relative_l2(flat(together), flat(alone)) > 1e-2
     names = [term for r in results for term in r.terms]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ATTACKED)
+def test_pairs_that_are_only_refused_are_perturbed_too(precise, name) -> None:
+    """Towards their own unsafe answers: each prompt's rows are those of a batch that bends the pair as well."""
+    more = (pair(5, 4, 3, 11), pair(2, 5, 7, 12))
+    batch = replace(BATCH, refused=more)
+    stream, both = (
+        {s.name: s for s in build_objective(ATTACKED[name], BLOCKS, 10).streams(b, 2)}["perturbed_refusal"]
+        for b in (batch, replace(BATCH, pairs=(*BATCH.pairs, *more)))
+    )
+    assert len(stream.sequences) == len(BATCH.pairs) + len(more)
+    assert stream.search == both.search
+    whole, expected = run_objective(precise, ATTACKED[name], batch=batch)
+    split, got = run_objective(precise, ATTACKED[name], batch=batch, piece_tokens=24)
+    assert_matches(flat(got), flat(expected), tolerance=1e-7)
+    few, _ = run_objective(precise, ATTACKED[name])
+    assert [r.terms.keys() for r in few] == [r.terms.keys() for r in whole]
 
 
 @pytest.mark.parametrize("name", ["lat", "repbend"])
