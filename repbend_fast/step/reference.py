@@ -21,7 +21,7 @@ def reference_pass(place: Place, executions: Sequence[Execution[Term]]) -> None:
     """
     parts, last = place.parts, place.parts.decoder.num_blocks
     keeping = by_layer(executions, lambda term: term.compared_states(last))
-    stop = max(keeping, default=0)
+    stop = max(1, *keeping) if keeping else 0  # hidden state 0 alone is read before a first block
     if stop == 0 and not any(execution.term.compares_pairs for execution in executions):
         return
 

@@ -13,7 +13,8 @@ import torch
 from kernel_compare import assert_matches, relative_l2
 from objective_runs import ATTACK, BATCH, BLOCKS, SEARCHING, precise_model, run_objective
 from objective_runs import ATTACKED as BY_NAME
-from tiny_models import WITHOUT_DROPOUT, adapted_model, flat, gradients, pair, runner_on
+from tiny_models import WITHOUT_DROPOUT, adapted_model, flat, gradients, runner_on
+from tiny_models import pair as pair_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +28,7 @@ from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.step.levers import EVERY_STREAM, Levers
 from repbend_fast.step.runner import _Run
 from repbend_fast.step.searched import Found
+from repbend_fast.step.units import measure_units
 
 LAT = SEARCHING["lat"]
 ATTACKED = {name.removesuffix(", attacked"): config for name, config in BY_NAME.items()}
@@ -150,7 +152,7 @@ def test_the_perturbed_copies_are_added(precise, name) -> None:
 @pytest.mark.parametrize("name", ATTACKED)
 def test_pairs_that_are_only_refused_are_perturbed_too(precise, name) -> None:
     """Towards their own unsafe answers: each prompt's rows are those of a batch that bends the pair as well."""
-    more = (pair(5, 4, 3, 11), pair(2, 5, 7, 12))
+    more = (pair_of(5, 4, 3, 11), pair_of(2, 5, 7, 12))
     batch = replace(BATCH, refused=more)
     stream, both = (
         {s.name: s for s in build_objective(ATTACKED[name], BLOCKS, 10).streams(b, 2)}["perturbed_refusal"]
@@ -159,7 +161,7 @@ def test_pairs_that_are_only_refused_are_perturbed_too(precise, name) -> None:
     assert len(stream.sequences) == len(BATCH.pairs) + len(more)
     assert stream.search == both.search
     whole, expected = run_objective(precise, ATTACKED[name], batch=batch)
-    split, got = run_objective(precise, ATTACKED[name], batch=batch, piece_tokens=24)
+    _, got = run_objective(precise, ATTACKED[name], batch=batch, piece_tokens=24)
     assert_matches(flat(got), flat(expected), tolerance=1e-7)
     few, _ = run_objective(precise, ATTACKED[name])
     assert [r.terms.keys() for r in few] == [r.terms.keys() for r in whole]
@@ -219,6 +221,19 @@ def test_radius_and_steps_count_in_the_reference_s_units() -> None:
     for state, radius in ((0, 0.05), (2, 5.0)):
         assert float(deltas[state].norm(dim=-1).max()) == pytest.approx(radius, rel=1e-4)
     assert [t.layers for t in stream.search.measured] == [(0, 2)]
+
+
+@pytest.mark.parametrize("states", [[0], [0, 2]])
+def test_every_perturbed_state_has_a_unit(states) -> None:
+    """The embedding's output alone too, before which no block runs."""
+    model = adapted_model(lora=WITHOUT_DROPOUT)
+    objective = build_objective(LAT.model_copy(update={"distance_unit": "reference", "states": states}), BLOCKS, 10)
+    units = measure_units(runner_on(model, Levers()), objective, {"pair": BATCH.pairs, "retain": BATCH.retain})
+    assert units.keys() == set(states)
+    rows = torch.cat(
+        [model.get_input_embeddings().weight[list(p.unsafe.ids[: p.unsafe.prompt_length])] for p in BATCH.pairs]
+    )
+    assert units[0] == pytest.approx(float(rows.norm(dim=-1).median()), rel=1e-5)
 
 
 def test_states_as_a_share_of_depth() -> None:
