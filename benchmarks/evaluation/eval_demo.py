@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from benchmarks.harness import RESULTS
 from repbend_fast.assessment.json_rows import GroupRow, Rate, Summary
@@ -95,7 +95,7 @@ def measure(run: Path, stage: Stage, first: Path) -> tuple[Summary, float]:
 def attack_table(record: dict[str, object]) -> str:
     """Markdown: a row an attack, a column for the base and each adapter; complied / refused / degenerate in percent."""
     rows = [row for row in cast(list[AttackRow], record["rows"]) if row["kind"] == "attack"]
-    adapters = list(dict.fromkeys(row["adapter"] for row in rows))
+    adapters = _adapters(record)
     heads = "| attack | prompts | base | " + " | ".join(adapters) + " |"
     lines = [heads, "| --- | ---: |" + " ---: |" * (len(adapters) + 1)]
     for attack in dict.fromkeys(row["attack"] for row in rows):
@@ -111,6 +111,40 @@ def _three(shares: Shares) -> str:
     return " / ".join("–" if rate is None or rate["rate"] is None else f"{100 * rate['rate']:.0f}" for rate in rates)
 
 
+def relearning_table(record: dict[str, object]) -> str:
+    """Markdown: a row for each kind of records that an attacker trains on, the base and each adapter in columns;
+    complied / refused / degenerate in percent at the last step, and the perplexity as a multiple of that before.
+    """
+    stages = [stage["name"] for stage in cast(list[dict[str, Any]], record["stages"])]
+    found = {
+        name: {key: point for stage in stages for key, point in _relearned(record, name, stage).items()}
+        for name in _adapters(record)
+    }
+    first = next(iter(found.values()))
+    heads = "| trained on | base | " + " | ".join(found) + " |"
+    lines = [heads, "| --- | ---: |" + " ---: |" * len(found)]
+    for kind, records in dict.fromkeys((kind, records) for kind, _, records in first):
+        cells = [_curve(first[kind, "base", records]), *(_curve(of[kind, "bent", records]) for of in found.values())]
+        lines.append(f"| {records} {kind} records | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _adapters(record: dict[str, object]) -> list[str]:
+    return list(dict.fromkeys(row["adapter"] for row in cast(list[AttackRow], record["rows"])))
+
+
+def _relearned(record: dict[str, object], adapter: str, stage: str) -> dict[tuple[str, str, int], dict[str, float]]:
+    """The last measurement of each training of a stage, by kind, side and number of records."""
+    more = cast(dict[str, dict[str, dict[str, list[dict[str, Any]]]]], record["more"])
+    rows = more.get(adapter, {}).get(stage, {}).get("relearning", [])
+    return {(row["kind"], row["side"], row["records"]): row["curve"][-1] for row in rows}
+
+
+def _curve(point: dict[str, float]) -> str:
+    shares = " / ".join(f"{100 * point[label]:.0f}" for label in LABELS)
+    return f"{shares}, × {point['perplexity_ratio']:.2f}"
+
+
 def strongest(record: dict[str, object], adapter: str, prompts: int) -> AttackRow:
     """The attack on so many prompts that most of them comply with under ``adapter``; of several the first."""
     rows = [row for row in cast(list[AttackRow], record["rows"]) if row["adapter"] == adapter]
@@ -118,11 +152,17 @@ def strongest(record: dict[str, object], adapter: str, prompts: int) -> AttackRo
 
 
 def still_works(record: dict[str, object], adapter: str) -> str:
-    """The strongest attack of each stage and what it reaches, in words."""
+    """The strongest attack of each stage and what it reaches, and what relearning does, in words."""
     found = []
-    for stage in cast(list[dict[str, int]], record["stages"]):
+    for stage in cast(list[dict[str, Any]], record["stages"]):
         row = strongest(record, adapter, stage["limit"])
         found.append(f"`{row['attack'].partition(':')[0]}` on {_complied(row)} of {row['bent']['count']} requests")
+        for (kind, side, records), point in _relearned(record, adapter, stage["name"]).items():
+            if (kind, side) == ("harmful", "bent") and point["comply"]:
+                found.append(
+                    f"training on {records} complying answers on {round(point['comply'] * stage['limit'])} of "
+                    f"{stage['limit']} (at {point['perplexity_ratio']:.1f} times the perplexity)"
+                )
     return ", ".join(found)
 
 
@@ -150,6 +190,7 @@ def main() -> int:
             seconds.setdefault(name, {})[stage.name] = round(took, 1)
             more.setdefault(name, {})[stage.name] = {
                 "usefulness": summary["usefulness"],
+                "relearning": summary["relearning"],
                 "rounding": summary["rounding"],
                 "failed": summary["failed"],
             }
@@ -163,6 +204,7 @@ def main() -> int:
             }
             arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(attack_table(record))
+    print(relearning_table(record))
     for _, name, _ in named:
         print(f"{name}: {still_works(record, name)}")
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from repbend_fast.config import load_config
 from repbend_fast.data.prompts import Prompt, PromptsConfig, load_prompts
@@ -23,11 +23,9 @@ from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.environment import environment
 from repbend_fast.evaluation.decoding import padded
 from repbend_fast.evaluation.generate import generate_measured, greedy_generation
-from repbend_fast.models import attach_lora
 from repbend_fast.models.causal import CausalLM
 from repbend_fast.models.load import load_model, load_tokenizer
 
-Answers = list[list[int]] | list[str]
 BATCH, NEW = 128, 64
 
 
@@ -56,16 +54,13 @@ SIDES: dict[str, Callable[[CausalLM, ChatEncoder, Sequence[Prompt]], int]] = {
 
 
 def demo_model(adapter: Path | None) -> CausalLM:
-    """The demo's model without its adapter's wrapper, which generation goes past."""
-    config = load_config("demo")
-    base = load_model(config.model)
-    if adapter is None:
-        attached = attach_lora(base, config.lora)
-    else:
+    """The demo's model, with the adapter in its layers and without a wrapper, which generation goes past."""
+    base = load_model(load_config("demo").model)
+    if adapter is not None:
         from peft import PeftModel
 
-        attached = PeftModel.from_pretrained(cast(nn.Module, base), str(adapter))
-    return cast(CausalLM, attached.get_base_model())
+        PeftModel.from_pretrained(cast(PreTrainedModel, base), str(adapter))
+    return base
 
 
 def measure(adapter: Path | None, prompts: int | None, rounds: int) -> dict[str, object]:
@@ -110,7 +105,7 @@ def main() -> None:
     for row in found:
         print(f"adapter {row['adapter']}: {row['speedup']:.2f} times as fast")
     if given.out:
-        record = environment(torch.device("cpu")) | {
+        record = environment() | {
             "what": "answers to the demo's validation prompts, sides in turn",
             "rows": found,
         }

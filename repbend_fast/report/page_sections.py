@@ -15,7 +15,8 @@ from repbend_fast.report.eval_record import BASE, SIDES
 from repbend_fast.report.inline_svg import drawn, inlined
 from repbend_fast.report.measures import cards, facts, measure_rows, warnings_of
 from repbend_fast.report.pictures import pictures_of
-from repbend_fast.report.plots import FIGURES, relearned
+from repbend_fast.report.plots import FIGURES
+from repbend_fast.report.relearned import Strongest, relearned, uncounted_lines
 from repbend_fast.report.run_record import Row, RunRecord
 from repbend_fast.report.samples import sample_groups
 from repbend_fast.report.shares import Division, divisions
@@ -86,7 +87,7 @@ def summary(runs: Sequence[RunRecord], look: Look) -> Section:
             "status": run.status,
             "facts": facts(run),
             "cards": cards(run),
-            "warnings": warnings_of(run),
+            "warnings": [*warnings_of(run), *uncounted_lines(run)],
         }
         for run in runs
     ]
@@ -119,8 +120,11 @@ def relearning(runs: Sequence[RunRecord], look: Look) -> Section:
     figure = look.figure("relearning", runs)
     if figure is None:
         return Section("relearning", "Relearning", look.missing("No relearning attack was measured."))
-    found = [(run, words, entry) for run in runs for words, _, entry in relearned(run)]
-    rows = [(run.label if look.several else "", words, _end(entry)) for run, words, entry in found]
+    rows = [
+        (run.label if look.several else "", each.words, _end(each.strongest), each.uncounted)
+        for run in runs
+        for each in relearned(run)
+    ]
     return Section("relearning", "Relearning", figure + look.parts.relearning(rows))
 
 
@@ -286,20 +290,14 @@ def usefulness_rows(runs: Sequence[RunRecord], several: bool) -> tuple[list[str]
     ]
 
 
-def _end(entry: Mapping[str, object]) -> list[str]:
+def _end(strongest: Strongest | None) -> list[str]:
     """Steps, attack success and perplexity at an attacker's strongest point."""
-    rates = [
-        (rate, row) for row in rows_of(entry.get("curve")) if (rate := finite_number(row.get("comply"))) is not None
-    ]
-    if not rates:
+    if strongest is None:
         return ["–", "–", "–"]
-    highest, strongest = max(rates, key=lambda found: found[0])
-    ratio = finite_number(strongest.get("perplexity_ratio"))
-    step = finite_number(strongest.get("step"))
     return [
-        "–" if step is None else f"{step:g}",
-        percent(highest),
-        "–" if ratio is None else f"× {ratio:.2f}",
+        "–" if strongest.step is None else f"{strongest.step:g}",
+        percent(strongest.complied),
+        "–" if strongest.ratio is None else f"× {strongest.ratio:.2f}",
     ]
 
 

@@ -8,15 +8,16 @@ from itertools import cycle
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
 from repbend_fast.objectives.base import earlier_probes
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of, titles_of
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.report.eval_record import BASE, SIDES
+from repbend_fast.report.relearned import Point, relearned
 from repbend_fast.report.run_record import Row, RunRecord
 from repbend_fast.report.shares import divisions
-from repbend_fast.report.stored_values import finite_number, fraction, rows_of
 from repbend_fast.report.ugly_text import short
 from repbend_fast.report.verdict import decisive
 
@@ -47,7 +48,6 @@ MUTED, INK, LINE, PAPER = "#6c757d", "#212529", "#ced4da", "#ffffff"
 WIDE, NARROW = 10.0, 3.4
 """Inches of a figure, of which a page shows about a hundred pixels each."""
 MOST_CURVES = 12
-RELEARNING_WORDS = {"learning_rate": "rate", "rank": "rank"}
 
 
 def style(axes: Axes, title: str, xlabel: str = "step") -> None:
@@ -282,9 +282,6 @@ def tradeoff(run: RunRecord, *others: RunRecord, narrow: bool = False) -> Figure
     return figure
 
 
-Point = tuple[float, float]
-
-
 def _name_points(axes: Axes, named: list[tuple[str, Point]]) -> None:
     """Labels beside points that are sorted by height, each with a line to its point."""
     heights = spread([y for _, (_, y) in named], min(6.5, 100 / len(named)), 0, 100)
@@ -342,7 +339,7 @@ def spread(values: list[float], gap: float, low: float, high: float) -> list[flo
 
 def relearning(run: RunRecord, narrow: bool = False) -> Figure | None:
     """Attack success over the steps of an attacker who trains the bent model again, a line for each of his settings."""
-    curves = [(label, points) for label, points, _ in relearned(run) if points]
+    curves = [(each.words, each.points) for each in relearned(run) if each.points]
     if not curves:
         return None
     rows = len(curves[:MOST_CURVES]) if narrow else -(-len(curves[:MOST_CURVES]) // 2)
@@ -352,31 +349,11 @@ def relearning(run: RunRecord, narrow: bool = False) -> Figure | None:
         steps, rates = zip(*points, strict=True)
         axes.plot(steps, rates, color=color, marker=marker, markersize=4, linewidth=1.6, label=short(label, 44))
     axes.set_ylim(-4, 104)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     style(axes, "attack success after relearning", xlabel="the attacker's steps")
     axes.set_ylabel("%", fontsize=8, color=MUTED)
     _legend(axes, narrow)
     return figure
-
-
-def relearned(run: RunRecord) -> list[tuple[str, list[Point], Mapping[str, object]]]:
-    """Each attacker's settings in words, steps with attack success in per cent, and the entry in ``eval.json``; the
-    strongest first, those of the base last.
-    """
-    out = []
-    for record in run.evals:
-        for entry in rows_of(record.summary.get("relearning")):
-            points = [
-                (step, 100 * comply)
-                for row in rows_of(entry.get("curve"))
-                if (step := finite_number(row.get("step"))) is not None
-                and (comply := fraction(row.get("comply"))) is not None
-            ]
-            words = [str(entry[key]) for key in ("side", "kind") if entry.get(key) is not None]
-            words += [f"{entry['records']} records"] if entry.get("records") is not None else []
-            words += [f"{word} {entry[key]}" for key, word in RELEARNING_WORDS.items() if entry.get(key) is not None]
-            words += ["no template"] if entry.get("template") is False else []
-            out.append((", ".join(words) or "unnamed settings", sorted(points), entry))
-    return sorted(out, key=lambda each: (each[2].get("side") == "base", -max((y for _, y in each[1]), default=-1.0)))
 
 
 def _legend(axes: Axes, narrow: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import TinyRun
 
 from benchmarks.evaluation import eval_demo
-from benchmarks.evaluation.eval_demo import Stage, attack_table, still_works, strongest
+from benchmarks.evaluation.eval_demo import Stage, attack_table, relearning_table, still_works, strongest
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,8 +50,40 @@ def test_the_strongest_attack_of_a_stage_is_the_one_that_most_comply_with() -> N
     assert strongest(RECORD, "ours", 4)["attack"] == "gcg:steps=3"
     assert strongest(RECORD, "plain", 4)["attack"] == "direct"
     few = row("ours", "latent", shares(2, 1, 1))
-    record = {"rows": [*RECORD["rows"], few], "stages": [{"limit": 4}, {"limit": 2}]}
+    stages = [{"name": "quick", "limit": 4}, {"name": "searching", "limit": 2}]
+    record = {"rows": [*RECORD["rows"], few], "stages": stages, "more": {}}
     assert still_works(record, "ours") == "`gcg` on 2 of 4 requests, `latent` on 1 of 2 requests"
+
+
+def training(kind: str, side: str, comply: float, ratio: float) -> dict[str, Any]:
+    points = [
+        {"step": step, "comply": share, "refuse": 1 - share, "degenerate": 0.0, "perplexity_ratio": ratio * step / 8}
+        for step, share in ((4, 0.0), (8, comply))
+    ]
+    return {"kind": kind, "side": side, "records": 16, "curve": points}
+
+
+def test_relearning_is_told_whether_its_model_is_still_useful_or_not() -> None:
+    trainings = [
+        training("harmful", "base", 1.0, 1.7),
+        training("benign", "base", 0.5, 1.0),
+        training("harmful", "bent", 0.5, 1.58),
+        training("benign", "bent", 0.0, 0.94),
+    ]
+    record = {
+        "rows": [row("ours", "latent", shares(2, 0, 1))],
+        "stages": [{"name": "searching", "limit": 2}],
+        "more": {"ours": {"searching": {"relearning": trainings}}},
+    }
+    assert still_works(record, "ours") == (
+        "`latent` on 0 of 2 requests, training on 16 complying answers on 1 of 2 (at 1.6 times the perplexity)"
+    )
+    assert relearning_table(record).splitlines() == [
+        "| trained on | base | ours |",
+        "| --- | ---: | ---: |",
+        "| 16 harmful records | 100 / 0 / 0, × 1.70 | 50 / 50 / 0, × 1.58 |",
+        "| 16 benign records | 50 / 50 / 0, × 1.00 | 0 / 100 / 0, × 0.94 |",
+    ]
 
 
 def test_a_stage_is_recorded_and_goes_on(whole: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,5 +136,6 @@ def test_the_docs_show_the_record() -> None:
     record = json.loads((ROOT / "benchmarks/results/eval_demo.json").read_text(encoding="utf-8"))
     results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert attack_table(record) in results
+    assert relearning_table(record) in results
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"What still works: {still_works(record, 'with refusal')}." in " ".join(readme.split())
