@@ -1,17 +1,18 @@
 """From a policy to a bent model: the data that the model writes itself, the recipe ``any`` on it, the policy's own test
 split; ``benchmarks/results/made_data.json``.
 
-    python -m benchmarks.demo.made_data --folder runs/made [--policy harbour] [--model demo]
+    python -m benchmarks.demo.made_data --folder runs/made [--policy harbour] [--model demo] [--processes 2]
 
-Two processes, as a user would start them: ``data make POLICY --model MODEL`` and ``train any --with overlay.yaml``. A
+Two commands, as a user would type them: ``data make POLICY --model MODEL`` and ``train any --with overlay.yaml``. A
 part that is finished in the folder is not done again, and has no seconds then. ``seconds`` is wall time,
-``processor_seconds`` that of the process and its children: the one to read where a machine was shared.
+``processor_seconds`` that of the command and its children: the one to read where a machine was shared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -35,10 +36,14 @@ class Spent(TypedDict):
     processor_seconds: float
 
 
-def timed(arguments: list[str], cwd: Path) -> Spent:
-    """Runs one command of the command line in ``cwd``."""
+def timed(arguments: list[str], cwd: Path, processes: int = 1) -> Spent:
+    """Runs one command of the command line in ``cwd``, in so many processes that share the cores."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, "-m", "repbend_fast.cli", *arguments], check=True, cwd=cwd)
+    environ, launcher = dict(os.environ), ["-m", "repbend_fast"]
+    if processes > 1:
+        environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launcher]
+    subprocess.run([sys.executable, *launcher, *arguments], check=True, cwd=cwd, env=environ)
     after, ended = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     processor = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return {"seconds": round(ended - started, 1), "processor_seconds": round(processor, 1)}
@@ -51,6 +56,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/made"))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--note", default="")
+    parser.add_argument("--processes", type=int, default=1, help="that train, as torchrun starts them")
     parser.add_argument("overrides", nargs="*", help="key=value, as for `repbend-fast train`")
     chosen = parser.parse_args()
     folder = chosen.folder.resolve()
@@ -60,7 +66,8 @@ def main() -> int:
     if not (data / "overlay.yaml").is_file():
         spent["data make"] = timed(["data", "make", chosen.policy, "--model", chosen.model, "--out", str(data)], folder)
     if not (run / "evaluation.json").is_file():
-        spent["train"] = timed(["train", "any", "--with", str(data / "overlay.yaml"), *chosen.overrides], folder)
+        training = ["train", "any", "--with", str(data / "overlay.yaml"), *chosen.overrides]
+        spent["train"] = timed(training, folder, chosen.processes)
     made = json.loads((data / "made.json").read_text(encoding="utf-8"))
     seed = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["training"]["seed"]
     found = entry(seed, run, 0.0)
@@ -68,6 +75,7 @@ def main() -> int:
         **environment(),
         "note": chosen.note,
         "policy": chosen.policy,
+        "processes": chosen.processes,
         "overrides": chosen.overrides,
         "records": made["records"],
         "rejected": made["rejected"],
