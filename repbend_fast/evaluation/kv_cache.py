@@ -85,7 +85,7 @@ def roomy_cache(model: CausalLM, most: int) -> DynamicCache | None:
     if "past_key_values" not in _arguments(known) or not known._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=cast(PreTrainedConfig, model.config))
-    cache.layers = [RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers[:] = [RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
