@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -118,7 +118,8 @@ def generate_measured(
     # FSDP's own tensors must not be made in inference mode.
     without_graph = torch.no_grad() if ranks.lockstep else torch.inference_mode()
     generate = partial(_generate_batch, lockstep=True) if ranks.lockstep else _generate_batch
-    with evaluation_mode(base), without_graph, generation_settings(base, settings):
+    cast_once = nullcontext() if ranks.lockstep else weights_cast_once(base)
+    with evaluation_mode(base), without_graph, generation_settings(base, settings), cast_once:
 
         def work(chosen: slice) -> list[Answer]:
             written = generate(base, encoder.tokenizer, [encoded[i] for i in order[chosen]])
@@ -172,8 +173,7 @@ def _generate_batch(
         out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), synced_gpus=True)
         found = out[:, ids.shape[1] :].tolist()
     else:
-        with weights_cast_once(model):
-            found = new_tokens(model, encoded, device)
+        found = new_tokens(model, encoded, device)
     return [_until_end(tokenizer, row, settings.eos_token_id or []) for row in found]
 
 

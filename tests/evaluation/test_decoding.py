@@ -8,7 +8,7 @@ import pytest
 import torch
 from model_zoo import tiny_of
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from repbend_fast.evaluation.decoding import ROWS_WORTH_LEAVING, common_beginning, new_tokens, padded
@@ -65,16 +65,7 @@ def sharpened(model: Any) -> Any:
 
 @pytest.fixture
 def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return sharpened(LlamaForCausalLM(config))
+    return sharpened(tiny_of("llama"))
 
 
 # Full attention; windows, by the cache and by the model itself; softcaps; latent keys; positions of the model's own;
