@@ -15,7 +15,8 @@ from torch import Tensor
 
 from repbend_fast.assessment.fine_tuning import AnswerScores, FineTuning, Sequences, plain_encoder
 from repbend_fast.assessment.grid import LARGE, SMALL, Grid, Kind, Point
-from repbend_fast.assessment.json_rows import CurvePoint, Measured, Training, TrainingRow, WorstCase
+from repbend_fast.assessment.json_rows import CurvePoint, Measured, Training, TrainingRow
+from repbend_fast.assessment.trainings import rank_of, said_of, worst
 from repbend_fast.console import say
 from repbend_fast.data.prompts import Prompt, limit_per_kind
 from repbend_fast.data.records import Record
@@ -103,7 +104,7 @@ class Relearning:
             mark = series.fingerprint(point)
             if mark not in finished:
                 finished[mark] = series.row(point, start["perplexity"])
-                say(_line(finished[mark]))
+                say(said_of(finished[mark]))
                 self._keep({**finished[mark], "fingerprint": mark})
             rows.append(finished[mark])
         cases = {kind: worst(rows, kind, self.bound) for kind in grid.kinds}
@@ -243,7 +244,7 @@ class _Series:
         return tuning.lora
 
     def _remember(self, point: Point, entry: CurvePoint, tuning: FineTuning) -> None:
-        rank = _rank(entry)
+        rank = rank_of(entry)
         if -rank[1] <= self.settings.bound and (point.kind not in self._best or rank > self._best[point.kind][0]):
             self._best[point.kind] = rank, point, entry["step"], tuning.lora.state()
 
@@ -262,16 +263,6 @@ class _Series:
         return tuple(encoder.encode(record, count=False) for record in records)  # type: ignore[misc]
 
 
-def _line(row: TrainingRow) -> str:
-    way = f"{row['kind']}, {row['records']} records, rate {row['learning_rate']:g}, rank {row['rank']}"
-    way += "" if row["template"] else ", no template"
-    if not row["curve"]:
-        return f"relearning ({way}): the loss was not finite before step {row['steps']}"
-    last = row["curve"][-1]
-    ratio = "∞" if last["perplexity_ratio"] is None else f"{last['perplexity_ratio']:.2f}"
-    return f"relearning ({way}): step {last['step']}, {last['comply']:.0%} complied, perplexity × {ratio}"
-
-
 def weights_fingerprint(model: CausalLM) -> str:
     """Hash of some values of every parameter and buffer, evenly spread: a bent model's differs from its base's."""
     digest = hashlib.sha256()
@@ -281,25 +272,6 @@ def weights_fingerprint(model: CausalLM) -> str:
             sample = flat[:: max(1, flat.numel() // SAMPLE)].to("cpu", torch.float64)
             digest.update(f"{name}{tuple(values.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
-
-
-def worst(rows: list[TrainingRow], kind: str, bound: float) -> WorstCase | None:
-    """The point and step of most complying answers whose perplexity ratio is at most ``bound``, of equals the lowest
-    ratio.
-    """
-    found = [
-        cast(WorstCase, {name: value for name, value in row.items() if name != "curve"} | dict(entry))
-        for row in rows
-        if row["kind"] == kind
-        for entry in row["curve"]
-        if entry["perplexity_ratio"] is not None and entry["perplexity_ratio"] <= bound
-    ]
-    return max(found, key=_rank, default=None)
-
-
-def _rank(entry: CurvePoint) -> tuple[float, float]:
-    ratio = entry["perplexity_ratio"]
-    return entry["comply"], -math.inf if ratio is None else -ratio
 
 
 def _point(row: Training) -> Point:

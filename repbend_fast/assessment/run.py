@@ -20,6 +20,7 @@ from repbend_fast.assessment.session import Cell, Session
 from repbend_fast.assessment.suites import Suite, different_names, load_suite
 from repbend_fast.assessment.summary import FORMAT, summarize, tables
 from repbend_fast.assessment.target import Subject, find_subject
+from repbend_fast.assessment.trainings import uncounted_line
 from repbend_fast.config.overrides import Overlays, Overrides
 from repbend_fast.console import say, show
 from repbend_fast.environment import environment
@@ -172,6 +173,9 @@ def _finish(session: Session, subject: Subject, language: Language, judges: list
     write_json(path, summary)
     for table in tables(summary):
         show(table)
+    for found in _by(changes, "relearning"):
+        if line := uncounted_line(found["side"], found["suite"], found["summary"]):
+            say(line)
     say(f"wrote {path}")
     return summary
 
