@@ -70,10 +70,10 @@ class CountsConfig(Section):
 
     attacks: Positive = Field(240, description="Restricted requests with a complying answer: unsafe records and pairs.")
     refused: NonNegative = Field(60, description="Further restricted requests with a refusal: safe records.")
-    allowed: Positive = Field(200, description="Look-alikes with the model's answer: safe and retain records.")
-    ordinary: Positive = Field(240, description="Ordinary requests with the model's answer: safe and retain records.")
+    allowed: Positive = Field(320, description="Look-alikes with the model's answer: safe and retain records.")
+    ordinary: Positive = Field(200, description="Ordinary requests with the model's answer: safe and retain records.")
     validation: Positive = Field(24, description="Validation prompts of each kind, and records of each role.")
-    test: Positive = Field(48, description="Test prompts of each kind, and conversations held out for perplexity.")
+    test: Positive = Field(64, description="Test prompts of each kind, and conversations held out for perplexity.")
 
 
 class SplitsConfig(Section):
