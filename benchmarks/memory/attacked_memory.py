@@ -19,6 +19,7 @@ from typing import TypedDict
 import torch
 
 from repbend_fast.config import load_config
+from repbend_fast.data.records import BatchSizes
 from repbend_fast.environment import environment
 from repbend_fast.models.decoder import find_decoder
 from repbend_fast.objectives import Stream, build_objective
@@ -61,7 +62,7 @@ def row_of(method: str, recipe: str, *overrides: str) -> Row:
     last = (objective.last_state,)
     meter = PeakMeter(shape_model(config.model, config.lora, last), config, last, CUDA, "on")
     limits = limits_of(config)
-    streams = objective.streams(worst_batch(1, limits, retain_examples=2), 0)
+    streams = objective.streams(worst_batch(BatchSizes(1, retain=2), limits), 0)
     peaks = {stream.name: _peak(meter, stream) for stream in streams}
     if method == "lat":
         without = max(_peak(meter, replace(stream, search=None)) for stream in streams)

@@ -95,8 +95,7 @@ def training_peak(base: CausalLM, config: Config, levers: Levers, batch: Batch, 
 def grid(config: Config, base: CausalLM, limits: Limits, shares: Seq[float], steps: int) -> list[GridRow]:
     """One row without a budget, then one per share of the way from the smallest budget to that."""
     planner = Planner(config, CPU, limits=limits)
-    training = config.training
-    batch = worst_batch(training.examples, limits, training.retain_examples, training.refusal_examples)
+    batch = worst_batch(config.training.sizes, limits)
     free = planner.plan(None)
     smallest, _ = planner.smallest()
     rows: list[GridRow] = []

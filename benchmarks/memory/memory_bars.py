@@ -77,10 +77,7 @@ def eager_bar(recipe: str) -> Bar:
     model = shape_model(config.model, config.lora, objective.window)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     prepare_eager(model)
-    training = config.training
-    batch = published_batch(
-        training.examples, limits_of(config), True, 0, training.retain_examples, training.refusal_examples
-    )
+    batch = published_batch(config.training.sizes, limits_of(config), True, 0)
 
     def category(operation: str, tensor: Tensor) -> str:
         if tensor.shape[-1:] == (vocabulary,):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repbend_fast.config import Config
 from repbend_fast.config.schema import LoraConfig, ModelConfig, TrainingConfig
-from repbend_fast.data.records import Batch, PairSequence, Sequence
+from repbend_fast.data.records import Batch, BatchSizes, PairSequence, Sequence
 from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.models import find_decoder, load_model, trainable_parameters
 from repbend_fast.models.causal import CausalLM
@@ -127,14 +127,16 @@ class Case:
                 Batch(each, each, (PairSequence(full, full),) * self.examples, (chat,) * self.examples), vocabulary
             )
         draws = sorted(
-            (published_batch(self.examples, self.limits, True, seed) for seed in range(DRAWS)), key=real_tokens
+            (published_batch(BatchSizes(self.examples), self.limits, True, seed) for seed in range(DRAWS)),
+            key=real_tokens,
         )
         return _with_tokens(draws[DRAWS // 2], vocabulary)
 
     def batches(self, vocabulary: int, count: int) -> list[Batch]:
         """Different micro-batches of the published lengths."""
         return [
-            _with_tokens(published_batch(self.examples, self.limits, True, seed), vocabulary) for seed in range(count)
+            _with_tokens(published_batch(BatchSizes(self.examples), self.limits, True, seed), vocabulary)
+            for seed in range(count)
         ]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from repbend_fast.data.records import BatchSizes
 from repbend_fast.data.settings import DataConfig, PromptsConfig, SourceConfig
 from repbend_fast.objectives.registry import any_settings, default_settings, section_of, stream_names
 from repbend_fast.objectives.sections import MethodConfig
@@ -138,6 +139,11 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = Field(2, description="So many of the last ones stay.")
     log_every: Positive = Field(1, description="Steps between printed lines; metrics.jsonl has every step.")
     threads: NonNegative = Field(0, description="CPU threads; 0 leaves torch's choice.")
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """Of a micro-batch."""
+        return BatchSizes(self.examples, self.retain_examples, self.refusal_examples)
 
 
 class MemoryConfig(Section):

@@ -129,6 +129,28 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """Examples of a micro-batch: ``examples`` of every role; of ``retain`` and of pairs whose refusals are learned
+    another number where one is given. Fewer refusals than ``examples`` are none beyond those of the bent pairs.
+    """
+
+    examples: int
+    retain: int | None = None
+    refusals: int | None = None
+
+    @property
+    def further_refusals(self) -> int:
+        """Pairs of which only the refusal is learned."""
+        return max(0, (self.refusals or 0) - self.examples)
+
+    def of(self, role: Role) -> int:
+        """Records of a role; of pairs both kinds."""
+        if role == "retain":
+            return self.retain or self.examples
+        return self.examples + (self.further_refusals if role == "pair" else 0)
+
+
+@dataclass(frozen=True, slots=True)
 class BadRecord:
     """A record that cannot be used. ``origin`` is ``path:line`` (``path:row`` for parquet and hub data), counted from
     1.
@@ -136,3 +158,8 @@ class BadRecord:
 
     origin: str
     reason: str
+
+
+def first_words(text: str, characters: int) -> str:
+    """The beginning of ``text``, ``characters`` at most, up to the end of a word where there is one."""
+    return text if len(text) <= characters else text[:characters].rpartition(" ")[0] or text[:characters]

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from typing import Any, TypeVar
 
 from repbend_fast.data.formats import formats_that_give
-from repbend_fast.data.records import ROLES, Batch, PairSequence, Record, Role, Sequence
+from repbend_fast.data.records import ROLES, Batch, BatchSizes, PairSequence, Record, Role, Sequence
 from repbend_fast.errors import UserError
 
 Encoded = Sequence | PairSequence
@@ -20,10 +20,8 @@ MEGABATCH = 50
 
 
 class BatchSampler:
-    """Draws ``examples`` sequences of every required role per micro-batch, each role in its own reshuffled epochs.
-
-    ``retain_examples`` are those of ``retain``, where they are another number; ``refusal_examples`` those of pairs,
-    where there are more, the further ones in ``refused``.
+    """Draws sequences of every required role for a micro-batch of ``sizes``, each role in its own reshuffled epochs;
+    pairs of which only the refusal is learned are in ``refused``.
 
     The order of a role depends on the seed, the role and the epoch alone, so adding a role changes no other. ``sets``
     may be encoded lazily; a set that has ``fingerprint()`` is hashed through it, any other by its ids.
@@ -39,12 +37,10 @@ class BatchSampler:
     def __init__(
         self,
         sets: Mapping[Role, Seq[Encoded]],
-        examples: int,
+        sizes: BatchSizes,
         seed: int,
         required_roles: Iterable[Role],
         group_by_length: bool = False,
-        retain_examples: int | None = None,
-        refusal_examples: int | None = None,
     ) -> None:
         wanted = set(required_roles)
         self.roles: tuple[Role, ...] = tuple(r for r in ROLES if r in wanted)
@@ -55,9 +51,7 @@ class BatchSampler:
                     f"{formats_that_give(role)}"
                 )
         self.sets = {role: sets[role] for role in self.roles}
-        self.examples = examples
-        self.retain_examples = retain_examples or examples
-        self.refusal_examples = refusal_examples or examples
+        self.sizes = sizes
         self.seed = seed
         self.group_by_length = group_by_length
         self._lengths = {role: _set_lengths(of_role) for role, of_role in self.sets.items()} if group_by_length else {}
@@ -70,10 +64,10 @@ class BatchSampler:
         empty.
         """
         drawn: dict[str, tuple[Any, ...]] = {
-            role: tuple(self._draw(role) for _ in range(self._per_batch(role))) for role in self.roles
+            role: tuple(self._draw(role) for _ in range(self.sizes.of(role))) for role in self.roles
         }
         pairs = drawn.get("pair", ())
-        bent, refused = pairs[: self.examples], pairs[self.examples :]
+        bent, refused = pairs[: self.sizes.examples], pairs[self.sizes.examples :]
         return Batch(drawn.get("safe", ()), drawn.get("unsafe", ()), bent, drawn.get("retain", ()), refused)
 
     def state_dict(self) -> dict[str, object]:
@@ -81,9 +75,7 @@ class BatchSampler:
         places = {role: {"epoch": epoch, "position": position} for role, (epoch, position) in self._place.items()}
         return {
             "seed": self.seed,
-            "examples": self.examples,
-            "retain_examples": self.retain_examples,
-            "refusal_examples": self.refusal_examples,
+            **self._counts(),
             "group_by_length": self.group_by_length,
             "fingerprint": self.fingerprint(),
             "places": places,
@@ -95,9 +87,7 @@ class BatchSampler:
         """
         for section, key, own in (
             ("training", "seed", self.seed),
-            ("training", "examples", self.examples),
-            ("training", "retain_examples", self.retain_examples),
-            ("training", "refusal_examples", self.refusal_examples),
+            *(("training", key, count) for key, count in self._counts().items()),
             ("data", "group_by_length", self.group_by_length),
         ):
             # Older checkpoints have none of the last three.
@@ -120,9 +110,10 @@ class BatchSampler:
             self._fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return self._fingerprint
 
-    def _per_batch(self, role: Role) -> int:
-        own: dict[Role, int] = {"retain": self.retain_examples, "pair": max(self.examples, self.refusal_examples)}
-        return own.get(role, self.examples)
+    def _counts(self) -> dict[str, int]:
+        """Sizes under their settings' names, as a checkpoint has them."""
+        examples, retain, refusals = self.sizes.examples, self.sizes.of("retain"), self.sizes.refusals
+        return {"examples": examples, "retain_examples": retain, "refusal_examples": refusals or examples}
 
     def _draw(self, role: Role) -> Encoded:
         epoch, position = self._place[role]

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from repbend_fast.config import Config
-from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
+from repbend_fast.data.records import Batch, BatchSizes, PairSequence, Role, Sequence
 from repbend_fast.data.tokenize import EncodedRecords
 
 # Lengths of the published data: prompts and answers log-normal, conversations uniform.
@@ -83,36 +83,18 @@ def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bo
     return Batch((sequence,) * count, (sequence,) * count, (), chat)
 
 
-def worst_batch(
-    examples: int, limits: Limits, retain_examples: int | None = None, refusal_examples: int | None = None
-) -> Batch:
-    """A micro-batch of the longest sequences of every role, of ``retain`` as many as ``examples`` unless said
-    otherwise, and of pairs whose refusals are learned.
-    """
+def worst_batch(sizes: BatchSizes, limits: Limits) -> Batch:
+    """A micro-batch of the longest sequences of every role."""
     prompt = max(1, limits.longest - limits.answer)
     ids = (1,) * limits.longest
     sequence, half, chat = Sequence(ids, prompt, (0, prompt)), Sequence(ids, prompt), Sequence(ids, 0)
-    pair, kept = PairSequence(half, half), (chat,) * (retain_examples or examples)
-    refused = (pair,) * _further(examples, refusal_examples)
-    return Batch((sequence,) * examples, (sequence,) * examples, (pair,) * examples, kept, refused)
+    count, pair = sizes.examples, PairSequence(half, half)
+    kept, refused = (chat,) * sizes.of("retain"), (pair,) * sizes.further_refusals
+    return Batch((sequence,) * count, (sequence,) * count, (pair,) * count, kept, refused)
 
 
-def _further(examples: int, refusal_examples: int | None) -> int:
-    """Pairs of which only the refusal is learned."""
-    return max(0, (refusal_examples or 0) - examples)
-
-
-def published_batch(
-    examples: int,
-    limits: Limits,
-    pairs: bool,
-    seed: int,
-    retain_examples: int | None = None,
-    refusal_examples: int | None = None,
-) -> Batch:
-    """One micro-batch with lengths from the published distribution, cut to the limits; ``retain_examples`` and
-    ``refusal_examples`` as in ``worst_batch``.
-    """
+def published_batch(sizes: BatchSizes, limits: Limits, pairs: bool, seed: int) -> Batch:
+    """One micro-batch with lengths from the published distribution, cut to the limits."""
     generator = random.Random(f"lengths:{seed}")
 
     def tokens(most: int) -> int:
@@ -129,11 +111,11 @@ def published_batch(
         least, most = (min(limits.conversation, n) for n in CONVERSATION_TOKENS)
         return Sequence((1,) * generator.randint(least, most), 0)
 
-    each = range(examples)
+    each = range(sizes.examples)
     return Batch(
         tuple(answer_to(tokens(limits.prompt)) for _ in each),
         tuple(answer_to(tokens(limits.prompt)) for _ in each),
         tuple(both() for _ in each) if pairs else (),
-        tuple(chat() for _ in range(retain_examples or examples)),
-        tuple(both() for _ in range(_further(examples, refusal_examples))) if pairs else (),
+        tuple(chat() for _ in range(sizes.of("retain"))),
+        tuple(both() for _ in range(sizes.further_refusals)) if pairs else (),
     )

@@ -129,10 +129,8 @@ class Planner:
     @cached_property
     def expected(self) -> list[list[Stream]]:
         """Micro-batches of published lengths, as streams."""
-        training = self.config.training
-        draw = partial(published_batch, training.examples, self.limits, self.pairs)
-        sizes = training.retain_examples, training.refusal_examples
-        return [self.objective.streams(draw(seed, *sizes), 0) for seed in range(LENGTH_BATCHES)]
+        draw = partial(published_batch, self.config.training.sizes, self.limits, self.pairs)
+        return [self.objective.streams(draw(seed), 0) for seed in range(LENGTH_BATCHES)]
 
     def plan(self, budget: int | None, check: bool = True) -> Plan:
         """The plan for ``budget`` bytes; without one, the levers as the recipe has them.

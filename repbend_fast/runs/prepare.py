@@ -64,8 +64,7 @@ def prepare_data(config: Config, tokenizer: Tokenizer, wanted: tuple[Role, ...])
     if not (isinstance(config.objective, RefusalConfig) and config.objective.refusal):
         training = training.model_copy(update={"refusal_examples": None})
     encoded = encode_records(records, encoder)
-    sizes = training.retain_examples, training.refusal_examples
-    sampler = BatchSampler(encoded, training.examples, training.seed, roles, grouped, *sizes)
+    sampler = BatchSampler(encoded, training.sizes, training.seed, roles, grouped)
     sequences = {role: list(encoded) for role, encoded in encode_records(held, encoder).items()}
     chat = [s for s in _evaluation_chat(config, encoder) or sequences.get("retain", []) if isinstance(s, Sequence)]
     if config.objective.reads_turns and not any(map(has_earlier_turns, (*records["unsafe"], *records["safe"]))):

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import pytest
 
-from repbend_fast.data.records import Message, PairSequence, Record, Sequence
+from repbend_fast.data.records import BatchSizes, Message, PairSequence, Record, Sequence
 from repbend_fast.data.sampling import BatchSampler
 from repbend_fast.data.tokenize import ChatEncoder, encode_records
 from repbend_fast.errors import UserError
@@ -39,12 +39,12 @@ def sampler(count: int = 403, *, examples: int = EXAMPLES, seed: int = 3, groupe
     sets["pair"] = [
         PairSequence(a, b) for a, b in zip(sequences(published_lengths(count, "pair")), answers, strict=True)
     ]
-    return BatchSampler(sets, examples, seed, ("safe", "unsafe", "pair", "retain"), group_by_length=grouped)
+    return BatchSampler(sets, BatchSizes(examples), seed, ("safe", "unsafe", "pair", "retain"), group_by_length=grouped)
 
 
 def drawn(source: BatchSampler, examples: int) -> list[Sequence]:
     """The next ``examples`` safe sequences in order."""
-    return [s for _ in range(examples // source.examples) for s in source.next_batch().safe]
+    return [s for _ in range(examples // source.sizes.examples) for s in source.next_batch().safe]
 
 
 @pytest.mark.parametrize(("count", "examples"), [(403, 4), (8, 4), (3, 4), (1, 2), (51, 1)])
@@ -60,7 +60,7 @@ def test_order_depends_on_seed_and_role_alone() -> None:
     assert drawn(sampler(), 800) == drawn(sampler(), 800)
     assert drawn(sampler(), 400) != drawn(sampler(seed=4), 400)
     alone = BatchSampler(
-        {"safe": sequences(published_lengths(403, "safe"))}, EXAMPLES, 3, ("safe",), group_by_length=True
+        {"safe": sequences(published_lengths(403, "safe"))}, BatchSizes(EXAMPLES), 3, ("safe",), group_by_length=True
     )
     assert drawn(alone, 800) == drawn(sampler(), 800)
 
@@ -140,7 +140,7 @@ def test_lazy_records_are_grouped_without_encoding_them(make_tokenizer, monkeypa
     encoded = encode_records(records, encoder)
     with monkeypatch.context() as patch:
         patch.setattr(ChatEncoder, "encode", lambda *_, **__: pytest.fail("encoded while grouping"))
-        source = BatchSampler(encoded, 4, 3, ("safe",), group_by_length=True)
+        source = BatchSampler(encoded, BatchSizes(4), 3, ("safe",), group_by_length=True)
     for _ in range(4):
         lengths = [len(s) - s.prompt_length for s in source.next_batch().safe]
         assert max(lengths) < 20 or min(lengths) > 20
@@ -148,7 +148,7 @@ def test_lazy_records_are_grouped_without_encoding_them(make_tokenizer, monkeypa
 
 def test_retain_has_epochs_of_its_own_batches() -> None:
     sets = {"safe": sequences(published_lengths(51, "safe")), "retain": sequences(published_lengths(51, "retain"))}
-    source = BatchSampler(sets, 2, 3, ("safe", "retain"), group_by_length=True, retain_examples=5)
+    source = BatchSampler(sets, BatchSizes(2, retain=5), 3, ("safe", "retain"), group_by_length=True)
     taken = [source.next_batch() for _ in range(102)]
     order = [s.ids[0] for batch in taken for s in batch.retain]
     assert all(sorted(order[i : i + 51]) == list(range(51)) for i in range(0, 510, 51))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from repbend_fast.data.prefetch import PreparedBatches
-from repbend_fast.data.records import Sequence
+from repbend_fast.data.records import BatchSizes, Sequence
 from repbend_fast.data.sampling import BatchSampler
 from repbend_fast.errors import UserError
 
@@ -52,7 +52,7 @@ def made() -> Iterator[list[PreparedBatches]]:
 
 
 def sampler(examples: Watched, size: int = 2) -> BatchSampler:
-    return BatchSampler({"safe": examples}, size, 3, ("safe",))
+    return BatchSampler({"safe": examples}, BatchSizes(size), 3, ("safe",))
 
 
 def prepared(made: list[PreparedBatches], examples: Watched) -> PreparedBatches:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from repbend_fast.data.records import Message, PairSequence, Record, Sequence
+from repbend_fast.data.records import BatchSizes, Message, PairSequence, Record, Sequence
 from repbend_fast.data.sampling import BatchSampler, split_holdout
 from repbend_fast.data.tokenize import ChatEncoder, encode_records
 from repbend_fast.errors import UserError
@@ -29,8 +29,7 @@ def make_sets(safe=7, unsafe=5, pair=6, retain=11):
 
 
 def sampler(seed=3, examples=2, roles=ALL, retain_examples=None, refusal_examples=None, **sizes):
-    own = {"retain_examples": retain_examples, "refusal_examples": refusal_examples}
-    return BatchSampler(make_sets(**sizes), examples, seed, roles, **own)
+    return BatchSampler(make_sets(**sizes), BatchSizes(examples, retain_examples, refusal_examples), seed, roles)
 
 
 def batches(source, count):
@@ -132,7 +131,7 @@ def test_a_checkpoint_from_before_a_role_had_a_number_of_its_own_is_resumed(key)
 def test_one_changed_token_changes_the_fingerprint():
     sets = make_sets()
     sets["pair"][2] = PairSequence(sets["pair"][2].unsafe, Sequence((400, 402, 3), 1))
-    assert BatchSampler(sets, 2, 3, ALL).fingerprint() != sampler().fingerprint()
+    assert BatchSampler(sets, BatchSizes(2), 3, ALL).fingerprint() != sampler().fingerprint()
 
 
 def test_required_role_without_records_names_the_formats_that_give_it():
@@ -142,7 +141,7 @@ def test_required_role_without_records_names_the_formats_that_give_it():
     ):
         sampler(retain=0)
     with pytest.raises(UserError, match="no `pair` records"):
-        BatchSampler({"safe": sequences(2, 1)}, 1, 1, ("safe", "pair"))
+        BatchSampler({"safe": sequences(2, 1)}, BatchSizes(1), 1, ("safe", "pair"))
 
 
 def test_lazily_encoded_records_resume_and_are_refused_when_changed(make_tokenizer):
@@ -150,7 +149,7 @@ def test_lazily_encoded_records_resume_and_are_refused_when_changed(make_tokeniz
 
     def build(answers):
         records = {"safe": [Record("safe", (Message("user", "How?"),), a) for a in answers]}
-        return BatchSampler(encode_records(records, encoder), 2, 3, ("safe",))
+        return BatchSampler(encode_records(records, encoder), BatchSizes(2), 3, ("safe",))
 
     source = build("abcde")
     batches(source, 4)

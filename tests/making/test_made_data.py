@@ -74,10 +74,18 @@ def test_a_pair_holds_the_models_own_answer_and_a_refusal(made: Path) -> None:
     assert not {row["prompt"] for row in refused} & unsafe.keys()
 
 
-def test_what_stays_is_safe_and_retained(made: Path) -> None:
-    retained = {(row["prompt"], row["answer"]) for row in of_role(made / "train.jsonl", "retain")}
-    safe = {(row["prompt"], row["answer"]) for row in of_role(made / "train.jsonl", "safe")}
-    assert retained <= safe
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_stays_is_safe_and_retained(made: Path, split: str) -> None:
+    """Of a look-alike that is trained on, the beginning of its answer, up to the end of a word."""
+    safe = {row["prompt"]: row["answer"] for row in of_role(made / f"{split}.jsonl", "safe")}
+    retained = {row["prompt"]: row["answer"] for row in of_role(made / f"{split}.jsonl", "retain")}
+    assert retained.keys() <= safe.keys()
+    begun = {prompt for prompt, answer in retained.items() if answer != safe[prompt]}
+    assert len(begun) == (8 if split == "train" else 0)  # all look-alikes of training
+    for prompt in begun:
+        kept, whole = retained[prompt], safe[prompt]
+        assert 100 - 20 < len(kept) <= 100
+        assert whole.startswith(f"{kept} ")
 
 
 def test_prompts_read_as_an_evaluation_reads_them(made: Path) -> None:

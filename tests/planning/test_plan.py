@@ -14,6 +14,7 @@ from shape_recipes import LONGEST, recipe
 
 from benchmarks.memory.budget_grid import grid, random_model, training_peak
 from repbend_fast.config import Config
+from repbend_fast.data.records import BatchSizes
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.npo import NPOConfig
@@ -48,7 +49,7 @@ def small(planner_of: PlannerOf) -> Planner:
 
 def test_planned_peak_without_a_budget_is_the_measured_one(small: Planner) -> None:
     plan = small.plan(None)
-    batch = worst_batch(small.config.training.examples, small.limits)
+    batch = worst_batch(small.config.training.sizes, small.limits)
     measured = training_peak(random_model(small.config), small.config, plan.levers, batch)
     assert plan.total == pytest.approx(measured["bytes"], rel=0.10)
 
@@ -70,7 +71,7 @@ def test_further_refusals_are_planned_for(small: Planner) -> None:
         training = small.config.training.model_copy(update={"refusal_examples": wanted})
         planner = Planner(small.config.model_copy(update={"training": training, "objective": objective}), CPU)
         found.append({stream.name: len(stream.sequences) for stream in planner.expected[0]})
-        batch = worst_batch(training.examples, planner.limits, refusal_examples=wanted)
+        batch = worst_batch(training.sizes, planner.limits)
         assert found[-1] == {s.name: len(s.sequences) for s in planner.objective.streams(batch, 0)}
     assert found[1] == found[0] | {"refusal": 9}
     assert found[0]["refusal"] == small.config.training.examples < 9
@@ -161,7 +162,7 @@ def test_offloading_is_not_counted_on_where_the_device_is_the_host(planner_of: P
 
 def test_reference_passes_are_counted_where_they_run(small: Planner) -> None:
     def reference(config: NPOConfig | RMUConfig) -> int:
-        streams = build_objective(config, small.num_blocks, 10).streams(worst_batch(2, small.limits), 0)
+        streams = build_objective(config, small.num_blocks, 10).streams(worst_batch(BatchSizes(2), small.limits), 0)
         return small.cost.flops([s for s in streams if s.name == "forget"], Levers())["reference"]
 
     assert reference(RMUConfig(layer=4)) == 0
@@ -243,12 +244,14 @@ def test_the_refusal_s_stream_is_planned_with_its_longest_starts(
     assert peak.head_rows >= 0.5
     # No step draws more than was planned for.
     objective = build_objective(planner.config.objective, planner.num_blocks, 10, seed=3)
-    drawn = [objective.streams(worst_batch(2, planner.limits), step)[-1] for step in range(50)]
+    drawn = [objective.streams(worst_batch(BatchSizes(2), planner.limits), step)[-1] for step in range(50)]
     assert {s.name for s in drawn} == {"refusal"}
     lengths = [len(s) for stream in drawn for s in stream.sequences]
     assert 2 * LONGEST + 8 < max(lengths) <= peak.longest
     plan = planner.plan(None)
-    measured = training_peak(random_model(planner.config), planner.config, plan.levers, worst_batch(2, planner.limits))
+    measured = training_peak(
+        random_model(planner.config), planner.config, plan.levers, worst_batch(BatchSizes(2), planner.limits)
+    )
     assert measured["bytes"] <= plan.total <= 1.25 * measured["bytes"]
 
 

@@ -33,7 +33,7 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Planner:
 
 def test_the_planned_peak_is_the_measured_one(small: Planner) -> None:
     plan = small.plan(None)
-    batch = worst_batch(small.config.training.examples, small.limits)
+    batch = worst_batch(small.config.training.sizes, small.limits)
     measured = training_peak(random_model(small.config), small.config, plan.levers, batch)
     assert plan.total == pytest.approx(measured["bytes"], rel=0.10)
     assert plan.total > 1.2 * small._checked(replace(plan.levers, merge_streams="off"), None).total
@@ -47,7 +47,7 @@ def test_a_budget_is_kept_by_shared_passes(small: Planner) -> None:
     plan = small.plan(budget)
     assert plan.levers.merge_streams == "on"
     assert set(plan.levers.piece_tokens) <= {"*"}
-    batch = worst_batch(small.config.training.examples, small.limits)
+    batch = worst_batch(small.config.training.sizes, small.limits)
     measured = training_peak(random_model(small.config), small.config, plan.levers, batch)
     assert measured["bytes"] <= 1.03 * budget
 

@@ -32,7 +32,7 @@ from importlib.resources import files
 from typing import Any
 
 from repbend_fast.data.prompts import Prompt
-from repbend_fast.data.records import Message, Record
+from repbend_fast.data.records import Message, Record, first_words
 from repbend_fast.errors import UserError
 
 APART = ("final", "reserve")  # splits with a file of their own
@@ -184,12 +184,7 @@ def _retain(split: str) -> Iterator[Record]:
     conversations = [*of_split("retain", split)]
     for name in KEPT if split == "train" else ():
         begun = name in BEGUN
-        conversations += [(asked, _beginning(answer) if begun else answer) for asked, answer in part(name)]
+        conversations += [(asked, first_words(answer, BEGINNING) if begun else answer) for asked, answer in part(name)]
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
-
-
-def _beginning(answer: str) -> str:
-    """The answer's first words, ``BEGINNING`` characters at most."""
-    return answer if len(answer) <= BEGINNING else answer[:BEGINNING].rpartition(" ")[0]
