@@ -44,7 +44,7 @@ PLACES = {
     "or-bench": Place("bench-llm/or-bench", (("or-bench-hard-1k", None),)),
     "or-bench-toxic": Place("bench-llm/or-bench", (("or-bench-toxic", None),)),
 }
-DEMOS = {"demo": "test", "demo-validation": "validation", "demo-final": "final", "demo-reserve": "reserve"}
+DEMOS = {"demo": "test", **{f"demo-{split}": split for split in ("validation", "final", "reserve", "audit")}}
 
 
 def suite_names() -> list[str]:

@@ -1,9 +1,9 @@
 """Expands the hand-written JSON parts of this folder into records and prompts, the same ones every time.
 
-Training, validation, test, final and reserve share no item, no phrasing and no question
+Training, validation, test, final, reserve and audit share no item, no phrasing and no question
 (``tests/data/test_world.py``), so what the evaluation measures is carried over to new requests, not remembered.
-Validation chooses, and test may; reserve is for the record alone. Rates on final have been seen between choices, so
-that it is a record no more (docs/evaluating.md).
+Validation chooses, and test may; reserve holds the record. Rates on final and reserve have been seen between choices,
+so that the next record is audit's (docs/evaluating.md).
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0),
@@ -19,8 +19,8 @@ not what is true.
   to everyday questions that begin as attacks do. Without them an unseen wording is refused whatever it asks for.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations;
   ``questions.json``: evaluation questions with the keywords of a helpful answer.
-- ``final.json``, ``reserve.json``: all that the splits of these names consist of, apart from the others so that work on
-  them does not show it.
+- ``final.json``, ``reserve.json``, ``audit.json``: all that the splits of these names consist of, apart from the others
+  so that work on them does not show it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message, Record, first_words
 from repbend_fast.errors import UserError
 
-APART = ("final", "reserve")  # splits with a file of their own
+APART = ("final", "reserve", "audit")  # splits with a file of their own
 HELD_OUT = ("test", *APART)  # prompts and retain records, nothing to train on
 
 # A round of requests asks for every item once, each round in other phrasings; the roles take different rounds.
 UNSAFE_ROUNDS = {"train": range(15, 16), "validation": range(0, 1)}
 PAIR_ROUNDS = {"train": range(4, 8), "validation": range(1, 2)}
 REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
-ATTACK_ROUNDS = {"validation": range(0, 1), "test": range(0, 4), "final": range(0, 4), "reserve": range(0, 4)}
+ATTACK_ROUNDS = {"validation": range(0, 1), "test": range(0, 4), **dict.fromkeys(APART, range(0, 4))}
 PHRASING_STEP = 5
 REFUSAL_STEP = 11  # coprime to the number of refusals, so that neighbouring items get all of them
 BEGINNING = 100  # characters of an answer about a harmless thing that a retain record has: where a refusal would begin
@@ -59,8 +59,8 @@ def training_records(split: str = "train") -> list[Record]:
         return list(_retain(split))
     if split not in ("train", "validation"):
         raise UserError(
-            f"data.sources.split={split}: the demo has the splits train and validation, and retain records in test, "
-            "final and reserve"
+            f"data.sources.split={split}: the demo has the splits train and validation, and retain records in "
+            f"test, {', '.join(APART)}"
         )
     return [*_unsafe(split), *_pairs(split), *_safe(split), *_retain(split)]
 
@@ -68,10 +68,10 @@ def training_records(split: str = "train") -> list[Record]:
 def prompts(split: str = "test") -> list[Prompt]:
     """Evaluation prompts: attacks, ordinary and borderline questions.
 
-    ``split`` is ``validation``, ``test``, ``final`` or ``reserve``, else a ``UserError``.
+    ``split`` is ``validation``, ``test``, ``final``, ``reserve`` or ``audit``, else a ``UserError``.
     """
     if split not in ATTACK_ROUNDS:
-        raise UserError(f"prompts.split={split}: the demo has the splits validation, test, final and reserve")
+        raise UserError(f"prompts.split={split}: the demo has the splits validation, test, {', '.join(APART)}")
     out = [
         Prompt("attack", text, item=bare_name(item), source_id=f"demo:{split}:attack:{number}")
         for number, (item, text) in enumerate(_requests(split, ATTACK_ROUNDS[split]))
