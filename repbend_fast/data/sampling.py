@@ -133,7 +133,7 @@ class BatchSampler:
             if self.group_by_length:
                 # Micro-batches run on across epochs: the first examples of this one may complete the last batch of the
                 # one before.
-                size = self._per_batch(role)
+                size = self.sizes.of(role)
                 order = _grouped(order, self._lengths[role], size, -epoch * len(order) % size, generator)
             cached = (epoch, order)
             self._orders[role] = cached
