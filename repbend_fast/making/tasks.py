@@ -114,10 +114,13 @@ def _group(policy: Policy, split: Split, part: Part, asked: Sequence[Asked], wan
 
 def _task(policy: Policy, split: Split, part: Part, number: int, asked: Asked) -> Task:
     starts: tuple[str, ...] = ("",)
+    given = policy.config.starts or bundled()["starts"][asked.form]
     if part == "complying":
-        given = policy.config.starts or bundled()["starts"][asked.form]
         turns = range(number, number + min(policy.config.attempts, len(given)))
         starts = tuple(fill(given[turn % len(given)], asked.phrase) for turn in turns)
+    elif part == "allowed" and split == "train" and number % 2:
+        # Else "Sure, here is how" would be bent whatever follows: only complying answers would begin with it.
+        starts = (fill(given[number // 2 % len(given)], asked.phrase), "")
     key = f"{split}/{part}/{number}"
     return Task(key, split, part, asked.prompt(KINDS[part]), starts, asked.phrase, asked.form)
 
