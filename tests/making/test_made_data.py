@@ -88,6 +88,23 @@ def test_what_stays_is_safe_and_retained(made: Path, split: str) -> None:
         assert whole.startswith(f"{kept} ")
 
 
+def test_look_alikes_begin_as_complying_answers_do(made: Path) -> None:
+    """Half of those that are trained on; a forced beginning that only restricted requests had would be bent by
+    itself.
+    """
+    answered = rows(made / "answers.jsonl")
+    begun = {
+        split: [row["start"] for row in answered if row["key"].startswith(f"{split}/allowed/")]
+        for split in ("train", "validation")
+    }
+    assert 2 * sum(start != "" for start in begun["train"]) >= len(begun["train"]) > 0
+    assert {start[:4] for start in begun["train"]} > {""}
+    assert set(begun["validation"]) == {""}
+    retained = {row["prompt"]: row["answer"] for row in of_role(made / "train.jsonl", "retain")}
+    forced = [row for row in answered if row["key"].startswith("train/allowed/") and row["start"]]
+    assert all(retained[row["request"]].startswith(row["start"]) for row in forced if row["request"] in retained)
+
+
 def test_prompts_read_as_an_evaluation_reads_them(made: Path) -> None:
     prompts = load_prompts(PromptsConfig(path=str(made / "test-prompts.jsonl")))
     attacks = [prompt for prompt in prompts if prompt.kind == "attack"]
