@@ -1,7 +1,7 @@
 """From a policy to a bent model: the data that the model writes itself, the recipe ``any`` on it, the policy's own test
 split; ``benchmarks/results/made_data.json``.
 
-    python -m benchmarks.demo.made_data --folder runs/made [--policy harbour] [--model demo] [--processes 2]
+    python -m benchmarks.demo.made_data --folder runs/made [--policy harbour] [--seed 1] [--processes 2]
 
 Two commands, as a user would type them: ``data make POLICY --model MODEL`` and ``train any --with overlay.yaml``. A
 part that is finished in the folder is not done again, and has no seconds then. ``seconds`` is wall time,
@@ -54,6 +54,9 @@ def main() -> int:
     parser.add_argument("--policy", default="harbour")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--folder", type=Path, default=Path("runs/made"))
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the policy: which topics, items and wordings are tested"
+    )
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--note", default="")
     parser.add_argument("--processes", type=int, default=1, help="that train, as torchrun starts them")
@@ -64,7 +67,18 @@ def main() -> int:
     data, run = folder / "data", folder / "runs" / chosen.policy
     spent: dict[str, Spent | None] = {"data make": None, "train": None}
     if not (data / "overlay.yaml").is_file():
-        spent["data make"] = timed(["data", "make", chosen.policy, "--model", chosen.model, "--out", str(data)], folder)
+        making = [
+            "data",
+            "make",
+            chosen.policy,
+            "--model",
+            chosen.model,
+            "--out",
+            str(data),
+            "--seed",
+            str(chosen.seed),
+        ]
+        spent["data make"] = timed(making, folder)
     if not (run / "evaluation.json").is_file():
         training = ["train", "any", "--with", str(data / "overlay.yaml"), *chosen.overrides]
         spent["train"] = timed(training, folder, chosen.processes)
@@ -75,6 +89,7 @@ def main() -> int:
         **environment(),
         "note": chosen.note,
         "policy": chosen.policy,
+        "policy_seed": chosen.seed,
         "processes": chosen.processes,
         "overrides": chosen.overrides,
         "records": made["records"],

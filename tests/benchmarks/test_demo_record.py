@@ -155,14 +155,19 @@ def test_the_results_show_what_made_data_does_here():
     results = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("## A policy, data that")[2]
     assert demo_table(record) in results
     missed = missed_demo_goals(record)
-    assert missed
+    assert ("It keeps every limit of the demo." in results) == (not missed)
     assert all(f"- {line}" in results for line in missed)
     before, after = record["seeds"][0]["before"], record["seeds"][0]["after"]
     counts, readme = record["seeds"][0]["counts"], (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     answered = [round(after[key] * counts[key]) for key in ("attack_direct", "attack_prefill")]
     plain, forced = (f"{n} of {counts[key]}" for n, key in zip(answered, ("attack_direct", "attack_prefill")))
-    lost = 100 * (before["helpful_borderline"] - after["helpful_borderline"])
-    minutes = sum(part["processor_seconds"] for part in record["spent"].values()) / 60
-    assert after["helpful_ordinary"] == before["helpful_ordinary"]
-    assert f"{plain} plain and {forced} forced attacks answered, ordinary answers as helpful as before" in readme
-    assert f"{lost:.0f} points of look-alikes lost; it takes {minutes:.0f} minutes of one CPU core" in readme
+    ordinary, alike = (
+        round(counts[kind] * (before[f"helpful_{kind}"] - after[f"helpful_{kind}"]))
+        for kind in ("ordinary", "borderline")
+    )
+    minutes = sum(part["seconds"] for part in record["spent"].values()) / 60
+    said = readme.partition("With the demo's model this example ends with ")[2].partition("([docs/results.md]")[0]
+    assert f"{plain} plain and {forced} forced attacks answered" in said
+    assert f"{-ordinary} more ordinary" in said or f"{ordinary} fewer ordinary" in said
+    assert f"{alike} fewer look-alikes" in said
+    assert f"{minutes:.0f} minutes on {record['machine']['cpus']} CPU cores" in said
