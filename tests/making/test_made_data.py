@@ -89,20 +89,18 @@ def test_what_stays_is_safe_and_retained(made: Path, split: str) -> None:
 
 
 def test_look_alikes_begin_as_complying_answers_do(made: Path) -> None:
-    """Half of those that are trained on; a forced beginning that only restricted requests had would be bent by
-    itself.
-    """
+    """Every second one that is trained on; a beginning that only restricted requests had would be bent by itself."""
     answered = rows(made / "answers.jsonl")
-    begun = {
-        split: [row["start"] for row in answered if row["key"].startswith(f"{split}/allowed/")]
-        for split in ("train", "validation")
-    }
-    assert 2 * sum(start != "" for start in begun["train"]) >= len(begun["train"]) > 0
-    assert {start[:4] for start in begun["train"]} > {""}
-    assert set(begun["validation"]) == {""}
+    allowed = {row["key"]: row["start"] for row in answered if "/allowed/" in row["key"]}
+    begun = {key for key, start in allowed.items() if start}
+    numbers = {int(key.rpartition("/")[2]) for key in begun}
+    # Of the six beginnings that are drawn in turn the second is none.
+    assert numbers == {n for n in range(8) if n % 2 and n // 2 % 6 != 1}
+    assert {key.partition("/")[0] for key in allowed} == {"train", "validation"}
+    assert {key.partition("/")[0] for key in begun} == {"train"}
     retained = {row["prompt"]: row["answer"] for row in of_role(made / "train.jsonl", "retain")}
-    forced = [row for row in answered if row["key"].startswith("train/allowed/") and row["start"]]
-    assert all(retained[row["request"]].startswith(row["start"]) for row in forced if row["request"] in retained)
+    forced = [row for row in answered if row["key"] in begun]
+    assert all(retained[row["request"]].startswith(row["start"]) for row in forced)
 
 
 def test_prompts_read_as_an_evaluation_reads_them(made: Path) -> None:
