@@ -67,18 +67,8 @@ def main() -> int:
     data, run = folder / "data", folder / "runs" / chosen.policy
     spent: dict[str, Spent | None] = {"data make": None, "train": None}
     if not (data / "overlay.yaml").is_file():
-        making = [
-            "data",
-            "make",
-            chosen.policy,
-            "--model",
-            chosen.model,
-            "--out",
-            str(data),
-            "--seed",
-            str(chosen.seed),
-        ]
-        spent["data make"] = timed(making, folder)
+        making = ["data", "make", chosen.policy, "--model", chosen.model, "--out", str(data)]
+        spent["data make"] = timed([*making, "--seed", str(chosen.seed)], folder)
     if not (run / "evaluation.json").is_file():
         training = ["train", "any", "--with", str(data / "overlay.yaml"), *chosen.overrides]
         spent["train"] = timed(training, folder, chosen.processes)

@@ -11,6 +11,8 @@ from typing import Literal
 
 Role = Literal["safe", "unsafe", "pair", "retain"]
 ROLES: tuple[Role, ...] = ("safe", "unsafe", "pair", "retain")
+BEGINNING = 100
+"""Characters of a look-alike's answer that training retains, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,8 @@ class BadRecord:
     reason: str
 
 
-def first_words(text: str, characters: int) -> str:
-    """The beginning of ``text``, ``characters`` at most, up to the end of a word where there is one."""
-    return text if len(text) <= characters else text[:characters].rpartition(" ")[0] or text[:characters]
+def begun(answer: str) -> str:
+    """What a retain record has of a look-alike's answer: the beginning, where a refusal would stand. ``BEGINNING``
+    characters at most, up to the end of a word where there is one.
+    """
+    return answer if len(answer) <= BEGINNING else answer[:BEGINNING].rpartition(" ")[0] or answer[:BEGINNING]

@@ -112,8 +112,8 @@ class BatchSampler:
 
     def _counts(self) -> dict[str, int]:
         """Sizes under their settings' names, as a checkpoint has them."""
-        examples, retain, refusals = self.sizes.examples, self.sizes.of("retain"), self.sizes.refusals
-        return {"examples": examples, "retain_examples": retain, "refusal_examples": refusals or examples}
+        of = self.sizes.of
+        return {"examples": self.sizes.examples, "retain_examples": of("retain"), "refusal_examples": of("pair")}
 
     def _draw(self, role: Role) -> Encoded:
         epoch, position = self._place[role]

@@ -15,15 +15,13 @@ from repbend_fast.config import Config, ModelConfig
 from repbend_fast.config.schema import TrainingConfig
 from repbend_fast.config.yaml_text import dump_yaml
 from repbend_fast.data.prompts import KINDS, Prompt
-from repbend_fast.data.records import ROLES, first_words
+from repbend_fast.data.records import ROLES, begun
 from repbend_fast.making.answering import Rejected, Written
 from repbend_fast.making.policy import SPLITS, Policy, Split
 from repbend_fast.making.screening import whole
 from repbend_fast.runs.folder import write_bytes, write_json, write_text
 
 Row = dict[str, object]
-BEGINNING = 100
-"""Characters of a look-alike's answer that training retains, at most."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +69,14 @@ class Made:
 
     def add_kept(self, split: Split, good: Sequence[Written]) -> None:
         """The model's own answers as they are to stay: safe records but in the test split, and conversations to
-        retain. Of a look-alike that is trained on, the answer's beginning is retained: a refusal would stand there, and
-        over all tokens of a long answer its few would count little.
+        retain. Of a look-alike that is trained on, the answer's beginning is retained: over all tokens of a long answer
+        the few that a refusal would replace count little.
         """
         for written in good:
             text, reply = written.task.prompt.text, whole(written)
             if split != "test":
                 self.records[split].append({"role": "safe", "prompt": text, "answer": reply})
-            begun = split == "train" and written.task.part == "allowed"
-            kept = first_words(reply, BEGINNING) if begun else reply
+            kept = begun(reply) if split == "train" and written.task.part == "allowed" else reply
             self.records[split].append({"role": "retain", "prompt": text, "answer": kept})
 
 

@@ -90,14 +90,11 @@ def _evaluation_chat(config: Config, encoder: ChatEncoder) -> list[Sequence | Pa
 
 def _repeated(records: dict[Role, list[Record]], roles: tuple[Role, ...], training: TrainingConfig) -> list[str]:
     """A line for each role with fewer records than a micro-batch has examples."""
-    own: dict[Role, tuple[str, int | None]] = {
-        "retain": ("retain_examples", training.retain_examples),
-        "pair": ("refusal_examples", training.refusal_examples),
-    }
+    own: dict[Role, str] = {"retain": "retain_examples", "pair": "refusal_examples"}
     notes = []
     for role in roles:
-        key, count = own.get(role, ("examples", None))
-        key, examples = (key, count) if count else ("examples", training.examples)
+        key, examples = own.get(role, "examples"), training.sizes.of(role)
+        key = key if getattr(training, key) else "examples"
         if (count := len(records[role])) < examples:
             there = f"there {'is' if count == 1 else 'are'} {count} {role} record{'' if count == 1 else 's'}"
             notes.append(

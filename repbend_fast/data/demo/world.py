@@ -32,7 +32,7 @@ from importlib.resources import files
 from typing import Any
 
 from repbend_fast.data.prompts import Prompt
-from repbend_fast.data.records import Message, Record, first_words
+from repbend_fast.data.records import Message, Record, begun
 from repbend_fast.errors import UserError
 
 APART = ("final", "reserve", "audit")  # splits with a file of their own
@@ -45,7 +45,6 @@ REFUSED_ROUNDS = {"train": range(12, 13), "validation": range(0, 1)}
 ATTACK_ROUNDS = {"validation": range(0, 1), "test": range(0, 4), **dict.fromkeys(APART, range(0, 4))}
 PHRASING_STEP = 5
 REFUSAL_STEP = 11  # coprime to the number of refusals, so that neighbouring items get all of them
-BEGINNING = 100  # characters of an answer about a harmless thing that a retain record has: where a refusal would begin
 BEGUN = ("crafts", "lookalikes")
 KEPT = (*BEGUN, "writing", "answered")  # parts whose answers are safe and retain records both
 
@@ -183,8 +182,7 @@ def _safe(split: str) -> Iterator[Record]:
 def _retain(split: str) -> Iterator[Record]:
     conversations = [*of_split("retain", split)]
     for name in KEPT if split == "train" else ():
-        begun = name in BEGUN
-        conversations += [(asked, first_words(answer, BEGINNING) if begun else answer) for asked, answer in part(name)]
+        conversations += [(asked, begun(answer) if name in BEGUN else answer) for asked, answer in part(name)]
     for number, turns in enumerate(conversations):
         messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns))
         yield Record("retain", messages, origin=f"demo:{split}:retain:{number}")
