@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,8 @@ def _restricted(policy: Policy) -> tuple[dict[Split, list[TopicConfig]], dict[Sp
             )
         if named:
             fixed[number] = next(iter(named))
-    placed = _draw(policy, "topics and requests", len(units), fixed)
+    kinds = [topics[unit[0]].form if unit[0] < len(topics) else "request" for unit in units]
+    placed = _draw(policy, "topics and requests", kinds, fixed)
     where = {i: split for unit, split in zip(units, placed, strict=True) for i in unit}
     return (
         {s: [t for i, t in enumerate(topics) if where[i] == s] for s in SPLITS},
@@ -126,13 +128,13 @@ def _restricted(policy: Policy) -> tuple[dict[Split, list[TopicConfig]], dict[Sp
     )
 
 
-def _draw(policy: Policy, what: str, count: int, fixed: Mapping[int, Split]) -> list[Split]:
-    """A split for each of ``count`` groups; those that are fixed count towards the shares.
+def _draw(policy: Policy, what: str, kinds: Sequence[str], fixed: Mapping[int, Split]) -> list[Split]:
+    """A split for each group, stratified by the groups' ``kinds``; those that are fixed count towards the shares.
 
     Raises:
         UserError: a split would be empty.
     """
-    shares = policy.config.splits
+    shares, count = policy.config.splits, len(kinds)
     missing = [split for split in SPLITS if split not in fixed.values()]
     free = [number for number in range(count) if number not in fixed]
     if len(free) < len(missing):
@@ -149,9 +151,25 @@ def _draw(policy: Policy, what: str, count: int, fixed: Mapping[int, Split]) -> 
         left = len(free) - ("train" not in placed.values()) - (split == "validation" and "test" in missing)
         already = sum(found == split for found in fixed.values())
         take = max(min(wanted[split] - already, left), int(split in missing))
-        placed |= {free.pop(): split for _ in range(take)}
+        for _ in range(take):
+            number = _lagging(kinds, placed, split, free)
+            free.remove(number)
+            placed[number] = split
     placed |= dict.fromkeys(free, "train")
     return [placed[number] for number in range(count)]
+
+
+def _lagging(kinds: Sequence[str], placed: Mapping[int, Split], split: Split, free: Sequence[int]) -> int:
+    """The last free group of the kind of which ``split`` has least by that kind's share of all groups, where training
+    keeps one of the kind if it can: a form that training never had is no test of what it learned.
+    """
+    everywhere, unplaced = Counter(kinds), Counter(kinds[number] for number in free)
+    inside = Counter(kinds[number] for number, found in placed.items() if found == split)
+    trained = Counter(kinds[number] for number, found in placed.items() if found == "train")
+    kept = [kind for kind in sorted(unplaced) if unplaced[kind] + trained[kind] > 1] or sorted(unplaced)
+    size, total = inside.total() + 1, len(kinds)
+    behind = max(kept, key=lambda kind: (everywhere[kind] * size - inside[kind] * total, everywhere[kind]))
+    return next(number for number in reversed(free) if kinds[number] == behind)
 
 
 def spread_ordinary(policy: Policy) -> dict[Split, list[str]]:
@@ -170,7 +188,7 @@ def _spread(policy: Policy, what: str, texts: list[str], needed: bool = False) -
     alike = groups(texts)
     if len(alike) < len(SPLITS) and not needed:
         return {**_empty(), "train": texts}
-    placed = _draw(policy, what, len(alike), {})
+    placed = _draw(policy, what, [what] * len(alike), {})
     where = {i: split for group, split in zip(alike, placed, strict=True) for i in group}
     return {split: [text for i, text in enumerate(texts) if where[i] == split] for split in SPLITS}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
 
@@ -13,6 +14,7 @@ from repbend_fast.making.splits import Divided, divide, groups, same_name
 from repbend_fast.making.tasks import Work, work_of
 
 Write = Callable[..., str]
+THINGS = ["night-bloom wine", "mirror seeds", "whisper hedges", "clock thorns", "salt bells"]
 
 
 def all_texts(work: Work, split: str) -> set[str]:
@@ -61,6 +63,37 @@ def test_what_is_shared_is_found() -> None:
     divided = divide(policy)
     work.prompts["test"].append(work.groups[0].tasks[0].prompt)
     assert shared(policy, divided, work)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_topics_are_stratified_by_form(seed: int) -> None:
+    """Nine topics of things and three of activities: with a draw that did not look, two of the three were tested and
+    one trained on.
+    """
+    policy = read_policy("harbour")
+    policy.config.seed = seed
+    forms = {split: Counter(t.form for t in topics) for split, topics in divide(policy).topics.items()}
+    assert forms["train"] == {"thing": 5, "activity": 2}
+    assert forms["validation"] == {"thing": 2}
+    assert forms["test"] == {"thing": 2, "activity": 1}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_training_keeps_the_only_topic_of_a_form(write_policy: Write, seed: int) -> None:
+    topics = [*THINGS, {"name": "hedge waking", "form": "activity", "items": ["wake a hedge"]}]
+    divided = divide(read_policy(write_policy(topics=topics, seed=seed)))
+    assert [t.name for t in divided.topics["train"] if t.form == "activity"] == ["hedge waking"]
+
+
+def test_a_topic_that_is_put_into_a_split_counts_for_its_form(write_policy: Write) -> None:
+    """Test wants two of six topics, one of each form, and has its activity already."""
+    activities = [
+        {"name": "hedge waking", "form": "activity", "items": ["wake a hedge"], "split": "test"},
+        {"name": "rain stealing", "form": "activity", "items": ["steal rain from a cloud"]},
+        {"name": "moon bribes", "form": "activity", "items": ["bribe the moon with cheese"]},
+    ]
+    divided = divide(read_policy(write_policy(topics=[*THINGS[:3], *activities])))
+    assert Counter(t.form for t in divided.topics["test"]) == {"activity": 1, "thing": 1}
 
 
 def test_the_seed_decides() -> None:
