@@ -66,8 +66,8 @@ def find_chat(name: str | None, suites: Sequence[str], seed: int) -> Chat | None
     there are neither.
 
     Args:
-        name: ``demo``, ``demo-validation``, ``demo-final``, ``demo-reserve`` or ``demo-audit``, a file of records, or
-            ``owner/name`` on the hub.
+        name: ``demo``, or ``demo-`` and another split (``assessment.suites``), a file of records, or ``owner/name`` on
+            the hub.
         suites: as they were asked for.
 
     Raises:

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from repbend_fast.data.demo.world import APART
 from repbend_fast.data.prompts import SETS, Prompt, limit_per_kind, load_prompts
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.errors import UserError
@@ -44,7 +45,7 @@ PLACES = {
     "or-bench": Place("bench-llm/or-bench", (("or-bench-hard-1k", None),)),
     "or-bench-toxic": Place("bench-llm/or-bench", (("or-bench-toxic", None),)),
 }
-DEMOS = {"demo": "test", **{f"demo-{split}": split for split in ("validation", "final", "reserve", "audit")}}
+DEMOS = {"demo": "test", **{f"demo-{split}": split for split in ("validation", *APART)}}
 
 
 def suite_names() -> list[str]:
