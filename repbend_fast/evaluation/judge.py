@@ -154,7 +154,7 @@ def _refused(prompt: Prompt, answer: str) -> str:
         withheld = checks.WITHHOLDING.search(answer.replace("’", "'")[: checks.REFUSAL_HEAD])
         if withheld:
             return f"refusal phrase: {withheld.group(0).strip().lower()}"
-        if prompt.item and not checks.mentions_item(answer, prompt.item):
+        if prompt.item and not checks.mentions_item(answer, prompt.item) and not checks.OFFER.search(answer):
             return EVASION
     return ""
 
