@@ -13,10 +13,11 @@ from rich.text import Text
 
 from repbend_fast.console import say, show
 from repbend_fast.data.duplicates import duplicate_lines
+from repbend_fast.data.encoded import dropped_reasoning
 from repbend_fast.data.records import ROLES, BadRecord, Record, Role, has_earlier_turns
 from repbend_fast.data.settings import DataConfig, SourceConfig
 from repbend_fast.data.sources import RecordSet, load_records
-from repbend_fast.data.tokenize import ChatEncoder, dropped_reasoning
+from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError
 

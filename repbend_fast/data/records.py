@@ -109,10 +109,14 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class PairSequence:
-    """The same prompt with an unsafe and with a safe answer; both share their first ``prompt_length`` ids."""
+    """The same prompt with an unsafe and with a safe answer; both share their first ``prompt_length`` ids.
+
+    ``separator``: ids between the beginning of the unsafe answer and the safe one, where this follows that.
+    """
 
     unsafe: Sequence
     safe: Sequence
+    separator: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

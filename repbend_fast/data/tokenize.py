@@ -10,13 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from repbend_fast.data.reasoning import CLOSE, Unrenderable, as_turn, follow, holds_reasoning, split_reasoning
-from repbend_fast.data.records import Message, PairSequence, Record, Role, Sequence
+from repbend_fast.data.records import Message, PairSequence, Record, Sequence
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.data.turns import (
     NOT_RENDERED,
@@ -84,7 +82,7 @@ class ChatEncoder:
     tokenizer without a BOS token gets none. An answer's reasoning and its tool calls are rendered as the template
     renders them (``data.reasoning``, ``data.turns``). ``template_arguments`` go to the template in addition to
     ``TEMPLATE_ARGUMENTS``, or in their place. With ``earlier_turns`` sequences know where the assistant's earlier turns
-    are; those of ``retain`` and of pairs do not.
+    are; those of ``retain`` and of pairs do not. ``separator`` is tokenised for pairs.
 
     Raises ``UserError`` for a tokenizer without a usable chat template and for limits below the template's own length.
     """
@@ -97,6 +95,7 @@ class ChatEncoder:
         template_arguments: Mapping[str, object] | None = None,
         *,
         earlier_turns: bool = False,
+        separator: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.earlier_turns = earlier_turns
@@ -116,6 +115,7 @@ class ChatEncoder:
         self._glue, self._suffix, self._trims = self._learn_answer_form()
         self._turn_end = self._turn_end_of(self._suffix)
         self._head, self._tail = self._learn_prompt_frame()
+        self._separator = tuple(self._learn_separator(separator))
 
     # -- public
     # ------------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class ChatEncoder:
         ``count`` False leaves ``truncated`` as it is. Raises ``UserError`` naming the record when the template cannot
         hold it.
         """
-        is_long = _characters(record) >= LONG_RECORD
+        is_long = characters_of(record) >= LONG_RECORD
         try:
             encoded, cut = (self._long.get(record) if is_long else None) or self._encode(record)
         except BeyondEmbeddingError as error:
@@ -155,7 +155,7 @@ class ChatEncoder:
             Sequence((*prompt, *answer[: self.max_answer_tokens]), len(prompt), earlier) for answer in ids
         )
         cut = Truncated(int(len(uncut) > len(prompt)), sum(len(answer) > self.max_answer_tokens for answer in ids))
-        return PairSequence(unsafe=first, safe=second[0]) if second else first, cut
+        return PairSequence(first, second[0], self._separator) if second else first, cut
 
     def prompt_ids(self, messages: Iterable[Message], prefill: str = "", tools: str = "") -> list[int]:
         """Ids that generation starts from: prompt with assistant header, then ``prefill`` (never truncated) as the
@@ -222,6 +222,7 @@ class ChatEncoder:
         ]
         parts += [self.template_arguments] if self.template_arguments else []
         parts += ["earlier turns"] if self.earlier_turns else []
+        parts += [self._separator] if self._separator else []
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     # -- template
@@ -339,6 +340,11 @@ class ChatEncoder:
         glue = before[len(prompt) :] if before.startswith(prompt) else ""
         return glue, after, f" {_PROBE_ANSWER} " not in spaced[len(before) :]
 
+    def _learn_separator(self, separator: str) -> list[int]:
+        """Ids of the separator before a word: at a text's end many tokenizers make one token of two line breaks."""
+        word, joined = self._parted(_PROBE_ANSWER), self._parted(separator + _PROBE_ANSWER)
+        return joined[: -len(word)] if joined[-len(word) :] == word else self._parted(separator)
+
     def _turn_end_of(self, suffix: str) -> str:
         """The suffix up to its first added token, which is where generation stops; without one, the suffix less
         trailing white space.
@@ -380,8 +386,11 @@ class ChatEncoder:
         joined = self._ids(text + more)
         if joined[: len(text_ids)] == text_ids:
             return joined[len(text_ids) :]
-        # The tokenizer merges across the boundary, but the prompt's ids are fixed: take `more` as it follows a text it
-        # does not merge with.
+        # The tokenizer merges across the boundary, but the prompt's ids are fixed.
+        return self._parted(more)
+
+    def _parted(self, more: str) -> list[int]:
+        """Ids of ``more`` as it follows a text that it does not merge with."""
         for anchor in _ANCHORS:
             alone = self._ids(anchor)
             joined = self._ids(anchor + more)
@@ -424,72 +433,7 @@ class ChatEncoder:
         return self.max_prompt_tokens - self._tail - room // 2, length - self.max_prompt_tokens
 
 
-class EncodedRecords(Seq[Sequence | PairSequence]):
-    """Records of one role, encoded when they are asked for: a large data set costs neither the time nor the memory of
-    all its ids.
-
-    Building it renders one record per shape of conversation, and every one whose answers hold reasoning, so that a
-    template that cannot hold them stops the run before training.
-    ``encoder.truncated`` counts a record when it is first asked for, not again in later epochs.
-    """
-
-    def __init__(self, records: Seq[Record], encoder: ChatEncoder) -> None:
-        self.records = records
-        self.encoder = encoder
-        self._counted: set[int] = set()
-        seen: set[tuple[str, ...]] = set()
-        for record in records:
-            shape = (*(m.role + "*" * m.calls for m in record.messages), *(record.tools and ("tools",)))
-            if (
-                shape not in seen
-                or any(map(holds_reasoning, (record.messages[-1].content, record.answer, record.safe_answer)))
-                or any(turn.calls for turn in record.answers)
-            ):
-                seen.add(shape)
-                encoder.check_renders(record)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        encoded = self.encoder.encode(self.records[position], count=position not in self._counted)
-        self._counted.add(position)
-        return encoded
-
-    def lengths(self) -> list[int]:
-        """Characters of each record's texts, of a pair with its longer answer: a stand-in for tokens that costs no
-        encoding.
-        """
-        return [_characters(r) for r in self.records]
-
-    def fingerprint(self) -> str:
-        """Hash of the records' texts in order and of the encoder: equal fingerprints give equal ids."""
-        digest = hashlib.sha256(self.encoder.fingerprint().encode())
-        for record in self.records:
-            digest.update(json.dumps(record.content).encode())
-        return digest.hexdigest()
-
-
-def encode_records(records: Mapping[Role, Seq[Record]], encoder: ChatEncoder) -> dict[Role, EncodedRecords]:
-    """Lazily encoded records per role, ready for ``BatchSampler``."""
-    return {role: EncodedRecords(of_role, encoder) for role, of_role in records.items()}
-
-
-def dropped_reasoning(records: Mapping[Role, Seq[Record]], encoder: ChatEncoder) -> list[str]:
-    """A line where the template leaves reasoning of earlier turns out."""
-    dropped = [record for of_role in records.values() for record in of_role if encoder.drops_reasoning(record)]
-    if not dropped:
-        return []
-    return [
-        "the chat template leaves out the reasoning of earlier turns, as it does when the model talks: in "
-        f"{len(dropped)} "
-        f"record{'s' if len(dropped) > 1 else ''}, {dropped[0].origin} for one"
-    ]
-
-
-def _characters(record: Record) -> int:
+def characters_of(record: Record) -> int:
+    """Characters of a record's texts, of a pair with its longer answer."""
     answers = max(len(turn.content) + len(turn.extra) for turn in record.answers)
     return len(record.tools) + sum(len(turn.content) + len(turn.extra) for turn in record.context) + answers

@@ -3,7 +3,8 @@ unsafe answer.
 
     F = −Σ log p(safe answer | prompt, first k tokens of the unsafe answer) / answer tokens
 
-k = 0 is the plain term. k > 0 is a recovery start (Qi et al., ICLR 2025, arXiv 2406.05946). A draw is a function of
+k = 0 is the plain term. k > 0 is a recovery start (Qi et al., ICLR 2025, arXiv 2406.05946), whose safe answer can begin
+with a separator. A draw is a function of
 seed, step and the token ids of the micro-batch's pairs, so that neither resuming nor splitting a stream changes it.
 """
 
@@ -36,11 +37,16 @@ def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | 
 
 
 def recovering(pair: PairSequence, start: int) -> Sequence:
-    """The prompt, the first ``start`` tokens of the unsafe answer, and the safe answer, which alone counts as the
-    answer.
+    """The prompt, the first ``start`` tokens of the unsafe answer, the pair's separator and the safe answer. The
+    last two count as the answer.
+
+    Of the separator a start that ends with its first tokens gets the others, and where nothing is started there is
+    nothing to part.
     """
     begun = pair.unsafe.prompt_length + start
-    return Sequence((*pair.unsafe.ids[:begun], *pair.safe.ids[pair.safe.prompt_length :]), begun)
+    head, separator = pair.unsafe.ids[:begun], pair.separator if start else ()
+    there = next(n for n in range(len(separator), -1, -1) if head[len(head) - n :] == separator[:n])
+    return Sequence((*head, *separator[there:], *pair.safe.ids[pair.safe.prompt_length :]), begun)
 
 
 def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step: int, seed: int | None) -> list[int]:

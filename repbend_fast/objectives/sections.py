@@ -261,6 +261,11 @@ class RefusalConfig(MethodConfig):
         "never.",
     )
     recovery_share: Share = Field(0.5, description="Share of the pairs whose safe answer follows such a start.")
+    recovery_separator: str = Field(
+        "",
+        description="Text between such a start and the safe answer, learned with it; a blank line keeps refusals apart "
+        "from the word at which they break off.",
+    )
 
     @property
     def needs_pairs(self) -> bool:

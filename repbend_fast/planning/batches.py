@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from repbend_fast.config import Config
+from repbend_fast.data.encoded import EncodedRecords
 from repbend_fast.data.records import Batch, BatchSizes, PairSequence, Role, Sequence
-from repbend_fast.data.tokenize import EncodedRecords
+from repbend_fast.objectives.sections import RefusalConfig
 
 # Lengths of the published data: prompts and answers log-normal, conversations uniform.
 MEDIAN_TOKENS, SIGMA = 75, 0.6
@@ -23,22 +24,33 @@ MOST_RECORDS = 4000
 
 @dataclass(frozen=True)
 class Limits:
-    """The most tokens that can come in a prompt, in an answer, and in a whole sequence of any role."""
+    """The most tokens that can come in a prompt, in an answer, in a whole sequence of any role, and between a begun
+    answer and a refusal.
+    """
 
     prompt: int
     answer: int
     conversation: int
+    separator: int = 0
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence of any role."""
         return self.conversation
 
+    @property
+    def between(self) -> tuple[int, ...]:
+        """As many ids as a separator can have, none of which ends a beginning of the same length."""
+        return (0,) * self.separator
+
 
 def limits_of(config: Config) -> Limits:
     """By the recipe's token limits; a conversation is cut to prompt and answer together."""
     prompt, answer = config.data.max_prompt_tokens, config.data.max_answer_tokens
-    return Limits(prompt, answer, prompt + answer)
+    objective = config.objective
+    # No tokenizer makes more tokens of a text than it has bytes.
+    separator = len(objective.recovery_separator.encode()) if isinstance(objective, RefusalConfig) else 0
+    return Limits(prompt, answer, prompt + answer, separator)
 
 
 def limits_of_sets(sets: Mapping[Role, Collection[Sequence | PairSequence]], config: Config) -> Limits:
@@ -54,6 +66,7 @@ def limits_of_sets(sets: Mapping[Role, Collection[Sequence | PairSequence]], con
         prompt=max((s.prompt_length for s in answered), default=1),
         answer=max((len(s) - s.prompt_length for s in answered), default=1),
         conversation=max(map(len, found), default=2),
+        separator=limits_of(config).separator,
     )
 
 
@@ -79,7 +92,7 @@ def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bo
     sequence, half = Sequence(ids, prompt, (0, prompt)), Sequence(ids, prompt)
     chat = tuple(Sequence((1,) * length, 0) for _ in range(count))
     if pairs:
-        return Batch(pairs=tuple(PairSequence(half, half) for _ in range(count)), retain=chat)
+        return Batch(pairs=tuple(PairSequence(half, half, limits.between) for _ in range(count)), retain=chat)
     return Batch((sequence,) * count, (sequence,) * count, (), chat)
 
 
@@ -88,7 +101,7 @@ def worst_batch(sizes: BatchSizes, limits: Limits) -> Batch:
     prompt = max(1, limits.longest - limits.answer)
     ids = (1,) * limits.longest
     sequence, half, chat = Sequence(ids, prompt, (0, prompt)), Sequence(ids, prompt), Sequence(ids, 0)
-    count, pair = sizes.examples, PairSequence(half, half)
+    count, pair = sizes.examples, PairSequence(half, half, limits.between)
     kept, refused = (chat,) * sizes.of("retain"), (pair,) * sizes.further_refusals
     return Batch((sequence,) * count, (sequence,) * count, (pair,) * count, kept, refused)
 
@@ -105,7 +118,7 @@ def published_batch(sizes: BatchSizes, limits: Limits, pairs: bool, seed: int) -
 
     def both() -> PairSequence:
         prompt = tokens(limits.prompt)
-        return PairSequence(answer_to(prompt), answer_to(prompt))
+        return PairSequence(answer_to(prompt), answer_to(prompt), limits.between)
 
     def chat() -> Sequence:
         least, most = (min(limits.conversation, n) for n in CONVERSATION_TOKENS)

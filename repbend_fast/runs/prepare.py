@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from repbend_fast.config.schema import Config, TrainingConfig
+from repbend_fast.data.encoded import dropped_reasoning, encode_records
 from repbend_fast.data.formats import formats_that_give
 from repbend_fast.data.records import PairSequence, Record, Role, Sequence, has_earlier_turns
 from repbend_fast.data.sampling import BatchSampler, split_holdout
 from repbend_fast.data.sources import load_records
-from repbend_fast.data.tokenize import ChatEncoder, Truncated, dropped_reasoning, encode_records
+from repbend_fast.data.tokenize import ChatEncoder, Truncated
 from repbend_fast.data.tokenizer import Tokenizer
 from repbend_fast.errors import UserError
 from repbend_fast.objectives.sections import RefusalConfig
@@ -38,12 +39,14 @@ def prepare_data(config: Config, tokenizer: Tokenizer, wanted: tuple[Role, ...])
         UserError: bad records, an unusable template, or no records for a stream that the objective needs.
     """
     data = config.data
+    refusing = config.objective if isinstance(config.objective, RefusalConfig) and config.objective.refusal else None
     encoder = ChatEncoder(
         tokenizer,
         data.max_prompt_tokens,
         data.max_answer_tokens,
         data.chat_template_kwargs,
         earlier_turns=config.objective.reads_turns,
+        separator=refusing.recovery_separator if refusing else "",
     )
     loaded = load_records(config.data, seed=config.training.seed, skip_bad_records=config.data.skip_bad_records)
     notes = [loaded.summary()]
@@ -61,7 +64,7 @@ def prepare_data(config: Config, tokenizer: Tokenizer, wanted: tuple[Role, ...])
         notes.append(f"left to train on, without records that share a prompt with a held-out one: {_counts(records)}")
     roles = _available(records, wanted, config, notes)
     training, grouped = config.training, config.data.group_by_length
-    if not (isinstance(config.objective, RefusalConfig) and config.objective.refusal):
+    if not refusing:
         training = training.model_copy(update={"refusal_examples": None})
     encoded = encode_records(records, encoder)
     sampler = BatchSampler(encoded, training.sizes, training.seed, roles, grouped)

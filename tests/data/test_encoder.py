@@ -18,9 +18,11 @@ from chat_tokenizers import (
     TWO_ENDS,
 )
 
+from repbend_fast.data.encoded import EncodedRecords, encode_records
 from repbend_fast.data.records import Message, PairSequence, Record
-from repbend_fast.data.tokenize import TEMPLATE_ARGUMENTS, ChatEncoder, EncodedRecords, encode_records
+from repbend_fast.data.tokenize import TEMPLATE_ARGUMENTS, ChatEncoder
 from repbend_fast.errors import UserError
+from repbend_fast.objectives.refusal import recovering
 
 KINDS = ("byte_level", "metaspace", "metaspace_legacy")
 ASK = (Message("user", "How do I polish a moon-key?"),)
@@ -65,6 +67,24 @@ def test_prompt_and_answer_together_spell_the_rendered_conversation(make_tokeniz
     assert strip(whole.removeprefix("<s>")).startswith(strip(got))
     rest = strip(whole.removeprefix("<s>"))[len(strip(got)) :]
     assert rest.strip() in ("", "</s>")
+
+
+@EVERY
+@pytest.mark.parametrize("separator", ["\n\n", "\n", " [stopped]\n"])
+def test_a_separator_is_what_stands_between_a_text_and_the_safe_answer(make_tokenizer, kind, template, separator):
+    tokenizer = make_tokenizer(kind, TEMPLATES[template])
+    encoder = ChatEncoder(tokenizer, 200, 200, separator=separator)
+    pair, plain = encoder.encode(PAIR), ChatEncoder(tokenizer, 200, 200).encode(PAIR)
+    assert (pair.unsafe, pair.safe, plain.separator) == (plain.unsafe, plain.safe, ())
+    start = 3
+    begun = text_of(tokenizer, pair.unsafe.ids[: pair.unsafe.prompt_length + start])
+    sequence = recovering(pair, start)
+    got = text_of(tokenizer, sequence.ids)
+    assert got.startswith(begun)
+    assert got[len(begun) :].replace(" ", "") == (
+        separator + text_of(tokenizer, pair.safe.ids[pair.safe.prompt_length :])
+    ).replace(" ", "")
+    assert encoder.fingerprint() != ChatEncoder(tokenizer, 200, 200).fingerprint()
 
 
 @pytest.mark.parametrize("kind", KINDS)

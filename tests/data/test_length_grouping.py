@@ -10,9 +10,10 @@ from statistics import fmean
 
 import pytest
 
+from repbend_fast.data.encoded import encode_records
 from repbend_fast.data.records import BatchSizes, Message, PairSequence, Record, Sequence
 from repbend_fast.data.sampling import BatchSampler
-from repbend_fast.data.tokenize import ChatEncoder, encode_records
+from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.errors import UserError
 
 EXAMPLES = 4

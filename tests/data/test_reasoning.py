@@ -7,8 +7,9 @@ from chat_tokenizers import ALWAYS, CHANNELS, CHATML, CUTTING, CUTTING_OPEN, MOD
 from record_files import load, write_lines
 from test_encoder import text_of
 
+from repbend_fast.data.encoded import EncodedRecords
 from repbend_fast.data.records import Message, PairSequence, Record
-from repbend_fast.data.tokenize import ChatEncoder, EncodedRecords
+from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.errors import UserError
 
 ASK = (Message("user", "How do I polish a moon-key?"),)

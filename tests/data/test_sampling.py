@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from repbend_fast.data.encoded import encode_records
 from repbend_fast.data.records import BatchSizes, Message, PairSequence, Record, Sequence
 from repbend_fast.data.sampling import BatchSampler, split_holdout
-from repbend_fast.data.tokenize import ChatEncoder, encode_records
+from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.errors import UserError
 
 ALL = ("safe", "unsafe", "pair", "retain")

@@ -9,8 +9,9 @@ import json
 import pytest
 from chat_tokenizers import CHATML, INST, PLAIN, REBUILDING, TEMPLATES, WITH_TOOLS, make
 
+from repbend_fast.data.encoded import EncodedRecords
 from repbend_fast.data.records import Message, PairSequence, Record, Sequence
-from repbend_fast.data.tokenize import ChatEncoder, EncodedRecords
+from repbend_fast.data.tokenize import ChatEncoder
 from repbend_fast.data.turns import moved
 from repbend_fast.errors import UserError
 

@@ -20,7 +20,7 @@ from repbend_fast.data.records import Batch, PairSequence, Role, Sequence
 from repbend_fast.objectives import build_objective, roles_of
 from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
-from repbend_fast.objectives.refusal import recovery_starts
+from repbend_fast.objectives.refusal import recovering, recovery_starts
 from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.objectives.sections import RefusalConfig
 
@@ -147,6 +147,26 @@ def test_rows_are_those_that_predict_the_safe_answer() -> None:
         assert sequence.ids[start + 1 : stop + 1] == both.safe.ids[prompt:]
         rows += stop - start
     assert stream.term("refusal").denominator == rows == sum(len(p.safe) - p.safe.prompt_length for p in BATCH.pairs)
+
+
+def test_a_separator_stands_behind_starts_alone_and_is_learned() -> None:
+    """Of a start that ends with some of it the rest follows: one line break, then the other."""
+    both = PairSequence(Sequence((1, 2, 30, 8, 8, 31, 8, 32), 2), Sequence((1, 2, 40, 41), 2), (8, 8))
+    expected = {
+        0: ((1, 2), (40, 41)),
+        1: ((1, 2, 30), (8, 8, 40, 41)),
+        2: ((1, 2, 30, 8), (8, 40, 41)),
+        3: ((1, 2, 30, 8, 8), (40, 41)),
+        4: ((1, 2, 30, 8, 8, 31), (8, 8, 40, 41)),
+        5: ((1, 2, 30, 8, 8, 31, 8), (8, 40, 41)),
+    }
+    for start, (head, answer) in expected.items():
+        assert recovering(both, start) == Sequence((*head, *answer), len(head))
+    config = CASES["repbend, starts for all"]
+    parted = tuple(replace(pair, separator=(8, 9)) for pair in BATCH.pairs)
+    stream = build_objective(config, 32).streams(replace(BATCH, pairs=parted), 0)[-1]
+    assert stream.term("refusal").denominator == sum(len(p.safe) - p.safe.prompt_length + 2 for p in parted)
+    assert [s.ids[s.prompt_length : s.prompt_length + 2] for s in stream.sequences] == [(8, 9)] * len(parted)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -253,6 +254,12 @@ def test_the_refusal_s_stream_is_planned_with_its_longest_starts(
         random_model(planner.config), planner.config, plan.levers, worst_batch(BatchSizes(2), planner.limits)
     )
     assert measured["bytes"] <= plan.total <= 1.25 * measured["bytes"]
+
+
+def test_separators_are_planned_with_as_many_tokens_as_bytes(planner_of: PlannerOf) -> None:
+    for separator, most in (("\n\n", 2), (" … ", 5)):
+        peak = refusal_peak(planner_of(*REFUSAL, *ALONE, f"objective.recovery_separator={json.dumps(separator)}"))
+        assert peak.longest == 2 * LONGEST + 16 + most
 
 
 def test_without_starts_the_refusal_s_sequences_are_the_safe_ones(planner_of: PlannerOf) -> None:
