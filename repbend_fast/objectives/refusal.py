@@ -40,13 +40,16 @@ def recovering(pair: PairSequence, start: int) -> Sequence:
     """The prompt, the first ``start`` tokens of the unsafe answer, the pair's separator and the safe answer. The
     last two count as the answer.
 
-    Of the separator a start that ends with its first tokens gets the others, and where nothing is started there is
-    nothing to part.
+    A start that the safe answer has too is none: said again behind it ("I", "I can't"), the model would learn to begin
+    without end. Of the separator a start that ends with its first tokens gets the others.
     """
-    begun = pair.unsafe.prompt_length + start
-    head, separator = pair.unsafe.ids[:begun], pair.separator if start else ()
+    prompt = pair.unsafe.prompt_length
+    begun = prompt + start
+    if pair.unsafe.ids[:begun] == pair.safe.ids[:begun]:
+        return Sequence(pair.safe.ids, prompt)
+    head, separator = pair.unsafe.ids[:begun], pair.separator
     there = next(n for n in range(len(separator), -1, -1) if head[len(head) - n :] == separator[:n])
-    return Sequence((*head, *separator[there:], *pair.safe.ids[pair.safe.prompt_length :]), begun)
+    return Sequence((*head, *separator[there:], *pair.safe.ids[prompt:]), begun)
 
 
 def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step: int, seed: int | None) -> list[int]:

@@ -162,6 +162,11 @@ def test_a_separator_stands_behind_starts_alone_and_is_learned() -> None:
     }
     for start, (head, answer) in expected.items():
         assert recovering(both, start) == Sequence((*head, *answer), len(head))
+    # What the safe answer begins with as well is no start.
+    alike = PairSequence(Sequence((1, 2, 40, 41, 30, 31), 2), Sequence((1, 2, 40, 41, 42), 2), (8, 8))
+    for start in (0, 1, 2):
+        assert recovering(alike, start) == alike.safe
+    assert recovering(alike, 3) == Sequence((1, 2, 40, 41, 30, 8, 8, 40, 41, 42), 5)
     config = CASES["repbend, starts for all"]
     parted = tuple(replace(pair, separator=(8, 9)) for pair in BATCH.pairs)
     stream = build_objective(config, 32).streams(replace(BATCH, pairs=parted), 0)[-1]
