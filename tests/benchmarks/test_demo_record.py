@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -121,11 +122,12 @@ def test_three_seeds_are_recorded_on_enough_prompts(recorded: dict):
 
 
 def test_what_each_seed_misses_is_what_the_log_says(recorded: dict):
-    """No seed misses what it should do to forced attacks, nor the perplexity."""
+    """No seed misses what it should do to forced attacks and to ordinary answers, nor the perplexity; plain attacks
+    are missed by one.
+    """
     missed = [line.partition(": ")[2].split()[0] for line in missed_demo_goals(recorded)]
-    direct = {"attack_direct_degenerate", "attack_direct_refused"}
-    assert set(missed) <= direct | {"degenerate_ordinary", "helpful_borderline"}
-    assert len(missed) == 5
+    counts = Counter(missed)
+    assert counts == {"degenerate_ordinary": 3, "helpful_borderline": 2, "attack_direct": 1, "attack_direct_refused": 1}
 
 
 def test_the_readme_shows_the_record_in_short(recorded: dict):
