@@ -141,6 +141,10 @@ def full_name(name: str, objective: str = DEFAULT_OBJECTIVE) -> str:
     return matches[0]
 
 
+MOST_NAMED = 16
+"""Keys that a message lists: it is to stay a line that can be read."""
+
+
 def suggestion(name: str, among: list[str] | None = None, *, objective: str = DEFAULT_OBJECTIVE) -> str:
     """``; did you mean …?`` or where to look instead."""
     keys = all_keys(objective)
@@ -150,7 +154,9 @@ def suggestion(name: str, among: list[str] | None = None, *, objective: str = DE
     if close:
         return f"; did you mean {lower[close[0]]}?"
     if among is not None:
-        return f"; allowed: {', '.join(among)}"
+        more = len(among) - MOST_NAMED
+        rest = f" and {more} more (docs/settings.md)" if more > 0 else ""
+        return f"; allowed: {', '.join(among[:MOST_NAMED])}{rest}"
     return f"; keys start with {', '.join(children(Config))}"
 
 

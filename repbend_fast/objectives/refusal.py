@@ -31,7 +31,8 @@ def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | 
     if not config.refusal or not pairs:
         return ()
     starts = recovery_starts(config, pairs, step, seed)
-    sequences = tuple(recovering(pair, start) for pair, start in zip(pairs, starts, strict=True))
+    build = recovering if seed is not None else _behind
+    sequences = tuple(build(pair, start) for pair, start in zip(pairs, starts, strict=True))
     spans = predicting_rows(sequences)
     return (Stream("refusal", sequences, (AnswerLoss("refusal", spans, config.refusal, count(spans)),)),)
 
@@ -43,13 +44,18 @@ def recovering(pair: PairSequence, start: int) -> Sequence:
     A start that the safe answer has too is none: said again behind it ("I", "I can't"), the model would learn to begin
     without end. Of the separator a start that ends with its first tokens gets the others.
     """
-    prompt = pair.unsafe.prompt_length
-    begun = prompt + start
+    begun = pair.unsafe.prompt_length + start
     if pair.unsafe.ids[:begun] == pair.safe.ids[:begun]:
-        return Sequence(pair.safe.ids, prompt)
-    head, separator = pair.unsafe.ids[:begun], pair.separator
+        return pair.safe
+    return _behind(pair, start)
+
+
+def _behind(pair: PairSequence, start: int) -> Sequence:
+    """The safe answer behind a start, whatever that is: the ids of a memory plan are all alike."""
+    prompt = pair.unsafe.prompt_length
+    head, separator = pair.unsafe.ids[: prompt + start], pair.separator
     there = next(n for n in range(len(separator), -1, -1) if head[len(head) - n :] == separator[:n])
-    return Sequence((*head, *separator[there:], *pair.safe.ids[prompt:]), begun)
+    return Sequence((*head, *separator[there:], *pair.safe.ids[prompt:]), prompt + start)
 
 
 def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step: int, seed: int | None) -> list[int]:
