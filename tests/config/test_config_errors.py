@@ -127,7 +127,7 @@ def test_impossible_combinations(overrides: list[str], expected: str) -> None:
         ("base: nothing\n", "no recipe is called nothing"),
         ("base: [demo]\n", 'r.yaml:1: base=["demo"]: must be'),
         ("base: demo\nfull_layers: false\n", "r.yaml:2: full_layers=false: must be True"),
-        ("base: demo\nobjective:\n  max_step: 3\n", "r.yaml:3: unknown key objective.max_step; allowed: name, kl_limit,"),
+        ("base: demo\nobjective:\n  max_step: 3\n", "r.yaml:3: unknown key objective.max_step; allowed: name,"),
         ("", "r.yaml: model is missing"),
     ],
 )
