@@ -98,7 +98,7 @@ def _values(entry: Schema, known: Schema) -> str:
 
 
 def _default(entry: Schema) -> str:
-    return f"`{_shown(entry['default'])}`" if "default" in entry else "empty"
+    return f"`{_shown(entry['default'])}`" if entry.get("default", "") != "" else "empty"
 
 
 def _shown(value: object) -> str:
