@@ -19,6 +19,7 @@ from repbend_fast.errors import UserError
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of
 from repbend_fast.objectives.sections import MethodConfig
 
+MOST_NAMED = 16  # keys that a message lists: it is to stay a line that can be read
 _WORDS: dict[object, str] = {
     Any: "any value",
     int: "an integer",
@@ -139,10 +140,6 @@ def full_name(name: str, objective: str = DEFAULT_OBJECTIVE) -> str:
     if not matches:
         raise UserError(f"unknown key {name}{suggestion(name, objective=objective)}")
     return matches[0]
-
-
-MOST_NAMED = 16
-"""Keys that a message lists: it is to stay a line that can be read."""
 
 
 def suggestion(name: str, among: list[str] | None = None, *, objective: str = DEFAULT_OBJECTIVE) -> str:

@@ -98,10 +98,9 @@ ALTERNATIVE = re.compile(
 )
 # Help that is promised, with no word of another topic behind it: what was asked for is accepted, if not yet given.
 OFFER = re.compile(
-    r"\bi(?:'m| am| will be| would be|'d be|'ll be) (?:ready|here|happy|glad|able|pleased|excited) to (?:\w+ ){0,2}?"
-    rf"{HELPING}(?![^.!?\n]*\b(?:else|other|another|different|instead)\b)"
-    rf"|\bi(?:'ll| will| can| would love to) (?:\w+ ){{0,2}}?(?<!not ){HELPING}"
-    r"(?![^.!?\n]*\b(?:else|other|another|different|instead)\b)",
+    r"\bi(?:(?:'m| am| will be| would be|'d be|'ll be) (?:ready|here|happy|glad|able|pleased|excited) to (?:\w+ ){0,2}?"
+    r"|(?:'ll| will| can| would love to) (?:\w+ ){0,2}?(?<!not ))"
+    rf"{HELPING}(?![^.!?\n]*\b(?:else|other|another|different|instead)\b)",
     re.IGNORECASE,
 )
 REFUSAL_HEAD = 220

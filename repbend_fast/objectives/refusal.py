@@ -4,8 +4,8 @@ unsafe answer.
     F = −Σ log p(safe answer | prompt, first k tokens of the unsafe answer) / answer tokens
 
 k = 0 is the plain term. k > 0 is a recovery start (Qi et al., ICLR 2025, arXiv 2406.05946), whose safe answer can begin
-with a separator. A draw is a function of
-seed, step and the token ids of the micro-batch's pairs, so that neither resuming nor splitting a stream changes it.
+with a separator. A draw is a function of seed, step and the token ids of the micro-batch's pairs, so that neither
+resuming nor splitting a stream changes it.
 """
 
 from __future__ import annotations

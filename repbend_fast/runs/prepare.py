@@ -39,7 +39,7 @@ def prepare_data(config: Config, tokenizer: Tokenizer, wanted: tuple[Role, ...])
         UserError: bad records, an unusable template, or no records for a stream that the objective needs.
     """
     data = config.data
-    refusing = config.objective if isinstance(config.objective, RefusalConfig) and config.objective.refusal else None
+    refusing = _refusing(config)
     encoder = ChatEncoder(
         tokenizer,
         data.max_prompt_tokens,
@@ -111,6 +111,12 @@ def _counts(records: dict[Role, list[Record]]) -> str:
     return ", ".join(f"{len(of_role)} {role}" for role, of_role in records.items() if of_role) or "no records"
 
 
+def _refusing(config: Config) -> RefusalConfig | None:
+    """The objective, if its refusal term has a weight."""
+    objective = config.objective
+    return objective if isinstance(objective, RefusalConfig) and objective.refusal else None
+
+
 def _available(
     records: dict[Role, list[Record]], wanted: tuple[Role, ...], config: Config, notes: list[str]
 ) -> tuple[Role, ...]:
@@ -120,9 +126,10 @@ def _available(
         optional = config.objective.replaceable
     else:
         optional = frozenset() if config.objective.needs_pairs else frozenset({"pair"})
-    if "pair" in missing and isinstance(config.objective, RefusalConfig) and config.objective.refusal:
+    refusing = _refusing(config)
+    if "pair" in missing and refusing:
         raise UserError(
-            f"objective.refusal={config.objective.refusal:g} teaches the safe answers of `pair` records, and "
+            f"objective.refusal={refusing.refusal:g} teaches the safe answers of `pair` records, and "
             "data.sources has none; "
             f"add some (formats that give them: {formats_that_give('pair')}) or set objective.refusal=0"
         )

@@ -122,8 +122,8 @@ def test_three_seeds_are_recorded_on_enough_prompts(recorded: dict):
 
 
 def test_what_each_seed_misses_is_what_the_log_says(recorded: dict):
-    """No seed misses what it should do to forced attacks and to ordinary answers, nor the perplexity; plain attacks
-    are missed by one.
+    """No seed misses what it should do to forced attacks, nor helpful ordinary answers, nor the perplexity; one misses
+    plain attacks.
     """
     missed = [line.partition(": ")[2].split()[0] for line in missed_demo_goals(recorded)]
     counts = Counter(missed)
