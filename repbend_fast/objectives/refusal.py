@@ -31,8 +31,7 @@ def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | 
     if not config.refusal or not pairs:
         return ()
     starts = recovery_starts(config, pairs, step, seed)
-    build = recovering if seed is not None else _behind
-    sequences = tuple(build(pair, start) for pair, start in zip(pairs, starts, strict=True))
+    sequences = tuple(recovering(pair, start) for pair, start in zip(pairs, starts, strict=True))
     spans = predicting_rows(sequences)
     return (Stream("refusal", sequences, (AnswerLoss("refusal", spans, config.refusal, count(spans)),)),)
 
@@ -41,17 +40,11 @@ def recovering(pair: PairSequence, start: int) -> Sequence:
     """The prompt, the first ``start`` tokens of the unsafe answer, the pair's separator and the safe answer. The
     last two count as the answer.
 
-    A start that the safe answer has too is none: said again behind it ("I", "I can't"), the model would learn to begin
-    without end. Of the separator a start that ends with its first tokens gets the others.
+    Without a start it is the safe answer alone. Of the separator a start that ends with its first tokens gets the
+    others.
     """
-    begun = pair.unsafe.prompt_length + start
-    if pair.unsafe.ids[:begun] == pair.safe.ids[:begun]:
+    if start == 0:
         return pair.safe
-    return _behind(pair, start)
-
-
-def _behind(pair: PairSequence, start: int) -> Sequence:
-    """The safe answer behind a start, whatever that is: the ids of a memory plan are all alike."""
     prompt = pair.unsafe.prompt_length
     head, separator = pair.unsafe.ids[: prompt + start], pair.separator
     there = next(n for n in range(len(separator), -1, -1) if head[len(head) - n :] == separator[:n])
@@ -63,6 +56,9 @@ def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step
 
     Of n pairs either of the two whole numbers next to share · n are chosen, share · n of them on average. Which ones is
     drawn anew in each step, and k from the pair alone. A pair whose unsafe answer has one token keeps 0.
+
+    A start that the safe answer has too is none: said again behind it ("I", "I can't"), the model would learn to begin
+    without end. A plan's pairs, whose ids say nothing, keep theirs.
     """
     most = [min(config.recovery_tokens, len(p.unsafe) - p.unsafe.prompt_length - 1) for p in pairs]
     if config.recovery_share == 0:
@@ -79,8 +75,15 @@ def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step
             offset + place * config.recovery_share
         )
         if passed and most[number] > 0:
-            starts[number] = 1 + _word(keys[number], "tokens") % most[number]
+            start = 1 + _word(keys[number], "tokens") % most[number]
+            starts[number] = 0 if _shared(pairs[number], start) else start
     return starts
+
+
+def _shared(pair: PairSequence, start: int) -> bool:
+    """Whether both answers begin with these tokens."""
+    begun = pair.unsafe.prompt_length + start
+    return pair.unsafe.ids[:begun] == pair.safe.ids[:begun]
 
 
 def _word(*words: object) -> int:

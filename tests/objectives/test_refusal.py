@@ -162,16 +162,22 @@ def test_a_separator_stands_behind_starts_alone_and_is_learned() -> None:
     }
     for start, (head, answer) in expected.items():
         assert recovering(both, start) == Sequence((*head, *answer), len(head))
-    # What the safe answer begins with as well is no start.
-    alike = PairSequence(Sequence((1, 2, 40, 41, 30, 31), 2), Sequence((1, 2, 40, 41, 42), 2), (8, 8))
-    for start in (0, 1, 2):
-        assert recovering(alike, start) == alike.safe
-    assert recovering(alike, 3) == Sequence((1, 2, 40, 41, 30, 8, 8, 40, 41, 42), 5)
     config = CASES["repbend, starts for all"]
     parted = tuple(replace(pair, separator=(8, 9)) for pair in BATCH.pairs)
     stream = build_objective(config, 32).streams(replace(BATCH, pairs=parted), 0)[-1]
     assert stream.term("refusal").denominator == sum(len(p.safe) - p.safe.prompt_length + 2 for p in parted)
     assert [s.ids[s.prompt_length : s.prompt_length + 2] for s in stream.sequences] == [(8, 9)] * len(parted)
+
+
+def test_a_start_that_the_safe_answer_has_too_is_none() -> None:
+    """The pair learns the plain refusal then; a plan, whose ids say nothing, counts the longest start."""
+    alike = PairSequence(Sequence((1, 2, 40, 41, 30, 31), 2), Sequence((1, 2, 40, 41, 42), 2), (8, 8))
+    config = RepBendConfig(refusal=1.0, recovery_share=1.0, recovery_tokens=3)
+    drawn = {starts(config, (replace(alike, unsafe=Sequence((*alike.unsafe.ids[:5], n), 2)),), 0)[0] for n in range(60)}
+    assert drawn == {0, 3}
+    assert recovering(alike, 0) == alike.safe
+    assert recovering(alike, 3) == Sequence((1, 2, 40, 41, 30, 8, 8, 40, 41, 42), 5)
+    assert recovery_starts(config, (alike,), 0, None) == [3]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
