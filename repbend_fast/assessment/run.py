@@ -29,7 +29,7 @@ from repbend_fast.evaluation.attacks.direct import DirectAttack
 from repbend_fast.evaluation.judges.known import JUDGES
 from repbend_fast.evaluation.judges.protocol import Judge
 from repbend_fast.evaluation.options import Named, parameters
-from repbend_fast.runs.folder import RunFolder, only_training, saving, write_json
+from repbend_fast.runs.folder import RunFolder, only_writer, saving, write_json
 
 DEFAULT_SUITES = ("demo",)
 DEFAULT_ATTACKS = ("direct", "prefill", "template")
@@ -102,7 +102,7 @@ def assess(request: Request) -> Assessment:
         for suite, budget in zip(suites, tokens)
         for attack in attacks
     ]
-    with only_training(RunFolder(folder), "evaluation", "give another --out"):
+    with only_writer(RunFolder(folder), "evaluation", "give another --out"):
         base = None if request.base_of is None else find_base(request.base_of, folder, settings)
         _start(folder, settings)
         if base is not None:

@@ -15,7 +15,7 @@ from repbend_fast.compare.training import Training, evaluate, measure_before, st
 from repbend_fast.console import say, show, terminal_console
 from repbend_fast.errors import UserError
 from repbend_fast.report.run_record import RunRecord
-from repbend_fast.runs.folder import RunFolder, only_training, write_bytes, write_json, write_text
+from repbend_fast.runs.folder import RunFolder, only_writer, write_bytes, write_json, write_text
 from repbend_fast.training.trainer import INTERRUPTED
 
 
@@ -48,7 +48,7 @@ def run_compare(comparison: Comparison, again: str) -> int:
         UserError: a run failed, or another comparison is at work in the folder; what was finished before stays and is
             used again.
     """
-    with only_training(RunFolder(comparison.folder), "comparison", "name another folder with --out"):
+    with only_writer(RunFolder(comparison.folder), "comparison", "name another folder with --out"):
         try:
             record = _compare(comparison)
         except KeyboardInterrupt:

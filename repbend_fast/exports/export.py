@@ -24,7 +24,7 @@ from repbend_fast.exports.modelfile import modelfile
 from repbend_fast.exports.probes import probes
 from repbend_fast.exports.request import KINDS, Request
 from repbend_fast.models.load import load_tokenizer, read_model_config
-from repbend_fast.runs.folder import RunFolder, check_new, only_training, write_folder, write_json
+from repbend_fast.runs.folder import RunFolder, check_new, only_writer, write_folder, write_json
 
 if TYPE_CHECKING:
     from repbend_fast.data.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ def export_run(request: Request) -> Check | None:
         raise UserError(f"--format={request.kind}: known: {', '.join(KINDS)}")
     if request.gguf_type is not None and request.kind != "gguf":
         raise UserError("--type is of GGUF files; add --format gguf")
-    with only_training(RunFolder(request.out), "export", "choose another --out"):
+    with only_writer(RunFolder(request.out), "export", "choose another --out"):
         check_new(request.out)
         return _exported(request)
 

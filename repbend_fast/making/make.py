@@ -26,7 +26,7 @@ from repbend_fast.making.splits import divide
 from repbend_fast.making.tasks import Work, work_of
 from repbend_fast.models.autocast import autocast_dtype
 from repbend_fast.models.load import resolve_device
-from repbend_fast.runs.folder import RunFolder, only_training, saving, write_json
+from repbend_fast.runs.folder import RunFolder, only_writer, saving, write_json
 
 FORMAT = 1
 ENOUGH = 0.5
@@ -65,7 +65,7 @@ def make_data(request: Request, load: Load | None = None) -> Places:
     subject = find_subject(request.model, None, request.overrides, overlays=request.overlays)
     places = Places(request.out)
     settings = _settings(policy, work, subject)
-    with only_training(RunFolder(places["answers.jsonl"]), "making of data", "give another --out"):
+    with only_writer(RunFolder(places["answers.jsonl"]), "making of data", "give another --out"):
         _start(places, settings)
         generate = _when_needed(load or model_generator, subject, policy.config.answer_tokens, request.batch_size)
         made = _made(policy, work, generate, places, request.batch_size)

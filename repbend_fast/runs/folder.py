@@ -75,32 +75,27 @@ class RunFolder:
 
 
 @contextmanager
-def only_training(
-    run: RunFolder, what: str = "training", remedy: str = "choose another output.folder"
-) -> Iterator[None]:
+def only_writer(run: RunFolder, what: str = "training", remedy: str = "choose another output.folder") -> Iterator[None]:
     """Hold the run's folder for this process: two trainings in one folder would write into each other's checkpoints and
     log.
 
     The lock is a file of the machine's temporary folder, since the run's own may be renamed; other machines do not see
     it. What holds a folder works for long, and goes on when nobody reads what it says.
 
+    Args:
+        what: kind of work, for the message to whoever comes second.
+        remedy: what they can do but wait.
+
     Raises:
-        UserError: another process trains in this folder, or the temporary folder cannot be written to.
+        UserError: another process writes to this folder, or the temporary folder cannot be written to.
     """
     if fcntl is None:
         with outliving_readers():
             yield
         return
     name = hashlib.sha256(os.fsencode(run.path.resolve())).hexdigest()[:24]
-    with _lock_file(f"repbend-fast-{os.getuid()}-{name}.lock") as file, outliving_readers():
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"{run.path}: another {what} is writing to this folder (process {file.read().strip() or 'unknown'}); "
-                f"wait for it, or {remedy}"
-            ) from error
+    path = Path(tempfile.gettempdir()) / f"repbend-fast-{os.getuid()}-{name}.lock"
+    with _locked(path, f"{run.path}: another {what} is writing to this folder", remedy) as file, outliving_readers():
         with suppress(OSError):  # a full disk: the lock holds without a number
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -108,13 +103,40 @@ def only_training(
         yield
 
 
-def _lock_file(name: str) -> TextIO:
+@contextmanager
+def _locked(path: Path, taken: str, remedy: str) -> Iterator[TextIO]:
+    """The file at ``path``, locked, and gone afterwards."""
+    while True:
+        with _lock_file(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise UserError(
+                    f"{taken} (process {file.read().strip() or 'unknown'}); wait for it, or {remedy}"
+                ) from error
+            if not _is_at(path, file):
+                continue  # whoever had locked it took it away after it was opened here
+            try:
+                yield file
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _lock_file(path: Path) -> TextIO:
     try:
-        return open(Path(tempfile.gettempdir()) / name, "a+", encoding="utf-8")
+        return open(path, "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"the temporary folder cannot be written to ({one_line(error)}); set TMPDIR to one that can"
         ) from error
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    return False
 
 
 @contextmanager

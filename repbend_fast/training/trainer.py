@@ -33,7 +33,7 @@ from repbend_fast.models.load import DTYPES
 from repbend_fast.objectives import Stream, build_objective
 from repbend_fast.objectives.normalize import over_step
 from repbend_fast.planning.planner import Plan, show_plan
-from repbend_fast.runs.folder import RunFolder, only_training, start_folder, write_json, write_text
+from repbend_fast.runs.folder import RunFolder, only_writer, start_folder, write_json, write_text
 from repbend_fast.runs.metrics import MetricsLog, NoLog, peak_memory_bytes
 from repbend_fast.runs.prepare import RunData
 from repbend_fast.runs.token_ids import check_token_ids
@@ -81,7 +81,7 @@ def train(config: Config, resume: Path | None = None) -> RunResult:
     with ExitStack() as stack:
         ranks = stack.enter_context(joined(config.model.device, config.distributed.shard == "fsdp"))
         # The first process alone writes to the folder and speaks.
-        stack.enter_context(only_training(run) if ranks.first else saying(None))
+        stack.enter_context(only_writer(run) if ranks.first else saying(None))
         ready = make_ready(config, run, resume is not None, ranks.count)
         check_alike(ranks, config, ready.data)
         try:

@@ -371,12 +371,12 @@ def test_plain_lines_say_how_far_it_is(evaluated: Path, whole: TinyRun, prompts:
 
 
 def test_two_at_once_in_one_folder_are_refused(whole: TinyRun, prompts: Path, tmp_path: Path) -> None:
-    from repbend_fast.runs.folder import only_training
+    from repbend_fast.runs.folder import only_writer
 
     out = tmp_path / "e"
     out.mkdir()
     with (
-        only_training(RunFolder(out)),
+        only_writer(RunFolder(out)),
         pytest.raises(UserError, match=r"another evaluation is writing to this folder .* or give another --out"),
     ):
         assess(whole.model, suites=str(prompts), out=out)

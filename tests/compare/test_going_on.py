@@ -18,7 +18,7 @@ from tiny_run import adapter_of, rows, same_tensors
 from repbend_fast.cli import main
 from repbend_fast.compare.command import run_compare
 from repbend_fast.errors import UserError
-from repbend_fast.runs.folder import RunFolder, only_training
+from repbend_fast.runs.folder import RunFolder, only_writer
 from repbend_fast.training.trainer import Trainer
 
 RATES = ("--rates", "1e-2", "3e-2")
@@ -154,6 +154,6 @@ def test_a_failed_run_is_one_line_and_nothing_is_lost(
 def test_one_comparison_at_a_time_in_a_folder(tmp_path) -> None:
     comparison: Any = SimpleNamespace(folder=tmp_path)
     writing = rf"another comparison is writing to this folder \(process {os.getpid()}\).*--out"
-    with only_training(RunFolder(tmp_path)), pytest.raises(UserError, match=writing):
+    with only_writer(RunFolder(tmp_path)), pytest.raises(UserError, match=writing):
         run_compare(comparison, "again")
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from repbend_fast.exports import check_export, export, gguf_file, low_rank, merg
 from repbend_fast.exports.export import export_run
 from repbend_fast.exports.request import Request
 from repbend_fast.models.load import load_model
-from repbend_fast.runs.folder import RunFolder, only_training
+from repbend_fast.runs.folder import RunFolder, only_writer
 
 IDS = torch.randint(3, 250, (1, 9), generator=torch.Generator().manual_seed(5))
 BASES: dict[str, dict[str, Any]] = {
@@ -171,7 +171,7 @@ def test_weights_are_read_one_by_one_and_no_model_is_loaded(tmp_path: Path, monk
 
 def test_what_is_being_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ExportRun(tmp_path).write()
-    with only_training(RunFolder(run.folder / "out"), "export"), pytest.raises(UserError, match="another export is"):
+    with only_writer(RunFolder(run.folder / "out"), "export"), pytest.raises(UserError, match="another export is"):
         export_run(Request(run.run, run.folder / "out"))
     monkeypatch.setattr(Path, "is_mount", lambda path: path == run.folder / "out")
     with pytest.raises(UserError, match=r"a file system is mounted here, .* name a folder in it"):

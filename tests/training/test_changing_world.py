@@ -157,8 +157,8 @@ HOLDS = """
 import sys
 from pathlib import Path
 from repbend_fast.console import note, say
-from repbend_fast.runs.folder import RunFolder, only_training
-with only_training(RunFolder(sys.argv[1])):
+from repbend_fast.runs.folder import RunFolder, only_writer
+with only_writer(RunFolder(sys.argv[1])):
     for _ in range(2000):
         say("a line that nobody reads")
         note("another")

@@ -15,7 +15,7 @@ from tiny_run import records as make_records
 
 from repbend_fast.cli import main
 from repbend_fast.errors import UserError
-from repbend_fast.runs.folder import RunFolder, only_training
+from repbend_fast.runs.folder import RunFolder, only_writer
 from repbend_fast.runs.stored import MANIFEST, write_manifest
 from repbend_fast.training.interrupt import Interrupt
 from repbend_fast.training.trainer import INTERRUPTED, Trainer
@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on_without_validation(tiny: TinyRun) -> None:
 def test_one_training_at_a_time_in_a_folder(tiny: TinyRun) -> None:
     assert tiny.train("training.steps=2", "validation.every=0").exit_code == 0
     before = sorted(path.name for path in tiny.path.parent.iterdir())
-    with only_training(RunFolder(tiny.path)):
+    with only_writer(RunFolder(tiny.path)):
         for again in (tiny.train, tiny.resume):
             with pytest.raises(
                 UserError, match=rf"another training is writing to this folder \(process {os.getpid()}\)"

@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tiny_run import TinyRun, reproducible, same_tensors
 
 from repbend_fast.cli import main
 from repbend_fast.errors import UserError
-from repbend_fast.runs.folder import RunFolder, only_training, start_folder, write_folder, write_json, write_text
+from repbend_fast.runs.folder import RunFolder, only_writer, start_folder, write_folder, write_json, write_text
 from repbend_fast.runs.metrics import MetricsLog
 from repbend_fast.runs.stored import checked_manifest
 from repbend_fast.training.checkpoint import adapter_weights
@@ -199,9 +200,45 @@ def test_a_temporary_folder_that_cannot_be_written_to_is_one_line(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with (
         pytest.raises(UserError, match=r"temporary folder cannot be written to .*; set TMPDIR"),
-        only_training(RunFolder(tmp_path)),
+        only_writer(RunFolder(tmp_path)),
     ):
         pass
+
+
+def test_the_lock_of_a_folder_is_gone_with_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the work failed, so that the temporary folder does not fill up."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run = RunFolder(tmp_path / "run")
+    with suppress(ZeroDivisionError), only_writer(run):
+        (lock,) = tmp_path.iterdir()
+        assert lock.read_text(encoding="utf-8") == str(os.getpid())
+        with pytest.raises(UserError, match=f"another training .*process {os.getpid()}"), only_writer(run):
+            pass
+        assert lock.is_file()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_was_taken_away_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking, the one who held it is done and removes it, and a third one makes it anew."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lock, others = fcntl.flock, ExitStack()
+
+    def flock(file: TextIO, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        Path(file.name).unlink()
+        others.enter_context(only_writer(RunFolder(tmp_path / "run")))
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    second = only_writer(RunFolder(tmp_path / "run"))
+    with others, pytest.raises(UserError, match="another training is writing"), second:
+        pass
+    with only_writer(RunFolder(tmp_path / "run")):
+        assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_earlier_runs_are_moved_and_numbered(tiny: TinyRun) -> None:
