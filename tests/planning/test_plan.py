@@ -14,7 +14,7 @@ from shape_recipes import LONGEST, recipe
 
 from benchmarks.memory.budget_grid import grid, random_model, training_peak
 from repbend_fast.config import Config
-from repbend_fast.data.records import Batch, BatchSizes
+from repbend_fast.data.records import Batch, BatchSizes, PairSequence
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.npo import NPOConfig
@@ -236,13 +236,13 @@ def refusal_peak(planner: Planner) -> StreamPeak:
 
 def parted(batch: Batch) -> Batch:
     """The batch with unsafe answers of another token than the safe ones."""
-    pairs = tuple(
-        replace(
-            p, unsafe=replace(p.unsafe, ids=(*p.unsafe.prompt.ids, *(2,) * (len(p.unsafe) - p.unsafe.prompt_length)))
-        )
-        for p in batch.pairs
-    )
-    return replace(batch, pairs=pairs)
+
+    def with_others(pair: PairSequence) -> PairSequence:
+        unsafe = pair.unsafe
+        answer = (2,) * (len(unsafe) - unsafe.prompt_length)
+        return replace(pair, unsafe=replace(unsafe, ids=(*unsafe.prompt.ids, *answer)))
+
+    return replace(batch, pairs=tuple(map(with_others, batch.pairs)))
 
 
 @pytest.mark.parametrize("others", [(), ALONE], ids=["with bending", "alone"])
