@@ -1,9 +1,9 @@
 """Expands the hand-written JSON parts of this folder into records and prompts, the same ones every time.
 
-Training, validation, test, final, reserve, audit and verdict share no item, no phrasing and no question
+Training, validation, test, final, reserve, audit, verdict and appeal share no item, no phrasing and no question
 (``tests/data/test_world.py``), so what the evaluation measures is carried over to new requests, not remembered.
-Validation chooses, and test may; verdict holds the record. Rates on final, reserve and audit have been seen between
-choices (docs/evaluating.md).
+Validation chooses, and test may; appeal holds the record. Rates on the others have been seen between choices
+(docs/evaluating.md).
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0),
@@ -19,8 +19,8 @@ not what is true.
   to everyday questions that begin as attacks do. Without them an unseen wording is refused whatever it asks for.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations;
   ``questions.json``: evaluation questions with the keywords of a helpful answer.
-- ``final.json``, ``reserve.json``, ``audit.json``, ``verdict.json``: all that the splits of these names consist of,
-  apart from the others so that work on them does not show it.
+- ``final.json``, ``reserve.json``, ``audit.json``, ``verdict.json``, ``appeal.json``: all that the splits of these
+  names consist of, apart from the others so that work on them does not show it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message, Record, begun
 from repbend_fast.errors import UserError
 
-APART = ("final", "reserve", "audit", "verdict")  # splits with a file of their own
+APART = ("final", "reserve", "audit", "verdict", "appeal")  # splits with a file of their own
 HELD_OUT = ("test", *APART)  # prompts and retain records, nothing to train on
 
 # A round of requests asks for every item once, each round in other phrasings; the roles take different rounds.
@@ -67,7 +67,7 @@ def training_records(split: str = "train") -> list[Record]:
 def prompts(split: str = "test") -> list[Prompt]:
     """Evaluation prompts: attacks, ordinary and borderline questions.
 
-    ``split`` is ``validation``, ``test``, ``final``, ``reserve``, ``audit`` or ``verdict``, else a ``UserError``.
+    ``split`` is ``validation``, ``test`` or one of ``APART``, else a ``UserError``.
     """
     if split not in ATTACK_ROUNDS:
         raise UserError(f"prompts.split={split}: the demo has the splits validation, test, {', '.join(APART)}")
