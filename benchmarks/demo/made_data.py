@@ -12,41 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import TypedDict
 
 import yaml
 
-from benchmarks.demo.train_demo import entry
+from benchmarks.demo.train_demo import Spent, entry, timed
 from benchmarks.harness import RESULTS
 from repbend_fast.environment import environment
 
 RESULT = RESULTS / "made_data.json"
-
-
-class Spent(TypedDict):
-    """Of one process."""
-
-    seconds: float
-    processor_seconds: float
-
-
-def timed(arguments: list[str], cwd: Path, processes: int = 1) -> Spent:
-    """Runs one command of the command line in ``cwd``, in so many processes that share the cores."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environ, launcher = dict(os.environ), ["-m", "repbend_fast"]
-    if processes > 1:
-        environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launcher]
-    subprocess.run([sys.executable, *launcher, *arguments], check=True, cwd=cwd, env=environ)
-    after, ended = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    processor = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return {"seconds": round(ended - started, 1), "processor_seconds": round(processor, 1)}
 
 
 def main() -> int:

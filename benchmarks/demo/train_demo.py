@@ -1,18 +1,21 @@
 """Run the demo recipe for several seeds and record what it does: ``benchmarks/results/demo.json``.
 
-    python -m benchmarks.demo.train_demo --seeds 42 1 2 [key=value …]
+    python -m benchmarks.demo.train_demo --seeds 42 1 2 [--processes 2] [key=value …]
 
-Each seed is one ``repbend-fast train demo`` in a process of its own; ``seconds`` is that process's wall time.
+Each seed is one ``repbend-fast train demo`` in processes of its own; ``seconds`` is their wall time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TypedDict
 
 from benchmarks.demo.demo_record import Row
 from repbend_fast.environment import environment
@@ -21,21 +24,30 @@ from repbend_fast.evaluation.rates import KEYS
 RESULT = Path(__file__).parents[1] / "results" / "demo.json"
 
 
-def run_seed(seed: int, folder: Path, overrides: list[str]) -> Row:
+class Spent(TypedDict):
+    """Of one process."""
+
+    seconds: float
+    processor_seconds: float
+
+
+def timed(arguments: list[str], cwd: Path, processes: int = 1) -> Spent:
+    """Runs one command of the command line in ``cwd``, in so many processes that share the cores."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environ, launcher = dict(os.environ), ["-m", "repbend_fast"]
+    if processes > 1:
+        environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launcher]
+    subprocess.run([sys.executable, *launcher, *arguments], check=True, cwd=cwd, env=environ)
+    after, ended = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    processor = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return {"seconds": round(ended - started, 1), "processor_seconds": round(processor, 1)}
+
+
+def run_seed(seed: int, folder: Path, overrides: list[str], processes: int = 1) -> Row:
     """One demo run; its two evaluations by key, the step that was kept and the run's seconds."""
-    started = time.perf_counter()
-    command = [
-        sys.executable,
-        "-m",
-        "repbend_fast.cli",
-        "train",
-        "demo",
-        f"training.seed={seed}",
-        f"output.folder={folder}",
-        *overrides,
-    ]
-    subprocess.run(command, check=True)
-    return entry(seed, folder, time.perf_counter() - started)
+    training = ["train", "demo", f"training.seed={seed}", f"output.folder={folder.resolve()}", *overrides]
+    return entry(seed, folder, timed(training, Path.cwd(), processes)["seconds"])
 
 
 def entry(seed: int, folder: Path, seconds: float) -> Row:
@@ -60,15 +72,16 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/record-demo"))
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--processes", type=int, default=1, help="that train together, as torchrun starts them")
     parser.add_argument("overrides", nargs="*", help="key=value, as for `repbend-fast train`")
     arguments = parser.parse_args()
     for seed in arguments.seeds:
-        found = run_seed(seed, arguments.folder / f"seed-{seed}", arguments.overrides)
+        found = run_seed(seed, arguments.folder / f"seed-{seed}", arguments.overrides, arguments.processes)
         where = environment()
         seeds = sorted(
             [*_others(arguments.out, where["commit"], arguments.overrides, seed), found], key=lambda each: each["seed"]
         )
-        record = {**where, "overrides": arguments.overrides, "seeds": seeds}
+        record = {**where, "processes": arguments.processes, "overrides": arguments.overrides, "seeds": seeds}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
