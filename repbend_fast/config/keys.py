@@ -151,16 +151,20 @@ def suggestion(name: str, among: list[str] | None = None, *, objective: str = DE
     if close:
         return f"; did you mean {lower[close[0]]}?"
     if among is not None:
-        more = len(among) - MOST_NAMED
-        rest = f" and {more} more (docs/settings.md)" if more > 0 else ""
-        return f"; allowed: {', '.join(among[:MOST_NAMED])}{rest}"
+        return f"; allowed: {_listed(among)}"
     return f"; keys start with {', '.join(children(Config))}"
+
+
+def _listed(keys: list[str]) -> str:
+    """At most ``MOST_NAMED`` keys, and how many more there are."""
+    more = len(keys) - MOST_NAMED
+    return ", ".join(keys[:MOST_NAMED]) + (f" and {more} more (docs/settings.md)" if more > 0 else "")
 
 
 def allowed(place: Place) -> str:
     """What a place takes, in words: ``an integer of at least 1, or null``."""
     if place.section is not None:
-        return f"a section with the keys {', '.join(children(place.section))}" + (
+        return f"a section with the keys {_listed(children(place.section))}" + (
             ", or null" if type(None) in arms(place.annotation) else ""
         )
     return _describe(place.annotation, place.metadata)

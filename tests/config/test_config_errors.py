@@ -57,6 +57,7 @@ def message(recipe: str, *overrides: str) -> str:
         ("betas=[0.9, 1.0]", "training.betas must be a list of 2 values, each a number of at least 0 and less than 1"),
         ("target_modules=[]", "target_modules=[]: lora.target_modules must be a list of values, each text, at least 1"),
         ("training=5", "training=5: must be a section with the keys steps, examples,"),
+        ("training=5", "more (docs/settings.md)"),
         ("data.sources=[]", "data.sources=[]: must be a list of sources, at least 1"),
         ("data.sources=[{path: a, fromat: jsonl}]", "unknown key data.sources.0.fromat; did you mean format?"),
         ("data.sources=[{format: jsonl}]", "data.sources.0.path is missing; it must be text"),
