@@ -40,15 +40,24 @@ def recovering(pair: PairSequence, start: int) -> Sequence:
     """The prompt, the first ``start`` tokens of the unsafe answer, the pair's separator and the safe answer. The
     last two count as the answer.
 
-    Without a start it is the safe answer alone. Of the separator a start that ends with its first tokens gets the
-    others.
+    What a start ends with already is not said twice. One that ends as the safe answer begins ("I", "I can't") is gone
+    on with: a second beginning behind it would be learned as one without end. Of the separator a start that ends with
+    its first tokens gets the others. Without a start it is the safe answer alone.
     """
     if start == 0:
         return pair.safe
     prompt = pair.unsafe.prompt_length
-    head, separator = pair.unsafe.ids[: prompt + start], pair.separator
-    there = next(n for n in range(len(separator), -1, -1) if head[len(head) - n :] == separator[:n])
-    return Sequence((*head, *separator[there:], *pair.safe.ids[prompt:]), prompt + start)
+    head, answer = pair.unsafe.ids[: prompt + start], pair.safe.ids[prompt:]
+    started = head[prompt:]
+    said = _overlap(started, answer[:-1])
+    rest = answer[said:] if said else (*pair.separator[_overlap(started, pair.separator) :], *answer)
+    return Sequence((*head, *rest), len(head))
+
+
+def _overlap(ids: tuple[int, ...], following: tuple[int, ...]) -> int:
+    """How many first tokens of ``following`` the last ones of ``ids`` are, at most."""
+    longest = min(len(ids), len(following))
+    return next(n for n in range(longest, -1, -1) if ids[len(ids) - n :] == following[:n])
 
 
 def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step: int, seed: int | None) -> list[int]:
@@ -56,9 +65,6 @@ def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step
 
     Of n pairs either of the two whole numbers next to share · n are chosen, share · n of them on average. Which ones is
     drawn anew in each step, and k from the pair alone. A pair whose unsafe answer has one token keeps 0.
-
-    A start that the safe answer has too is none: said again behind it ("I", "I can't"), the model would learn to begin
-    without end. A plan's pairs, whose ids say nothing, keep theirs.
     """
     most = [min(config.recovery_tokens, len(p.unsafe) - p.unsafe.prompt_length - 1) for p in pairs]
     if config.recovery_share == 0:
@@ -75,15 +81,8 @@ def recovery_starts(config: RefusalConfig, pairs: tuple[PairSequence, ...], step
             offset + place * config.recovery_share
         )
         if passed and most[number] > 0:
-            start = 1 + _word(keys[number], "tokens") % most[number]
-            starts[number] = 0 if _shared(pairs[number], start) else start
+            starts[number] = 1 + _word(keys[number], "tokens") % most[number]
     return starts
-
-
-def _shared(pair: PairSequence, start: int) -> bool:
-    """Whether both answers begin with these tokens."""
-    begun = pair.unsafe.prompt_length + start
-    return pair.unsafe.ids[:begun] == pair.safe.ids[:begun]
 
 
 def _word(*words: object) -> int:

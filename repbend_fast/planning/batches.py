@@ -89,19 +89,29 @@ def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bo
         min(length - 1, limits.prompt) if prompts else max(min(SHORTEST_PROMPT, length - 1), length - limits.answer)
     )
     ids = (1,) * (prompt + 1 if prompts else length)
-    sequence, half = Sequence(ids, prompt, (0, prompt)), Sequence(ids, prompt)
+    sequence = Sequence(ids, prompt, (0, prompt))
     chat = tuple(Sequence((1,) * length, 0) for _ in range(count))
     if pairs:
-        return Batch(pairs=tuple(PairSequence(half, half, limits.between) for _ in range(count)), retain=chat)
+        return Batch(pairs=(_pair(prompt, len(ids) - prompt, len(ids) - prompt, limits),) * count, retain=chat)
     return Batch((sequence,) * count, (sequence,) * count, (), chat)
+
+
+def _pair(prompt: int, unsafe: int, safe: int, limits: Limits) -> PairSequence:
+    """Answers of so many tokens. The two have different ones, since a recovery start is shortened by what the safe
+    answer has too (``objectives.refusal.recovering``).
+    """
+    asked = (1,) * prompt
+    return PairSequence(
+        Sequence((*asked, *(2,) * unsafe), prompt), Sequence((*asked, *(1,) * safe), prompt), limits.between
+    )
 
 
 def worst_batch(sizes: BatchSizes, limits: Limits) -> Batch:
     """A micro-batch of the longest sequences of every role."""
     prompt = max(1, limits.longest - limits.answer)
     ids = (1,) * limits.longest
-    sequence, half, chat = Sequence(ids, prompt, (0, prompt)), Sequence(ids, prompt), Sequence(ids, 0)
-    count, pair = sizes.examples, PairSequence(half, half, limits.between)
+    sequence, chat = Sequence(ids, prompt, (0, prompt)), Sequence(ids, 0)
+    count, pair = sizes.examples, _pair(prompt, limits.longest - prompt, limits.longest - prompt, limits)
     kept, refused = (chat,) * sizes.of("retain"), (pair,) * sizes.further_refusals
     return Batch((sequence,) * count, (sequence,) * count, (pair,) * count, kept, refused)
 
@@ -118,7 +128,7 @@ def published_batch(sizes: BatchSizes, limits: Limits, pairs: bool, seed: int) -
 
     def both() -> PairSequence:
         prompt = tokens(limits.prompt)
-        return PairSequence(answer_to(prompt), answer_to(prompt), limits.between)
+        return _pair(prompt, tokens(limits.answer), tokens(limits.answer), limits)
 
     def chat() -> Sequence:
         least, most = (min(limits.conversation, n) for n in CONVERSATION_TOKENS)

@@ -169,15 +169,19 @@ def test_a_separator_stands_behind_starts_alone_and_is_learned() -> None:
     assert [s.ids[s.prompt_length : s.prompt_length + 2] for s in stream.sequences] == [(8, 9)] * len(parted)
 
 
-def test_a_start_that_the_safe_answer_has_too_is_none() -> None:
-    """The pair learns the plain refusal then; a plan, whose ids say nothing, counts the longest start."""
-    alike = PairSequence(Sequence((1, 2, 40, 41, 30, 31), 2), Sequence((1, 2, 40, 41, 42), 2), (8, 8))
-    config = RepBendConfig(refusal=1.0, recovery_share=1.0, recovery_tokens=3)
-    drawn = {starts(config, (replace(alike, unsafe=Sequence((*alike.unsafe.ids[:5], n), 2)),), 0)[0] for n in range(60)}
-    assert drawn == {0, 3}
-    assert recovering(alike, 0) == alike.safe
-    assert recovering(alike, 3) == Sequence((1, 2, 40, 41, 30, 8, 8, 40, 41, 42), 5)
-    assert recovery_starts(config, (alike,), 0, None) == [3]
+def test_a_start_that_ends_as_the_safe_answer_begins_is_gone_on_with() -> None:
+    """Whether the answer begins so, or a paragraph behind a separator does: nothing is said twice, nor left unsaid."""
+    unsafe, safe = (40, 41, 30, 8, 8, 40, 31, 40, 41), (40, 41, 42)
+    both = PairSequence(Sequence((1, 2, *unsafe), 2), Sequence((1, 2, *safe), 2), (8, 8))
+    rest = {
+        1: (41, 42), 2: (42,), 3: (8, 8, *safe), 4: (8, *safe), 5: safe, 6: (41, 42), 7: (8, 8, *safe), 8: (41, 42),
+        9: (42,),
+    }  # fmt: skip
+    for start, answer in rest.items():
+        assert recovering(both, start) == Sequence((1, 2, *unsafe[:start], *answer), 2 + start)
+    # The safe answer's last token is always there to be learned.
+    whole = PairSequence(Sequence((1, 2, 40, 41, 42, 43), 2), Sequence((1, 2, 40, 41, 42), 2))
+    assert recovering(whole, 3) == Sequence((1, 2, 40, 41, 42, 40, 41, 42), 5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])

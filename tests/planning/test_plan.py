@@ -14,7 +14,7 @@ from shape_recipes import LONGEST, recipe
 
 from benchmarks.memory.budget_grid import grid, random_model, training_peak
 from repbend_fast.config import Config
-from repbend_fast.data.records import Batch, BatchSizes, PairSequence
+from repbend_fast.data.records import BatchSizes
 from repbend_fast.errors import UserError
 from repbend_fast.objectives import build_objective
 from repbend_fast.objectives.npo import NPOConfig
@@ -234,17 +234,6 @@ def refusal_peak(planner: Planner) -> StreamPeak:
     return peak
 
 
-def parted(batch: Batch) -> Batch:
-    """The batch with unsafe answers of another token than the safe ones."""
-
-    def with_others(pair: PairSequence) -> PairSequence:
-        unsafe = pair.unsafe
-        answer = (2,) * (len(unsafe) - unsafe.prompt_length)
-        return replace(pair, unsafe=replace(unsafe, ids=(*unsafe.prompt.ids, *answer)))
-
-    return replace(batch, pairs=tuple(map(with_others, batch.pairs)))
-
-
 @pytest.mark.parametrize("others", [(), ALONE], ids=["with bending", "alone"])
 def test_the_refusal_s_stream_is_planned_with_its_longest_starts(
     others: tuple[str, ...], planner_of: PlannerOf
@@ -253,8 +242,8 @@ def test_the_refusal_s_stream_is_planned_with_its_longest_starts(
     peak = refusal_peak(planner)
     assert (peak.longest, peak.total) == (2 * LONGEST + 16, 2 * (2 * LONGEST + 16))
     assert peak.head_rows >= 0.5
-    # No step draws more than was planned for. (Of a pair whose halves are alike no start is drawn.)
-    batch = parted(worst_batch(BatchSizes(2), planner.limits))
+    # No step draws more than was planned for.
+    batch = worst_batch(BatchSizes(2), planner.limits)
     objective = build_objective(planner.config.objective, planner.num_blocks, 10, seed=3)
     drawn = [objective.streams(batch, step)[-1] for step in range(50)]
     assert {s.name for s in drawn} == {"refusal"}
