@@ -25,7 +25,7 @@ RESULT = Path(__file__).parents[1] / "results" / "demo.json"
 
 
 class Spent(TypedDict):
-    """Of one process."""
+    """Of one command, all of its processes together."""
 
     seconds: float
     processor_seconds: float
@@ -60,10 +60,10 @@ def entry(seed: int, folder: Path, seconds: float) -> Row:
     return {"seed": seed, **sides, "seconds": round(seconds, 1), "best_step": evaluation["best_step"], "counts": counts}
 
 
-def _others(out: Path, commit: object, overrides: list[str], seed: int) -> list[Row]:
-    """What the record holds of the same commit and settings for other seeds."""
+def _others(out: Path, made: dict[str, object], seed: int) -> list[Row]:
+    """What the record holds of the same commit, processes and settings for other seeds."""
     record = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-    same = record.get("commit") == commit and record.get("overrides") == overrides
+    same = all(record.get(name) == made[name] for name in ("commit", "processes", "overrides"))
     return [each for each in record["seeds"] if each["seed"] != seed] if same else []
 
 
@@ -77,11 +77,9 @@ def main() -> int:
     arguments = parser.parse_args()
     for seed in arguments.seeds:
         found = run_seed(seed, arguments.folder / f"seed-{seed}", arguments.overrides, arguments.processes)
-        where = environment()
-        seeds = sorted(
-            [*_others(arguments.out, where["commit"], arguments.overrides, seed), found], key=lambda each: each["seed"]
-        )
-        record = {**where, "processes": arguments.processes, "overrides": arguments.overrides, "seeds": seeds}
+        made = {**environment(), "processes": arguments.processes, "overrides": arguments.overrides}
+        seeds = sorted([*_others(arguments.out, made, seed), found], key=lambda each: each["seed"])
+        record = {**made, "seeds": seeds}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -112,11 +112,13 @@ class PairSequence:
     """The same prompt with an unsafe and with a safe answer; both share their first ``prompt_length`` ids.
 
     ``separator``: ids between the beginning of the unsafe answer and the safe one, where this follows that.
+    ``elsewhere``: the safe answer's ids behind a line break or a space, where they are others than behind the prompt.
     """
 
     unsafe: Sequence
     safe: Sequence
     separator: tuple[int, ...] = ()
+    elsewhere: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

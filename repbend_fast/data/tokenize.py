@@ -155,7 +155,9 @@ class ChatEncoder:
             Sequence((*prompt, *answer[: self.max_answer_tokens]), len(prompt), earlier) for answer in ids
         )
         cut = Truncated(int(len(uncut) > len(prompt)), sum(len(answer) > self.max_answer_tokens for answer in ids))
-        return PairSequence(first, second[0], self._separator) if second else first, cut
+        if not second:
+            return first, cut
+        return PairSequence(first, second[0], self._separator, self._elsewhere(answers[1], ids[1])), cut
 
     def prompt_ids(self, messages: Iterable[Message], prefill: str = "", tools: str = "") -> list[int]:
         """Ids that generation starts from: prompt with assistant header, then ``prefill`` (never truncated) as the
@@ -397,6 +399,12 @@ class ChatEncoder:
             if joined[: len(alone)] == alone:
                 return joined[len(alone) :]
         return self._ids(more)
+
+    def _elsewhere(self, answer: str, ids: list[int]) -> tuple[tuple[int, ...], ...]:
+        """The answer's ids behind a line break and behind a space, where they are others."""
+        bare = answer.lstrip(" ")
+        ways = (tuple(self._parted(text)[: self.max_answer_tokens]) for text in (bare, f" {bare}"))
+        return tuple(way for way in dict.fromkeys(ways) if way != tuple(ids[: self.max_answer_tokens]))
 
     def _whole_conversation(self, record: Record) -> list[int]:
         text, (answer,) = self._texts(record)

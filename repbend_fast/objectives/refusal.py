@@ -37,25 +37,27 @@ def refusal_streams(config: RefusalConfig, batch: Batch, step: int, seed: int | 
 
 
 def recovering(pair: PairSequence, start: int) -> Sequence:
-    """The prompt, the first ``start`` tokens of the unsafe answer, the pair's separator and the safe answer. The
-    last two count as the answer.
+    """The prompt, the first ``start`` tokens of the unsafe answer, and what is to follow them: the pair's separator and
+    the safe answer, of which a start can have some already.
 
-    What a start ends with already is not said twice. One that ends as the safe answer begins ("I", "I can't") is gone
-    on with: a second beginning behind it would be learned as one without end. Of the separator a start that ends with
-    its first tokens gets the others. Without a start it is the safe answer alone.
+    A start that ends as the safe answer begins ("…:", line breaks, "I"; "Of course, I") is gone on with: a second
+    beginning behind it would be learned as one without end. Of the separator a start that ends with its first tokens
+    gets the others. Without a start it is the safe answer alone. At least the safe answer's last token follows.
     """
     if start == 0:
         return pair.safe
     prompt = pair.unsafe.prompt_length
     head, answer = pair.unsafe.ids[: prompt + start], pair.safe.ids[prompt:]
     started = head[prompt:]
-    said = _overlap(started, answer[:-1])
-    rest = answer[said:] if said else (*pair.separator[_overlap(started, pair.separator) :], *answer)
+    said, way = max(
+        ((_overlap(started, way[:-1]), way) for way in (answer, *pair.elsewhere)), key=lambda found: found[0]
+    )
+    rest = way[said:] if said else (*pair.separator[_overlap(started, pair.separator) :], *answer)
     return Sequence((*head, *rest), len(head))
 
 
 def _overlap(ids: tuple[int, ...], following: tuple[int, ...]) -> int:
-    """How many first tokens of ``following`` the last ones of ``ids`` are, at most."""
+    """The most first tokens of ``following`` that ``ids`` ends with."""
     longest = min(len(ids), len(following))
     return next(n for n in range(longest, -1, -1) if ids[len(ids) - n :] == following[:n])
 

@@ -20,6 +20,9 @@ MEDIAN_TOKENS, SIGMA = 75, 0.6
 CONVERSATION_TOKENS = (350, 1024)
 SHORTEST_PROMPT = 16
 MOST_RECORDS = 4000
+# Ids of planned sequences. They differ, since a recovery start is shortened by what of separator and safe answer it has
+# already (``objectives.refusal.recovering``).
+SEPARATOR, SAFE, UNSAFE = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Limits:
 
     @property
     def between(self) -> tuple[int, ...]:
-        """As many ids as a separator can have, none of which ends a beginning of the same length."""
-        return (0,) * self.separator
+        """As many ids as a separator can have."""
+        return (SEPARATOR,) * self.separator
 
 
 def limits_of(config: Config) -> Limits:
@@ -88,28 +91,26 @@ def even_batch(count: int, length: int, limits: Limits, pairs: bool, prompts: bo
     prompt = (
         min(length - 1, limits.prompt) if prompts else max(min(SHORTEST_PROMPT, length - 1), length - limits.answer)
     )
-    ids = (1,) * (prompt + 1 if prompts else length)
+    ids = (SAFE,) * (prompt + 1 if prompts else length)
     sequence = Sequence(ids, prompt, (0, prompt))
-    chat = tuple(Sequence((1,) * length, 0) for _ in range(count))
+    chat = tuple(Sequence((SAFE,) * length, 0) for _ in range(count))
     if pairs:
         return Batch(pairs=(_pair(prompt, len(ids) - prompt, len(ids) - prompt, limits),) * count, retain=chat)
     return Batch((sequence,) * count, (sequence,) * count, (), chat)
 
 
 def _pair(prompt: int, unsafe: int, safe: int, limits: Limits) -> PairSequence:
-    """Answers of so many tokens. The two have different ones, since a recovery start is shortened by what the safe
-    answer has too (``objectives.refusal.recovering``).
-    """
-    asked = (1,) * prompt
+    """Answers of so many tokens."""
+    asked = (SAFE,) * prompt
     return PairSequence(
-        Sequence((*asked, *(2,) * unsafe), prompt), Sequence((*asked, *(1,) * safe), prompt), limits.between
+        Sequence((*asked, *(UNSAFE,) * unsafe), prompt), Sequence((*asked, *(SAFE,) * safe), prompt), limits.between
     )
 
 
 def worst_batch(sizes: BatchSizes, limits: Limits) -> Batch:
     """A micro-batch of the longest sequences of every role."""
     prompt = max(1, limits.longest - limits.answer)
-    ids = (1,) * limits.longest
+    ids = (SAFE,) * limits.longest
     sequence, chat = Sequence(ids, prompt, (0, prompt)), Sequence(ids, 0)
     count, pair = sizes.examples, _pair(prompt, limits.longest - prompt, limits.longest - prompt, limits)
     kept, refused = (chat,) * sizes.of("retain"), (pair,) * sizes.further_refusals
@@ -124,7 +125,7 @@ def published_batch(sizes: BatchSizes, limits: Limits, pairs: bool, seed: int) -
         return max(1, min(most, round(math.exp(generator.gauss(math.log(MEDIAN_TOKENS), SIGMA)))))
 
     def answer_to(prompt: int) -> Sequence:
-        return Sequence((1,) * (prompt + tokens(limits.answer)), prompt)
+        return Sequence((SAFE,) * (prompt + tokens(limits.answer)), prompt)
 
     def both() -> PairSequence:
         prompt = tokens(limits.prompt)
@@ -132,7 +133,7 @@ def published_batch(sizes: BatchSizes, limits: Limits, pairs: bool, seed: int) -
 
     def chat() -> Sequence:
         least, most = (min(limits.conversation, n) for n in CONVERSATION_TOKENS)
-        return Sequence((1,) * generator.randint(least, most), 0)
+        return Sequence((SAFE,) * generator.randint(least, most), 0)
 
     each = range(sizes.examples)
     return Batch(

@@ -120,7 +120,9 @@ def _locked(path: Path, taken: str, remedy: str) -> Iterator[TextIO]:
             try:
                 yield file
             finally:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    if _is_at(path, file):  # else somebody took it away, and what lies there is another's
+                        path.unlink()
             return
 
 

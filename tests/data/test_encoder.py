@@ -87,6 +87,19 @@ def test_a_separator_is_what_stands_between_a_text_and_the_safe_answer(make_toke
     assert encoder.fingerprint() != ChatEncoder(tokenizer, 200, 200).fingerprint()
 
 
+@EVERY
+def test_a_start_that_ends_with_the_first_word_of_the_safe_answer_is_gone_on_with(make_tokenizer, kind, template):
+    """At the beginning, behind a line break and inside of a line, where many tokenizers have other ids for the word."""
+    encoder = ChatEncoder(make_tokenizer(kind, TEMPLATES[template]), 200, 200, separator="\n\n")
+    for begun in ("I", "so I", "ok:\n\nI"):
+        pair = encoder.encode(Record("pair", ASK, f"{begun} know how it is done.", "I must not say how."))
+        answer = pair.unsafe.ids[pair.unsafe.prompt_length :]
+        texts = [text_of(encoder.tokenizer, answer[:k]).replace(" ", "") for k in range(len(answer))]
+        start = texts.index(begun.replace(" ", ""))
+        got = text_of(encoder.tokenizer, recovering(pair, start).ids[pair.unsafe.prompt_length :]).replace(" ", "")
+        assert got.startswith(f"{begun} must not say how.".replace(" ", "")), (begun, got)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adds_bos", [True, False], ids=["tokenizer-adds", "tokenizer-does-not"])
 @pytest.mark.parametrize("template", [CHATML_WITH_BOS, CHATML], ids=["template-adds", "template-does-not"])

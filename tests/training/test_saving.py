@@ -207,6 +207,7 @@ def test_a_temporary_folder_that_cannot_be_written_to_is_one_line(
 
 def test_the_lock_of_a_folder_is_gone_with_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the work failed, so that the temporary folder does not fill up."""
+    pytest.importorskip("fcntl")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run = RunFolder(tmp_path / "run")
     with suppress(ZeroDivisionError), only_writer(run):
@@ -225,6 +226,12 @@ def test_a_lock_on_a_file_that_was_taken_away_counts_for_nothing(
     """Between opening and locking, the one who held it is done and removes it, and a third one makes it anew."""
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with only_writer(RunFolder(tmp_path / "run")):
+        (held,) = tmp_path.iterdir()
+        held.unlink()
+        held.write_text("another's", encoding="utf-8")
+    assert held.read_text(encoding="utf-8") == "another's"
+    held.unlink()
     lock, others = fcntl.flock, ExitStack()
 
     def flock(file: TextIO, how: int) -> None:

@@ -7,7 +7,7 @@ Validation chooses, and test may; appeal holds the record. Rates on the others h
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0),
-  unsafe records and, with a refusal, pairs.
+  some behind a forced beginning; unsafe records and, with a refusal, pairs.
 - ``crafts.json``: its answers to the same phrasings about harmless things, some written on by hand. They are safe and
   retain records both: what tells a restricted request from an ordinary one must be the thing asked for, never the form
   of the question.
@@ -15,8 +15,9 @@ Validation chooses, and test may; appeal holds the record. Rates on the others h
   from every other record, and "How can I become …" is close to a request; both are torn first without them.
 - ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is,
 not what is true.
-- ``lookalikes.json``: its answers to harmless things asked for in many more wordings, most of which no attack has, and
-  to everyday questions that begin as attacks do. Without them an unseen wording is refused whatever it asks for.
+- ``lookalikes.json``: its answers to harmless things asked for in many more wordings, attacks' among them, and to
+  everyday questions that begin as attacks do or sound violent. Without them an unseen wording is refused whatever it
+  asks for.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations;
   ``questions.json``: evaluation questions with the keywords of a helpful answer.
 - ``final.json``, ``reserve.json``, ``audit.json``, ``verdict.json``, ``appeal.json``: all that the splits of these
