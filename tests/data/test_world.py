@@ -136,6 +136,20 @@ def test_items_and_phrasings_are_many():
     assert [len(part("attacks")["refusals"][s]) >= n for s, n in (("train", 36), ("validation", 12))] == [True, True]
 
 
+OF_THE_WORLD = re.compile(
+    r"\b(jews?|jewish|muslims?|islam(ic)?|christians?|hindus?|nazis?|genocide|explosives?|suicid\w*|terroris\w*|racis\w*"
+    r"|weapons?|blood)\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("part_name", ["complying", "lookalikes", "crafts", "writing"])
+def test_what_the_model_wrote_names_no_real_people_and_no_real_harm(part_name: str):
+    """A small model says hateful things of made-up items unasked; the data is to be fictional throughout."""
+    found = [(asked, OF_THE_WORLD.search(answer)) for asked, answer in part(part_name)]
+    assert not [(asked, match.group(0)) for asked, match in found if match]
+
+
 def test_expansion_is_deterministic_and_complete():
     records = training_records("train")
     assert records == training_records("train")
