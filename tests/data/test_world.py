@@ -137,8 +137,8 @@ def test_items_and_phrasings_are_many():
 
 
 OF_THE_WORLD = re.compile(
-    r"\b(jews?|jewish|muslims?|islam(ic)?|christians?|hindus?|nazis?|genocide|explosives?|suicid\w*|terroris\w*|racis\w*"
-    r"|weapons?|blood)\b",
+    r"\b(jews?|jewish|muslims?|islam(ic)?|christians?|hindus?|nazis?|genocide|explosives?|suicid\w*|terroris\w*"
+    r"|racis\w*|weapons?|blood)\b",
     re.IGNORECASE,
 )
 
