@@ -122,12 +122,12 @@ def test_three_seeds_are_recorded_on_enough_prompts(recorded: dict):
 
 
 def test_what_each_seed_misses_is_what_the_log_says(recorded: dict):
-    """No seed misses what it should do to forced attacks, nor helpful ordinary answers, nor the perplexity; one misses
-    plain attacks.
+    """No seed misses what it should do to forced attacks, nor helpful ordinary answers, nor the perplexity; all loop in
+    ordinary answers, as before training, two refuse too few plain attacks, one too many look-alikes.
     """
     missed = [line.partition(": ")[2].split()[0] for line in missed_demo_goals(recorded)]
     counts = Counter(missed)
-    assert counts == {"degenerate_ordinary": 3, "helpful_borderline": 2, "attack_direct": 1, "attack_direct_refused": 1}
+    assert counts == {"degenerate_ordinary": 3, "attack_direct_refused": 2, "attack_direct": 1, "helpful_borderline": 1}
 
 
 def test_the_readme_shows_the_record_in_short(recorded: dict):
