@@ -49,9 +49,8 @@ def recovering(pair: PairSequence, start: int) -> Sequence:
     prompt = pair.unsafe.prompt_length
     head, answer = pair.unsafe.ids[: prompt + start], pair.safe.ids[prompt:]
     started = head[prompt:]
-    said, way = max(
-        ((_overlap(started, way[:-1]), way) for way in (answer, *pair.elsewhere)), key=lambda found: found[0]
-    )
+    way = max((answer, *pair.elsewhere), key=lambda way: _overlap(started, way[:-1]))
+    said = _overlap(started, way[:-1])
     rest = way[said:] if said else (*pair.separator[_overlap(started, pair.separator) :], *answer)
     return Sequence((*head, *rest), len(head))
 
