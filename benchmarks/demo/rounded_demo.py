@@ -14,10 +14,11 @@ import json
 from pathlib import Path
 
 from benchmarks.demo.train_demo import run_seed
+from benchmarks.harness import RESULTS
 from repbend_fast import assess
 from repbend_fast.environment import environment
 
-RESULT = Path(__file__).parents[1] / "results" / "demo_rounded.json"
+RESULT = RESULTS / "demo_rounded.json"
 ATTACKS = ("direct", "prefill", "rounding:formats=nf4")
 
 

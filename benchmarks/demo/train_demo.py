@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TypedDict
 
 from benchmarks.demo.demo_record import Row
+from benchmarks.harness import RESULTS
 from repbend_fast.environment import environment
 from repbend_fast.evaluation.rates import KEYS
 
-RESULT = Path(__file__).parents[1] / "results" / "demo.json"
+RESULT = RESULTS / "demo.json"
 
 
 class Spent(TypedDict):

@@ -30,12 +30,13 @@ from types import FrameType
 
 from benchmarks.faults.fuzz_draws import Files
 from benchmarks.faults.fuzz_targets import TARGETS
+from benchmarks.harness import RESULTS
 from repbend_fast.console import saying
 from repbend_fast.environment import environment
 from repbend_fast.errors import UserError
 
 CORPUS = Path(__file__).parent / "corpus"
-RECORD = Path(__file__).parents[1] / "results" / "fuzz.json"
+RECORD = RESULTS / "fuzz.json"
 LONGEST = 10.0
 """Processor time, which other work on the machine does not lengthen."""
 WAITED = 600.0

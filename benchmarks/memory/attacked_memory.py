@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import TypedDict
 
 import torch
 
+from benchmarks.harness import RESULTS
 from repbend_fast.config import load_config
 from repbend_fast.data.records import BatchSizes
 from repbend_fast.environment import environment
@@ -27,7 +27,7 @@ from repbend_fast.planning.batches import limits_of, worst_batch
 from repbend_fast.planning.peaks import PeakMeter
 from repbend_fast.planning.shapes import shape_model
 
-RECORD = Path(__file__).parents[1] / "results" / "attacked_memory.json"
+RECORD = RESULTS / "attacked_memory.json"
 RECIPES = {
     "repbend": "llama-3-8b-instruct",
     "circuit_breaker": "circuit-breaker-llama-3-8b-instruct",

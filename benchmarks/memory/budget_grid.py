@@ -23,6 +23,7 @@ from typing import TypedDict
 
 import torch
 
+from benchmarks.harness import RESULTS
 from benchmarks.measure import peak_bytes
 from repbend_fast.config import Config, load_config
 from repbend_fast.data.records import Batch
@@ -133,7 +134,7 @@ def main(argv: Seq[str] | None = None) -> int:
     parser.add_argument("--shares", type=lambda text: tuple(map(float, text.split(","))), default=SHARES)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--random", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "budget_cpu.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "budget_cpu.json")
     arguments = parser.parse_args(argv)
     from repbend_fast.environment import environment
     from repbend_fast.models import load_tokenizer

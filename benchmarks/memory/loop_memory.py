@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from benchmarks.baselines.eager_step import eager_step, prepare_eager
+from benchmarks.harness import RESULTS
 from benchmarks.measure import peak_bytes
 from repbend_fast.config import Config, load_config
 from repbend_fast.console import saying
@@ -33,7 +34,7 @@ from repbend_fast.runs.folder import RunFolder
 from repbend_fast.training.trainer import Trainer as OwnLoop
 from repbend_fast.training.trainer import make_ready, make_trainer
 
-RECORD = Path(__file__).parents[1] / "results" / "loop_memory.json"
+RECORD = RESULTS / "loop_memory.json"
 OWN = 128
 
 

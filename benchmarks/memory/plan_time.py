@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.harness import RESULTS
 from repbend_fast.environment import environment
 
-RECORD = Path(__file__).parents[1] / "results" / "plan_time.json"
+RECORD = RESULTS / "plan_time.json"
 PLANS = {
     "demo": ["demo"],
     "demo, budget": ["demo", "memory.budget=4GB"],

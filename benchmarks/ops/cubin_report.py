@@ -45,10 +45,12 @@ from repbend_kernels.triton import tap_rows as taps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.harness import RESULTS
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = ("fp32", "bf16", "fp16")
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RESULT = Path(__file__).parents[1] / "results" / "cubin_resources.json"
+RESULT = RESULTS / "cubin_resources.json"
 # (adapter's dtype, rank): the published rank, and the largest that is compiled without spills.
 LOW_RANKS = {
     "fp32": (("fp32", 16), ("fp32", 128)),

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import RESULTS
 from benchmarks.step import step_cases, step_sides
 from benchmarks.step.step_versions import SHAPE, WINDOW, Times, timed_block
 from repbend_fast.environment import environment
 
-RECORD = Path(__file__).parents[1] / "results" / "shared_passes_cpu.json"
+RECORD = RESULTS / "shared_passes_cpu.json"
 LAYOUTS: dict[str, dict[str, str]] = {
     "packed": {"packing": "on", "merge_streams": "off"},
     "packed, merged": {"packing": "on", "merge_streams": "on"},
