@@ -255,7 +255,7 @@ def make_data(
     """Let a model write its own training data for a policy: complying answers, refusals, and what is to stay.
 
     Every answer is a row of ``answers.jsonl`` as it comes. Called again with the same settings it goes on where it was
-    interrupted.
+    interrupted. Of several processes (``torchrun``) the first writes, and each generates a part.
 
     Args:
         policy: a YAML file, or the name of a shipped policy.
@@ -274,7 +274,10 @@ def make_data(
         UserError: something in the policy to mend, a model that cannot be loaded or whose answers are of no use, an
             ``out`` that holds something else.
     """
-    with saying(say), hushed():
+    from repbend_fast.distributed.launch import launch
+
+    # Of several processes the first speaks for all.
+    with saying(say if launch().number == 0 else None), hushed():
         from repbend_fast.making.make import Request, make_data
 
         request = Request(os.fspath(policy), os.fspath(model), own_path(out), limit, seed, batch_size)

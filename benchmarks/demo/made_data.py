@@ -33,7 +33,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--note", default="")
-    parser.add_argument("--processes", type=int, default=1, help="that train, as torchrun starts them")
+    parser.add_argument("--processes", type=int, default=1, help="that answer and train, as torchrun starts them")
     parser.add_argument("overrides", nargs="*", help="key=value, as for `repbend-fast train`")
     chosen = parser.parse_args()
     folder = chosen.folder.resolve()
@@ -42,7 +42,7 @@ def main() -> int:
     spent: dict[str, Spent | None] = {"data make": None, "train": None}
     if not (data / "overlay.yaml").is_file():
         making = ["data", "make", chosen.policy, "--model", chosen.model, "--out", str(data)]
-        spent["data make"] = timed([*making, "--seed", str(chosen.seed)], folder)
+        spent["data make"] = timed([*making, "--seed", str(chosen.seed)], folder, chosen.processes)
     if not (run / "evaluation.json").is_file():
         training = ["train", "any", "--with", str(data / "overlay.yaml"), *chosen.overrides]
         spent["train"] = timed(training, folder, chosen.processes)

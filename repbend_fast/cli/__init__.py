@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from repbend_fast.cli.commands import EXIT_INTERRUPTED, train
+from repbend_fast.cli.making_data import make
 from repbend_fast.cli.parser import parse
 from repbend_fast.console import hush
 from repbend_fast.distributed.launch import launch
@@ -34,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _use_growing_segments()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
-        if launch().count > 1 and arguments.handler is not train:
-            raise UserError("only train runs in several processes; start this command without torchrun")
+        if launch().count > 1 and arguments.handler not in (train, make):
+            raise UserError("only train and data make run in several processes; start this command without torchrun")
         code = int(arguments.handler(arguments))
         sys.stdout.flush()
         return code

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 
 from repbend_fast import api
 from repbend_fast.cli.output import add_output_options, listener, print_json
+from repbend_fast.distributed.launch import launch
 from repbend_fast.errors import UserError
 
 USAGE = {
@@ -51,7 +52,7 @@ def make(arguments: Namespace) -> int:
         batch_size=arguments.batch_size,
         say=listener(arguments),
     )
-    if arguments.json:
+    if arguments.json and launch().number == 0:
         made = json.loads(overlay.with_name(overlay.name.replace("overlay.yaml", "made.json")).read_text("utf-8"))
         print_json({"overlay": overlay, **made})
     return 0

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from repbend_fast.assessment.answers import RowFile
@@ -15,6 +16,8 @@ from repbend_fast.config.overrides import Overlays, Overrides
 from repbend_fast.console import CountLine, note, say, show
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
+from repbend_fast.distributed.joining import joined
+from repbend_fast.distributed.ranks import ALONE, Ranks
 from repbend_fast.environment import environment
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.generate import Answer, generate_measured
@@ -22,6 +25,7 @@ from repbend_fast.making.answering import Answers, Generator, Rejected, answer
 from repbend_fast.making.made_files import Made, Places, command, tables, write_all
 from repbend_fast.making.policy import Policy, read_policy
 from repbend_fast.making.refusals import refuse
+from repbend_fast.making.sharing import asking, take_part
 from repbend_fast.making.splits import divide
 from repbend_fast.making.tasks import Work, work_of
 from repbend_fast.models.autocast import autocast_dtype
@@ -31,8 +35,8 @@ from repbend_fast.runs.folder import RunFolder, only_writer, saving, write_json
 FORMAT = 1
 ENOUGH = 0.5
 """Share of the answers that are wanted, below which a user is told that something is amiss."""
-Load = Callable[[Subject, int, int], Generator]
-"""The generator of a subject, for answers of so many tokens and so many prompts at once."""
+Load = Callable[[Subject, int, int, Ranks], Generator]
+"""The generator of a subject, for answers of so many tokens and so many prompts at once, by each of the processes."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Request:
 def make_data(request: Request, load: Load | None = None) -> Places:
     """Make a data set, or go on with one that was interrupted; asks nothing that has been answered.
 
+    Of several processes (``torchrun``) the first does it all, and the others generate with it.
+
     ``load``: gives the generator in place of the model's own.
 
     Raises:
@@ -64,17 +70,28 @@ def make_data(request: Request, load: Load | None = None) -> Places:
     work = work_of(policy, divide(policy), request.limit)
     subject = find_subject(request.model, None, request.overrides, overlays=request.overlays)
     places = Places(request.out)
+    with joined(subject.config.model.device, shard=False) as ranks:
+        sizes = policy.config.answer_tokens, request.batch_size
+        generate = _when_needed(partial(load or model_generator, subject, *sizes, ranks))
+        if not ranks.first:
+            take_part(ranks, generate)
+            return places
+        with asking(ranks, generate) as ask:
+            _make(policy, work, subject, ask, places, request.batch_size * ranks.count)
+    return places
+
+
+def _make(policy: Policy, work: Work, subject: Subject, generate: Generator, places: Places, block: int) -> None:
+    """Makes the data and its files. ``block``: prompts that are asked together."""
     settings = _settings(policy, work, subject)
     with only_writer(RunFolder(places["answers.jsonl"]), "making of data", "give another --out"):
         _start(places, settings)
-        generate = _when_needed(load or model_generator, subject, policy.config.answer_tokens, request.batch_size)
-        made = _made(policy, work, generate, places, request.batch_size)
+        made = _made(policy, work, generate, places, block)
         facts = {**settings, "environment": environment()}
         write_all(made, places, policy, subject.config, facts)
     for table in tables(made):
         show(table)
     say(f"wrote {places.out}; train on it with:\n{command(places)}")
-    return places
 
 
 def _settings(policy: Policy, work: Work, subject: Subject) -> dict[str, object]:
@@ -117,8 +134,8 @@ def _start(places: Places, settings: dict[str, object]) -> None:
             )
 
 
-def model_generator(subject: Subject, answer_tokens: int, batch_size: int) -> Generator:
-    """The subject's own model, greedy; it is loaded now."""
+def model_generator(subject: Subject, answer_tokens: int, batch_size: int, ranks: Ranks = ALONE) -> Generator:
+    """The subject's own model, greedy; it is loaded now. Each of ``ranks`` has to be asked for the same answers."""
     model, encoder = load_base(_as_computed(subject))
     limit_prompts(model, encoder, answer_tokens)
     plain = [Message("user", "Hello.")]
@@ -131,7 +148,7 @@ def model_generator(subject: Subject, answer_tokens: int, batch_size: int) -> Ge
     def generate(prompts: Sequence[Prompt], starts: Sequence[str]) -> list[Answer]:
         asked = prompts if takes_system else [_folded(prompt) for prompt in prompts]
         return generate_measured(
-            model, encoder, asked, prefills=starts, max_new_tokens=answer_tokens, batch_size=batch_size
+            model, encoder, asked, prefills=starts, max_new_tokens=answer_tokens, batch_size=batch_size, ranks=ranks
         )
 
     return generate
@@ -149,13 +166,13 @@ def _as_computed(subject: Subject) -> Subject:
     return replace(subject, config=config.model_copy(update={"model": model}))
 
 
-def _when_needed(load: Load, subject: Subject, answer_tokens: int, batch_size: int) -> Generator:
+def _when_needed(load: Callable[[], Generator]) -> Generator:
     """A generator that loads its model for the first prompts: a data set that is finished needs none."""
     loaded: list[Generator] = []
 
     def generate(prompts: Sequence[Prompt], starts: Sequence[str]) -> list[Answer]:
         if not loaded:
-            loaded.append(load(subject, answer_tokens, batch_size))
+            loaded.append(load())
         return loaded[0](prompts, starts)
 
     return generate
@@ -169,12 +186,12 @@ def _folded(prompt: Prompt) -> Prompt:
     return replace(prompt, messages=(Message(first.role, f"{system.content}\n\n{first.content}"), *rest))
 
 
-def _made(policy: Policy, work: Work, generate: Generator, places: Places, batch_size: int) -> Made:
+def _made(policy: Policy, work: Work, generate: Generator, places: Places, block: int) -> Made:
     made = Made(prompts=work.prompts)
     file = RowFile(places["answers.jsonl"], "a data set that is being made")
     wanted = sum(group.wanted for group in work.groups)
     with CountLine("answers", wanted) as progress:
-        answers = Answers(file, generate, batch_size, progress)
+        answers = Answers(file, generate, block, progress)
         if answers.known():
             say(f"{places.out}: {answers.known()} answers are there; going on with the rest")
         else:

@@ -96,7 +96,7 @@ def test_other_commands_are_refused_in_several(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["recipes", "ls"]) == 2
     assert capsys.readouterr().err == (
-        "error: only train runs in several processes; start this command without torchrun\n"
+        "error: only train and data make run in several processes; start this command without torchrun\n"
     )
 
 

@@ -17,6 +17,7 @@ from repbend_fast.cli import main
 from repbend_fast.data.prompts import Prompt, load_prompts
 from repbend_fast.data.settings import PromptsConfig, SourceConfig
 from repbend_fast.data.sources import load_records
+from repbend_fast.distributed.ranks import Ranks
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.generate import Answer
 from repbend_fast.evaluation.text_checks import refusal_phrase
@@ -242,7 +243,7 @@ def test_another_policy_does_not_go_on_in_a_folder(write_policy: Write, made: Pa
 
 
 def test_a_folder_without_an_answer_is_begun_anew(write_policy: Write, tmp_path: Path) -> None:
-    def broken(subject: object, answer_tokens: int, batch_size: int) -> Any:
+    def broken(subject: object, answer_tokens: int, batch_size: int, ranks: Ranks) -> Any:
         raise UserError("model.name=other: no tokenizer could be loaded")
 
     with pytest.raises(UserError, match="no tokenizer"):

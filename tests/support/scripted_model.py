@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from repbend_fast.data.prompts import Prompt
+from repbend_fast.distributed.ranks import Ranks
 from repbend_fast.evaluation.generate import Answer
 
 COLOURS = ("red", "blue", "green", "white", "black", "amber", "violet", "grey", "pink", "brown", "golden", "pale")
@@ -58,7 +59,7 @@ class ScriptedModel:
         self.calls: Asked = []
         self.loads = 0
 
-    def __call__(self, subject: object, answer_tokens: int, batch_size: int):
+    def __call__(self, subject: object, answer_tokens: int, batch_size: int, ranks: Ranks):
         self.loads += 1
 
         def generate(prompts: Sequence[Prompt], starts: Sequence[str]) -> list[Answer]:
