@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 BATCH_SIZE = 32
 """Prompts at once in :func:`assess`."""
+WRITTEN_TOGETHER = 128
+"""Prompts at once in :func:`make_data`, of each process. Where they do not fit into memory, they are halved."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def make_data(
     overlays: Overlays = (),
     limit: int | None = None,
     seed: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = WRITTEN_TOGETHER,
     say: Say | None = None,
 ) -> Path:
     """Let a model write its own training data for a policy: complying answers, refusals, and what is to stay.
@@ -264,7 +266,7 @@ def make_data(
         overrides, overlays: of ``model`` and ``data.chat_template_kwargs``, as in :func:`load_config`.
         limit: at most so many of everything.
         seed: in place of the policy's.
-        batch_size: prompts at once.
+        batch_size: prompts at once, of each process.
         say: receives progress, the tables and the command that trains.
 
     Returns:

@@ -30,7 +30,13 @@ def add_options(parser: ArgumentParser) -> None:
         "--out", metavar="PATH", required=True, help="a folder, or a file.jsonl for the records with the rest beside it"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="at most so many of everything, to look at first")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at once (default: 32)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=api.WRITTEN_TOGETHER,
+        metavar="N",
+        help=f"prompts at once, of each process (default: {api.WRITTEN_TOGETHER})",
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="in place of the policy's")
     add_output_options(parser)
 

@@ -48,7 +48,7 @@ class Request:
     out: Path
     limit: int | None = None
     seed: int | None = None
-    batch_size: int = 32
+    batch_size: int = 128
     overrides: Overrides = ()
     overlays: Overlays = ()
 
