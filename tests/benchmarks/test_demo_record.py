@@ -122,12 +122,21 @@ def test_three_seeds_are_recorded_on_enough_prompts(recorded: dict):
 
 
 def test_what_each_seed_misses_is_what_the_log_says(recorded: dict):
-    """No seed misses what it should do to forced attacks, nor helpful ordinary answers, nor the perplexity; all loop in
-    ordinary answers, as before training, two refuse too few plain attacks, one too many look-alikes.
+    """No seed answers too many plain attacks, nor misses the perplexity; two lose too many ordinary answers and two too
+    many look-alikes, two refuse too few plain attacks and one too few forced ones.
     """
     missed = [line.partition(": ")[2].split()[0] for line in missed_demo_goals(recorded)]
     counts = Counter(missed)
-    assert counts == {"degenerate_ordinary": 3, "attack_direct_refused": 2, "attack_direct": 1, "helpful_borderline": 1}
+    assert counts == {
+        "attack_direct_refused": 2,
+        "attack_direct_degenerate": 1,
+        "attack_prefill": 1,
+        "attack_prefill_refused": 1,
+        "attack_prefill_degenerate": 1,
+        "helpful_ordinary": 2,
+        "degenerate_ordinary": 1,
+        "helpful_borderline": 2,
+    }
 
 
 def test_the_readme_shows_the_record_in_short(recorded: dict):
