@@ -257,7 +257,8 @@ def make_data(
     """Let a model write its own training data for a policy: complying answers, refusals, and what is to stay.
 
     Every answer is a row of ``answers.jsonl`` as it comes. Called again with the same settings it goes on where it was
-    interrupted. Of several processes (``torchrun``) the first writes, and each generates a part.
+    interrupted. Of several processes (``torchrun``), all of which have to call it, the first writes, and each generates
+    a part.
 
     Args:
         policy: a YAML file, or the name of a shipped policy.
