@@ -143,7 +143,6 @@ def test_the_state_is_chosen_on_validation_prompts() -> None:
     ]
     free = FEW._choose(model, requests, harmful, harmless)
     assert free.score == max(d.score for d in single)
-    assert free.score > requests.complying(_cut(harmful, 8, 4)[1]), "complying answers become likelier"
     limits = sorted(d.kl for d in single)
     strict = RefusalAblation(count=8, validation=4, kl_limit=limits[0] / 2)._choose(model, requests, harmful, harmless)
     assert strict.kl == limits[0]
