@@ -118,10 +118,8 @@ def train(
         KeyboardInterrupt: the second Ctrl-C, or one outside the training steps.
     """
     from repbend_fast.config import check_files
-    from repbend_fast.distributed.launch import launch
 
-    # Of several processes the first speaks for all.
-    with saying(say if launch().number == 0 else None):
+    with saying(_of_the_first(say)):
         settings, folder = training_config(config, overrides, overlays, resume)
         check_files(settings)
         with hushed():
@@ -277,13 +275,10 @@ def make_data(
         UserError: something in the policy to mend, a model that cannot be loaded or whose answers are of no use, an
             ``out`` that holds something else.
     """
-    from repbend_fast.distributed.launch import launch
-
-    # Of several processes the first speaks for all.
-    with saying(say if launch().number == 0 else None), hushed():
+    with saying(_of_the_first(say)), hushed():
         from repbend_fast.making.make import Request, make_data
 
-        request = Request(os.fspath(policy), os.fspath(model), own_path(out), limit, seed, batch_size)
+        request = Request(os.fspath(policy), os.fspath(model), own_path(out), batch_size, limit, seed)
         return make_data(replace(request, overrides=overrides, overlays=overlays))["overlay.yaml"]
 
 
@@ -407,3 +402,10 @@ def run_config(run: PathLike) -> Path:
     if not path.is_file():
         raise UserError(f"{run}: not the folder of a run, it holds no {path.name}")
     return path
+
+
+def _of_the_first(say: Say | None) -> Say | None:
+    """``say`` where this is the first of several processes, which speaks for all."""
+    from repbend_fast.distributed.launch import launch
+
+    return say if launch().number == 0 else None

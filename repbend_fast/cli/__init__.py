@@ -35,8 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _use_growing_segments()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
-        if launch().count > 1 and arguments.handler not in (train, make):
-            raise UserError("only train and data make run in several processes; start this command without torchrun")
+        own = launch()
+        if own.count > 1:
+            if arguments.handler not in (train, make):
+                raise UserError(
+                    "only train and data make run in several processes; start this command without torchrun"
+                )
+            arguments.json = arguments.json and own.number == 0  # the first speaks for all
         code = int(arguments.handler(arguments))
         sys.stdout.flush()
         return code

@@ -7,7 +7,6 @@ from argparse import ArgumentParser, Namespace
 
 from repbend_fast import api
 from repbend_fast.cli.output import add_output_options, listener, print_json
-from repbend_fast.distributed.launch import launch
 from repbend_fast.errors import UserError
 
 USAGE = {
@@ -58,7 +57,7 @@ def make(arguments: Namespace) -> int:
         batch_size=arguments.batch_size,
         say=listener(arguments),
     )
-    if arguments.json and launch().number == 0:
+    if arguments.json:
         made = json.loads(overlay.with_name(overlay.name.replace("overlay.yaml", "made.json")).read_text("utf-8"))
         print_json({"overlay": overlay, **made})
     return 0

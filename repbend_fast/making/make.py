@@ -46,9 +46,9 @@ class Request:
     policy: str
     model: str
     out: Path
+    batch_size: int
     limit: int | None = None
     seed: int | None = None
-    batch_size: int = 128
     overrides: Overrides = ()
     overlays: Overlays = ()
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 
 from tiny_run import TinyRun, rows
-from two_processes import environment
+from two_processes import torchrun
 
 FAILING = """
 import os
@@ -34,15 +32,7 @@ def test_a_process_that_fails_ends_all_with_its_reason(tiny: TinyRun) -> None:
     failed_at = tiny.folder / "failed"
     recipe = tiny.recipe.read_text(encoding="utf-8").replace("window_size: 2", "").replace("window_start: 2", "")
     tiny.recipe.write_text(recipe.replace("objective:", "objective: {name: 'failing:Failing'}"), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "-m", "repbend_fast", "train", str(tiny.recipe)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment(tiny.folder) | {"FAILED_AT": str(failed_at)},
-    )
+    done = torchrun("-m", "repbend_fast", "train", str(tiny.recipe), cwd=tiny.folder, FAILED_AT=str(failed_at))
     took = time.time() - float(failed_at.read_text(encoding="utf-8"))
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

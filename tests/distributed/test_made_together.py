@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from scripted_model import POLICY
-from two_processes import environment
+from two_processes import torchrun
 
 import repbend_fast
 from repbend_fast.making import answering
@@ -50,17 +49,8 @@ def in_two(tmp_path: Path, tiny_model: Path) -> Callable[[str], subprocess.Compl
     (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy), encoding="utf-8")
 
     def run(which: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "making.py"]
         words = [which, "data", "make", "policy.yaml", "--model", str(tiny_model), "--out", "both"]
-        return subprocess.run(
-            [*command, *words, "--batch-size=2", "training.autocast=none"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            env=environment(tmp_path),
-        )
+        return torchrun("making.py", *words, "--batch-size=2", "training.autocast=none", cwd=tmp_path)
 
     return run
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from objective_runs import ALL_CONFIGS, STEPS
 from tiny_models import adapted_model, ragged_batch
 from tiny_run import TinyRun
 
+from repbend_fast import api
 from repbend_fast.cli import main
 from repbend_fast.distributed.joining import joined
 from repbend_fast.distributed.launch import Launch, launch
@@ -98,6 +101,22 @@ def test_other_commands_are_refused_in_several(monkeypatch: pytest.MonkeyPatch, 
     assert capsys.readouterr().err == (
         "error: only train and data make run in several processes; start this command without torchrun\n"
     )
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("command", ["train", "data make"])
+def test_the_first_alone_prints_what_json_asks_for(
+    command: str, number: int, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", str(number))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "made.json").write_text("{}", encoding="utf-8")
+    run = SimpleNamespace(folder="run", adapter=None, interrupted=False, evaluation=None)
+    monkeypatch.setattr(api, "train", lambda *_, **__: run)
+    monkeypatch.setattr(api, "make_data", lambda *_, **__: tmp_path / "overlay.yaml")
+    words = ["demo"] if command == "train" else ["harbour", "--model=demo", f"--out={tmp_path}"]
+    assert main([*command.split(), *words, "--json"]) == 0
+    assert bool(capsys.readouterr().out) == (number == 0)
 
 
 def test_out_of_memory_in_lockstep_names_the_levers(monkeypatch: pytest.MonkeyPatch) -> None:

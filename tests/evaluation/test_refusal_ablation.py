@@ -131,7 +131,7 @@ def test_complying_answers_are_scored_as_each_alone() -> None:
     assert alone[0] != pytest.approx(alone[1], rel=1e-2)
 
 
-def test_the_state_is_chosen_on_validation_prompts() -> None:
+def test_the_state_is_chosen_on_validation_prompts(tmp_path) -> None:
     """The likeliest complying answers among those that leave harmless prompts alone; the mildest if none does."""
     model = attacked_model()
     target = target_of(model)
@@ -143,6 +143,11 @@ def test_the_state_is_chosen_on_validation_prompts() -> None:
     ]
     free = FEW._choose(model, requests, harmful, harmless)
     assert free.score == max(d.score for d in single)
+    # A random model refuses nothing, so the one with a known refusal shows this.
+    refusing, known = marked_model(), RefusalAblation(**files(tmp_path), count=4, validation=2, kl_limit=10.0)
+    asked, refused = Requests(target_of(refusing)), known._prompts("harmful", 0)
+    found = known._choose(refusing, asked, refused, known._prompts("harmless", 0))
+    assert found.score > asked.complying(_cut(refused, 4, 2)[1]), "complying answers become likelier"
     limits = sorted(d.kl for d in single)
     strict = RefusalAblation(count=8, validation=4, kl_limit=limits[0] / 2)._choose(model, requests, harmful, harmless)
     assert strict.kl == limits[0]

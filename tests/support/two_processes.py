@@ -27,6 +27,13 @@ def environment(*more: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
+def torchrun(*words: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``words`` in two processes as torchrun starts them; modules in ``cwd`` can be imported."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    env = environment(*([cwd] if cwd else [])) | variables
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, env=env)
+
+
 def in_two(folder: Path, timeout: float = 600) -> list[dict[str, Any]]:
     """What each process found."""
     with socket.socket() as free:
