@@ -12,19 +12,14 @@ from typing import TypedDict
 from repbend_fast.data.prompts import Prompt
 
 
-class Refusals(TypedDict):
-    """``naming``: by form, those that name what was asked for."""
-
-    plain: list[str]
-    naming: dict[str, list[str]]
-
-
 class Bundled(TypedDict):
-    """``bundled.json``. Wordings, allowed things and beginnings by form; ``system``: asks for a refusal."""
+    """``bundled.json``. Wordings, allowed things and beginnings by form; no refusal names what was asked for;
+    ``system`` asks for a refusal.
+    """
 
     wordings: dict[str, list[str]]
     allowed: dict[str, list[str]]
-    refusals: Refusals
+    refusals: list[str]
     starts: dict[str, list[str]]
     system: str
 

@@ -13,7 +13,8 @@ from repbend_fast.making.policy import Policy, Split, fill, has_placeholder
 from repbend_fast.making.tasks import Group, Task
 
 NAMING_EVERY = 4
-"""One in so many refusals names what was asked for: where more do, the name is what is learnt."""
+"""Of templates with and without a name, one request in so many gets one that names what was asked for: where more do,
+the name is what is learnt."""
 HELD_EVERY = 5
 """One in so many templates is kept for validation."""
 
@@ -43,17 +44,15 @@ def _refusing(policy: Policy, split: Split, task: Task) -> Task:
 
 def template(policy: Policy, split: Split, task: Task, number: int) -> str:
     """The refusal of the ``number``-th request, from templates that the other splits do not use."""
-    given = policy.config.refusals.templates
+    given = policy.config.refusals.templates or bundled()["refusals"]
     plain = [text for text in given if not has_placeholder(text)]
-    naming = [text for text in given if has_placeholder(text)]
-    if not given:
-        plain = bundled()["refusals"]["plain"]
-        naming = bundled()["refusals"]["naming"].get(task.form, [])
-    naming = naming if task.phrase else []
-    wants_name = number % NAMING_EVERY == NAMING_EVERY - 1
-    texts = (naming or plain) if wants_name else (plain or naming)
-    texts = _of_split(policy, split, texts or bundled()["refusals"]["plain"])
-    turn = number // NAMING_EVERY if wants_name else number - number // NAMING_EVERY
+    naming = [text for text in given if has_placeholder(text)] if task.phrase else []
+    texts, turn = plain or naming or bundled()["refusals"], number
+    if plain and naming:
+        wants_name = number % NAMING_EVERY == NAMING_EVERY - 1
+        texts = naming if wants_name else plain
+        turn = number // NAMING_EVERY if wants_name else number - number // NAMING_EVERY
+    texts = _of_split(policy, split, texts)
     return fill(texts[turn % len(texts)], task.phrase)
 
 

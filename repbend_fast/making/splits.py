@@ -48,7 +48,10 @@ def divide(policy: Policy) -> Divided:
         extra = _bundled_allowed(policy, form) if config.bundled_allowed else _empty()
         allowed[form] = {split: own[split] + extra[split] for split in SPLITS}
     near_requests = _spread(policy, "allowed_requests", list(policy.allowed_requests))
-    return Divided(topics, requests, near_requests, {form: _wordings(policy, form) for form in forms}, allowed)
+    things = _wordings_of_things(policy)
+    # `If I wanted to {item} tonight` about an activity fits `If I wanted {item} tonight` about a thing.
+    done = _spread(policy, "wordings", bundled()["wordings"]["activity"], needed=True, beside=things)
+    return Divided(topics, requests, near_requests, {"thing": things, "activity": done}, allowed)
 
 
 def groups(texts: Sequence[str], likeness: float = LIKENESS) -> list[list[int]]:
@@ -181,16 +184,32 @@ def spread_ordinary(policy: Policy) -> dict[Split, list[str]]:
     return _spread(policy, "ordinary", list(policy.ordinary or ()), needed=True)
 
 
-def _spread(policy: Policy, what: str, texts: list[str], needed: bool = False) -> dict[Split, list[str]]:
-    """Texts by split, those that are alike in one; in training alone where they are too few and need not be split."""
+def _spread(
+    policy: Policy,
+    what: str,
+    texts: list[str],
+    needed: bool = False,
+    beside: Mapping[Split, Sequence[str]] | None = None,
+) -> dict[Split, list[str]]:
+    """Texts by split, those that are alike in one; in training alone where they are too few and need not be split.
+
+    ``beside``: texts that have their splits: what is alike follows them, and is left out where they lie in two.
+    """
     if not texts:
         return _empty()
-    alike = groups(texts)
+    settled = [(split, text) for split in SPLITS for text in (beside or _empty())[split]]
+    found = groups([*(text for _, text in settled), *texts])
+    drawn = [
+        ({settled[i][0] for i in group if i < len(settled)}, [i - len(settled) for i in group if i >= len(settled)])
+        for group in found
+    ]
+    alike = [(splits, group) for splits, group in drawn if group and len(splits) < 2]
     if len(alike) < len(SPLITS) and not needed:
         return {**_empty(), "train": texts}
-    placed = _draw(policy, what, [what] * len(alike), {})
-    where = {i: split for group, split in zip(alike, placed, strict=True) for i in group}
-    return {split: [text for i, text in enumerate(texts) if where[i] == split] for split in SPLITS}
+    fixed = {number: next(iter(splits)) for number, (splits, _) in enumerate(alike) if splits}
+    placed = _draw(policy, what, [what] * len(alike), fixed)
+    where = {i: split for (_, group), split in zip(alike, placed, strict=True) for i in group}
+    return {split: [text for i, text in enumerate(texts) if where.get(i) == split] for split in SPLITS}
 
 
 def _empty() -> dict[Split, list[str]]:
@@ -208,15 +227,15 @@ def _bundled_allowed(policy: Policy, form: Form) -> dict[Split, list[str]]:
     )
 
 
-def _wordings(policy: Policy, form: Form) -> dict[Split, list[str]]:
+def _wordings_of_things(policy: Policy) -> dict[Split, list[str]]:
     """Wordings with a place for an item; a policy's own are for things.
 
     Raises:
         UserError: too few, or one in a split that another split nearly has.
     """
-    given = policy.config.wordings if form == "thing" else []
+    given = policy.config.wordings
     if not isinstance(given, dict):
-        return _spread(policy, "wordings", list(given or bundled()["wordings"][form]), needed=True)
+        return _spread(policy, "wordings", list(given or bundled()["wordings"]["thing"]), needed=True)
     texts = [(split, text) for split in SPLITS for text in given[split]]
     for group in groups([text for _, text in texts], likeness=0.999):
         splits = [texts[i] for i in group]

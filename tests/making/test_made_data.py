@@ -113,14 +113,19 @@ def test_prompts_read_as_an_evaluation_reads_them(made: Path) -> None:
     assert any(prompt.expected for prompt in prompts if prompt.kind == "ordinary")
 
 
-def test_a_quarter_of_the_refusals_names_the_item(write_policy: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("templates", "share"), [([], 0), (["I can't help.", "I can't explain {item}."], 4)])
+def test_refusals_name_the_item_where_templates_do(
+    write_policy: Write, tmp_path: Path, templates: list[str], share: int
+) -> None:
+    """One in four then; the bundled ones never do."""
     counts = {"attacks": 40, "refused": 0, "allowed": 2, "ordinary": 2, "validation": 2, "test": 2}
-    make_data(request(write_policy(counts=counts), tmp_path / "made"), ScriptedModel())
+    policy = write_policy(counts=counts, refusals={"templates": templates})
+    make_data(request(policy, tmp_path / "made"), ScriptedModel())
     pairs = of_role(tmp_path / "made" / "train.jsonl", "pair")
     items = ("gloom-flour", "murk-cake", "chime-bolt", "icicle-oboe", "dune-dial", "hour-sieve", "otter-face")
     named = [row for row in pairs if any(item in row["safe_answer"] for item in items)]
     assert len(pairs) == 40
-    assert len(named) == 10
+    assert len(named) == (40 / share if share else 0)
     assert all("{" not in row["safe_answer"] for row in pairs)
 
 
