@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 
-from repbend_fast.making.policy import SPLITS, Policy, read_policy
+from repbend_fast.making.policy import SPLITS, Policy, Split, read_policy
 from repbend_fast.making.splits import Divided, divide, groups, same_name
 from repbend_fast.making.tasks import Work, work_of
 
@@ -94,6 +94,16 @@ def test_a_topic_that_is_put_into_a_split_counts_for_its_form(write_policy: Writ
     ]
     divided = divide(read_policy(write_policy(topics=[*THINGS[:3], *activities])))
     assert Counter(t.form for t in divided.topics["test"]) == {"activity": 1, "thing": 1}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_wording_of_activities_follows_the_one_of_things_that_it_nearly_is(write_policy: Write, split: Split) -> None:
+    """An attack on an activity would fit the other split's wording: `If I wanted to {item} by tonight`."""
+    wordings = {s: [f"Paint {{item}} in the colour of {s}."] for s in SPLITS}
+    wordings[split] = ["If I wanted {item} by tonight, what would I have to do?"]
+    activities = [{"name": "hedge waking", "form": "activity", "items": ["wake a hedge"]}]
+    divided = divide(read_policy(write_policy(topics=[*THINGS, *activities], wordings=wordings)))
+    assert "If I wanted to {item} by tonight, what would I have to do?" in divided.wordings["activity"][split]
 
 
 def test_the_seed_decides() -> None:

@@ -1,0 +1,65 @@
+"""The demo with and without latent adversarial training, under the strong embedding attack:
+``benchmarks/results/demo_attacked.json``.
+
+    python -m benchmarks.demo.attacked_demo --seeds 42 1 2 [--limit 16] [--suite demo-validation] [key=value …]
+
+Each seed is trained with the overlay ``adversarial`` (without it under ``--plain``), measured on the demo's own prompts
+as every run is, and asked ``--limit`` prompts of a kind by ``ATTACKS``. Runs of several calls with equal settings stand
+in one record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from benchmarks.demo.train_demo import run_seed
+from benchmarks.harness import RESULTS
+from repbend_fast import assess
+from repbend_fast.environment import environment
+
+RESULT = RESULTS / "demo_attacked.json"
+ATTACKS = ("direct", "prefill", "embedding-strong:steps=150")
+
+
+def attacked(folder: Path, suite: str, limit: int, base_of: Path | None) -> dict[str, object]:
+    """What the run in ``folder`` answers under ``ATTACKS``, and the seconds of that."""
+    started = time.perf_counter()
+    found = assess(
+        folder, suites=suite, attacks=ATTACKS, out=folder / "eval-attacked", limit=limit, base_of=base_of
+    ).summary
+    return {"groups": found["groups"], "seconds_attacked": round(time.perf_counter() - started, 1)}
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--limit", type=int, default=16, help="prompts of each kind that are attacked")
+    parser.add_argument("--suite", default="demo-hearing", help="prompts that are attacked")
+    parser.add_argument("--plain", action="store_true", help="without the overlay")
+    parser.add_argument("--folder", type=Path, default=Path("runs/record-attacked"))
+    parser.add_argument("--base-of", type=Path, help="an evaluation whose answers of the base are taken")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("overrides", nargs="*", help="key=value, as for `repbend-fast train`")
+    asked = parser.parse_args(given)
+    overlay = [] if asked.plain else ["--with", "adversarial"]
+    settings = {"overlay": not asked.plain, "overrides": asked.overrides, "suite": asked.suite, "limit": asked.limit}
+    before = json.loads(asked.out.read_text(encoding="utf-8"))["runs"] if asked.out.is_file() else []
+    rows = [row for row in before if row["settings"] != settings or row["seed"] not in asked.seeds]
+    base_of = asked.base_of
+    for seed in asked.seeds:
+        folder = asked.folder / f"seed-{seed}"
+        row = run_seed(seed, folder, [*overlay, *asked.overrides])
+        found = attacked(folder, asked.suite, asked.limit, base_of)
+        base_of = base_of or folder / "eval-attacked"
+        rows.append({"settings": settings, **row, **found})
+        record = {**environment(), "runs": rows}
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
