@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-from repbend_fast.console import say
+from repbend_fast.console import SignalVoice
 from repbend_fast.runs.folder import saving
 from repbend_fast.training.trainer import INTERRUPTED
 
@@ -106,8 +106,10 @@ class _Processes:
         self.received: int | None = None
         self._running: list[subprocess.Popen[bytes]] = []
         self._previous: dict[int, signal._HANDLER] = {}
+        self._voice = SignalVoice()
 
     def __enter__(self) -> _Processes:
+        self._voice.__enter__()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # Under nohup a SIGHUP stays ignored.
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -117,6 +119,7 @@ class _Processes:
     def __exit__(self, *exception: object) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
+        self._voice.__exit__(*exception)
 
     def environment(self) -> dict[str, str]:
         """A child's. Several at once share the cores, or each would start as many threads as there are."""
@@ -144,7 +147,7 @@ class _Processes:
         del frame
         if number == signal.SIGINT and self.received is None:
             runs = "runs save after their steps" if len(self._running) > 1 else "run saves after its step"
-            say(f"interrupted: the {runs}; press Ctrl-C again to stop at once")
+            self._voice.say(f"interrupted: the {runs}; press Ctrl-C again to stop at once")
         self.received = number
         for process in list(self._running):
             process.send_signal(number)

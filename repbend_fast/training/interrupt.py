@@ -8,7 +8,7 @@ import signal
 import time
 from types import FrameType
 
-from repbend_fast.console import say
+from repbend_fast.console import SignalVoice
 
 ONCE = 2.0
 """Seconds in which a launcher hands on a signal that its processes have had."""
@@ -31,8 +31,10 @@ class Interrupt:
         self._launched = launched
         self.reason = ""
         self._previous: dict[int, signal._HANDLER] = {}
+        self._voice = SignalVoice()
 
     def __enter__(self) -> Interrupt:
+        self._voice.__enter__()
         for number in SIGNALS:
             if number == HANGUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
@@ -46,6 +48,7 @@ class Interrupt:
         for number, previous in self._previous.items():
             # None: a handler that was not set from Python, which Python cannot set again.
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._voice.__exit__(*exception)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -55,4 +58,4 @@ class Interrupt:
             raise KeyboardInterrupt
         self._ignored_until = time.monotonic() + (ONCE if self._launched else 0.0)
         self.requested, self.reason = True, SIGNALS[signal.Signals(number)]
-        say("interrupted: saving after this step; press Ctrl-C again to stop at once")
+        self._voice.say("interrupted: saving after this step; press Ctrl-C again to stop at once")

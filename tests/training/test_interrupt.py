@@ -4,12 +4,15 @@ a traceback.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,13 @@ from interruptible import take_interrupts
 from tiny_run import TinyRun, adapter_of, reproducible, rows, same_tensors
 
 from repbend_fast.cli import main
+from repbend_fast.compare.process import processes
+from repbend_fast.console import say, saying
+from repbend_fast.training.interrupt import Interrupt
 
 ROOT = Path(__file__).parents[2]
-# Steps that wait long enough for a signal to arrive in a known one.
+# Steps that wait long enough for a signal to arrive in a known one, in short sleeps: one that came between Python's
+# check and the start of a sleep would be seen at the sleep's end.
 SLOW_STEPS = """
 import sys, time
 from repbend_fast.training import trainer
@@ -27,7 +34,8 @@ from repbend_fast.cli import main
 step = trainer.Trainer._train_step
 def slow(self, progress):
     step(self, progress)
-    time.sleep({seconds})
+    for _ in range(50):
+        time.sleep({seconds} / 50)
 trainer.Trainer._train_step = slow
 sys.exit(main(sys.argv[1:]))
 """
@@ -80,6 +88,45 @@ def test_once_saves_and_the_printed_line_goes_on(
     assert "at step 3\n" in out
     assert reproducible(tiny.path) == reproducible(whole.path)
     assert same_tensors(adapter_of(tiny.path), adapter_of(whole.path))
+
+
+class Interrupting(io.RawIOBase):
+    """Takes what is written, and Ctrl-C comes within the first write."""
+
+    def __init__(self) -> None:
+        self.taken = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: memoryview) -> int:
+        first, text = not self.taken, bytes(data)
+        self.taken += text
+        if first:
+            signal.raise_signal(signal.SIGINT)
+        return len(text)
+
+
+@pytest.mark.parametrize("entered", [Interrupt, processes])
+def test_a_signal_within_a_write_does_not_write_into_it(entered: Callable[[], AbstractContextManager[object]]) -> None:
+    """A line of a step was being written when the signal came, and ended the run: `reentrant call inside
+    <_io.BufferedWriter>`.
+    """
+    raw = Interrupting()
+    stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8")
+
+    def listener(text: str) -> None:
+        stream.write(f"{text}\n")
+        stream.flush()
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a comparison leaves an ignored one ignored
+    try:
+        with saying(listener), entered():
+            say("step 1/6")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    stream.detach()
+    assert [line.partition(":")[0] for line in raw.taken.decode().splitlines()] == ["step 1/6", "interrupted"]
 
 
 def test_twice_stops_at_once(tiny: TinyRun) -> None:

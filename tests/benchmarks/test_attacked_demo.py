@@ -1,0 +1,56 @@
+"""The record of the demo under attack: what is trained, whose answers of the base are taken, what stands together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.demo import attacked_demo
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What was trained and attacked, in place of doing it."""
+    seen: list[tuple[object, ...]] = []
+
+    def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, object]:
+        seen.append(("train", seed, overrides))
+        return {"seed": seed}
+
+    def assess(folder: Path, **settings: object) -> SimpleNamespace:
+        seen.append(("attack", folder.name, settings["base_of"], settings["limit"]))
+        return SimpleNamespace(summary={"groups": [{"asked": folder.name}]})
+
+    monkeypatch.setattr(attacked_demo, "run_seed", run_seed)
+    monkeypatch.setattr(attacked_demo, "assess", assess)
+    return seen
+
+
+def test_the_base_is_asked_once_and_the_overlay_is_named(calls: list[tuple[object, ...]], tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    attacked_demo.main(["--seeds", "3", "4", "--limit", "5", "--folder", str(tmp_path), "--out", str(out), "a=1"])
+    first = tmp_path / "seed-3" / "eval-attacked"
+    assert calls == [
+        ("train", 3, ["--with", "adversarial", "a=1"]),
+        ("attack", "seed-3", None, 5),
+        ("train", 4, ["--with", "adversarial", "a=1"]),
+        ("attack", "seed-4", first, 5),
+    ]
+    runs = json.loads(out.read_text())["runs"]
+    assert [(run["seed"], run["groups"]) for run in runs] == [(n, [{"asked": f"seed-{n}"}]) for n in (3, 4)]
+
+
+def test_runs_of_other_settings_stay_in_the_record(calls: list[tuple[object, ...]], tmp_path: Path) -> None:
+    given = ["--folder", str(tmp_path), "--out", str(tmp_path / "record.json")]
+    for more in (["a=1"], ["--plain"], ["a=1"]):
+        attacked_demo.main([*given, *more])
+    runs = json.loads((tmp_path / "record.json").read_text())["runs"]
+    assert [run["settings"]["overlay"] for run in runs] == [False, True]
+    assert [overrides for what, _, overrides in (c for c in calls if c[0] == "train")] == [
+        ["--with", "adversarial", "a=1"],
+        [],
+        ["--with", "adversarial", "a=1"],
+    ]
