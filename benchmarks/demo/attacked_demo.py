@@ -4,8 +4,8 @@
     python -m benchmarks.demo.attacked_demo --seeds 42 1 2 [--limit 16] [--suite demo-validation] [key=value …]
 
 Each seed is trained with the overlay ``adversarial`` (without it under ``--plain``), measured on the demo's own prompts
-as every run is, and asked ``--limit`` prompts of a kind by ``ATTACKS``. Runs of several calls with equal settings stand
-in one record.
+as every run is, and asked ``--limit`` prompts of a kind by ``ATTACKS``. Runs of several calls stand in one record, each
+with its settings.
 """
 
 from __future__ import annotations
