@@ -31,6 +31,18 @@ class Override:
     value: object
     text: str | None = None
 
+    def as_text(self) -> object:
+        """What a setting that is text takes: the words as they were typed, such as ``1e3``. Quotes around all of them
+        are YAML's, and escapes within them are read, as in a recipe: ``"\\n"`` is a line's end.
+        """
+        quoted = (
+            isinstance(self.value, str) and self.text is not None and self.text[:1] in "'\"" and self.text[-1:] in "'\""
+        )
+        if self.text is None or quoted:
+            return self.value
+        # `#x` alone is a comment to YAML, and text here.
+        return None if self.value is None and not self.text.startswith("#") else self.text
+
 
 def parse_overrides(overrides: Overrides) -> list[Override]:
     """The settings of a mapping, or of a command line's tokens, in their order.

@@ -126,13 +126,8 @@ class _Settings:
                 self._add_published((), name, value, origin)
                 continue
             path = self._path(name, origin)
-            # `#x` alone is a comment to YAML, and text here.
-            if (
-                override.text is not None
-                and self._locate(path).is_text
-                and (value is not None or override.text.startswith("#"))
-            ):
-                value = override.text
+            if self._locate(path).is_text:
+                value = override.as_text()
             self._add(path, value, origin)
 
     def name_folder(self, recipe: str) -> None:

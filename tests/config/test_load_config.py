@@ -104,6 +104,25 @@ def test_text_stays_as_written() -> None:
     assert c.model.name == "#1"
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (r'"\n\n"', "\n\n"),
+        ("'1e5'", "1e5"),
+        ("'it''s'", "it's"),
+        ('"null"', "null"),
+        ('""', ""),
+        ('"a" or "b"', '"a" or "b"'),
+        ('"a" # b', '"a" # b'),
+        ("it's", "it's"),
+        ('"', '"'),
+    ],
+)
+def test_quotes_around_a_text_are_yamls_as_in_a_recipe(typed: str, expected: str) -> None:
+    assert config(f"objective.recovery_separator={typed}").objective.recovery_separator == expected  # type: ignore[union-attr]
+    assert config("--recovery-separator", typed).objective.recovery_separator == expected  # type: ignore[union-attr]
+
+
 def test_a_target_waits_while_validation_is_off() -> None:
     assert (
         config("validation.every=0", "validation.prompts=null", "validation.target_attack=0.1").validation.target_attack
