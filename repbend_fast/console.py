@@ -7,15 +7,13 @@ from __future__ import annotations
 import io
 import logging
 import os
-import queue
 import sys
-import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, TextIO, TypeVar
 
@@ -101,31 +99,6 @@ def say(text: str) -> None:
     listener = _listener.get()
     if listener is not None:
         listener(text)
-
-
-class SignalVoice:
-    """Says lines for signal handlers while it is entered, from a thread of its own: a handler may have interrupted a
-    write of its own thread, and a stream that is being written cannot be written again (``RuntimeError``).
-    """
-
-    def __enter__(self) -> SignalVoice:
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=copy_context().run, args=(self._speak,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._lines.put(None)
-        self._thread.join()
-
-    def say(self, text: str) -> None:
-        """Have ``text`` said soon, before this is left. Takes no lock that a handler could wait for."""
-        self._lines.put(text)
-
-    def _speak(self) -> None:
-        while (text := self._lines.get()) is not None:
-            with suppress(OSError, SystemExit):  # nobody reads any more; the work's own lines decide what that means
-                say(text)
 
 
 def note(text: str) -> None:

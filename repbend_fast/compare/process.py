@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar
 
-from repbend_fast.console import SignalVoice
 from repbend_fast.runs.folder import saving
+from repbend_fast.signals import Handlers
 from repbend_fast.training.trainer import INTERRUPTED
 
 Item = TypeVar("Item")
@@ -105,21 +104,14 @@ class _Processes:
         self.jobs = jobs
         self.received: int | None = None
         self._running: list[subprocess.Popen[bytes]] = []
-        self._previous: dict[int, signal._HANDLER] = {}
-        self._voice = SignalVoice()
+        self._handlers = Handlers(self._handle)
 
     def __enter__(self) -> _Processes:
-        self._voice.__enter__()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Under nohup a SIGHUP stays ignored.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._handle)
+        self._handlers.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-        self._voice.__exit__(*exception)
+        self._handlers.__exit__(*exception)
 
     def environment(self) -> dict[str, str]:
         """A child's. Several at once share the cores, or each would start as many threads as there are."""
@@ -143,11 +135,10 @@ class _Processes:
         if self.received is not None:
             raise SystemExit(128 + self.received)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
+    def _handle(self, number: int) -> None:
         if number == signal.SIGINT and self.received is None:
             runs = "runs save after their steps" if len(self._running) > 1 else "run saves after its step"
-            self._voice.say(f"interrupted: the {runs}; press Ctrl-C again to stop at once")
+            self._handlers.say(f"interrupted: the {runs}; press Ctrl-C again to stop at once")
         self.received = number
         for process in list(self._running):
             process.send_signal(number)
