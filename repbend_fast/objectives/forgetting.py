@@ -1,5 +1,9 @@
 """What the methods have in common that forget answers by their likelihood: a stream ``forget`` with one term, and
 ``retain`` where something is to be kept.
+
+    L = (the method's own) + retain_nll·NLL/tokens + retain_kl·K,    K = T²·KL(softmax(z_ref/T) ‖ softmax(z/T))
+
+over the answer tokens of the retain conversations; either, both or none.
 """
 
 from __future__ import annotations
@@ -9,12 +13,12 @@ from typing import Generic, TypeVar
 
 from repbend_fast.data.records import Batch, Sequence
 from repbend_fast.objectives.base import Probes
-from repbend_fast.objectives.rows import forget_sequences, mean_distance, retain_nll
-from repbend_fast.objectives.sections import MethodConfig
+from repbend_fast.objectives.rows import forget_sequences, mean_distance, predicting_rows, retain_kl, retain_nll
+from repbend_fast.objectives.sections import ForgettingConfig
 from repbend_fast.objectives.streams import Stream
-from repbend_fast.objectives.terms import Term
+from repbend_fast.objectives.terms import Span, Term
 
-C = TypeVar("C", bound=MethodConfig)
+C = TypeVar("C", bound=ForgettingConfig)
 
 
 class Forgetting(ABC, Generic[C]):
@@ -46,6 +50,11 @@ class Forgetting(ABC, Generic[C]):
         """The term over the answers of ``sequences``."""
 
     def retain(self, sequences: tuple[Sequence, ...]) -> tuple[Term, ...]:
-        """The terms over what is to stay: its NLL, weighted by ``retain_nll``."""
-        weight: float = getattr(self.config, "retain_nll", 0.0)
-        return (retain_nll(sequences, weight),) if weight else ()
+        """The terms over what is to stay: K and its NLL per token, weighted by ``retain_kl`` and ``retain_nll``."""
+        config = self.config
+        kl = (retain_kl(self.compared(sequences), config.retain_kl, config.temperature),) if config.retain_kl else ()
+        return (*kl, *((retain_nll(sequences, config.retain_nll),) if config.retain_nll else ()))
+
+    def compared(self, sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
+        """The rows of retain conversations that K compares: those that predict the answers' tokens."""
+        return predicting_rows(sequences)

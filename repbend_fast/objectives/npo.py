@@ -12,21 +12,20 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from repbend_fast.data.records import Role, Sequence
+from repbend_fast.data.records import Sequence
 from repbend_fast.objectives.choices import Quirks
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
-from repbend_fast.objectives.rows import answer_rows, predicting_rows, retain_kl
-from repbend_fast.objectives.sections import KL_TERM, TITLES, Entry, ForgettingConfig, KLLimitConfig
-from repbend_fast.objectives.terms import AnswerLoss, Term
-from repbend_fast.section import AboveZero, Weight
+from repbend_fast.objectives.rows import answer_rows, predicting_rows
+from repbend_fast.objectives.sections import Entry, ForgettingConfig
+from repbend_fast.objectives.terms import AnswerLoss, Span, Term
+from repbend_fast.section import AboveZero
 
 
-class NPOConfig(ForgettingConfig, KLLimitConfig):
-    """NPO: L = −(2/β)·mean log σ(β(NLL − NLL_ref)) on forget (+ retain_nll·NLL + retain_kl·T²KL on retain)."""
+class NPOConfig(ForgettingConfig):
+    """NPO: L = −(2/β)·mean log σ(β(NLL − NLL_ref)) on forget (+ retain terms)."""
 
     place: ClassVar[int] = 4
-    titles: ClassVar[dict[str, str]] = {KL_TERM: TITLES[KL_TERM], **ForgettingConfig.titles}
     published_names: ClassVar[dict[str, str]] = {
         "alpha": "objective.retain_nll",
         "loss_alpha": "objective.retain_nll",
@@ -35,18 +34,11 @@ class NPOConfig(ForgettingConfig, KLLimitConfig):
         "gamma": "objective.retain_kl",
         "loss_gamma": "objective.retain_kl",
     }
-    kl_key: ClassVar[str] = "retain_kl"
 
     name: Literal["npo"] = "npo"
     beta: AboveZero = Field(0.1, description="How sharply the loss falls off once an answer has become unlikely.")
-    retain_nll: Weight = Field(0.0, description="Weight of the retain answers' negative log-likelihood.")
-    retain_kl: Weight = Field(0.0, description="Weight of the KL on retain conversations.")
     temperature: AboveZero = Field(2.0, description="Of the KL's soft-max.")
     published_quirks: Quirks = False
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return ("unsafe", "pair", "retain") if self.retain_nll or self.retain_kl else ("unsafe", "pair")
 
     @classmethod
     def recorded(cls, case: Entry, expected: Entry) -> NPOConfig:
@@ -65,11 +57,7 @@ class NPO(Forgetting[NPOConfig]):
         spans = predicting_rows(sequences, self.config.loss_mode)
         return AnswerLoss("forget", spans, 1.0, max(1, len(sequences)), self.config.beta)
 
-    def retain(self, sequences: tuple[Sequence, ...]) -> tuple[Term, ...]:
-        config = self.config
-        if not config.retain_kl:
-            return super().retain(sequences)
+    def compared(self, sequences: tuple[Sequence, ...]) -> tuple[Span, ...]:
         # A slip of the published code: its KL reads the logits at the answer's tokens, one position after those that
         # predict them.
-        compared = answer_rows(sequences) if config.published_quirks else predicting_rows(sequences)
-        return (retain_kl(compared, config.retain_kl, config.temperature), *super().retain(sequences))
+        return answer_rows(sequences) if self.config.published_quirks else super().compared(sequences)

@@ -1,7 +1,7 @@
 """Gradient ascent weighted by token: WGA (Wang et al., ICLR 2025, arXiv 2502.19301) and SatImp (Yang et al., ICML 2025,
 arXiv 2505.11953); settings of open-unlearning.
 
-    L = forget·mean_t w_t log p_t + retain_nll·NLL/tokens,    w_t = p_t^power (1 − p_t)^rest_power
+    L = forget·mean_t w_t log p_t + retain_nll·NLL/tokens + retain_kl·K,    w_t = p_t^power (1 − p_t)^rest_power
 
 p_t is the probability of answer token t of a forget sequence; w_t is a constant to the gradient. WGA has power alone.
 """
@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from repbend_fast.data.records import Role, Sequence
+from repbend_fast.data.records import Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import count, predicting_rows
@@ -32,20 +32,16 @@ class AscentConfig(ForgettingConfig):
     forget: AboveZero = Field(1.0, description="Weight of the ascent.")
     retain_nll: Weight = Field(1.0, description="Weight of the retain answers' negative log-likelihood.")
 
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return ("unsafe", "pair", "retain") if self.retain_nll else ("unsafe", "pair")
-
 
 class WGAConfig(AscentConfig):
-    """WGA: L = forget·mean p^power log p on forget + retain_nll·NLL on retain."""
+    """WGA: L = forget·mean p^power log p on forget + retain terms."""
 
     place: ClassVar[int] = 7
     name: Literal["wga"] = "wga"
 
 
 class SatImpConfig(AscentConfig):
-    """SatImp: L = forget·mean p^power (1 − p)^rest_power log p on forget + retain_nll·NLL on retain."""
+    """SatImp: L = forget·mean p^power (1 − p)^rest_power log p on forget + retain terms."""
 
     place: ClassVar[int] = 8
     name: Literal["sat_imp"] = "sat_imp"

@@ -134,18 +134,6 @@ class MethodConfig(Section):
         yield from ()
 
 
-class ForgettingConfig(MethodConfig):
-    """Settings of methods that forget answers by their likelihood."""
-
-    aim: ClassVar[Aim] = "unlearning"
-    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
-    titles: ClassVar[dict[str, str]] = {"forget": "forget", "nll": "NLL on retain conversations"}
-
-    loss_mode: Literal["response_all", "assistant_turns"] = Field(
-        "response_all", description="Whose tokens are forgotten: the answers', or those of every turn of the assistant."
-    )
-
-
 class KLLimitConfig(MethodConfig):
     """Settings of objectives whose KL on the retain stream may get its weight from a limit
     (``repbend_fast/training/dual.py``).
@@ -186,6 +174,30 @@ class KLLimitConfig(MethodConfig):
                 f"objective.kl_max={self.kl_max:g} is less than objective.{self.kl_key}={self.kl_weight:g}, where "
                 "the weight starts"
             )
+
+
+class ForgettingConfig(KLLimitConfig):
+    """Settings of methods that forget answers by their likelihood. Retain terms: retain_nll·NLL + retain_kl·T²KL."""
+
+    aim: ClassVar[Aim] = "unlearning"
+    stream_names: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    titles: ClassVar[dict[str, str]] = {
+        KL_TERM: TITLES[KL_TERM],
+        "forget": "forget",
+        "nll": "NLL on retain conversations",
+    }
+    kl_key: ClassVar[str] = "retain_kl"
+
+    loss_mode: Literal["response_all", "assistant_turns"] = Field(
+        "response_all", description="Whose tokens are forgotten: the answers', or those of every turn of the assistant."
+    )
+    retain_nll: Weight = Field(0.0, description="Weight of the retain answers' negative log-likelihood.")
+    retain_kl: Weight = Field(0.0, description="Weight of the KL on retain conversations, per token.")
+    temperature: AboveZero = Field(1.0, description="Of the KL's soft-max.")
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("unsafe", "pair", "retain") if self.retain_nll or self.retain_kl else ("unsafe", "pair")
 
 
 class WindowConfig(KLLimitConfig):

@@ -1,6 +1,6 @@
 """SimNPO, negative preference without a reference (Fan et al., arXiv 2410.07163; settings of open-unlearning).
 
-    L = forget·(−2/β)·mean_i log σ(β (NLL_i/|y_i| − δ)) + retain_nll·NLL/tokens
+    L = forget·(−2/β)·mean_i log σ(β (NLL_i/|y_i| − δ)) + retain_nll·NLL/tokens + retain_kl·K
 
 NLL_i sums over the |y_i| answer tokens of forget sequence i.
 """
@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from repbend_fast.data.records import Role, Sequence
+from repbend_fast.data.records import Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import predicting_rows
@@ -21,7 +21,7 @@ from repbend_fast.section import AboveZero, Weight
 
 
 class SimNPOConfig(ForgettingConfig):
-    """SimNPO: L = −forget·(2/β)·mean log σ(β(NLL/|y| − δ)) on forget + retain_nll·NLL on retain."""
+    """SimNPO: L = −forget·(2/β)·mean log σ(β(NLL/|y| − δ)) on forget + retain terms."""
 
     place: ClassVar[int] = 6
 
@@ -30,10 +30,6 @@ class SimNPOConfig(ForgettingConfig):
     delta: Weight = Field(0.0, description="NLL per token from which an answer counts as unlikely.")
     forget: AboveZero = Field(0.125, description="Weight of the negative preference.")
     retain_nll: Weight = Field(1.0, description="Weight of the retain answers' negative log-likelihood.")
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return ("unsafe", "pair", "retain") if self.retain_nll else ("unsafe", "pair")
 
 
 @method(SimNPOConfig)

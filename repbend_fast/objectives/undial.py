@@ -1,7 +1,7 @@
 """UNDIAL, unlearning by self-distillation with adjusted logits (Dong et al., NAACL 2025, arXiv 2402.10052; settings of
 open-unlearning).
 
-    L = forget·mean_t −Σ_v q_v log p_v + retain_nll·NLL/tokens,    q = softmax(z_ref − strength·1[label])
+    L = forget·mean_t −Σ_v q_v log p_v + retain_nll·NLL/tokens + retain_kl·K,    q = softmax(z_ref − strength·1[label])
 
 t runs over the answer tokens of the forget sequences; z_ref are the reference's logits, and the label is the token that
 follows.
@@ -13,28 +13,23 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from repbend_fast.data.records import Role, Sequence
+from repbend_fast.data.records import Sequence
 from repbend_fast.objectives.forgetting import Forgetting
 from repbend_fast.objectives.registry import method
 from repbend_fast.objectives.rows import count, predicting_rows
 from repbend_fast.objectives.sections import ForgettingConfig
 from repbend_fast.objectives.terms import LoweredLabel, Term
-from repbend_fast.section import AboveZero, Weight
+from repbend_fast.section import AboveZero
 
 
 class UNDIALConfig(ForgettingConfig):
-    """UNDIAL: L = forget·mean CE(p, softmax(z_ref − strength·1[label])) on forget (+ retain_nll·NLL on retain)."""
+    """UNDIAL: L = forget·mean CE(p, softmax(z_ref − strength·1[label])) on forget (+ retain terms)."""
 
     place: ClassVar[int] = 10
 
     name: Literal["undial"] = "undial"
     strength: AboveZero = Field(10.0, description="What the label's logit is lowered by in what is learned instead.")
     forget: AboveZero = Field(1.0, description="Weight of the cross-entropy.")
-    retain_nll: Weight = Field(0.0, description="Weight of the retain answers' negative log-likelihood.")
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return ("unsafe", "pair", "retain") if self.retain_nll else ("unsafe", "pair")
 
 
 @method(UNDIALConfig)

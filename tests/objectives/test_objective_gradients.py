@@ -62,6 +62,10 @@ CASES = {
     "x_boundary published": XBoundaryConfig(layers=[2, BLOCKS], published_quirks=True, padded_length=40),
     "x_boundary answers": XBoundaryConfig(layers=[1, 2], loss_mode="response_all", boundary_mode="response_all"),
     "undial as published": UNDIALConfig(),
+    "undial kl": UNDIALConfig(strength=3.0, retain_kl=0.4, temperature=1.5),
+    "ce_u kl": CEUConfig(retain_kl=0.4),
+    "simnpo both": SimNPOConfig(beta=0.6, delta=4.0, retain_kl=0.4),
+    "sat_imp both": SatImpConfig(power=0.8, rest_power=2.0, retain_kl=0.4),
     "ce_u whole answers": CEUConfig(skipped_tokens=0),
     "crl window": CONFIGS["crl"].model_copy(
         update={"alpha_mode": "target", "loss_mode": "prompt_response", "kl_reduction": "token"}

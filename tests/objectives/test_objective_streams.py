@@ -17,6 +17,7 @@ from repbend_fast.objectives.circuit_breaker import CircuitBreakerConfig
 from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.rmu import RMUConfig
+from repbend_fast.objectives.sat_imp import WGAConfig
 from repbend_fast.objectives.sections import MethodConfig
 from repbend_fast.objectives.undial import UNDIALConfig
 from repbend_fast.objectives.x_boundary import XBoundaryConfig
@@ -183,6 +184,9 @@ def test_crl() -> None:
         (RMUConfig(retain=0.0), {"unsafe", "pair"}),
         (NPOConfig(), {"unsafe", "pair"}),
         (NPOConfig(retain_nll=1.0), {"unsafe", "pair", "retain"}),
+        (WGAConfig(), {"unsafe", "pair", "retain"}),
+        (WGAConfig(retain_nll=0.0), {"unsafe", "pair"}),
+        (WGAConfig(retain_nll=0.0, retain_kl=1.0), {"unsafe", "pair", "retain"}),
         (XBoundaryConfig(), {"unsafe", "pair", "retain"}),
         (CRLConfig(), {"safe", "unsafe", "pair", "retain"}),
         (CRLConfig(safe=0.0, kl=0.0), {"unsafe", "pair"}),

@@ -17,6 +17,7 @@ from repbend_fast.objectives.crl import CRLConfig
 from repbend_fast.objectives.npo import NPOConfig
 from repbend_fast.objectives.rmu import RMUConfig
 from repbend_fast.objectives.sat_imp import AscentConfig
+from repbend_fast.objectives.sections import ForgettingConfig
 from repbend_fast.objectives.simnpo import SimNPOConfig
 from repbend_fast.objectives.undial import UNDIALConfig
 from repbend_fast.objectives.x_boundary import XBoundaryConfig
@@ -137,7 +138,13 @@ def npo(model: Any, batch: Batch, config: NPOConfig) -> dict[str, Tensor]:
     """Weighted terms."""
     forget = Passes(model, forget_of(batch))
     gap = forget.nll(forget.z)[0] - forget.nll(forget.z_ref)[0]
-    terms = {"forget": -2 / config.beta * F.logsigmoid(config.beta * gap).mean()}
+    forgotten = -2 / config.beta * F.logsigmoid(config.beta * gap).mean()
+    return {"forget": forgotten} | _retained(model, batch, config, shifted=not config.published_quirks)
+
+
+def _retained(model: Any, batch: Batch, config: ForgettingConfig, shifted: bool = True) -> dict[str, Tensor]:
+    """The retain terms; ``shifted``: K compares the rows before the answer's tokens."""
+    terms: dict[str, Tensor] = {}
     if config.retain_nll or config.retain_kl:
         retain = Passes(model, list(batch.retain))
         nll, tokens = retain.nll(retain.z)
@@ -145,19 +152,11 @@ def npo(model: Any, batch: Batch, config: NPOConfig) -> dict[str, Tensor]:
             terms["nll"] = config.retain_nll * nll.sum() / tokens.sum()
         if config.retain_kl:
             rows = retain.answers()
-            if not config.published_quirks:
-                # The row before each answer token; the first token of a conversation has none.
+            if shifted:
+                # The first token of a conversation has none before it.
                 rows = torch.cat([rows[:, 1:], torch.zeros_like(rows[:, :1])], dim=1)
             terms["kl"] = config.retain_kl * retain.kl(rows, config.temperature) / rows.sum()
     return terms
-
-
-def _retain_nll(model: Any, batch: Batch, weight: float) -> dict[str, Tensor]:
-    if not weight:
-        return {}
-    retain = Passes(model, list(batch.retain))
-    nll, tokens = retain.nll(retain.z)
-    return {"nll": weight * nll.sum() / tokens.sum()}
 
 
 def simnpo(model: Any, batch: Batch, config: SimNPOConfig) -> dict[str, Tensor]:
@@ -165,7 +164,7 @@ def simnpo(model: Any, batch: Batch, config: SimNPOConfig) -> dict[str, Tensor]:
     forget = Passes(model, forget_of(batch))
     nll, tokens = forget.nll(forget.z)
     preference = -2 / config.beta * F.logsigmoid(config.beta * (nll / tokens - config.delta)).mean()
-    return {"forget": config.forget * preference} | _retain_nll(model, batch, config.retain_nll)
+    return {"forget": config.forget * preference} | _retained(model, batch, config)
 
 
 def weighted_ascent(model: Any, batch: Batch, config: AscentConfig) -> dict[str, Tensor]:
@@ -176,7 +175,7 @@ def weighted_ascent(model: Any, batch: Batch, config: AscentConfig) -> dict[str,
         for t in forget.answered(s):
             likely = forget.z[i, t - 1].softmax(-1)[forget.ids[i, t]]
             found.append(likely.detach() ** config.power * (1 - likely.detach()) ** config.rest_power * likely.log())
-    return {"forget": config.forget * torch.stack(found).mean()} | _retain_nll(model, batch, config.retain_nll)
+    return {"forget": config.forget * torch.stack(found).mean()} | _retained(model, batch, config)
 
 
 def lowered_label(model: Any, batch: Batch, config: UNDIALConfig | CEUConfig) -> dict[str, Tensor]:
@@ -196,7 +195,7 @@ def lowered_label(model: Any, batch: Batch, config: UNDIALConfig | CEUConfig) ->
                 others = torch.arange(len(log_p)) != label
                 rest = log_p.detach().exp()[others] / log_p.detach().exp()[others].sum()
                 found.append(-(rest * log_p[others]).sum())
-    return {"forget": config.forget * torch.stack(found).mean()} | _retain_nll(model, batch, config.retain_nll)
+    return {"forget": config.forget * torch.stack(found).mean()} | _retained(model, batch, config)
 
 
 def crl(model: Any, batch: Batch, config: CRLConfig, mean_gradient: bool = True) -> dict[str, Tensor]:
