@@ -85,10 +85,16 @@ def compare(arguments: Namespace) -> int:
     ]
     for name, value in options.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    if arguments.recipe_rates:
+        words.append("--recipe-rates")
     if arguments.out is not None:
         options["folder"] = own_path(arguments.out)
     comparison = load_comparison(
-        arguments.recipes or DEFAULT_RECIPES, arguments.overrides, overlays=arguments.overlays, **options
+        arguments.recipes or DEFAULT_RECIPES,
+        arguments.overrides,
+        overlays=arguments.overlays,
+        recipe_rates=arguments.recipe_rates,
+        **options,
     )
     with saying(listener(arguments)):
         return run_compare(comparison, shlex.join(["repbend-fast", "compare", *words, *arguments.overrides]))

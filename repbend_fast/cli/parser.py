@@ -366,6 +366,11 @@ def _compare_command(groups: Commands) -> None:
         metavar="RATE",
         help="that each method tries (default: 5e-4 1e-3 2e-3)",
     )
+    compare.add_argument(
+        "--recipe-rates",
+        action="store_true",
+        help="each method tries its recipe's own rate; without --rates, that alone",
+    )
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at once, which share the CPU's cores (default: 1)")
     add_output_options(compare, as_json=False)
 
@@ -418,7 +423,7 @@ _USAGE = {
     "                         [--out PATH] [--limit N] [--max-new-tokens N] [--batch-size N] [--seed N]\n"
     "                         [--quantization nf4] [--dtype D] [--quiet] [--json] [--with OVERLAY] [key=value …]",
     **inspecting.USAGE,
-    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--jobs N] [--quiet]\n"
+    "compare": "compare [RECIPE …] [--out DIR] [--seeds N …] [--rates RATE …] [--recipe-rates] [--jobs N] [--quiet]\n"
     "                            [--with OVERLAY] [key=value …]",
     "plan": "plan [RECIPE] [--with OVERLAY] [key=value …] [--card NAME] [--table] [--json]",
     **making.USAGE,

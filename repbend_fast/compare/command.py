@@ -69,10 +69,11 @@ def _compare(comparison: Comparison) -> ComparisonRecord:
     """All rates are chosen and all adapters trained before the first test prompt is asked."""
     first_seed, *more_seeds = comparison.seeds
     folder, jobs = comparison.folder, comparison.jobs
-    progress = Progress(len(comparison.methods) * (len(comparison.rates) + len(more_seeds)))
     tried = [
-        [training_of(folder, method, rate, first_seed) for rate in comparison.rates] for method in comparison.methods
+        [training_of(folder, method, rate, first_seed) for rate in comparison.rates_of(method)]
+        for method in comparison.methods
     ]
+    progress = Progress(sum(map(len, tried)) + len(comparison.methods) * len(more_seeds))
     records = iter(process.run_each(jobs, progress.train, [training for trainings in tried for training in trainings]))
     found = [_chosen(comparison, trainings, [next(records) for _ in trainings]) for trainings in tried]
     search = {chosen.method.recipe: how for chosen, how in found}

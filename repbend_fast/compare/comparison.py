@@ -52,7 +52,8 @@ class Comparison:
     """``rates`` are tried with the first of ``seeds``; the others train with the chosen one. Everything lies in
     ``folder``.
 
-    ``jobs``: processes at once, which share the CPU's cores.
+    ``recipe_rates``: each method tries its own recipe's rate too. ``jobs``: processes at once, which share the CPU's
+    cores.
     """
 
     methods: tuple[Method, ...]
@@ -62,6 +63,12 @@ class Comparison:
     overrides: tuple[str, ...] = ()
     overlays: tuple[str, ...] = ()
     jobs: int = 1
+    recipe_rates: bool = False
+
+    def rates_of(self, method: Method) -> tuple[float, ...]:
+        """What ``method`` tries."""
+        own = (method.config.training.learning_rate,) if self.recipe_rates else ()
+        return tuple(dict.fromkeys((*own, *self.rates)))
 
 
 def load_comparison(
@@ -70,18 +77,22 @@ def load_comparison(
     *,
     overlays: Sequence[str] = (),
     seeds: Sequence[int] = DEFAULT_SEEDS,
-    rates: Sequence[float] = DEFAULT_RATES,
+    rates: Sequence[float] | None = None,
+    recipe_rates: bool = False,
     folder: Path = DEFAULT_FOLDER,
     jobs: int = 1,
 ) -> Comparison:
     """Load the recipes, the same ``overlays`` and ``overrides`` on each, and refuse what could not be compared.
 
-    Trains nothing, loads no weights.
+    Trains nothing, loads no weights. Without ``rates``: ``DEFAULT_RATES``, or the recipes' own alone with
+    ``recipe_rates``.
 
     Raises:
         UserError: a recipe that does not load or names files that are missing, settings that differ, or no validation
             or evaluation.
     """
+    if rates is None:
+        rates = () if recipe_rates else DEFAULT_RATES
     if bad := [rate for rate in rates if not 0 < rate < float("inf")]:
         raise UserError(f"--rates {bad[0]:g}: must be above 0")
     if bad := [seed for seed in seeds if seed < 0]:
@@ -104,7 +115,7 @@ def load_comparison(
     # Asked here, and forgotten: a broken file of test prompts should not come up after an hour of training.
     load_prompts(methods[0].config.evaluation.prompts)  # type: ignore[arg-type]
     seeds, rates = tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(rates))
-    return Comparison(tuple(methods), seeds, rates, folder, tuple(overrides), tuple(overlays), jobs)
+    return Comparison(tuple(methods), seeds, rates, folder, tuple(overrides), tuple(overlays), jobs, recipe_rates)
 
 
 def check_equal(methods: Sequence[Method]) -> None:

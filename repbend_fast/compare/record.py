@@ -17,6 +17,7 @@ class SettingsRecord(TypedDict):
     validation_every: int
     seeds: list[int]
     rates: list[float]
+    recipe_rates: bool
     recipes: list[str]
     overrides: list[str]
     overlays: list[str]

@@ -91,6 +91,7 @@ def comparison_record(
             "validation_every": config.validation.every,
             "seeds": list(comparison.seeds),
             "rates": list(comparison.rates),
+            "recipe_rates": comparison.recipe_rates,
             "recipes": [method.recipe for method in comparison.methods],
             "overrides": list(comparison.overrides),
             "overlays": list(comparison.overlays),

@@ -6,7 +6,7 @@ from typing import get_args
 
 from rich.table import Table
 
-from repbend_fast.compare.record import ComparisonRecord, MethodRecord
+from repbend_fast.compare.record import ComparisonRecord, MethodRecord, SettingsRecord
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, Side, format_value
 from repbend_fast.objectives.sections import Aim
 
@@ -40,7 +40,7 @@ def markdown(record: ComparisonRecord) -> str:
         "",
         *markdown_table(record),
         "",
-        f"Learning rates, of {', '.join(f'{rate:g}' for rate in settings['rates'])}, chosen on validation:",
+        _searched(settings),
         "",
     ]
     lines += [f"- {chosen_line(record, method)}" for method in methods]
@@ -77,6 +77,17 @@ def kinds_of(methods: list[MethodRecord]) -> list[str]:
     """The kind of each method; none where there is one for all."""
     kinds = [method.get("kind", "") for method in methods]
     return kinds if len(set(kinds)) > 1 else []
+
+
+def _searched(settings: SettingsRecord) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
+    if not settings.get("recipe_rates"):  # which older records do not have
+        return f"Learning rates, of {rates}, chosen on validation:"
+    return (
+        f"Learning rates, of the recipe's own, {rates}, chosen on validation:"
+        if rates
+        else "Learning rates, the recipes' own:"
+    )
 
 
 def chosen_line(record: ComparisonRecord, method: MethodRecord) -> str:

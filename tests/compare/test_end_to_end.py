@@ -101,6 +101,30 @@ def test_two_methods_two_rates_two_seeds(
     assert tiny.record == record
 
 
+def test_recipes_keep_their_own_rates(
+    tiny: TinyComparison, in_process: InProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = tiny.other("slow", objective={"name": "rmu", "layer": 2}, training={"learning_rate": 2e-3})
+    fast = tiny.other("fast", training={"learning_rate": 3e-2})
+    assert tiny.compare("--recipe-rates", recipes=[fast, slow]) == 0
+    assert in_process.take()[:2] == ["train fast/seed-0/lr-3e-02", "train slow/seed-0/lr-2e-03"]
+    assert [method["learning_rate"] for method in tiny.record["methods"]] == [0.03, 0.002]
+    assert (tiny.record["settings"]["rates"], tiny.record["settings"]["recipe_rates"]) == ([], True)
+    assert "Learning rates, the recipes' own:" in (tiny.out / "compare.md").read_text(encoding="utf-8")
+    # What Ctrl-C prints says the same.
+    in_process.before = lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+    capsys.readouterr()
+    assert tiny.compare("--recipe-rates", "--seeds", "0", "1", recipes=[fast, slow]) == 130
+    assert " --recipe-rates" in capsys.readouterr().out.partition("go on with: ")[2]
+    in_process.before = lambda arguments: None
+    in_process.take()
+    # With --rates those are tried too; what is trained already is not again.
+    assert tiny.compare("--recipe-rates", "--rates", "2e-3", recipes=[fast, slow]) == 0
+    assert [command for command in in_process.take() if command.startswith("train")] == ["train fast/seed-0/lr-2e-03"]
+    assert [len(found["runs"]) for found in tiny.record["search"].values()] == [2, 1]
+    assert "of the recipe's own, 0.002, chosen on" in (tiny.out / "compare.md").read_text(encoding="utf-8")
+
+
 def test_the_search_is_recorded_and_its_best_adapter_is_what_is_measured(
     tiny: TinyComparison, in_process: InProcess
 ) -> None:
