@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import get_args
 
 from rich.table import Table
@@ -10,13 +11,14 @@ from repbend_fast.compare.record import ComparisonRecord, MethodRecord, Settings
 from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, Side, format_value
 from repbend_fast.objectives.sections import Aim
 
+OUTCOMES = {
+    group: ("complied" if group in ATTACK_GROUPS else "helpful", "refused", "degenerate") for group in GROUP_KEYS
+}
 ROWS = {
     **{
         key: f"{GROUP_NAMES[group]}: {outcome}"
         for group, keys in GROUP_KEYS.items()
-        for key, outcome in zip(
-            keys, ("complied" if group in ATTACK_GROUPS else "helpful", "refused", "degenerate"), strict=True
-        )
+        for key, outcome in zip(keys, OUTCOMES[group], strict=True)
     },
     "kl": "KL",
     "perplexity": "perplexity",
@@ -25,6 +27,8 @@ ROWS = {
     "peak_memory_bytes": "peak memory",
 }
 ENDS = GROUP_ENDS | {"perplexity_ratio"}
+ABREAST = 6
+"""The most methods that stand side by side; more are one below the other, with fewer measures."""
 
 
 def markdown(record: ComparisonRecord) -> str:
@@ -38,7 +42,7 @@ def markdown(record: ComparisonRecord) -> str:
     lines = [
         head,
         "",
-        *markdown_table(record),
+        *markdown_tables(record),
         "",
         _searched(settings),
         "",
@@ -54,9 +58,48 @@ def markdown(record: ComparisonRecord) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown_table(record: ComparisonRecord) -> list[str]:
-    """Measures down, the model before training and the methods across, each with its seeds' spread."""
+def markdown_tables(record: ComparisonRecord) -> list[str]:
+    """One table of all measures; of more than ``ABREAST`` methods an overview and then such a table of each kind."""
     methods = by_kind(record)
+    if len(methods) <= ABREAST:
+        return markdown_table(record)
+    header, *rows = overview(record)
+    lines = [_line(header), _line(["---", *["---:"] * (len(header) - 1)]), *map(_line, rows)]
+    for kind in dict.fromkeys(method.get("kind", "") for method in methods):
+        members = [method for method in methods if method.get("kind", "") == kind]
+        lines += ["", f"{kind.capitalize() or 'All'}:", "", *markdown_table(record, members)]
+    return lines
+
+
+def overview(record: ComparisonRecord) -> list[list[str]]:
+    """A heading and a line for the model before training and for each method. Of each kind of prompt the three shares
+    in percent, of the first in brackets the seeds' lowest and highest where they differ.
+    """
+    methods = by_kind(record)
+    heading = [f"{GROUP_NAMES[group]}: {' / '.join(OUTCOMES[group])}, %" for group in GROUP_KEYS]
+    lines = [["method", *heading, "KL", "seconds"], ["before", *_overview_cells(record["before"], {})]]
+    return lines + [[method["name"], *_overview_cells(method["median"], method["spread"])] for method in methods]
+
+
+def _overview_cells(values: Side, spread: Mapping[str, list[float]]) -> list[str]:
+    out = []
+    for first, *rest in GROUP_KEYS.values():
+        low, high = (_percent(end) for end in spread.get(first, (None, None)))
+        ends = f" ({low}–{high})" if low != high else ""
+        out.append(" / ".join([_percent(values.get(first)) + ends, *(_percent(values.get(key)) for key in rest)]))
+    seconds = values.get("seconds")
+    return [*out, format_value("kl", values.get("kl")), "" if seconds is None else f"{seconds:.0f}"]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}"
+
+
+def markdown_table(record: ComparisonRecord, methods: list[MethodRecord] | None = None) -> list[str]:
+    """Measures down, the model before training and ``methods`` across, all unless some are given, each with its seeds'
+    spread.
+    """
+    methods = by_kind(record) if methods is None else methods
     sides = [before_cells(record["before"]), *(cells(method) for method in methods)]
     lines = [_line(["", "before", *(method["name"] for method in methods)]), _line(["---", *["---:"] * len(sides)])]
     if kinds := kinds_of(methods):
@@ -100,6 +143,8 @@ def terminal(record: ComparisonRecord, width: int) -> Table:
     ``width`` characters.
     """
     seeds, methods = record["settings"]["seeds"], by_kind(record)
+    if len(methods) > ABREAST:
+        return _terminal_overview(record)
     spread = len(seeds) > 1 and width >= 34 + 20 * len(methods)
     caption = (
         f"median{' (lowest–highest)' if spread else ''} of {len(seeds)} "
@@ -115,6 +160,17 @@ def terminal(record: ComparisonRecord, width: int) -> Table:
     out.add_row("learning rate", "", *(f"{method['learning_rate']:g}" for method in methods))
     for key, title in ROWS.items():
         out.add_row(title, *(side[key] for side in sides.values()), end_section=key in ENDS)
+    return out
+
+
+def _terminal_overview(record: ComparisonRecord) -> Table:
+    out = Table(title="Comparison on the test prompts", caption="compare.md has every measure")
+    header, *rows = overview(record)
+    for number, name in enumerate(header):
+        out.add_column(name, justify="right" if number else "left", overflow="fold")
+    kinds = ["", *(method.get("kind", "") for method in by_kind(record)), ""]
+    for row, kind, following in zip(rows, kinds, kinds[1:], strict=False):
+        out.add_row(*row, end_section=kind != following)
     return out
 
 

@@ -133,7 +133,51 @@ def test_a_seed_measured_before_the_shares_were_kept_leaves_dashes() -> None:
 def test_the_recorded_comparison_is_what_the_results_show() -> None:
     root = Path(__file__).parents[2]
     recorded = json.loads((root / "benchmarks/results/compare.json").read_text(encoding="utf-8"))
-    assert "\n".join(tables.markdown_table(recorded)) in (root / "docs/results.md").read_text(encoding="utf-8")
+    assert "\n".join(tables.markdown_tables(recorded)) in (root / "docs/results.md").read_text(encoding="utf-8")
+
+
+def many() -> dict[str, Any]:
+    """Eight methods of two kinds, each with two seeds."""
+    drawn = record(seed(0), seed(1))
+    drawn["methods"] = [
+        method_record(
+            f"method-{i}",
+            f"recipe-{i}",
+            1e-3,
+            [seed(0, attack_direct=0.02 * i), seed(1)],
+            ("unlearning", "bending")[i % 2],
+        )
+        for i in range(8)
+    ]
+    drawn["search"] = {f"recipe-{i}": {"why": "it was best"} for i in range(8)}
+    return drawn
+
+
+def test_many_methods_stand_one_below_the_other_and_then_by_kind() -> None:
+    text = tables.markdown(many())
+    header, _, before, *rows = table_rows(text)[:11]
+    assert header[:3] == [
+        "method",
+        "direct attacks: complied / refused / degenerate, %",
+        "prefilled attacks: complied / refused / degenerate, %",
+    ]
+    assert before == ["before", "100 / – / –", "– / – / –", "95 / – / –", "– / – / –", "0.0000", ""]
+    assert [row[0] for row in rows] == [f"method-{i}" for i in (1, 3, 5, 7, 0, 2, 4, 6)]
+    assert rows[1] == ["method-3", "16 (6–25) / 75 / 0", "50 / 12 / 38", "90 / 2 / 0", "80 / 10 / 1", "0.0500", "100"]
+    parts = text.split("\n\n")
+    assert (parts[2], parts[4]) == ("Bending:", "Unlearning:")
+    assert table_rows(parts[3])[0] == ["", "before", *(f"method-{i}" for i in (1, 3, 5, 7))]
+    assert table_rows(parts[5])[0] == ["", "before", *(f"method-{i}" for i in (0, 2, 4, 6))]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_many_methods_fit_into_a_terminal(width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(tables.terminal(many(), width))
+    text = console.export_text()
+    assert all(f"method-{i}" in text for i in range(8))
+    assert "16 (6–25)" in text
+    assert "…" not in text
 
 
 def test_the_choice_and_a_seed_that_kept_nothing_stand_below_the_table() -> None:
