@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repbend_fast.compare.record import ComparisonRecord
-from repbend_fast.evaluation.rates import TITLES, Side
-from repbend_fast.report.plots import MUTED, RATE_COLORS, style
+from repbend_fast.compare.tables import ABREAST, by_kind
+from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES, TITLES, Side
+from repbend_fast.report.plots import INK, MUTED, OUTCOME_COLORS, RATE_COLORS, style
+
+Spread = dict[str, list[float]]
 
 BARS = (
     "attack_direct",
@@ -23,13 +28,54 @@ DPI = 130
 
 
 def draw(record: ComparisonRecord) -> Figure:
-    """One group of bars for the model before training and one for each method; whiskers from the lowest to the highest
-    seed.
+    """One group of bars for the model before training and one for each method; of more than ``ABREAST`` methods a line
+    for each. Whiskers from the lowest to the highest seed.
     """
-    before = record["before"]
-    sides: list[tuple[str, Side, dict[str, list[float]]]] = [("before", before, {})] + [
-        (m["name"], m["median"], m["spread"]) for m in record["methods"]
+    sides: list[tuple[str, Side, Spread]] = [("before", record["before"], {})] + [
+        (m["name"], m["median"], m["spread"]) for m in by_kind(record)
     ]
+    return _lines(sides) if len(sides) - 1 > ABREAST else _groups(record, sides)
+
+
+def _lines(sides: list[tuple[str, Side, Spread]]) -> Figure:
+    """Shares of the attacks' answers as bars, one behind the other, and helpful answers as points."""
+    places = list(range(len(sides)))
+    figure = Figure(figsize=(10.0, 1.6 + 0.3 * len(sides)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, group in zip(panels, ATTACK_GROUPS, strict=False):
+        keys = GROUP_KEYS[group]
+        left = [0.0] * len(sides)
+        for key, outcome in zip(keys, ("complied", "refused", "degenerate"), strict=True):
+            widths = [100 * (values.get(key) or 0.0) for _, values, _ in sides]
+            axes.barh(places, widths, left=left, height=0.7, color=OUTCOME_COLORS[outcome], label=outcome)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for place, (_, _, spread) in enumerate(sides):
+            _whisker(axes, spread.get(keys[0]), place)
+        style(axes, f"{GROUP_NAMES[group]}, %", xlabel="")
+    helpful = panels[-1]
+    for key, label, marker in (("helpful_ordinary", "ordinary", "o"), ("helpful_borderline", "borderline", "D")):
+        values = [100 * side[key] if side.get(key) is not None else math.nan for _, side, _ in sides]
+        helpful.plot(values, places, marker, color=RATE_COLORS[key], markersize=5, label=label)
+        helpful.axvline(values[0], color=RATE_COLORS[key], linewidth=0.8, linestyle=":")
+        for place, (_, _, spread) in enumerate(sides):
+            _whisker(helpful, spread.get(key), place)
+    style(helpful, "helpful answers, %", xlabel="")
+    panels[0].set_yticks(places, [name.replace("_", " ") for name, _, _ in sides])
+    panels[0].invert_yaxis()
+    for axes in (panels[0], helpful):
+        axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.06))
+    for axes in panels:
+        axes.set_xlim(0, 100)
+        axes.grid(False, axis="y")
+    return figure
+
+
+def _whisker(axes: Axes, ends: list[float] | None, place: int) -> None:
+    if ends and ends[1] > ends[0]:
+        axes.plot([100 * end for end in ends], [place, place], color=INK, linewidth=1, marker="|", markersize=5)
+
+
+def _groups(record: ComparisonRecord, sides: list[tuple[str, Side, Spread]]) -> Figure:
     figure = Figure(figsize=(max(6.0, 2.1 * len(sides)), 4.0), layout="constrained")
     axes = figure.add_subplot()
     for place, (_, values, spread) in enumerate(sides):

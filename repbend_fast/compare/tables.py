@@ -64,6 +64,7 @@ def markdown_tables(record: ComparisonRecord) -> list[str]:
     if len(methods) <= ABREAST:
         return markdown_table(record)
     header, *rows = overview(record)
+    header[1:5] = [f"{name}: {' / '.join(OUTCOMES[group])}, %" for group, name in GROUP_NAMES.items()]
     lines = [_line(header), _line(["---", *["---:"] * (len(header) - 1)]), *map(_line, rows)]
     for kind in dict.fromkeys(method.get("kind", "") for method in methods):
         members = [method for method in methods if method.get("kind", "") == kind]
@@ -71,14 +72,15 @@ def markdown_tables(record: ComparisonRecord) -> list[str]:
     return lines
 
 
-def overview(record: ComparisonRecord) -> list[list[str]]:
+def overview(record: ComparisonRecord, spread: bool = True) -> list[list[str]]:
     """A heading and a line for the model before training and for each method. Of each kind of prompt the three shares
-    in percent, of the first in brackets the seeds' lowest and highest where they differ.
+    in percent; ``spread``: of the first in brackets the seeds' lowest and highest where they differ.
     """
-    methods = by_kind(record)
-    heading = [f"{GROUP_NAMES[group]}: {' / '.join(OUTCOMES[group])}, %" for group in GROUP_KEYS]
-    lines = [["method", *heading, "KL", "seconds"], ["before", *_overview_cells(record["before"], {})]]
-    return lines + [[method["name"], *_overview_cells(method["median"], method["spread"])] for method in methods]
+    lines = [["method", *GROUP_NAMES.values(), "KL", "seconds"], ["before", *_overview_cells(record["before"], {})]]
+    return lines + [
+        [method["name"], *_overview_cells(method["median"], method["spread"] if spread else {})]
+        for method in by_kind(record)
+    ]
 
 
 def _overview_cells(values: Side, spread: Mapping[str, list[float]]) -> list[str]:
@@ -164,13 +166,14 @@ def terminal(record: ComparisonRecord, width: int) -> Table:
 
 
 def _terminal_overview(record: ComparisonRecord) -> Table:
-    out = Table(title="Comparison on the test prompts", caption="compare.md has every measure")
-    header, *rows = overview(record)
+    shares = "% complied (of questions: helpful)/refused/degenerate"
+    out = Table(title="Comparison on the test prompts", caption=f"{shares}; compare.md has every measure and spread")
+    header, *rows = overview(record, spread=False)
     for number, name in enumerate(header):
         out.add_column(name, justify="right" if number else "left", overflow="fold")
     kinds = ["", *(method.get("kind", "") for method in by_kind(record)), ""]
     for row, kind, following in zip(rows, kinds, kinds[1:], strict=False):
-        out.add_row(*row, end_section=kind != following)
+        out.add_row(*(cell.replace(" / ", "/") for cell in row), end_section=kind != following)
     return out
 
 

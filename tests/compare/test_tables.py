@@ -176,8 +176,9 @@ def test_many_methods_fit_into_a_terminal(width: int) -> None:
     console.print(tables.terminal(many(), width))
     text = console.export_text()
     assert all(f"method-{i}" in text for i in range(8))
-    assert "16 (6–25)" in text
+    assert "16/75/0" in text
     assert "…" not in text
+    assert len(text.splitlines()) <= 20
 
 
 def test_the_choice_and_a_seed_that_kept_nothing_stand_below_the_table() -> None:
@@ -213,6 +214,22 @@ def test_the_picture_has_a_bar_per_rate_and_a_whisker_per_spread() -> None:
     [[low, high]] = [[point[1] for point in segment] for segment in whisker[2][0].get_segments()]
     assert (low, high) == (pytest.approx(10), pytest.approx(50))
     assert set(BARS) <= set(RATE_COLORS)
+
+
+def test_the_picture_of_many_methods_has_a_line_for_each() -> None:
+    figure = draw(many())
+    assert figure.get_size_inches()[0] < 12
+    direct, prefilled, helpful = figure.axes
+    names = [label.get_text() for label in direct.get_yticklabels()]
+    assert names == ["before", *(f"method-{i}" for i in (1, 3, 5, 7, 0, 2, 4, 6))]
+    complied, refused, degenerate = (container.patches for container in direct.containers[:3])
+    third = names.index("method-3")
+    shares = [bar.get_width() for bar in (complied[third], refused[third], degenerate[third])]
+    assert shares == pytest.approx([15.5, 75.0, 0.0])
+    assert (complied[third].get_x(), refused[third].get_x()) == (0.0, pytest.approx(15.5))
+    assert prefilled.containers[0].patches[third].get_width() == pytest.approx(50.0)
+    ordinary, borderline = (line for line in helpful.lines if line.get_label() in ("ordinary", "borderline"))
+    assert (ordinary.get_xdata()[third], borderline.get_xdata()[third]) == (pytest.approx(90.0), pytest.approx(80.0))
 
 
 def test_methods_of_one_kind_stand_together() -> None:
