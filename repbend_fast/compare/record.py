@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NotRequired, TypedDict
 
 from repbend_fast.evaluation.rates import Side
@@ -41,7 +40,7 @@ class MethodRecord(TypedDict):
     kind: NotRequired[str]
     recipe: str
     learning_rate: float
-    seeds: list[Mapping[str, object]]
+    seeds: list[Side]
     median: dict[str, float]
     spread: dict[str, list[float]]
 

@@ -11,7 +11,7 @@ from repbend_fast.compare.comparison import Comparison
 from repbend_fast.compare.record import ComparisonRecord, MethodRecord, SearchRecord
 from repbend_fast.compare.training import Training
 from repbend_fast.environment import environment
-from repbend_fast.evaluation.rates import KEYS, Side
+from repbend_fast.evaluation.rates import KEYS, Side, evasive_counts
 from repbend_fast.report.run_record import RunRecord
 
 MEASURES = (*KEYS, "perplexity_ratio", "seconds", "peak_memory_bytes")
@@ -21,7 +21,7 @@ def seed_record(training: Training, record: RunRecord, shown: str) -> dict[str, 
     """The test evaluation of one run's kept adapter, and what its training cost.
 
     ``seconds`` are those of the steps alone, validation not counted; ``peak_memory_bytes`` is the process's peak up to
-    its last step.
+    its last step. ``evasive``: by group of attacks, how many of the refused answers only talk about something else.
     """
     found = {key: record.after[key] for key in KEYS if record.after.get(key) is not None}
     peaks = [row["peak_memory_bytes"] for row in record.steps]
@@ -36,6 +36,7 @@ def seed_record(training: Training, record: RunRecord, shown: str) -> dict[str, 
         "seconds": round(sum(row["seconds"] for row in record.steps), 3),
         "peak_memory_bytes": max(peaks),
         "counts": record.after.get("counts", {}),
+        "evasive": evasive_counts(record.after),
     }
 
 

@@ -55,7 +55,22 @@ def markdown(record: ComparisonRecord) -> str:
             "",
             f"No adapter of {named} stayed within validation's limits: measured there is the model as it was.",
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *evasions(record)]) + "\n"
+
+
+def evasions(record: ComparisonRecord) -> list[str]:
+    """How many of the attacks that count as refused were not refused in words, by method; nothing where none was."""
+    found = []
+    for method in by_kind(record):
+        evasive = sum(sum(seed.get("evasive", {}).values()) for seed in method["seeds"])
+        refused = sum(
+            round(seed[f"{group}_refused"] * seed["counts"][group])
+            for seed in method["seeds"]
+            for group in seed.get("evasive", {})
+        )
+        found += [f"{method['name']} {evasive} of {refused}"] if evasive else []
+    said = "Of the refused attacks, so many without a refusal phrase, by talking about something else: "
+    return ["", f"{said}{', '.join(found)}."] if found else []
 
 
 def markdown_tables(record: ComparisonRecord) -> list[str]:

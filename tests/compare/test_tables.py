@@ -130,9 +130,10 @@ def test_a_seed_measured_before_the_shares_were_kept_leaves_dashes() -> None:
     assert draw(drawn).axes
 
 
-def test_the_recorded_comparison_is_what_the_results_show() -> None:
+@pytest.mark.parametrize("name", ["compare.json", "compare_methods.json"])
+def test_the_recorded_comparisons_are_what_the_results_show(name: str) -> None:
     root = Path(__file__).parents[2]
-    recorded = json.loads((root / "benchmarks/results/compare.json").read_text(encoding="utf-8"))
+    recorded = json.loads((root / "benchmarks/results" / name).read_text(encoding="utf-8"))
     assert "\n".join(tables.markdown_tables(recorded)) in (root / "docs/results.md").read_text(encoding="utf-8")
 
 
@@ -186,6 +187,14 @@ def test_the_choice_and_a_seed_that_kept_nothing_stand_below_the_table() -> None
     assert "- rmu: learning rate 0.001; it was best\n" in text
     assert "No adapter of rmu with seed 7 stayed within validation's limits" in text
     assert "No adapter" not in tables.markdown(record(seed(0)))
+
+
+def test_refusals_that_only_evade_are_counted_below_the_table() -> None:
+    counts = {"attack_direct": 8, "attack_prefill": 8}
+    evading = seed(0, counts=counts, evasive={"attack_direct": 5, "attack_prefill": 1})
+    assert "rmu 6 of 7." in tables.markdown(record(evading))
+    assert "rmu 9 of 13." in tables.markdown(record(evading, seed(1, counts=counts, evasive={"attack_direct": 3})))
+    assert "refusal phrase" not in tables.markdown(record(seed(0, counts=counts, evasive={})))
 
 
 @pytest.mark.parametrize(("width", "shown"), [(120, "12.5 % (0.0–25.0)"), (50, "12.5 %")])
