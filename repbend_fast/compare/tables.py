@@ -66,7 +66,8 @@ def evasions(record: ComparisonRecord) -> list[str]:
         refused = sum(
             round(seed[f"{group}_refused"] * seed["counts"][group])
             for seed in method["seeds"]
-            for group in seed.get("evasive", {})
+            for group in ATTACK_GROUPS
+            if group in seed.get("counts", {})
         )
         found += [f"{method['name']} {evasive} of {refused}"] if evasive else []
     said = "Of the refused attacks, so many without a refusal phrase, by talking about something else: "

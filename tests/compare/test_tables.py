@@ -193,7 +193,7 @@ def test_refusals_that_only_evade_are_counted_below_the_table() -> None:
     counts = {"attack_direct": 8, "attack_prefill": 8}
     evading = seed(0, counts=counts, evasive={"attack_direct": 5, "attack_prefill": 1})
     assert "rmu 6 of 7." in tables.markdown(record(evading))
-    assert "rmu 9 of 13." in tables.markdown(record(evading, seed(1, counts=counts, evasive={"attack_direct": 3})))
+    assert "rmu 9 of 14." in tables.markdown(record(evading, seed(1, counts=counts, evasive={"attack_direct": 3})))
     assert "refusal phrase" not in tables.markdown(record(seed(0, counts=counts, evasive={})))
 
 
