@@ -24,7 +24,8 @@ class Handlers:
     """While entered, ``handle`` is called with the number of each signal of ``ENDING``, and may ``say`` lines. What had
     them before has them again afterwards.
 
-    Under ``nohup`` SIGHUP stays ignored. Outside the main thread nothing is handled: the importer's own handling stays.
+    Under ``nohup`` SIGHUP stays ignored. A SIGINT that was ignored, as in a script's background job, is handled: what
+    it asks for loses nothing. Outside the main thread nothing is handled: the importer's own handling stays.
     """
 
     def __init__(self, handle: Callable[[int], None]) -> None:

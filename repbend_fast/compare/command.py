@@ -61,6 +61,8 @@ def run_compare(comparison: Comparison, again: str) -> int:
     show(tables.terminal(record, terminal_console().width))
     for method in record["methods"]:
         say(tables.chosen_line(record, method))
+    for remark in tables.remarks(record):
+        say(remark)
     say(f"wrote {folder / 'compare.json'}, compare.md and compare.png")
     return 0
 

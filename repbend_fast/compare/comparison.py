@@ -30,7 +30,7 @@ FREE = frozenset(
     | {f"training.{key}" for key in ("checkpoint_every", "keep_checkpoints", "log_every")}
 )
 # Settings that the command itself gives to each run, with the option that they come from.
-OWN = {"training.learning_rate": "--rates", "training.seed": "--seeds", "output.folder": "--out"}
+OWN = {"training.learning_rate": "--rates or --recipe-rates", "training.seed": "--seeds", "output.folder": "--out"}
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def choose(name: str, tries: Sequence[Try]) -> tuple[Try, str]:
     chosen, *rest = sorted(tries, key=order)
     if chosen.best is None:
         raise UserError(
-            f"{name}: no learning rate of --rates could be trained to the end ({chosen.broke_off}); add a lower one"
+            f"{name}: no learning rate could be trained to the end ({chosen.broke_off}); add a lower one with --rates"
         )
     return chosen, _why(chosen, rest)
 
@@ -65,10 +65,10 @@ def _why(chosen: Try, rest: Sequence[Try]) -> str:
     best = chosen.best
     assert best is not None
     if not chosen.bent:
-        return (
-            "no rate left step 0 within validation's limits, so the model is kept as it was; the lowest of the "
-            "rates stands for it"
-        )
+        kept = "within validation's limits, so the model is kept as it was"
+        if not rest:
+            return f"the only rate; it never left step 0 {kept}"
+        return f"no rate left step 0 {kept}; the lowest of the rates stands for it"
     what = (
         f"attack success {best.attack:.1%}"
         if best.attack is not None

@@ -28,7 +28,7 @@ ROWS = {
 }
 ENDS = GROUP_ENDS | {"perplexity_ratio"}
 ABREAST = 6
-"""The most methods that stand side by side; more are one below the other, with fewer measures."""
+"""The most methods that one table has side by side; of more an overview comes first, and then a table for each kind."""
 
 
 def markdown(record: ComparisonRecord) -> str:
@@ -48,30 +48,39 @@ def markdown(record: ComparisonRecord) -> str:
         "",
     ]
     lines += [f"- {chosen_line(record, method)}" for method in methods]
-    kept_nothing = [(m["name"], s["seed"]) for m in methods for s in m["seeds"] if s["best_step"] == 0]
-    if kept_nothing:
-        named = ", ".join(f"{name} with seed {seed}" for name, seed in kept_nothing)
-        lines += [
-            "",
-            f"No adapter of {named} stayed within validation's limits: measured there is the model as it was.",
-        ]
-    return "\n".join([*lines, *evasions(record)]) + "\n"
+    lines += [part for remark in remarks(record) for part in ("", remark)]
+    return "\n".join(lines) + "\n"
 
 
-def evasions(record: ComparisonRecord) -> list[str]:
-    """How many of the attacks that count as refused were not refused in words, by method; nothing where none was."""
-    found = []
-    for method in by_kind(record):
-        evasive = sum(sum(seed.get("evasive", {}).values()) for seed in method["seeds"])
-        refused = sum(
-            round(seed[f"{group}_refused"] * seed["counts"][group])
-            for seed in method["seeds"]
-            for group in ATTACK_GROUPS
-            if group in seed.get("counts", {})
-        )
-        found += [f"{method['name']} {evasive} of {refused}"] if evasive else []
-    said = "Of the refused attacks, so many without a refusal phrase, by talking about something else: "
-    return ["", f"{said}{', '.join(found)}."] if found else []
+def remarks(record: ComparisonRecord) -> list[str]:
+    """What the tables do not show: adapters that are none or not the last step's, refusals that are none in words."""
+    methods = record["methods"]
+    runs = [(m["name"], seed) for m in methods for seed in m["seeds"]]
+    nothing = [f"{name} with seed {seed['seed']}" for name, seed in runs if seed["best_step"] == 0]
+    early = [
+        f"{name} with seed {seed['seed']} of step {seed['best_step']} of {seed['steps']}"
+        for name, seed in runs
+        if 0 < seed["best_step"] < seed.get("steps", 0)
+    ]
+    evasive = [text for method in by_kind(record) if (text := _evasions(method))]
+    found = [
+        (nothing, "No adapter of {} stayed within validation's limits: measured there is the model as it was."),
+        (early, "Kept before training's end, by validation: {}."),
+        (evasive, "Of the refused attacks, so many without a refusal phrase, by talking about something else: {}."),
+    ]
+    return [text.format(", ".join(names)) for names, text in found if names]
+
+
+def _evasions(method: MethodRecord) -> str:
+    """How many of the attacks that count as refused were not refused in words."""
+    seeds = [seed for seed in method["seeds"] if seed.get("evasive")]
+    refused = sum(
+        round(seed[f"{group}_refused"] * seed["counts"][group])
+        for seed in method["seeds"]
+        for group in ATTACK_GROUPS
+        if "evasive" in seed and group in seed["counts"] and f"{group}_refused" in seed
+    )
+    return f"{method['name']} {sum(sum(seed['evasive'].values()) for seed in seeds)} of {refused}" if seeds else ""
 
 
 def markdown_tables(record: ComparisonRecord) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from repbend_fast.config.yaml_text import check_text, parse_value
+from repbend_fast.config.yaml_text import check_text, is_quoted, parse_value
 from repbend_fast.errors import UserError
 from repbend_fast.words import is_assignment, takes_value
 
@@ -35,10 +35,7 @@ class Override:
         """What a setting that is text takes: the words as they were typed, such as ``1e3``. Quotes around all of them
         are YAML's, and escapes within them are read, as in a recipe: ``"\\n"`` is a line's end.
         """
-        quoted = (
-            isinstance(self.value, str) and self.text is not None and self.text[:1] in "'\"" and self.text[-1:] in "'\""
-        )
-        if self.text is None or quoted:
+        if self.text is None or (isinstance(self.value, str) and self.text[:1] in "'\"" and is_quoted(self.text)):
             return self.value
         # `#x` alone is a comment to YAML, and text here.
         return None if self.value is None and not self.text.startswith("#") else self.text

@@ -77,6 +77,15 @@ def parse_value(text: str) -> object:
         loader.dispose()
 
 
+def is_quoted(text: str) -> bool:
+    """Whether ``text`` is one quoted scalar and nothing else, not even a comment."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return False
+    return isinstance(node, yaml.ScalarNode) and node.style in ("'", '"') and node.end_mark.index == len(text)
+
+
 def read_yaml(
     path: Path, name: str, expected: str = "sections such as `model:` and `training:`"
 ) -> tuple[dict[str, object], dict[Key, int]]:

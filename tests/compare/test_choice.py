@@ -115,6 +115,13 @@ def test_a_rate_that_never_left_step_0_ranks_last_even_where_its_rates_are_lower
     assert (rate, why) == (2e-3, "attack success 40.0% at step 20, within limits, where no other rate left step 0")
 
 
+def test_an_only_rate_that_never_left_step_0_says_so() -> None:
+    assert chosen(tried(2e-3, 0, 0.9, kl=0.0)) == (
+        2e-3,
+        "the only rate; it never left step 0 within validation's limits, so the model is kept as it was",
+    )
+
+
 def test_where_no_rate_left_step_0_the_lowest_stands_for_the_model_as_it_was() -> None:
     rate, why = chosen(tried(2e-3, 0, 0.9, kl=0.0), tried(1e-3, 0, 0.9, kl=0.0))
     assert rate == 1e-3
@@ -125,7 +132,7 @@ def test_a_rate_that_broke_off_comes_behind_everything() -> None:
     broke = Try(1e-3, None, "the loss is not finite")
     assert chosen(broke, tried(2e-3, 0, 0.9))[0] == 2e-3
     with pytest.raises(
-        UserError, match=r"^method: no learning rate of --rates could be trained to the end \(the loss is not finite\)"
+        UserError, match=r"^method: no learning rate could be trained to the end \(the loss is not finite\)"
     ):
         choose("method", [broke])
 

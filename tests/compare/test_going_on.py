@@ -128,7 +128,7 @@ def test_no_rate_that_trains_is_one_line(
     tiny: TinyComparison, in_process: InProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tiny.compare("--rates", "1e30", recipes=[tiny.bend]) == 2
-    assert "repbend: no learning rate of --rates could be trained to the end" in error_line(capsys)
+    assert "repbend: no learning rate could be trained to the end" in error_line(capsys)
 
 
 def test_a_failed_run_is_one_line_and_nothing_is_lost(

@@ -110,6 +110,7 @@ def test_several_seeds_are_written_with_their_spread() -> None:
 
 
 OLD = {
+    "counts": {"attack_direct": 48, "attack_prefill": 48},
     "attack_direct": 0.5,
     "attack_prefill": 0.5,
     "helpful_ordinary": 0.9,
@@ -134,7 +135,10 @@ def test_a_seed_measured_before_the_shares_were_kept_leaves_dashes() -> None:
 def test_the_recorded_comparisons_are_what_the_results_show(name: str) -> None:
     root = Path(__file__).parents[2]
     recorded = json.loads((root / "benchmarks/results" / name).read_text(encoding="utf-8"))
-    assert "\n".join(tables.markdown_tables(recorded)) in (root / "docs/results.md").read_text(encoding="utf-8")
+    results = (root / "docs/results.md").read_text(encoding="utf-8")
+    assert "\n".join(tables.markdown_tables(recorded)) in results
+    assert tables.remarks(recorded)
+    assert all(remark in results for remark in tables.remarks(recorded))
 
 
 def many() -> dict[str, Any]:
@@ -195,6 +199,13 @@ def test_refusals_that_only_evade_are_counted_below_the_table() -> None:
     assert "rmu 6 of 7." in tables.markdown(record(evading))
     assert "rmu 9 of 14." in tables.markdown(record(evading, seed(1, counts=counts, evasive={"attack_direct": 3})))
     assert "refusal phrase" not in tables.markdown(record(seed(0, counts=counts, evasive={})))
+
+
+def test_a_step_before_the_last_that_was_kept_is_named() -> None:
+    text = tables.markdown(
+        record(seed(0, best_step=20, steps=60), seed(1, best_step=60, steps=60), seed(2, best_step=0, steps=60))
+    )
+    assert "Kept before training's end, by validation: rmu with seed 0 of step 20 of 60." in text
 
 
 @pytest.mark.parametrize(("width", "shown"), [(120, "12.5 % (0.0–25.0)"), (50, "12.5 %")])

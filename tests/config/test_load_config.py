@@ -114,6 +114,8 @@ def test_text_stays_as_written() -> None:
         ('""', ""),
         ('"a" or "b"', '"a" or "b"'),
         ('"a" # b', '"a" # b'),
+        ('"a" # "b"', '"a" # "b"'),
+        ("'a' # it'", "'a' # it'"),
         ("it's", "it's"),
         ('"', '"'),
     ],
