@@ -29,7 +29,7 @@ OBJECTIVES = {
     "lat": {"search_steps": 2, "distance_unit": "reference"},
     "crl": {"window_start": 2, "window_size": 2},
     "crl, cosine": {"window_start": 2, "window_size": 2, "distance": "cosine", "safe_margin": 0.3},
-    "simnpo": {"retain_nll": 0.0, "retain_kl": 0.1},
+    "simnpo": {"retain_kl": 0.1},
     "wga": {},
     "sat_imp": {"retain_kl": 0.1},
     "repbend, attacked": {"window_start": 2, "window_size": 2, **ATTACKED},

@@ -35,7 +35,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         def stepped(self: Trainer, *args: object) -> None:
             if self.step + 1 == step:
-                current[0]._handle(2, None)
+                current[0]._handle(2)
             train_step(self, *args)  # type: ignore[arg-type]
 
         monkeypatch.setattr(Interrupt, "__enter__", entered)
