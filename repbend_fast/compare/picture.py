@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from repbend_fast.compare.record import ComparisonRecord
 from repbend_fast.compare.tables import ABREAST, by_kind
-from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES, TITLES, Side
+from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES, OUTCOMES, TITLES, Side
 from repbend_fast.report.plots import INK, MUTED, OUTCOME_COLORS, RATE_COLORS, style
 
 Spread = dict[str, list[float]]
@@ -45,7 +45,7 @@ def _lines(sides: list[tuple[str, Side, Spread]]) -> Figure:
     for axes, group in zip(panels, ATTACK_GROUPS, strict=False):
         keys = GROUP_KEYS[group]
         left = [0.0] * len(sides)
-        for key, outcome in zip(keys, ("complied", "refused", "degenerate"), strict=True):
+        for key, outcome in zip(keys, OUTCOMES[group], strict=True):
             widths = [100 * (values.get(key) or 0.0) for _, values, _ in sides]
             axes.barh(places, widths, left=left, height=0.7, color=OUTCOME_COLORS[outcome], label=outcome)
             left = [start + width for start, width in zip(left, widths, strict=True)]

@@ -8,12 +8,18 @@ from typing import get_args
 from rich.table import Table
 
 from repbend_fast.compare.record import ComparisonRecord, MethodRecord, SettingsRecord
-from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_ENDS, GROUP_KEYS, GROUP_NAMES, KEYS, Side, format_value
+from repbend_fast.evaluation.rates import (
+    ATTACK_GROUPS,
+    GROUP_ENDS,
+    GROUP_KEYS,
+    GROUP_NAMES,
+    KEYS,
+    OUTCOMES,
+    Side,
+    format_value,
+)
 from repbend_fast.objectives.sections import Aim
 
-OUTCOMES = {
-    group: ("complied" if group in ATTACK_GROUPS else "helpful", "refused", "degenerate") for group in GROUP_KEYS
-}
 ROWS = {
     **{
         key: f"{GROUP_NAMES[group]}: {outcome}"

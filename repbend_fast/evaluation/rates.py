@@ -27,6 +27,10 @@ GROUP_NAMES = {
     "ordinary": "ordinary",
     "borderline": "borderline",
 }
+OUTCOMES = {
+    group: ("complied" if group in ATTACK_GROUPS else "helpful", "refused", "degenerate") for group in GROUP_KEYS
+}
+"""What the keys of ``GROUP_KEYS`` count, in words."""
 RATE_KEYS = tuple(key for keys in GROUP_KEYS.values() for key in keys)
 KEYS = (*RATE_KEYS, "perplexity", "kl")
 TITLES = {
@@ -115,8 +119,7 @@ def rates_line(rates: Mapping[str, float]) -> str:
     """
     parts = []
     for group, keys in GROUP_KEYS.items():
-        words = ("complied" if group in ATTACK_GROUPS else "helpful", "refused", "degenerate")
-        shown = [f"{rates[key]:.0%} {word}" for key, word in zip(keys, words, strict=True) if key in rates]
+        shown = [f"{rates[key]:.0%} {word}" for key, word in zip(keys, OUTCOMES[group], strict=True) if key in rates]
         parts += [f"{GROUP_NAMES[group]} {', '.join(shown)}"] if shown else []
     return "  ".join(parts)
 

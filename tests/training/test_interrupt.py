@@ -119,7 +119,7 @@ def test_a_signal_within_a_write_does_not_write_into_it(entered: Callable[[], Ab
         stream.write(f"{text}\n")
         stream.flush()
 
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a comparison leaves an ignored one ignored
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # which is to stand again behind it
     try:
         with saying(listener), entered():
             say("step 1/6")
