@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES
+from repbend_fast.evaluation.rates import ATTACK_GROUPS, GROUP_KEYS, GROUP_NAMES, OUTCOMES
 from repbend_fast.objectives.base import earlier_probes
 from repbend_fast.objectives.registry import DEFAULT_OBJECTIVE, section_of, titles_of
 from repbend_fast.objectives.sections import MethodConfig
@@ -200,13 +200,10 @@ def validation(run: RunRecord, narrow: bool = False) -> Figure | None:
         if points[0]:
             panels.append(lambda axes, p=points, t=title, lim=limits[limit]: _limited(axes, p, t, lim))  # type: ignore[misc]
     attacks, questions = ATTACK_GROUPS, tuple(group for group in GROUP_KEYS if group not in ATTACK_GROUPS)
-    for groups, what, first in (
-        (attacks, "attacks on validation prompts", "complied"),
-        (questions, "validation questions", "helpful"),
-    ):
+    for groups, what in ((attacks, "attacks on validation prompts"), (questions, "validation questions")):
         lines = {group: [numbers(run.validations, key) for key in GROUP_KEYS[group]] for group in groups}
         if any(points[0] for found in lines.values() for points in found):
-            panels.append(lambda axes, found=lines, t=what, f=first: _rates(axes, found, t, f))  # type: ignore[misc]
+            panels.append(lambda axes, found=lines, t=what: _rates(axes, found, t))  # type: ignore[misc]
     if not panels:
         return None
     columns = 1 if narrow else 2 if len(panels) == 4 else len(panels)
@@ -227,10 +224,10 @@ def _limited(axes: Axes, points: tuple[list[int], list[float]], title: str, limi
     style(axes, title)
 
 
-def _rates(axes: Axes, rates: dict[str, list[tuple[list[int], list[float]]]], title: str, first: str) -> None:
+def _rates(axes: Axes, rates: dict[str, list[tuple[list[int], list[float]]]], title: str) -> None:
     """Lines of the three rates of each group: the outcome by colour, the second group dashed."""
     for (group, lines), dashes in zip(rates.items(), ("-", "--"), strict=True):
-        for outcome, (steps, values) in zip((first, "refused", "degenerate"), lines, strict=True):
+        for outcome, (steps, values) in zip(OUTCOMES[group], lines, strict=True):
             if steps:
                 label = f"{GROUP_NAMES[group].removesuffix(' attacks')}, {outcome}"
                 percent = [100 * v for v in values]
