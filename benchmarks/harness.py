@@ -21,6 +21,12 @@ from repbend_fast.environment import environment
 RESULTS = Path(__file__).parent / "results"
 
 
+def write_json(path: Path, record: object) -> None:
+    """Writes a record, and the folder it stands in if there is none: a long run is not lost to a missing folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 Result = tuple[Tensor, list[Tensor]]
 """A value and its gradients."""
 Call = Callable[[], Result]
@@ -140,5 +146,4 @@ def write_record(path: Path, rows: list[dict[str, object]], machine: Machine, *,
         "gemm_tflop_per_s": round(machine.matrix / 1e12, 3),
     }
     record["rows"] = sorted(merged(kept, rows, record, key), key=lambda r: (r["op"], r["case"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, record)

@@ -13,24 +13,28 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.demo.train_demo import run_seed
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast import assess
 from repbend_fast.environment import environment
 
 RESULT = RESULTS / "demo_attacked.json"
 ATTACKS = ("direct", "prefill", "embedding-strong:steps=150")
+OUT = "eval-attacked"
+"""Of a run's folder: what it answered."""
 
 
-def attacked(folder: Path, suite: str, limit: int, base_of: Path | None) -> dict[str, object]:
-    """What the run in ``folder`` answers under ``ATTACKS``, and the seconds of that."""
+def attacked(
+    folder: Path, attacks: Sequence[str], suite: str, limit: int | None, base_of: Path | None = None
+) -> dict[str, object]:
+    """What the run in ``folder`` answers under ``attacks``, what is left of it where one rounds it, and the seconds."""
     started = time.perf_counter()
-    found = assess(
-        folder, suites=suite, attacks=ATTACKS, out=folder / "eval-attacked", limit=limit, base_of=base_of
-    ).summary
-    return {"groups": found["groups"], "seconds_attacked": round(time.perf_counter() - started, 1)}
+    summary = assess(folder, suites=suite, attacks=attacks, out=folder / OUT, limit=limit, base_of=base_of).summary
+    found = {name: summary[name] for name in ("rounding", "groups") if summary.get(name)}
+    return {**found, "seconds_attacked": round(time.perf_counter() - started, 1)}
 
 
 def main(given: list[str] | None = None) -> int:
@@ -52,12 +56,11 @@ def main(given: list[str] | None = None) -> int:
     for seed in asked.seeds:
         folder = asked.folder / f"seed-{seed}"
         row = run_seed(seed, folder, [*overlay, *asked.overrides])
-        found = attacked(folder, asked.suite, asked.limit, base_of)
-        base_of = base_of or folder / "eval-attacked"
+        found = attacked(folder, ATTACKS, asked.suite, asked.limit, base_of)
+        base_of = base_of or folder / OUT
         rows.append({"settings": settings, **row, **found})
         record = {**environment(), "runs": rows}
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(asked.out, record)
     return 0
 
 

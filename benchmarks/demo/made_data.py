@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.demo.train_demo import Spent, entry, timed
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast.environment import environment
 
 RESULT = RESULTS / "made_data.json"
@@ -61,7 +61,7 @@ def main() -> int:
         "spent": spent,
         "seeds": [{**found, "seconds": spent["train"]["seconds"] if spent["train"] else None}],
     }
-    chosen.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(chosen.out, record)
     return 0
 
 

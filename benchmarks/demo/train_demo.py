@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from benchmarks.demo.demo_record import Row
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast.environment import environment
 from repbend_fast.evaluation.rates import KEYS
 
@@ -81,8 +81,7 @@ def main() -> int:
         made = {**environment(), "processes": arguments.processes, "overrides": arguments.overrides}
         seeds = sorted([*_others(arguments.out, made, seed), found], key=lambda each: each["seed"])
         record = {**made, "seeds": seeds}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.out, record)
     return 0
 
 

@@ -10,14 +10,13 @@ once, in the first run's evaluation. Seconds are the last call's: of one that we
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast.assessment.json_rows import GroupRow, Rate, Summary
 from repbend_fast.environment import environment
 
@@ -202,7 +201,7 @@ def main() -> int:
                 "rows": rows,
                 "more": more,
             }
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(arguments.out, record)
     print(attack_table(record))
     print(relearning_table(record))
     for _, name, _ in named:

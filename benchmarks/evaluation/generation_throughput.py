@@ -9,7 +9,6 @@ answer is as long as the budget.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import cast
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.harness import write_json
 from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message
 from repbend_fast.data.tokenizer import Tokenizer
@@ -109,7 +109,7 @@ def main() -> None:
     print(f"{found['speedup']:.2f} x at batch {given.batch_size}, same answers: {found['same_answers']}")
     if given.out:
         record = {"environment": environment(), **found}
-        given.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(given.out, record)
 
 
 if __name__ == "__main__":

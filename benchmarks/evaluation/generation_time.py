@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.harness import write_json
 from repbend_fast.config import load_config
 from repbend_fast.data.prompts import Prompt, PromptsConfig, load_prompts
 from repbend_fast.data.tokenize import ChatEncoder
@@ -109,7 +109,7 @@ def main() -> None:
             "what": "answers to the demo's validation prompts, sides in turn",
             "rows": found,
         }
-        given.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(given.out, record)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from benchmarks.harness import write_json
 from repbend_fast.environment import commit, environment
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def _note(name: str, found: dict[str, object]) -> None:
     if found:
         tests[name] = found
     record = {**environment(), "tests": {each: tests[each] for each in TESTS if each in tests}}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(RECORD, record)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from types import FrameType
 
 from benchmarks.faults.fuzz_draws import Files
 from benchmarks.faults.fuzz_targets import TARGETS
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast.console import saying
 from repbend_fast.environment import environment
 from repbend_fast.errors import UserError
@@ -168,7 +168,7 @@ def keep(name: str, seed: int, files: Files) -> Path:
     CORPUS.mkdir(exist_ok=True)
     path = CORPUS / f"{name}-{seed}.json"
     encoded = {file: base64.b64encode(data).decode() for file, data in files.items()}
-    path.write_text(json.dumps(encoded, indent=1) + "\n", encoding="utf-8")
+    write_json(path, encoded)
     return path
 
 
@@ -223,7 +223,7 @@ def main() -> int:
         parsers = (before if arguments.only else {}) | found
         whole = {name: parsers[name] for name in TARGETS if name in parsers}
         record = {**environment(), "first_case": arguments.first, "parsers": whole}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(RECORD, record)
     return int(bad)
 
 

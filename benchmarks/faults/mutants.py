@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import re
 import shlex
@@ -39,7 +38,7 @@ from typing import TypeVar
 
 from benchmarks.faults.mutant import Mutant
 from benchmarks.faults.mutant_list import MUTANTS
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast.environment import environment
 
 ROOT = Path(__file__).parents[2]
@@ -265,7 +264,7 @@ def write_record(path: Path, verdicts: Sequence[Verdict], seconds: float) -> Non
         for v in verdicts
     ]
     record = {**environment(), "seconds": round(seconds), "counts": dict(sorted(counts.items())), "mutants": rows}
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,14 +11,13 @@ inside of themselves is a row of its own (``scratch``); what torch's own need in
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, hardware_slug
+from benchmarks.harness import RESULTS, hardware_slug, write_json
 from benchmarks.step.step_cases import LORA, Case, cases_for, load_base
 from benchmarks.step.step_sides import Side, adapted, set_up, sides_for
 from repbend_fast.environment import environment
@@ -99,7 +98,7 @@ def main() -> int:
     base = load_base(case, device)
     peaks = [peak_of(sides[name], case, base) for name in chosen.sides.split(",")]
     out: Path = chosen.out or RESULTS / f"step_peak_{hardware_slug()}.json"
-    out.write_text(json.dumps({**environment(), "peaks": peaks}, indent=1) + "\n", encoding="utf-8")
+    write_json(out, {**environment(), "peaks": peaks})
     print("\n\n".join(table(peak) for peak in peaks))
     return 0
 

@@ -11,13 +11,12 @@ their search.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TypedDict
 
 import torch
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast.config import load_config
 from repbend_fast.data.records import BatchSizes
 from repbend_fast.environment import environment
@@ -94,7 +93,7 @@ def main() -> int:
         rows.append(row_of(method, recipe))
         print(method, rows[-1]["ratio"], flush=True)
     record = {**environment(), "planned": True, "examples": EXAMPLES, "rows": rows}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(RECORD, record)
     return 0
 
 

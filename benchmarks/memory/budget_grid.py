@@ -23,7 +23,7 @@ from typing import TypedDict
 
 import torch
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from benchmarks.measure import peak_bytes
 from repbend_fast.config import Config, load_config
 from repbend_fast.data.records import Batch
@@ -155,7 +155,7 @@ def main(argv: Seq[str] | None = None) -> int:
         "longest": lengths,
         "rows": rows,
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, record)
     print(arguments.out)
     return 0 if kept(rows) else 1
 

@@ -9,7 +9,6 @@ two at a time, cut to ``OWN`` tokens. The published step has no refusal term and
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from benchmarks.baselines.eager_step import eager_step, prepare_eager
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from benchmarks.measure import peak_bytes
 from repbend_fast.config import Config, load_config
 from repbend_fast.console import saying
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         own = make_trainer(config, RunFolder(folder), make_ready(config, RunFolder(folder), False))
         found = _measured(own, config, folder)
     record = {**environment(), "recipe": arguments.recipe, "levers": own.first_levers.as_dict(), "peak_bytes": found}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.out, record)
     return 0
 
 

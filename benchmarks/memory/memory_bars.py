@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.eager_step import eager_step, prepare_eager
+from benchmarks.harness import write_json
 from repbend_fast.config import load_config
+from repbend_fast.environment import environment
 from repbend_fast.models import trainable_parameters
 from repbend_fast.objectives.repbend import RepBendConfig
 from repbend_fast.planning.batches import limits_of, published_batch
@@ -204,10 +206,8 @@ def main(argv: Seq[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="draw from the record without planning")
     if not parser.parse_args(argv).draw:
-        from repbend_fast.environment import environment
-
         record = {**environment(), "planned": True, "bars": bars(), "table": table()}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(RECORD, record)
     write_docs(json.loads(RECORD.read_text(encoding="utf-8")))
     return 0
 

@@ -7,7 +7,6 @@ Seconds are the process's own CPU time, imports included, since they do not depe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -15,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast.environment import environment
 
 RECORD = RESULTS / "plan_time.json"
@@ -53,7 +52,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RECORD)
     arguments = parser.parse_args()
     found = measure(PLANS)
-    arguments.results.write_text(json.dumps(environment() | {"cpu_seconds": found}, indent=1) + "\n")
+    write_json(arguments.results, environment() | {"cpu_seconds": found})
     for name, row in found.items():
         print(f"{name:<50}" + "  ".join(f"{part} {value:5.1f} s" for part, value in row.items()))
     return 0

@@ -19,8 +19,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.harness import RESULTS, write_json
+from repbend_fast.environment import commit, environment
+
 ROOT = Path(__file__).parents[2]
-RECORD = ROOT / "benchmarks" / "results" / "plans_house.json"
+RECORD = RESULTS / "plans_house.json"
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -78,11 +81,9 @@ def main() -> int:
             new_words = [name.removesuffix(QLORA), *(("--with", QLORA[1:]) if name.endswith(QLORA) else ())]
             plans[name] = difference(planned(old_tree, [name, *own]), planned(ROOT, [*new_words, *own, *AS_THEN]))
             print(name, *plans[name]["different"], flush=True)  # type: ignore[misc]
-    from repbend_fast.environment import commit, environment
-
     head = {"what": "repbend-fast plan RECIPE --card 4090 --json of two commits", **environment()}
     record = {**head, "old_commit": commit(old_tree), "model": SHAPE, "plans": plans}
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(options.out, record)
     return 0
 
 

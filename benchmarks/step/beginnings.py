@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast.config import load_config
 from repbend_fast.environment import environment
 from repbend_fast.runs.folder import RunFolder
@@ -83,7 +83,7 @@ def main() -> int:
         "median": medians,
         "ratio_to_own": {name: round(median / medians["own"], 3) for name, median in medians.items()},
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(options.out, record)
     print(json.dumps(record["ratio_to_own"]))
     return 0
 

@@ -11,7 +11,6 @@ rounds; a round is one pass of every side.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from repbend_fast.config.schema import LoraConfig
 from repbend_fast.environment import environment
 from repbend_fast.models import attach_lora, find_decoder, prepared, surgery, trainable_parameters
@@ -192,8 +191,7 @@ def main() -> int:
         "seconds_per_block": found,
         "missed": lines,
     }
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    arguments.results.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(arguments.results, record)
     for side, parts in found.items():
         print(f"{side:11}" + "".join(f"{part:>12} {1e3 * seconds:7.3f} ms" for part, seconds in parts.items()))
     for line in lines:

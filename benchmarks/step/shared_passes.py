@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from benchmarks.step import step_cases, step_sides
 from benchmarks.step.step_versions import SHAPE, WINDOW, Times, timed_block
 from repbend_fast.environment import environment
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cpu_ratio": {name: round(seconds / medians["packed"], 3) for name, seconds in medians.items()},
         "blocks": {name: [[round(s, 4) for s in times["cpu"]] for times in every] for name, every in found.items()},
     }
-    options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(options.out, record)
     print(json.dumps(record["cpu_ratio"], indent=1))
     return 0
 

@@ -19,7 +19,7 @@ from typing import Literal, NotRequired, TypedDict
 
 import torch
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, write_json
 from benchmarks.step.launches import LaunchCounter
 from benchmarks.step.pretended_cuda import pretended_cuda
 from benchmarks.step.step_cases import LLAMA, LORA, Case, needed_flops, real_tokens
@@ -243,8 +243,7 @@ def write_counts(path: Path, rows: list[CountRow], tokens: int, needed: int) -> 
     )
     if kept and "earlier" in kept:
         record["earlier"] = kept["earlier"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**header, **record}, indent=1) + "\n")
+    write_json(path, {**header, **record})
     return record
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import RESULTS, hardware_slug, merged, wait
+from benchmarks.harness import RESULTS, hardware_slug, merged, wait, write_json
 from benchmarks.step.profile_parts import Row, add_up, busy_seconds, profile_table, read
 from benchmarks.step.step_cases import LORA, Case, cases_for, load_base, real_tokens
 from benchmarks.step.step_sides import NotPlanned, Side, adapted, set_up, sides_for
@@ -104,8 +104,7 @@ def write(path: Path, rows: list[Row]) -> dict[str, object]:
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     header = environment()
     record = header | {"rows": merged(kept, rows, header, _key)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, record)
     return record
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Machine, merged
+from benchmarks.harness import Machine, merged, write_json
 from repbend_fast.environment import environment
 
 Row = dict[str, Any]
@@ -36,8 +36,7 @@ class StepRecord:
             "ratios": ratios_of(rows),
             "trained": _merged(kept["trained"], self.trained, header),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(path, record)
 
 
 def _merged(kept: list[Row], fresh: list[Row], header: Row) -> list[Row]:

@@ -21,7 +21,7 @@ from typing import NotRequired, TypedDict, cast
 
 import torch
 
-from benchmarks.harness import RESULTS, hardware_slug, merged, wait
+from benchmarks.harness import RESULTS, hardware_slug, merged, wait, write_json
 from benchmarks.step.step_cases import LLAMA, LORA, TINY, Case, Weights, load_base, streams_of
 from repbend_fast.config.schema import MemoryConfig
 from repbend_fast.environment import environment
@@ -119,8 +119,7 @@ def write_row(path: Path, row: ZeroRow) -> None:
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     header = environment()
     rows = merged(kept, [cast("dict[str, object]", row)], header, lambda r: (r["case"], r["setting"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
+    write_json(path, header | {"rows": rows})
 
 
 def main(arguments: list[str] | None = None) -> int:

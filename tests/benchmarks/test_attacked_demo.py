@@ -1,14 +1,17 @@
-"""The record of the demo under attack: what is trained, whose answers of the base are taken, what stands together."""
+"""The records of the demo under attack and rounded: what is trained, whose answers of the base are taken, what stands
+together.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from benchmarks.demo import attacked_demo
+from benchmarks.demo import attacked_demo, rounded_demo
 
 
 @pytest.fixture
@@ -20,11 +23,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         seen.append(("train", seed, overrides))
         return {"seed": seed}
 
-    def assess(folder: Path, **settings: object) -> SimpleNamespace:
+    def assess(folder: Path, **settings: Any) -> SimpleNamespace:
         seen.append(("attack", folder.name, settings["base_of"], settings["limit"]))
-        return SimpleNamespace(summary={"groups": [{"asked": folder.name}]})
+        rounding = ["what is left"] if "rounding:formats=nf4" in settings["attacks"] else []
+        return SimpleNamespace(summary={"groups": [{"asked": folder.name}], "rounding": rounding})
 
-    monkeypatch.setattr(attacked_demo, "run_seed", run_seed)
+    for module in (attacked_demo, rounded_demo):
+        monkeypatch.setattr(module, "run_seed", run_seed)
     monkeypatch.setattr(attacked_demo, "assess", assess)
     return seen
 
@@ -54,3 +59,21 @@ def test_runs_of_other_settings_stay_in_the_record(calls: list[tuple[object, ...
         [],
         ["--with", "adversarial", "a=1"],
     ]
+
+
+def test_rounded_without_the_option_and_with_it(calls: list[tuple[object, ...]], tmp_path: Path) -> None:
+    out = tmp_path / "folder" / "record.json"
+    rounded_demo.main(["--seeds", "3", "--every", "2", "--folder", str(tmp_path), "--out", str(out), "a=1"])
+    assert calls == [
+        ("train", 3, ["a=1"]),
+        ("attack", "seed-3-never", None, None),
+        ("train", 3, ["a=1", "training.nf4_every=2"]),
+        ("attack", "seed-3-2", tmp_path / "seed-3-never" / "eval-attacked", None),
+    ]
+    record = json.loads(out.read_text())
+    assert [(run["nf4_every"], run["rounding"]) for run in record["runs"]] == [
+        (None, ["what is left"]),
+        (2, ["what is left"]),
+    ]
+    assert record["suite"] == "demo-hearing"
+    assert record["overrides"] == ["a=1"]
