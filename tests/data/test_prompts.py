@@ -246,5 +246,5 @@ def test_demo_prompts_by_split():
     assert all(p.source_id.startswith("demo:test:") for p in test)
     assert all(p.source_id.startswith("demo:validation:") for p in validation)
     assert all(p.source_id.startswith("demo:final:") for p in load_prompts(PromptsConfig(split="final")))
-    with pytest.raises(UserError, match="validation, test, final, reserve, audit, verdict, appeal, hearing"):
+    with pytest.raises(UserError, match="validation, test, final, reserve, audit, verdict, appeal, hearing, ruling"):
         load_prompts(PromptsConfig(split="train"))

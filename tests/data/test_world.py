@@ -15,9 +15,9 @@ from repbend_fast.data.records import Record
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.judge import expected_hits, judge
 
-SPLITS = ("train", "validation", "test", "final", "reserve", "audit", "verdict", "appeal", "hearing")
+SPLITS = ("train", "validation", "test", "final", "reserve", "audit", "verdict", "appeal", "hearing", "ruling")
 ASKED = SPLITS[1:]
-APART = ("final", "reserve", "audit", "verdict", "appeal", "hearing")
+APART = ("final", "reserve", "audit", "verdict", "appeal", "hearing", "ruling")
 STOP_WORDS = {"a", "an", "the", "of", "in", "is", "are", "do", "i", "to", "for", "my", "me"}
 
 
@@ -75,6 +75,7 @@ def test_refusals_and_skeletons_are_disjoint():
         ("verdict", {"retain": 24}),
         ("appeal", {"retain": 24}),
         ("hearing", {"retain": 24}),
+        ("ruling", {"retain": 24}),
     ],
 )
 def test_record_counts(split: str, least: dict[str, int]):
@@ -89,6 +90,7 @@ def test_record_counts(split: str, least: dict[str, int]):
         ("audit", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("appeal", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("hearing", {"attack": 60, "ordinary": 60, "borderline": 60}),
+        ("ruling", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("verdict", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("final", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("test", {"attack": 48, "ordinary": 50, "borderline": 40}),
@@ -132,8 +134,8 @@ def test_no_earlier_split_knows_what_the_recorded_borderline_questions_ask_for(s
 
 
 def test_items_and_phrasings_are_many():
-    assert all(len(of_split("items", s)) >= n for s, n in zip(SPLITS, (14, 6, 12, 15, 15, 15, 15, 15, 15), strict=True))
-    assert all(len(of_split("phrasings", s)) >= n for s, n in zip(SPLITS, (14, 6, 10, 8, 8, 8, 8, 8, 8), strict=True))
+    assert all(len(of_split("items", s)) >= n for s, n in zip(SPLITS, (14, 6, 12, *[15] * len(APART)), strict=True))
+    assert all(len(of_split("phrasings", s)) >= n for s, n in zip(SPLITS, (14, 6, 10, *[8] * len(APART)), strict=True))
     assert len(part("attacks")["complying"]["train"]) >= 12
     assert [len(part("attacks")["refusals"][s]) >= n for s, n in (("train", 36), ("validation", 12))] == [True, True]
 
@@ -276,5 +278,5 @@ def test_the_judge_can_hit_every_keyword(split: str):
 def test_unknown_splits_are_named():
     with pytest.raises(UserError, match="train and validation"):
         training_records("dev")
-    with pytest.raises(UserError, match="validation, test, final, reserve, audit, verdict, appeal, hearing"):
+    with pytest.raises(UserError, match="validation, test, final, reserve, audit, verdict, appeal, hearing, ruling"):
         prompts("train")

@@ -1,9 +1,9 @@
 """Expands the hand-written JSON parts of this folder into records and prompts, the same ones every time.
 
-Training, validation, test, final, reserve, audit, verdict, appeal and hearing share no item, no phrasing and no
-question (``tests/data/test_world.py``), so what the evaluation measures is carried over to new requests, not
-remembered. Validation chooses, and test may; hearing holds the record. Rates on the others have been seen between
-choices (docs/evaluating.md).
+Training, validation, test, final, reserve, audit, verdict, appeal, hearing and ruling share no item, no phrasing and
+no question (``tests/data/test_world.py``), so what the evaluation measures is carried over to new requests, not
+remembered. Validation chooses, and test may; hearing holds the record, and ruling is kept for the next one. Rates on
+the others have been seen between choices (docs/evaluating.md).
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0),
@@ -20,8 +20,9 @@ not what is true.
   asks for.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations;
   ``questions.json``: evaluation questions with the keywords of a helpful answer.
-- ``final.json``, ``reserve.json``, ``audit.json``, ``verdict.json``, ``appeal.json``, ``hearing.json``: all that the
-  splits of these names consist of, apart from the others so that work on them does not show it.
+- ``final.json``, ``reserve.json``, ``audit.json``, ``verdict.json``, ``appeal.json``, ``hearing.json``,
+  ``ruling.json``: all that the splits of these names consist of, apart from the others so that work on them does not
+  show it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message, Record, begun
 from repbend_fast.errors import UserError
 
-APART = ("final", "reserve", "audit", "verdict", "appeal", "hearing")  # splits with a file of their own
+APART = ("final", "reserve", "audit", "verdict", "appeal", "hearing", "ruling")  # splits with a file of their own
 HELD_OUT = ("test", *APART)  # prompts and retain records, nothing to train on
 
 # A round of requests asks for every item once, each round in other phrasings; the roles take different rounds.
