@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from typing import cast
 
@@ -45,8 +44,6 @@ WIDEST_HEAD = 256
 UNEVEN_HEADS = range(193, 225)
 """Head sizes for which torch chooses another kernel with a gradient than without on cards in ``UNEVEN_CARDS``."""
 UNEVEN_CARDS = ((8, 6), (8, 9), (12, 0), (12, 1))
-WIDENED = 256
-"""Keys up to which a CPU's kernel is faster in 32 bits than in 16, above all its backward (docs/log.md)."""
 EAGER = "eager_attention_forward"
 """What transformers' files call a family's attention in plain torch."""
 PLAIN = ("softcap", "s_aux", "position_bias")
@@ -189,7 +186,10 @@ def _one_by_one(
         q, k, v = (part[:, :, start:stop] for part in (query, key, value))
         length = stop - start
         mask = None if window is None or window >= length else _causal_mask(length, window, query.device)
-        found.append(_sdpa(q, k, v, mask, scaling).transpose(1, 2))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        found.append(out.transpose(1, 2))
     return torch.cat(found, dim=1)
 
 
@@ -204,21 +204,11 @@ def _behind_shared(
         if start:
             k, v = (torch.cat((part[:, :, :shared], own), 2) for part, own in ((key, k), (value, v)))
         mask = _causal_mask(stop - start, window, query.device, k.shape[2] - q.shape[2])
-        found.append(_sdpa(q, k, v, mask, scaling).transpose(1, 2))
-    return torch.cat(found, dim=1)
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """SDPA under ``mask``, causal without one; short 16-bit rows of a CPU in 32 bits, rounded once."""
-    kind, length = query.device.type, key.shape[2]
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    widened = kind == "cpu" and dtype in (torch.float16, torch.bfloat16) and length <= WIDENED
-    with torch.autocast(kind, enabled=False) if widened else nullcontext():
-        q, k, v = (part.float() if widened else part for part in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
-    return out.to(dtype) if widened else out
+        found.append(out.transpose(1, 2))
+    return torch.cat(found, dim=1)
 
 
 def _causal_mask(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
