@@ -165,7 +165,6 @@ def kept_cases(name: str) -> Iterator[tuple[str, Files]]:
 
 def keep(name: str, seed: int, files: Files) -> Path:
     """Put a case into the corpus."""
-    CORPUS.mkdir(exist_ok=True)
     path = CORPUS / f"{name}-{seed}.json"
     encoded = {file: base64.b64encode(data).decode() for file, data in files.items()}
     write_json(path, encoded)
