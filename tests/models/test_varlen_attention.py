@@ -294,3 +294,42 @@ def test_torch_s_kernel_gives_what_sdpa_gives(window: int | None) -> None:
         found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), parts)])
     for name, got, expected in zip(("output", "query", "key", "value"), *found, strict=True):
         assert_matches(got, expected, tolerance=2e-2, name=name)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["16-bit tensors", "autocast"])
+@pytest.mark.parametrize("shared", [0, 4])
+def test_short_rows_of_a_cpu_are_computed_in_32_bits(
+    shared: int, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes back, and the gradients, are those of float32 rounded once, for a sequence on its own too; longer
+    rows go as they are.
+    """
+    packed = pack((7, 9, 4) if shared == 0 else (3, 9, 4), CPU, shared)
+    rows = sum(packed.lengths) + shared
+    draw = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(1, heads, rows, 8, generator=draw).bfloat16() for heads in (4, 2, 2)]
+    weight = torch.randn(1, rows, 4, 8, generator=draw)
+
+    def found(dtype: torch.dtype, cast: bool) -> tuple[torch.dtype, list[Tensor]]:
+        parts = [part.detach().to(dtype, copy=True).requires_grad_() for part in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out, _ = varlen_attention(SimpleNamespace(is_causal=True), *parts, None, packed=packed)  # type: ignore[arg-type]
+        (out.float() * weight).sum().backward()
+        return out.dtype, [out.detach(), *(part.grad for part in parts if part.grad is not None)]
+
+    dtype, got = found(torch.float32 if autocast else torch.bfloat16, autocast)
+    _, exact = found(torch.float32, False)
+    assert dtype == torch.bfloat16
+    assert torch.equal(got[0], exact[0].bfloat16())
+    for name, ours, wanted in zip("qkv", got[1:], exact[1:], strict=True):
+        assert relative_l2(ours, wanted) < 4e-3, name
+    if not shared:
+        alone = []
+        for rows_of in (slice(0, 7), slice(7, 16), slice(16, 20)):
+            parts = [part[:, :, rows_of].to(torch.float32 if autocast else torch.bfloat16) for part in inputs]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                module = SimpleNamespace(is_causal=True, num_key_value_groups=2)
+                alone.append(varlen_attention(module, *parts, None)[0])  # type: ignore[arg-type]
+        assert torch.equal(torch.cat(alone, 1), got[0]), "a sequence on its own is computed otherwise"
+    monkeypatch.setattr(varlen, "WIDENED", 0)
+    assert not torch.equal(found(torch.float32 if autocast else torch.bfloat16, autocast)[1][0], got[0])

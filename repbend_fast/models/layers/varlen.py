@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from typing import cast
 
@@ -44,6 +45,8 @@ WIDEST_HEAD = 256
 UNEVEN_HEADS = range(193, 225)
 """Head sizes for which torch chooses another kernel with a gradient than without on cards in ``UNEVEN_CARDS``."""
 UNEVEN_CARDS = ((8, 6), (8, 9), (12, 0), (12, 1))
+WIDENED = 256
+"""Keys up to which a CPU's kernel is faster in 32 bits than in 16, above all its backward (docs/log.md)."""
 EAGER = "eager_attention_forward"
 """What transformers' files call a family's attention in plain torch."""
 PLAIN = ("softcap", "s_aux", "position_bias")
@@ -121,12 +124,7 @@ def varlen_attention(
         ValueError: sequences share the row, and attention has a part that cannot be computed for them.
     """
     if packed is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        plain: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
-        return plain(
-            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **others
-        )
+        return _plain(module, query, key, value, attention_mask, scaling, sliding_window, **others), None
     if unknown := [name for name in PLAIN if others.get(name) is not None]:
         raise ValueError(f"attention with {unknown[0]} has no path for sequences that share a row")
     window = None
@@ -186,10 +184,7 @@ def _one_by_one(
         q, k, v = (part[:, :, start:stop] for part in (query, key, value))
         length = stop - start
         mask = None if window is None or window >= length else _causal_mask(length, window, query.device)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        found.append(out.transpose(1, 2))
+        found.append(_sdpa(q, k, v, mask, scaling).transpose(1, 2))
     return torch.cat(found, dim=1)
 
 
@@ -204,11 +199,56 @@ def _behind_shared(
         if start:
             k, v = (torch.cat((part[:, :, :shared], own), 2) for part, own in ((key, k), (value, v)))
         mask = _causal_mask(stop - start, window, query.device, k.shape[2] - q.shape[2])
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        found.append(out.transpose(1, 2))
+        found.append(_sdpa(q, k, v, mask, scaling).transpose(1, 2))
     return torch.cat(found, dim=1)
+
+
+def _plain(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    window: int | None,
+    **others: object,
+) -> Tensor:
+    """transformers' SDPA, in the precision that a sequence has where it shares a row."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    plain: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
+    dtype = _rounded_to(query, key)
+    if dtype is None:
+        return plain(module, query, key, value, mask, scaling=scaling, sliding_window=window, **others)[0]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v = query.float(), key.float(), value.float()
+        out, _ = plain(module, q, k, v, mask, scaling=scaling, sliding_window=window, **others)
+    return out.to(dtype)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """SDPA under ``mask``, causal without one."""
+    dtype = _rounded_to(query, key)
+    with torch.autocast(query.device.type, enabled=False) if dtype else nullcontext():
+        q, k, v = (part.float() if dtype else part for part in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.to(dtype) if dtype else out
+
+
+def _rounded_to(query: Tensor, key: Tensor) -> torch.dtype | None:
+    """What attention computed in 32 bits is rounded to; None where it is not: see ``WIDENED``.
+
+    It does not ask for a gradient, since a reference pass has none; a token on its own, as in decoding, stays as it is.
+    """
+    kind = query.device.type
+    if kind != "cpu" or not 1 < query.shape[2] <= key.shape[2] <= WIDENED:
+        return None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
 def _causal_mask(length: int, window: int | None, device: torch.device, before: int = 0) -> Tensor:
