@@ -113,6 +113,11 @@ class TrainingConfig(Section):
         "constant", description="Of the learning rate, after the warm-up."
     )
     warmup_steps: NonNegative = Field(0, description="Steps in which the learning rate rises from 0.")
+    decay_steps: Positive | None = Field(
+        None,
+        description="Last steps over which a `linear` or `cosine` schedule falls, constant until then; none = all "
+        "after the warm-up.",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's, of the adapter alone.")
     # YAML has lists only, so this one type is taken from a list.
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field((0.9, 0.999), description="AdamW's decay rates.")
@@ -376,6 +381,16 @@ def _impossible_steps(training: TrainingConfig) -> Iterator[str]:
         )
     if training.warmup_steps > training.steps:
         yield f"training.warmup_steps={training.warmup_steps} is more than training.steps={training.steps}; lower it"
+    if training.decay_steps is not None and training.schedule == "constant":
+        yield (
+            f"training.decay_steps={training.decay_steps} says over which last steps the learning rate falls, and "
+            "training.schedule=constant never lowers it; set training.schedule=linear or cosine, or leave it out"
+        )
+    elif training.decay_steps is not None and training.warmup_steps + training.decay_steps > training.steps:
+        yield (
+            f"training.warmup_steps={training.warmup_steps} and training.decay_steps={training.decay_steps} are "
+            f"more than training.steps={training.steps} together; lower one of them"
+        )
 
 
 def _undivided(config: Config) -> Iterator[str]:

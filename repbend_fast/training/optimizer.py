@@ -48,7 +48,7 @@ def learning_rate(config: TrainingConfig, finished: int, anneal: range | None = 
     """The learning rate of the step after ``finished`` ones.
 
     A linear warm-up from 0, then ``constant``, or down to 0 at ``steps`` along a line or half a cosine, as transformers
-    defines them.
+    defines them; with ``decay_steps`` its warmup-stable-decay, which falls over these last steps alone.
 
     Args:
         anneal: steps over which it falls along a line from its value at ``anneal.start`` to 0 at ``anneal.stop``, or at
@@ -63,7 +63,10 @@ def learning_rate(config: TrainingConfig, finished: int, anneal: range | None = 
 def _scheduled(config: TrainingConfig, finished: int) -> float:
     if finished < config.warmup_steps:
         return config.learning_rate * finished / config.warmup_steps
-    progress = (finished - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    start = config.warmup_steps
+    if config.decay_steps is not None:
+        start = max(start, config.steps - config.decay_steps)
+    progress = max(0, finished - start) / max(1, config.steps - start)
     factor = {"constant": 1.0, "linear": max(0.0, 1 - progress), "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
         config.schedule
     ]

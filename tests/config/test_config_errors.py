@@ -78,6 +78,11 @@ def test_override_errors(override: str, expected: str) -> None:
         (["blocks=[40]"], "lora.blocks=[40] lie behind the window, which ends at hidden state 28"),
         (["blocks=[1, 1]"], "lora.blocks=[1, 1]"),
         (["warmup_steps=31", "steps=30"], "training.warmup_steps=31 is more than training.steps=30"),
+        (["training.decay_steps=3", "schedule=constant"], "set training.schedule=linear or cosine"),
+        (
+            ["warmup_steps=20", "training.decay_steps=11", "steps=30", "schedule=linear"],
+            "are more than training.steps=30 together",
+        ),
         (["refusal_examples=1", "examples=2"], "training.refusal_examples=1 is less than training.examples=2"),
         (["model.dtype=bfloat16", "autocast=bfloat16"], "training.autocast=bfloat16 is for float32 weights"),
         (

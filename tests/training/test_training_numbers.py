@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_run import TinyRun, adapter_of, records, reproducible, rows, same_tensors, write_model, write_records
 from torch import nn
-from transformers import get_scheduler
+from transformers import get_scheduler, get_wsd_schedule
 
 from repbend_fast.config.schema import TrainingConfig
 from repbend_fast.errors import UserError
@@ -63,6 +63,24 @@ def test_schedules_are_those_of_transformers(schedule: str, warmup: int) -> None
         assert learning_rate(config, step) == pytest.approx(reference.get_last_lr()[0], rel=1e-12, abs=0)
         optimizer.step()
         reference.step()
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 1), (0, 12), (3, 4), (3, 9), (11, 1)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_late_decay_is_warmup_stable_decay_of_transformers(schedule: str, warmup: int, decay: int) -> None:
+    config = TrainingConfig(  # type: ignore[arg-type]
+        steps=12, schedule=schedule, warmup_steps=warmup, decay_steps=decay, learning_rate=3e-4
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
+    reference = get_wsd_schedule(optimizer, warmup, decay, num_training_steps=12, decay_type=schedule)
+    rates = []
+    for step in range(12):
+        rates.append(learning_rate(config, step))
+        assert rates[-1] == pytest.approx(reference.get_last_lr()[0], rel=1e-12, abs=0)
+        optimizer.step()
+        reference.step()
+    assert rates[warmup : 12 - decay + 1] == [3e-4] * (12 - decay + 1 - warmup)
+    assert learning_rate(config, 12) == 0
 
 
 def test_annealing_falls_along_a_line_from_the_rate_at_its_start_to_zero() -> None:
