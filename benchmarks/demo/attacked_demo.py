@@ -3,7 +3,7 @@
 
     python -m benchmarks.demo.attacked_demo --seeds 42 1 2 [--limit 16] [--suite demo-validation] [key=value …]
 
-Each seed is trained with the overlay ``adversarial`` (without it under ``--plain``), measured on the demo's own prompts
+Each seed is trained by ``--recipe`` (``demo`` for what the attack does without it), measured on the demo's own prompts
 as every run is, and asked ``--limit`` prompts of a kind by ``ATTACKS``. Runs of several calls stand in one record, each
 with its settings.
 """
@@ -42,20 +42,19 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--limit", type=int, default=16, help="prompts of each kind that are attacked")
     parser.add_argument("--suite", default="demo-hearing", help="prompts that are attacked")
-    parser.add_argument("--plain", action="store_true", help="without the overlay")
+    parser.add_argument("--recipe", default="demo-adversarial", help="a bundled recipe of the demo, or a file")
     parser.add_argument("--folder", type=Path, default=Path("runs/record-attacked"))
     parser.add_argument("--base-of", type=Path, help="an evaluation whose answers of the base are taken")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("overrides", nargs="*", help="key=value, as for `repbend-fast train`")
     asked = parser.parse_args(given)
-    overlay = [] if asked.plain else ["--with", "adversarial"]
-    settings = {"overlay": not asked.plain, "overrides": asked.overrides, "suite": asked.suite, "limit": asked.limit}
+    settings = {"recipe": asked.recipe, "overrides": asked.overrides, "suite": asked.suite, "limit": asked.limit}
     before = json.loads(asked.out.read_text(encoding="utf-8"))["runs"] if asked.out.is_file() else []
     rows = [row for row in before if row["settings"] != settings or row["seed"] not in asked.seeds]
     base_of = asked.base_of
     for seed in asked.seeds:
         folder = asked.folder / f"seed-{seed}"
-        row = run_seed(seed, folder, [*overlay, *asked.overrides])
+        row = run_seed(seed, folder, asked.overrides, recipe=asked.recipe)
         found = attacked(folder, ATTACKS, asked.suite, asked.limit, base_of)
         base_of = base_of or folder / OUT
         rows.append({"settings": settings, **row, **found})

@@ -45,9 +45,9 @@ def timed(arguments: list[str], cwd: Path, processes: int = 1) -> Spent:
     return {"seconds": round(ended - started, 1), "processor_seconds": round(processor, 1)}
 
 
-def run_seed(seed: int, folder: Path, overrides: list[str], processes: int = 1) -> Row:
+def run_seed(seed: int, folder: Path, overrides: list[str], processes: int = 1, recipe: str = "demo") -> Row:
     """One demo run; its two evaluations by key, the step that was kept and the run's seconds."""
-    training = ["train", "demo", f"training.seed={seed}", f"output.folder={folder.resolve()}", *overrides]
+    training = ["train", recipe, f"training.seed={seed}", f"output.folder={folder.resolve()}", *overrides]
     return entry(seed, folder, timed(training, Path.cwd(), processes)["seconds"])
 
 

@@ -19,8 +19,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     """What was trained and attacked, in place of doing it."""
     seen: list[tuple[object, ...]] = []
 
-    def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, object]:
-        seen.append(("train", seed, overrides))
+    def run_seed(seed: int, folder: Path, overrides: list[str], recipe: str = "demo") -> dict[str, object]:
+        seen.append(("train", recipe, seed, overrides))
         return {"seed": seed}
 
     def assess(folder: Path, **settings: Any) -> SimpleNamespace:
@@ -34,14 +34,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     return seen
 
 
-def test_the_base_is_asked_once_and_the_overlay_is_named(calls: list[tuple[object, ...]], tmp_path: Path) -> None:
+def test_the_base_is_asked_once(calls: list[tuple[object, ...]], tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     attacked_demo.main(["--seeds", "3", "4", "--limit", "5", "--folder", str(tmp_path), "--out", str(out), "a=1"])
     first = tmp_path / "seed-3" / "eval-attacked"
     assert calls == [
-        ("train", 3, ["--with", "adversarial", "a=1"]),
+        ("train", "demo-adversarial", 3, ["a=1"]),
         ("attack", "seed-3", None, 5),
-        ("train", 4, ["--with", "adversarial", "a=1"]),
+        ("train", "demo-adversarial", 4, ["a=1"]),
         ("attack", "seed-4", first, 5),
     ]
     runs = json.loads(out.read_text())["runs"]
@@ -50,14 +50,14 @@ def test_the_base_is_asked_once_and_the_overlay_is_named(calls: list[tuple[objec
 
 def test_runs_of_other_settings_stay_in_the_record(calls: list[tuple[object, ...]], tmp_path: Path) -> None:
     given = ["--folder", str(tmp_path), "--out", str(tmp_path / "record.json")]
-    for more in (["a=1"], ["--plain"], ["a=1"]):
+    for more in (["a=1"], ["--recipe", "demo"], ["a=1"]):
         attacked_demo.main([*given, *more])
     runs = json.loads((tmp_path / "record.json").read_text())["runs"]
-    assert [run["settings"]["overlay"] for run in runs] == [False, True]
-    assert [overrides for what, _, overrides in (c for c in calls if c[0] == "train")] == [
-        ["--with", "adversarial", "a=1"],
-        [],
-        ["--with", "adversarial", "a=1"],
+    assert [run["settings"]["recipe"] for run in runs] == ["demo", "demo-adversarial"]
+    assert [call[1:] for call in calls if call[0] == "train"] == [
+        ("demo-adversarial", 42, ["a=1"]),
+        ("demo", 42, []),
+        ("demo-adversarial", 42, ["a=1"]),
     ]
 
 
@@ -65,9 +65,9 @@ def test_rounded_without_the_option_and_with_it(calls: list[tuple[object, ...]],
     out = tmp_path / "folder" / "record.json"
     rounded_demo.main(["--seeds", "3", "--every", "2", "--folder", str(tmp_path), "--out", str(out), "a=1"])
     assert calls == [
-        ("train", 3, ["a=1"]),
+        ("train", "demo", 3, ["a=1"]),
         ("attack", "seed-3-never", None, None),
-        ("train", 3, ["a=1", "training.nf4_every=2"]),
+        ("train", "demo", 3, ["a=1", "training.nf4_every=2"]),
         ("attack", "seed-3-2", tmp_path / "seed-3-never" / "eval-attacked", None),
     ]
     record = json.loads(out.read_text())
