@@ -23,6 +23,8 @@ FREE = frozenset(
         "lora.target_modules",
         "lora.blocks",
         "training.learning_rate",
+        "training.schedule",
+        "training.decay_steps",
         "training.seed",
         "training.examples",
         "training.accumulation",
@@ -119,7 +121,7 @@ def load_comparison(
 
 
 def check_equal(methods: Sequence[Method]) -> None:
-    """Refuse methods that differ in more than objective, adapted layers and learning rate.
+    """Refuse methods that differ in more than objective, adapted layers, learning rate and its schedule.
 
     Raises:
         UserError: the first setting that differs, with both recipes and values; or two recipes of one name.

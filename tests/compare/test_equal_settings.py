@@ -64,7 +64,8 @@ def test_other_data_is_a_difference(tiny: TinyComparison) -> None:
 
 
 def test_the_methods_own_settings_and_the_split_of_the_batch_may_differ(tiny: TinyComparison) -> None:
-    own = {"learning_rate": 0.5, "seed": 9, "checkpoint_every": 1, "examples": 1, "accumulation": 2}
+    own = {"learning_rate": 0.5, "schedule": "linear", "decay_steps": 2, "seed": 9, "checkpoint_every": 1}
+    own |= {"examples": 1, "accumulation": 2}
     other = tiny.other(
         "other",
         objective=RMU,
