@@ -61,11 +61,14 @@ def entry(seed: int, folder: Path, seconds: float) -> Row:
     return {"seed": seed, **sides, "seconds": round(seconds, 1), "best_step": evaluation["best_step"], "counts": counts}
 
 
-def _others(out: Path, made: dict[str, object], seed: int) -> list[Row]:
-    """What the record holds of the same commit, processes and settings for other seeds."""
+def _seeds(out: Path, made: dict[str, object], found: Row) -> list[Row]:
+    """``found`` with what the record holds of the same commit, processes and settings, in the order of the runs; a seed
+    that was run again keeps its place.
+    """
     record = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     same = all(record.get(name) == made[name] for name in ("commit", "processes", "overrides"))
-    return [each for each in record["seeds"] if each["seed"] != seed] if same else []
+    held = {each["seed"]: each for each in record["seeds"]} if same else {}
+    return list((held | {found["seed"]: found}).values())
 
 
 def main() -> int:
@@ -79,9 +82,7 @@ def main() -> int:
     for seed in arguments.seeds:
         found = run_seed(seed, arguments.folder / f"seed-{seed}", arguments.overrides, arguments.processes)
         made = {**environment(), "processes": arguments.processes, "overrides": arguments.overrides}
-        seeds = sorted([*_others(arguments.out, made, seed), found], key=lambda each: each["seed"])
-        record = {**made, "seeds": seeds}
-        write_json(arguments.out, record)
+        write_json(arguments.out, {**made, "seeds": _seeds(arguments.out, made, found)})
     return 0
 
 

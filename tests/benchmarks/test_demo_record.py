@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.demo import train_demo
 from benchmarks.demo.demo_record import demo_summary, demo_table, missed_demo_goals
 from benchmarks.demo.train_demo import entry as record_of
 from repbend_fast.config import load_config
@@ -99,6 +100,26 @@ def test_a_run_s_record_holds_what_was_measured(tmp_path: Path):
     assert (found["before"], found["best_step"], found["seconds"]) == (BEFORE, 60, 61.3)
     assert found["after"]["attack_prefill_refused"] == 0.9
     assert "helpful_borderline" not in found["after"]
+
+
+def test_seeds_stand_in_the_order_of_their_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that is run again keeps its place; other settings begin a new record."""
+    runs: list[int] = []
+
+    def run_seed(seed: int, folder: Path, overrides: list[str], processes: int) -> dict[str, int]:
+        runs.append(seed)
+        return {"seed": seed, "run": len(runs)}
+
+    monkeypatch.setattr(train_demo, "run_seed", run_seed)
+    out = tmp_path / "demo.json"
+    found = []
+    for seeds, overrides in ((["42", "1", "2"], []), (["42"], []), (["7"], ["a=1"])):
+        given = ["--seeds", *seeds, "--folder", str(tmp_path), "--out", str(out), *overrides]
+        monkeypatch.setattr("sys.argv", ["train_demo", *given])
+        train_demo.main()
+        record = json.loads(out.read_text(encoding="utf-8"))
+        found.append([(each["seed"], each["run"]) for each in record["seeds"]])
+    assert found == [[(42, 1), (1, 2), (2, 3)], [(42, 4), (1, 2), (2, 3)], [(7, 5)]]
 
 
 def test_the_table_has_a_column_for_each_seed():
