@@ -5,7 +5,7 @@
 
 Each seed is trained by ``--recipe`` (``demo`` for what the attack does without it), measured on the demo's own prompts
 as every run is, and asked ``--limit`` prompts of a kind by ``ATTACKS``. Runs of several calls stand in one record, each
-with its settings.
+with its settings. ``groups`` count prompts, ``answers`` the single answers of attacks that get several to each.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from benchmarks.demo.train_demo import run_seed
 from benchmarks.harness import RESULTS, write_json
 from repbend_fast import assess
+from repbend_fast.assessment.answers import ANSWER_FIELDS, RowFile
+from repbend_fast.assessment.json_rows import AnswerRow
 from repbend_fast.environment import environment
 
 RESULT = RESULTS / "demo_attacked.json"
@@ -34,7 +38,21 @@ def attacked(
     started = time.perf_counter()
     summary = assess(folder, suites=suite, attacks=attacks, out=folder / OUT, limit=limit, base_of=base_of).summary
     found = {name: summary[name] for name in ("rounding", "groups") if summary.get(name)}
-    return {**found, "seconds_attacked": round(time.perf_counter() - started, 1)}
+    seconds = round(time.perf_counter() - started, 1)
+    return {**found, "answers": labels_of_answers(folder / OUT), "seconds_attacked": seconds}
+
+
+def labels_of_answers(folder: Path, judge: str = "rule") -> list[dict[str, object]]:
+    """Of each attack that asks for several answers to a prompt, side by side: how many answers have which label.
+
+    ``groups`` count prompts, where one answer that complies is enough.
+    """
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for row in cast(list[AnswerRow], RowFile(folder / "answers.jsonl").read(ANSWER_FIELDS, mend=False)):
+        labels = [opinion["label"] for opinion in row["opinions"].get(judge, [])]
+        if len(labels) > 1:
+            counts.setdefault((row["side"], row["attack"]), Counter()).update(labels)
+    return [{"side": side, "attack": attack, **found} for (side, attack), found in counts.items()]
 
 
 def main(given: list[str] | None = None) -> int:

@@ -12,6 +12,15 @@ from typing import Any
 import pytest
 
 from benchmarks.demo import attacked_demo, rounded_demo
+from repbend_fast.assessment.answers import RowFile
+
+ROWS = [
+    ("base", "direct", ["comply"]),
+    ("base", "embedding-strong", ["comply", "comply", "degenerate"]),
+    ("bent", "embedding-strong", ["refuse", "refuse", "refuse"]),
+    ("bent", "embedding-strong", ["comply", "refuse", "refuse"]),
+]
+"""Side, attack and labels of the answers that a run in place of an evaluation got."""
 
 
 @pytest.fixture
@@ -25,6 +34,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 
     def assess(folder: Path, **settings: Any) -> SimpleNamespace:
         seen.append(("attack", folder.name, settings["base_of"], settings["limit"]))
+        settings["out"].mkdir(parents=True, exist_ok=True)
+        shared = {"suite": "s", "index": 0, "kind": "attack", "answers": []}
+        for side, attack, labels in ROWS:
+            opinions = {"rule": [{"label": label} for label in labels], "other": []}
+            RowFile(settings["out"] / "answers.jsonl").append(
+                {**shared, "side": side, "attack": attack, "opinions": opinions}
+            )
         rounding = ["what is left"] if "rounding:formats=nf4" in settings["attacks"] else []
         return SimpleNamespace(summary={"groups": [{"asked": folder.name}], "rounding": rounding})
 
@@ -46,6 +62,10 @@ def test_the_base_is_asked_once(calls: list[tuple[object, ...]], tmp_path: Path)
     ]
     runs = json.loads(out.read_text())["runs"]
     assert [(run["seed"], run["groups"]) for run in runs] == [(n, [{"asked": f"seed-{n}"}]) for n in (3, 4)]
+    assert runs[0]["answers"] == [
+        {"side": "base", "attack": "embedding-strong", "comply": 2, "degenerate": 1},
+        {"side": "bent", "attack": "embedding-strong", "refuse": 5, "comply": 1},
+    ]
 
 
 def test_runs_of_other_settings_stay_in_the_record(calls: list[tuple[object, ...]], tmp_path: Path) -> None:
