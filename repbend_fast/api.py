@@ -203,7 +203,8 @@ def assess(
             ``demo``. By default those that the demo's suite holds out, else the base's own answers.
         base_of: the folder of another evaluation of the same model in the same way, whose answers of the base are
             taken: several adapters need it asked once.
-        limit: at most that many prompts of each kind and suite, spread evenly.
+        limit: at most that many prompts of each kind and suite, spread evenly, and of
+            different items as far as there are.
         max_new_tokens: an answer's length; by default 64 for the demo's prompts and 512 for others.
         batch_size, seed: prompts at once, and what attacks draw from.
         say: receives progress, the tables and the file's name.

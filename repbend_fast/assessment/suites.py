@@ -55,7 +55,8 @@ def suite_names() -> list[str]:
 
 def load_suite(text: str, limit: int | None = None) -> Suite:
     """``NAME`` from the hub (the demo's is bundled), ``FILE``, ``owner/name`` on the hub, or ``NAME:FILE`` for a file
-    that is to be read as a published set; ``limit`` takes that many prompts of each kind, spread evenly.
+    that is to be read as a published set; ``limit`` takes that many prompts of each kind, spread
+    evenly, of different items as far as there are.
 
     Raises:
         UserError: an unknown name, no such file, a missing column or a bad row, each by name, file and line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,15 +79,28 @@ def load_prompts(config: PromptsConfig, *, of_set: str | None = None, subset: st
 
 
 def limit_per_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    """At most ``limit`` prompts of each kind, at even distances, so that every part of a sorted file is seen."""
+    """At most ``limit`` prompts of each kind, at even distances, so that every part of a sorted file is seen.
+
+    No item is asked for a second time before every other one was once: at even distances alone, a file that asks for
+    its items in turn would give few of them.
+    """
     if limit is None:
         return prompts
-    kept: list[Prompt] = []
-    for kind in KINDS:
-        same = [p for p in prompts if p.kind == kind]
-        count = min(limit, len(same))
-        kept += [same[i * len(same) // count] for i in range(count)]
-    return kept
+    return [prompt for kind in KINDS for prompt in _some([p for p in prompts if p.kind == kind], limit)]
+
+
+def _some(prompts: list[Prompt], limit: int) -> list[Prompt]:
+    """``limit`` of ``prompts`` in their order: whole rounds of the items, then a part of the next round."""
+    turns, asked = [], Counter[str]()
+    for prompt in prompts:
+        turns.append(asked[prompt.item])
+        asked[prompt.item] += bool(prompt.item)  # without an item a prompt is one of its own
+    kept: list[int] = []
+    for turn in sorted(set(turns)):
+        members = [number for number, each in enumerate(turns) if each == turn]
+        count = min(limit - len(kept), len(members))
+        kept += [members[i * len(members) // count] for i in range(count)]
+    return [prompts[number] for number in sorted(kept)]
 
 
 def _read(config: PromptsConfig, of_set: str | None, subset: str | None) -> list[Prompt]:

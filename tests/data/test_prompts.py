@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from repbend_fast.config import load_config, missing_files
-from repbend_fast.data.prompts import Prompt, load_prompts
+from repbend_fast.data.prompts import Prompt, limit_per_kind, load_prompts
 from repbend_fast.data.reading import Row
 from repbend_fast.data.settings import PromptsConfig
 from repbend_fast.errors import UserError
@@ -239,6 +239,30 @@ def test_limit_takes_each_kind_evenly(tmp_path: Path):
     assert [p.text for p in kept if p.kind == "ordinary"] == ["q0", "q3", "q6"]
     assert [p.text for p in kept if p.kind == "attack"] == ["q10", "q12", "q14"]
     assert len(load(path, limit=100)) == 16
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (2, ["ax", "cx"]),
+        (3, ["ax", "bx", "cx"]),
+        (5, ["ax", "bx", "cx", "dx", "ay"]),
+        (6, ["ax", "bx", "cx", "dx", "ay", "cy"]),
+        (99, [a + b for b in "xyz" for a in "abcd"]),
+    ],
+)
+def test_limit_asks_for_every_item_before_it_asks_again(limit: int, expected: list[str]):
+    """At even distances alone, three of twelve would be about one item."""
+    prompts = [Prompt("attack", item + turn, item=item) for turn in "xyz" for item in "abcd"]
+    chosen = [prompt.text for prompt in limit_per_kind(prompts, limit)]
+    assert chosen == expected
+
+
+@pytest.mark.parametrize("split", ["test", "hearing"])
+@pytest.mark.parametrize("limit", [3, 8, 12])
+def test_a_few_attacks_of_the_demo_are_about_as_many_items(split: str, limit: int):
+    kept = [p for p in load_prompts(PromptsConfig(split=split, limit=limit)) if p.kind == "attack"]
+    assert len({p.item for p in kept}) == len(kept) == limit
 
 
 def test_demo_prompts_by_split():
