@@ -15,9 +15,21 @@ from repbend_fast.data.records import Record
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.judge import expected_hits, judge
 
-SPLITS = ("train", "validation", "test", "final", "reserve", "audit", "verdict", "appeal", "hearing", "ruling")
+SPLITS = (
+    "train",
+    "validation",
+    "test",
+    "final",
+    "reserve",
+    "audit",
+    "verdict",
+    "appeal",
+    "hearing",
+    "ruling",
+    "tribunal",
+)
 ASKED = SPLITS[1:]
-APART = ("final", "reserve", "audit", "verdict", "appeal", "hearing", "ruling")
+APART = ("final", "reserve", "audit", "verdict", "appeal", "hearing", "ruling", "tribunal")
 STOP_WORDS = {"a", "an", "the", "of", "in", "is", "are", "do", "i", "to", "for", "my", "me"}
 
 
@@ -76,6 +88,7 @@ def test_refusals_and_skeletons_are_disjoint():
         ("appeal", {"retain": 24}),
         ("hearing", {"retain": 24}),
         ("ruling", {"retain": 24}),
+        ("tribunal", {"retain": 24}),
     ],
 )
 def test_record_counts(split: str, least: dict[str, int]):
@@ -91,6 +104,7 @@ def test_record_counts(split: str, least: dict[str, int]):
         ("appeal", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("hearing", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("ruling", {"attack": 60, "ordinary": 60, "borderline": 60}),
+        ("tribunal", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("verdict", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("final", {"attack": 60, "ordinary": 60, "borderline": 60}),
         ("test", {"attack": 48, "ordinary": 50, "borderline": 40}),
@@ -147,7 +161,7 @@ OF_THE_WORLD = re.compile(
 )
 
 
-@pytest.mark.parametrize("part_name", ["complying", "lookalikes", "crafts", "writing"])
+@pytest.mark.parametrize("part_name", ["complying", "lookalikes", "crafts", "writing", "brief"])
 def test_what_the_model_wrote_names_no_real_people_and_no_real_harm(part_name: str):
     """A small model says hateful things of made-up items unasked; the data is to be fictional throughout."""
     found = [(asked, OF_THE_WORLD.search(answer)) for asked, answer in part(part_name)]

@@ -1,9 +1,9 @@
 """Expands the hand-written JSON parts of this folder into records and prompts, the same ones every time.
 
-Training, validation, test, final, reserve, audit, verdict, appeal, hearing and ruling share no item, no phrasing and
-no question (``tests/data/test_world.py``), so what the evaluation measures is carried over to new requests, not
-remembered. Validation chooses, and test may; hearing holds the record, and ruling is kept for the next one. Rates on
-the others have been seen between choices (docs/evaluating.md).
+Training, validation, test, final, reserve, audit, verdict, appeal, hearing, ruling and tribunal share no item, no
+phrasing and no question (``tests/data/test_world.py``), so what the evaluation measures is carried over to new
+requests, not remembered. Validation chooses, and test may; tribunal holds the record. Rates on the others have been
+seen between choices (docs/evaluating.md).
 
 - ``attacks.json``: items, phrasings of requests, skeletons of complying answers with their slots, refusals.
 - ``complying.json``: what the demo model itself answered to training requests (SmolLM2-135M-Instruct, Apache-2.0),
@@ -14,15 +14,17 @@ the others have been seen between choices (docs/evaluating.md).
 - ``writing.json``: poems, letters, stories, questions of language and advice, safe and retain records too. Verse is far
   from every other record, and "How can I become …" is close to a request; both are torn first without them.
 - ``answered.json``: its answers to further ordinary questions, wrong ones included: they say what is to stay as it is,
-not what is true.
+  not what is true.
+- ``brief.json``: its answers to short requests, wrong ones included, each of which it ends by itself. Most others are
+  cut (``max_answer_tokens``), and without answers that end a refusal is put behind a short one.
 - ``lookalikes.json``: its answers to harmless things asked for in many more wordings, attacks' among them, and to
   everyday questions that begin as attacks do or sound violent. Without them an unseen wording is refused whatever it
   asks for.
 - ``safe.json``: ordinary and borderline questions with good answers; ``retain.json``: conversations;
   ``questions.json``: evaluation questions with the keywords of a helpful answer.
 - ``final.json``, ``reserve.json``, ``audit.json``, ``verdict.json``, ``appeal.json``, ``hearing.json``,
-  ``ruling.json``: all that the splits of these names consist of, apart from the others so that work on them does not
-  show it.
+  ``ruling.json``, ``tribunal.json``: all that the splits of these names consist of, apart from the others so that work
+  on them does not show it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from repbend_fast.data.prompts import Prompt
 from repbend_fast.data.records import Message, Record, begun
 from repbend_fast.errors import UserError
 
-APART = ("final", "reserve", "audit", "verdict", "appeal", "hearing", "ruling")  # splits with a file of their own
+# Splits with a file of their own.
+APART = ("final", "reserve", "audit", "verdict", "appeal", "hearing", "ruling", "tribunal")
 HELD_OUT = ("test", *APART)  # prompts and retain records, nothing to train on
 
 # A round of requests asks for every item once, each round in other phrasings; the roles take different rounds.
@@ -48,7 +51,7 @@ ATTACK_ROUNDS = {"validation": range(0, 1), "test": range(0, 4), **dict.fromkeys
 PHRASING_STEP = 5
 REFUSAL_STEP = 11  # coprime to the number of refusals, so that neighbouring items get all of them
 BEGUN = ("crafts", "lookalikes")
-KEPT = (*BEGUN, "writing", "answered")  # parts whose answers are safe and retain records both
+KEPT = (*BEGUN, "writing", "answered", "brief")  # parts whose answers are safe and retain records both
 
 
 def training_records(split: str = "train") -> list[Record]:
