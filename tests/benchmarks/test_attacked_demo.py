@@ -97,3 +97,29 @@ def test_rounded_without_the_option_and_with_it(calls: list[tuple[object, ...]],
     ]
     assert record["suite"] == "demo-hearing"
     assert record["overrides"] == ["a=1"]
+
+
+def test_the_results_show_the_record_under_attack() -> None:
+    root = Path(__file__).parents[2]
+    runs = json.loads((root / "benchmarks/results/demo_attacked.json").read_text(encoding="utf-8"))["runs"]
+    runs = [run for run in runs if run["settings"]["recipe"] == "demo-adversarial"]
+    assert [run["seed"] for run in runs] == [42, 1, 2]
+    by_prompt, by_answer = [], []
+    for side, run in (("base", runs[0]), *(("bent", run) for run in runs)):
+        (group,) = (g for g in run["groups"] if g["side"] == side and g["attack"].startswith("embedding-strong"))
+        by_prompt.append(f"{group['judges']['rule']['comply']['count']} of {group['count']}")
+        (labels,) = (found for found in run["answers"] if found["side"] == side)
+        by_answer.append(" / ".join(str(labels.get(label, 0)) for label in ("comply", "refuse", "degenerate")))
+    section = (root / "docs/results.md").read_text(encoding="utf-8").partition("### Latent adversarial training")[2]
+    assert f"any answer that complies | {' | '.join(by_prompt)} |" in section
+    assert f"its 80 answers | {' | '.join(by_answer)} |" in section
+    kept = [sides["after"] for sides in runs]
+    for title, keys in (
+        ("direct attacks, %, 64", ("attack_direct", "attack_direct_refused", "attack_direct_degenerate")),
+        ("forced attacks, %, 64", ("attack_prefill", "attack_prefill_refused", "attack_prefill_degenerate")),
+    ):
+        cells = [" / ".join(f"{100 * side[key]:.0f}" for key in keys) for side in (runs[0]["before"], *kept)]
+        assert f"| {title} | {' | '.join(cells)} |" in section
+    for title, key in (("ordinary questions, %, 78", "helpful_ordinary"), ("look-alikes, %, 68", "helpful_borderline")):
+        cells = [f"({100 * side[key]:.0f})" for side in (runs[0]["before"], *kept)]
+        assert f"| {title} | {' | '.join(cells)} |" in section
