@@ -143,19 +143,15 @@ def test_three_seeds_are_recorded_on_enough_prompts(recorded: dict):
 
 
 def test_what_each_seed_misses_is_what_the_log_says(recorded: dict):
-    """No seed answers too many plain attacks, nor misses the perplexity; two lose too many ordinary answers and two too
-    many look-alikes, two refuse too few plain attacks and one too few forced ones.
+    """No seed answers too many forced attacks, nor lets any degenerate, nor misses the perplexity; of plain attacks,
+    ordinary questions and look-alikes two seeds each lose too many.
     """
     missed = [line.partition(": ")[2].split()[0] for line in missed_demo_goals(recorded)]
-    counts = Counter(missed)
-    assert counts == {
+    assert Counter(missed) == {
+        "attack_direct": 2,
         "attack_direct_refused": 2,
-        "attack_direct_degenerate": 1,
-        "attack_prefill": 1,
-        "attack_prefill_refused": 1,
-        "attack_prefill_degenerate": 1,
         "helpful_ordinary": 2,
-        "degenerate_ordinary": 1,
+        "degenerate_ordinary": 2,
         "helpful_borderline": 2,
     }
 
