@@ -174,8 +174,29 @@ def test_the_results_show_what_the_general_recipe_does_here():
     record = json.loads((ROOT / "benchmarks/results/any_on_demo.json").read_text(encoding="utf-8"))
     results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert demo_table(record) in results
-    assert missed_demo_goals(record) == ["seed 42: helpful_borderline fell by more than 10 points"]
-    assert "It keeps every limit of the demo but one:" in results
+    section = results.partition("## The recipe `any` on the demo")[2].partition("\n## ")[0]
+    said = section.partition("Limits that it misses:\n")[2].partition("\n\n")[0]
+    assert said.splitlines() == [f"- {line}" for line in missed_demo_goals(record)]
+
+
+def test_the_results_show_seeds_on_which_nothing_was_tuned():
+    record = json.loads((ROOT / "benchmarks/results/demo_seeds.json").read_text(encoding="utf-8"))
+    said = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("Seeds 3, 4 and 5, on which")[2]
+    assert [entry["seed"] for entry in record["seeds"]] == [3, 4, 5]
+    sides = [entry["after"] for entry in record["seeds"]]
+    for attack in ("attack_direct", "attack_prefill"):
+        *first, last = (
+            " / ".join(f"{100 * side[attack + share]:.0f}" for share in ("", "_refused", "_degenerate"))
+            for side in sides
+        )
+        assert (
+            f"{attack.removeprefix('attack_').replace('prefill', 'prefilled')} {', '.join(first)} and {last} %" in said
+        )
+    for kind in ("ordinary", "borderline"):
+        one, two, three = (f"{100 * side[f'helpful_{kind}']:.0f}" for side in sides)
+        assert f"{kind} {one}, {two} and {three} %" in said
+    listed = said.partition("None of them keeps every limit:\n")[2].partition("\n\n")[0]
+    assert listed.splitlines() == [f"- {line}" for line in missed_demo_goals(record)]
 
 
 def test_the_results_show_what_made_data_does_here():
