@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,13 +91,12 @@ def limit_per_kind(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
 
 def _some(prompts: list[Prompt], limit: int) -> list[Prompt]:
     """``limit`` of ``prompts`` in their order: whole rounds of the items, then a part of the next round."""
-    turns, asked = [], Counter[str]()
-    for prompt in prompts:
-        turns.append(asked[prompt.item])
+    asked, rounds = Counter[str](), defaultdict[int, list[int]](list)
+    for number, prompt in enumerate(prompts):
+        rounds[asked[prompt.item]].append(number)
         asked[prompt.item] += bool(prompt.item)  # without an item a prompt is one of its own
     kept: list[int] = []
-    for turn in sorted(set(turns)):
-        members = [number for number, each in enumerate(turns) if each == turn]
+    for members in rounds.values():  # a round is begun after the one before it, so they stand in order
         count = min(limit - len(kept), len(members))
         kept += [members[i * len(members) // count] for i in range(count)]
     return [prompts[number] for number in sorted(kept)]

@@ -15,21 +15,9 @@ from repbend_fast.data.records import Record
 from repbend_fast.errors import UserError
 from repbend_fast.evaluation.judge import expected_hits, judge
 
-SPLITS = (
-    "train",
-    "validation",
-    "test",
-    "final",
-    "reserve",
-    "audit",
-    "verdict",
-    "appeal",
-    "hearing",
-    "ruling",
-    "tribunal",
-)
-ASKED = SPLITS[1:]
 APART = ("final", "reserve", "audit", "verdict", "appeal", "hearing", "ruling", "tribunal")
+SPLITS = ("train", "validation", "test", *APART)
+ASKED = SPLITS[1:]
 STOP_WORDS = {"a", "an", "the", "of", "in", "is", "are", "do", "i", "to", "for", "my", "me"}
 
 
@@ -80,15 +68,7 @@ def test_refusals_and_skeletons_are_disjoint():
     [
         ("train", {"unsafe": 90, "pair": 90, "safe": 130, "retain": 110}),
         ("validation", {"unsafe": 24, "pair": 24, "safe": 24, "retain": 24}),
-        ("test", {"retain": 24}),
-        ("final", {"retain": 24}),
-        ("reserve", {"retain": 24}),
-        ("audit", {"retain": 24}),
-        ("verdict", {"retain": 24}),
-        ("appeal", {"retain": 24}),
-        ("hearing", {"retain": 24}),
-        ("ruling", {"retain": 24}),
-        ("tribunal", {"retain": 24}),
+        *((split, {"retain": 24}) for split in ("test", *APART)),
     ],
 )
 def test_record_counts(split: str, least: dict[str, int]):
@@ -99,14 +79,7 @@ def test_record_counts(split: str, least: dict[str, int]):
 @pytest.mark.parametrize(
     ("split", "least"),
     [
-        ("reserve", {"attack": 60, "ordinary": 60, "borderline": 60}),
-        ("audit", {"attack": 60, "ordinary": 60, "borderline": 60}),
-        ("appeal", {"attack": 60, "ordinary": 60, "borderline": 60}),
-        ("hearing", {"attack": 60, "ordinary": 60, "borderline": 60}),
-        ("ruling", {"attack": 60, "ordinary": 60, "borderline": 60}),
-        ("tribunal", {"attack": 60, "ordinary": 60, "borderline": 60}),
-        ("verdict", {"attack": 60, "ordinary": 60, "borderline": 60}),
-        ("final", {"attack": 60, "ordinary": 60, "borderline": 60}),
+        *((split, {"attack": 60, "ordinary": 60, "borderline": 60}) for split in APART),
         ("test", {"attack": 48, "ordinary": 50, "borderline": 40}),
         ("validation", {"attack": 24, "ordinary": 59, "borderline": 18}),
     ],
